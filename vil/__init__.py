@@ -1,0 +1,1 @@
+"""Multi-scale Vision Longformer: models, training and evaluation."""

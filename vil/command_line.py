@@ -1,0 +1,273 @@
+"""From a command line and YAML files to a typed configuration, or to one line that says what is wrong.
+
+jsonargparse does the parsing; this module adds what it leaves to its caller: the file that a bad key stands
+in, the nearest known key, and messages of one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from vil.config import ConfigError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass
+class CommandLine(Generic[Config]):
+    """A parsed command line.
+
+    Attributes:
+        config: the resolved configuration.
+        origins: for every key that a file or the line sets, the name of that file, or `command line`.
+    """
+
+    config: Config
+    origins: dict[str, str]
+
+    def sets(self, section: str) -> bool:
+        """Whether a file or the line sets `section` or anything in it."""
+        return any(key == section or key.startswith(f"{section}.") for key in self.origins)
+
+    def locate(self, error: ConfigError) -> ConfigError:
+        """The same error with the file, or `command line`, that set the option in front."""
+        origin = self.origins.get(error.key)
+        return ConfigError("", f"{origin}: {error}") if origin else error
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str],
+    base_files: Mapping[str, Path] | None = None,
+    base_values: Mapping[str, Any] | None = None,
+    prog: str | None = None,
+) -> CommandLine[Config]:
+    """Parses a command line into a configuration.
+
+    Args:
+        config_class: a dataclass whose fields are options or sections (dataclasses).
+        argv: the words of the line, without the program's name.
+        base_files: for a section, the file that is loaded where the line names none.
+        base_values: values under everything else, as nested mappings.
+        prog: the program's name, for its help.
+
+    Raises:
+        ConfigError: names the file and the key; its text is the one line to show.
+        SystemExit: after --help or --print_config.
+    """
+    words = list(argv)
+    for section, path in (base_files or {}).items():
+        if not any(name == section for name, _ in _options(words)):
+            words = [f"--{section}", str(path), *words]
+    hints = _field_types(config_class)
+    sections = {name for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    origins: dict[str, str] = {}
+    for name, value in _options(words):
+        if name == "config" or name in sections:
+            content = _read(value, name)
+            prefix = "" if name == "config" else f"{name}."
+            hint = config_class if name == "config" else hints[name]
+            origins.update((key, value) for key in _check(content, hint, prefix, value))
+        else:
+            origins[name] = "command line"
+    parser = ArgumentParser(
+        prog=prog, description=(config_class.__doc__ or "").strip(), exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="Partial configuration file over all sections.")
+    parser.add_class_arguments(config_class, None)
+    if base_values:
+        parser.set_defaults(dict(_leaves(base_values)))
+    try:
+        values = vars(parser.instantiate(parser.parse_args(words)))
+    except ArgumentError as error:
+        raise _explained(str(error), config_class, parser) from error
+    values.pop("config", None)
+    return CommandLine(config_class(**values), origins)
+
+
+def exit_with(error: ConfigError) -> NoReturn:
+    """Ends the program as every unusable input does: one line on standard error, exit status 2."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs `program` with the words of the command line; a ConfigError ends it with `exit_with`."""
+    try:
+        program(sys.argv[1:])
+    except ConfigError as error:
+        exit_with(error)
+    raise SystemExit(0)
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, value) of every --name value and --name=value; the value of a bare --name is empty."""
+    for position, word in enumerate(words):
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            following = words[position + 1] if position + 1 < len(words) else ""
+            yield name, value if equals else ("" if following.startswith("--") else following)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that a key given twice is an error and not a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise ConfigError(str(key), f"given twice in the mapping that begins on line {line}")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file. Raises ConfigError when it cannot be read as such."""
+    try:
+        # A subclass of SafeLoader: no tag constructs anything but plain values.
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
+    except FileNotFoundError:
+        raise ConfigError(str(path), "no such file") from None
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
+    except ConfigError as error:
+        raise ConfigError(str(path), str(error)) from None
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(str(path), f"{where}not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(str(path), f"not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def _read(path: str, option: str) -> dict[str, Any]:
+    """The mapping in a YAML file that `option` names."""
+    if not path:
+        raise ConfigError(f"--{option}", "expected the path of a YAML file")
+    try:
+        content = read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError("", f"--{option} {error}") from None
+    if content is None:
+        raise ConfigError(path, "the file is empty; expected a mapping of keys to values")
+    if not isinstance(content, dict):
+        raise ConfigError(path, f"expected a mapping of keys to values, got {_shown(content)}")
+    return content
+
+
+def _check(value: Any, hint: Any, prefix: str, path: str) -> Iterator[str]:
+    """Yields the full keys that a mapping from `path` sets; raises ConfigError for a bad key or value."""
+    fields = _field_types(hint)
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            raise ConfigError(path, f"{name}: unknown key{_nearest(str(key), fields, prefix)}")
+        inner_hint = fields[key]
+        if dataclasses.is_dataclass(inner_hint) and isinstance(inner, dict):
+            yield from _check(inner, inner_hint, f"{name}.", path)
+            continue
+        element = _element_dataclass(inner_hint)
+        if element is not None and isinstance(inner, list):
+            for position, item in enumerate(inner):
+                if isinstance(item, dict):
+                    list(_check(item, element, f"{name}[{position}].", path))
+        if not _accepts(inner_hint, inner):
+            raise ConfigError(path, f"{name}: expected {_type_name(inner_hint)}, got {_shown(inner)}")
+        yield name
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    checker = ArgumentParser(exit_on_error=False)
+    checker.add_argument("--value", type=hint)
+    try:
+        checker.parse_object({"value": value})
+    except ArgumentError:
+        return False
+    return True
+
+
+def _explained(message: str, config_class: type, parser: ArgumentParser) -> ConfigError:
+    """One line for an error that jsonargparse found on the line itself; files are checked before."""
+    if match := re.match(r'Parser key "([^"]+)"', message):
+        key = match[1]
+        hint: Any = config_class
+        for part in key.split("."):
+            hint = _field_types(hint).get(part) if dataclasses.is_dataclass(hint) else None
+        given = re.search(r"(?:Given value|Got value): (.*)", message)
+        if hint is not None and given:
+            return ConfigError(
+                f"command line: --{key}", f"expected {_type_name(hint)}, got {given[1].strip()}"
+            )
+        return ConfigError(f"command line: --{key}", message.splitlines()[-1].strip(" -"))
+    if match := re.match(r"[Uu]nrecognized arguments: (\S+)", message):
+        word = match[1].partition("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        return ConfigError(f"command line: {word}", f"unknown option{_nearest(word, known, '')}")
+    if match := re.match(r"argument (\S+): (.*)", message):
+        return ConfigError(f"command line: {match[1]}", match[2])
+    return ConfigError("command line", message.splitlines()[0])
+
+
+def _nearest(key: str, known: Sequence[str] | Mapping[str, Any], prefix: str) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    return f"; known are {', '.join(sorted(known))}" if len(known) <= 40 else "; --help lists all"
+
+
+def _field_types(config_class: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(config_class)
+    return {f.name: hints[f.name] for f in dataclasses.fields(config_class)}
+
+
+def _element_dataclass(hint: Any) -> Any:
+    """The dataclass X of list[X] or list[X] | None, else None."""
+    for option in (hint, *typing.get_args(hint)):
+        if typing.get_origin(option) is list and dataclasses.is_dataclass(typing.get_args(option)[0]):
+            return typing.get_args(option)[0]
+    return None
+
+
+def _type_name(hint: Any) -> str:
+    """A type as a user writes its values: `an integer or null`, `avg, cls or null`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is type(None):
+        return "null"
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in arguments)
+    if origin is typing.Union or isinstance(hint, types.UnionType):
+        return " or ".join(_type_name(a) for a in arguments)
+    if origin is tuple:
+        return "a list " + (
+            "of integers, as [1, 2]" if arguments[-1] is ... else f"of {len(arguments)} numbers"
+        )
+    if origin is list:
+        return f"a list of {'stages' if dataclasses.is_dataclass(arguments[0]) else _type_name(arguments[0])}"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a mapping"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
