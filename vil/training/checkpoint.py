@@ -1,0 +1,106 @@
+"""Checkpoints: one file with everything a run needs to go on, which is either wholly there or not at all.
+
+A checkpoint is a dict of tensors and plain values, so that `torch.load(weights_only=True)` reads it and no
+code in it can run:
+
+    model, ema        state dicts, keys as of the bare model; ema is None where it is off
+    optimizer, scaler their state dicts
+    step, epoch       optimiser steps and epochs that are finished; no generator state, as every random draw
+                      is a function of the step
+    best              {"top1", "weights": "raw" | "ema", "epoch"} of the best evaluation, or None
+    config            dataclasses.asdict of the resolved TrainConfig
+    class_names       list of str
+    versions          {"python", "torch", "timm"}
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import platform
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from vil.config import ConfigError
+
+LAST, BEST = Path("checkpoints/last.pt"), Path("checkpoints/best.pt")
+"""The two checkpoints of a run, relative to its folder."""
+
+KEYS = (
+    "model",
+    "ema",
+    "optimizer",
+    "scaler",
+    "step",
+    "epoch",
+    "best",
+    "config",
+    "class_names",
+    "versions",
+)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes `state` to `path`; whatever happens meanwhile, `path` holds the old content or the new.
+
+    Raises:
+        OSError: the disk is full or the folder is gone; the old file is untouched.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint that `save` wrote; tensors are on the CPU.
+
+    Raises:
+        ConfigError: the file is missing, damaged, or not a checkpoint of this project.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError("checkpoint", f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError("checkpoint", f"{path}: cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError:
+        reason = "not a file of PyTorch, or one with objects other than tensors and plain values (refused)"
+        raise ConfigError("checkpoint", f"{path}: {reason}") from None
+    except Exception as error:  # a damaged file may fail anywhere inside torch.load, with any type of error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError("checkpoint", f"{path}: damaged or not a checkpoint: {reason}") from None
+    missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
+    if missing:
+        raise ConfigError("checkpoint", f"{path}: not a checkpoint of train.py: lacks {', '.join(missing)}")
+    return state
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that shape a run's numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "timm": str(timm.__version__),
+    }
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the renaming itself durable, where the system lets a folder be synchronised."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

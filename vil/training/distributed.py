@@ -1,0 +1,120 @@
+"""One process or many: what `torchrun` says about this process, and the few collectives the project uses.
+
+Every function here also works without a process group, where it does what one rank alone would do, so that
+no caller asks how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vil.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that train or evaluate together.
+
+    Attributes:
+        rank: its number among all, from 0.
+        local_rank: its number among those of this machine, which is also the number of its GPU.
+        world_size: how many there are.
+        device: where its model and images live.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes files and speaks."""
+        return self.rank == 0
+
+
+@contextmanager
+def start(device: str = "auto") -> Iterator[Process]:
+    """Joins the processes that torchrun started; a process started without it is a world of one.
+
+    Args:
+        device: `auto` (a GPU where there is one), `cpu`, `cuda`, or `cuda:1` for one process alone.
+
+    Raises:
+        ConfigError: the device does not exist, or torchrun started more processes than there are GPUs.
+    """
+    rank, local_rank, world_size, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+    )
+    own_device = _choose_device(device, local_rank, local_world_size)
+    on_gpu = own_device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(own_device)
+    if world_size > 1:
+        # device_id binds the communicator to this GPU, so that a barrier cannot guess another one.
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=own_device if on_gpu else None)
+    try:
+        yield Process(rank, local_rank, world_size, own_device)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def _choose_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError("device", f"expected auto, cpu or cuda, got {device!r}") from None
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda":
+        raise ConfigError("device", f"expected auto, cpu or cuda, got {device!r}")
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        raise ConfigError("device", "cuda was asked for, but PyTorch finds no GPU on this machine")
+    if local_world_size > gpus:
+        raise ConfigError(
+            "device",
+            f"{local_world_size} processes on this machine, but it has {gpus} GPU(s); each takes one",
+        )
+    index = local_rank if chosen.index is None or local_world_size > 1 else chosen.index
+    if index >= gpus:
+        raise ConfigError("device", f"there is no cuda:{index}; this machine has {gpus} GPU(s)")
+    return torch.device("cuda", index)
+
+
+def is_distributed() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of `tensor` (any shape, equal on all ranks) over all ranks, in place."""
+    if is_distributed():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if is_distributed():
+        dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value`, on every rank; what the others pass is ignored."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,36 @@
+"""Mixed precision: which one a device offers, autocast for the forward pass, and the scaling of float16."""
+
+from __future__ import annotations
+
+import torch
+
+from vil.config import ConfigError, Precision
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_precision(precision: Precision | None, device: torch.device) -> Precision:
+    """The precision to use on `device`; None chooses bfloat16 on a GPU that computes it, else float32.
+
+    A CPU computes both 16-bit formats, if slowly where it lacks the instructions.
+
+    Raises:
+        ConfigError: bfloat16 on a GPU that would only emulate it (before NVIDIA's Ampere).
+    """
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision is None:
+        return "bfloat16" if device.type == "cuda" and has_bfloat16 else "float32"
+    if precision == "bfloat16" and not has_bfloat16:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError("precision", f"{name} does not compute in bfloat16; use float16 or float32")
+    return precision
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """The context of a forward pass; does nothing for float32."""
+    return torch.autocast(device.type, _DTYPES[precision], enabled=precision != "float32")
+
+
+def grad_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """The scaler of the loss, without which small float16 gradients vanish; passes through for the others."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "float16")
