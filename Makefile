@@ -1,0 +1,47 @@
+# Everything from a fresh clone on Debian or Ubuntu: `make demo` trains, `make test` checks. `make help` lists all.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# Written last: an interrupted installation is done again, a finished one never.
+INSTALLED := $(VENV)/.installed
+
+# Test processes: one per core, eight at most; each computes on one thread.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+# Options for pytest, as in `make test PYTEST="-k resume"`.
+PYTEST ?=
+
+.DEFAULT_GOAL := help
+.PHONY: demo test pytest lint format hooks setup clean help
+
+demo: $(INSTALLED)  ## train a small Vision Longformer on the bundled digits, print its accuracy
+	$(PYTHON) train.py --output runs/digits
+
+test: lint pytest  ## run the linters, then all tests
+
+pytest: $(INSTALLED)  ## run the tests alone
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST)
+
+lint: $(INSTALLED)  ## check style, types and who imports whom
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(INSTALLED)  ## format the code and mend what ruff can mend
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+hooks: $(INSTALLED)  ## run the linters before every commit
+	$(PYTHON) -m pre_commit install
+
+setup: $(INSTALLED)  ## install everything, run nothing
+
+clean:  ## remove the virtual environment and all caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):[^#]*##  *\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(INSTALLED): requirements.txt requirements-dev.txt tools/setup.sh
+	tools/setup.sh $(VENV)
+	@touch $@

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Installs everything into a virtual environment, from nothing, on Debian or Ubuntu:
+#
+#     tools/setup.sh [VENV]
+#
+# System libraries are installed where this user may do so without a password. Without them FFCV is left
+# out, one line says what to type, and everything else is installed. Called by the Makefile.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=${1:-.venv}
+# There while pip is at work: an interrupted pip can leave half a package that it later takes for a whole one.
+unfinished=$venv/.unfinished
+log=$venv/ffcv.log
+
+note() { printf 'setup: %s\n' "$*" >&2; }
+fail() { note "$*"; exit 1; }
+
+find_python() { # the first interpreter that is new enough
+    local candidate
+    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+has_venv() { "$python" -c 'import ensurepip, venv' 2>/dev/null; }
+
+missing_packages() { # Debian packages of what the environment and FFCV's build need and this machine lacks
+    local version
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    has_venv || echo "python$version-venv"
+    "$python" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
+        echo "python$version-dev"
+    command -v g++ >/dev/null || echo g++
+    command -v pkg-config >/dev/null || echo pkg-config
+    pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
+    pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
+}
+
+install_packages() { # by apt-get, as root or through sudo without a password; false where that cannot be
+    local as_root=()
+    command -v apt-get >/dev/null || return 1
+    if [ "$(id -u)" -ne 0 ]; then
+        sudo -n true 2>/dev/null || return 1
+        as_root=(sudo -n)
+    fi
+    note "installing $*"
+    "${as_root[@]}" apt-get update -qq >&2 && "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends "$@" >&2
+}
+
+build_ffcv() { # a wheel of FFCV, built apart from everything else, which must not fail because this does
+    if [ -n "$missing" ]; then
+        note "FFCV is left out, everything else works; to have it: $remedy && touch requirements.txt"
+        return 1
+    fi
+    if ! "${pip[@]}" wheel --no-deps --wheel-dir "$venv/wheels" "$ffcv" >"$log" 2>&1; then
+        note "FFCV is left out, everything else works; its build failed: see the end of $log"
+        return 1
+    fi
+}
+
+python=$(find_python) || fail "Python 3.10 or newer is missing: sudo apt-get install -y python3 python3-venv"
+missing=$(missing_packages | xargs)
+remedy="sudo apt-get install -y $missing"
+if [ -n "$missing" ]; then
+    # shellcheck disable=SC2086  # one word per package
+    install_packages $missing && missing=$(missing_packages | xargs) || true
+fi
+
+if [ -e "$unfinished" ]; then
+    note "the last installation did not end; starting $venv anew"
+    rm -rf "$venv"
+fi
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    has_venv || fail "Python's module venv is missing: $remedy"
+    "$python" -m venv --clear "$venv"
+fi
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+[ -t 2 ] || pip+=(--quiet) # progress bars are for people
+
+touch "$unfinished"
+ffcv=$(grep '^ffcv' requirements.txt)
+if ! "$venv/bin/python" -c 'import ffcv' 2>/dev/null && ! build_ffcv; then
+    ffcv=
+fi
+note "installing requirements.txt and requirements-dev.txt (several gigabytes with PyTorch; minutes, once)"
+grep -v '^ffcv' requirements.txt >"$venv/requirements.txt"
+"${pip[@]}" install -r "$venv/requirements.txt" -r requirements-dev.txt --find-links "$venv/wheels" ${ffcv:+"$ffcv"}
+if [ -n "$ffcv" ] && ! "$venv/bin/python" -c 'import ffcv.loader' >"$log" 2>&1; then
+    note "FFCV is installed but cannot be imported, everything else works: see the end of $log"
+fi
+rm "$unfinished"
