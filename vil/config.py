@@ -211,9 +211,9 @@ class ScheduleConfig:
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """Clip by global norm, by value, or adaptively."""
     scheduler: Literal["cosine", "step", "poly", "constant"] = "cosine"
-    """Learning-rate schedule after warm-up, updated every step."""
+    """Learning-rate schedule after warm-up, updated every step; poly is a straight line."""
     min_lr: float = 1e-6
-    """Learning rate at the end of the schedule."""
+    """Learning rate at the last step (cosine, poly)."""
     warmup_epochs: float = 5.0
     """Length of the linear warm-up, in epochs; fractions are allowed."""
     warmup_factor: float = 0.002

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import pickle
 import platform
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,17 @@ def load(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, damaged, or not a checkpoint of this project.
     """
     try:
+        if Path(path).is_file() and not zipfile.is_zipfile(path):  # a zip's directory is at its end
+            raise ConfigError("checkpoint", f"{path}: not a checkpoint, or one that was cut off")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError("checkpoint", f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError("checkpoint", f"{path}: cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError:
-        reason = "not a file of PyTorch, or one with objects other than tensors and plain values (refused)"
+        reason = "holds something other than tensors and plain values, which is refused, or is damaged"
         raise ConfigError("checkpoint", f"{path}: {reason}") from None
     except Exception as error:  # a damaged file may fail anywhere inside torch.load, with any type of error
         reason = (str(error).splitlines() or [type(error).__name__])[0]

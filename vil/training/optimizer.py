@@ -1,0 +1,167 @@
+"""The optimiser with its parameter groups, from timm.optim, and the learning rate of every step, from
+timm.scheduler."""
+
+from __future__ import annotations
+
+import difflib
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim._param_groups import auto_group_layers
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from vil.config import ConfigError, ScheduleConfig
+
+
+def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.Optimizer:
+    """The optimiser that `schedule` names, at its peak learning rate.
+
+    Raises:
+        ConfigError: the name is unknown to timm, or the optimiser does not take the options given.
+    """
+    name = schedule.optimizer.lower()
+    kind = name.removeprefix("lookahead_")
+    if kind not in list_optimizers():
+        close = difflib.get_close_matches(kind, list_optimizers(), n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; timm.optim.list_optimizers() names them"
+        raise ConfigError("schedule.optimizer", f"timm knows no optimiser {schedule.optimizer!r}{hint}")
+    info = get_optimizer_info(kind)
+    if info.second_order:
+        raise ConfigError(
+            "schedule.optimizer", f"{name} needs second derivatives, which training never takes"
+        )
+    # The third β of an optimiser that has more than two keeps its default.
+    options: dict[str, Any] = {"betas": schedule.betas} if info.has_betas and info.num_betas == 2 else {}
+    if schedule.eps is not None:
+        options["eps"] = schedule.eps
+    if schedule.dampening:
+        options["dampening"] = schedule.dampening
+    try:
+        return create_optimizer_v2(
+            parameter_groups(model, schedule),
+            opt=name,
+            lr=peak_learning_rate(schedule),
+            weight_decay=schedule.weight_decay,
+            momentum=schedule.momentum,
+            **options,
+        )
+    except (TypeError, ValueError, ImportError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if schedule.dampening and "dampening" in reason:
+            reason = f"{name} takes none; momentum, timm's name for SGD without Nesterov, does"
+            raise ConfigError("schedule.dampening", reason) from error
+        raise ConfigError("schedule.optimizer", f"{name}: {reason}") from error
+
+
+def peak_learning_rate(schedule: ScheduleConfig) -> float:
+    """`lr`, scaled linearly from `lr_batch_size` to `batch_size` where the former is given."""
+    return schedule.lr * (schedule.batch_size / schedule.lr_batch_size if schedule.lr_batch_size else 1.0)
+
+
+def parameter_groups(model: nn.Module, schedule: ScheduleConfig) -> list[dict[str, Any]]:
+    """The trainable parameters of `model`, grouped by weight decay and by layer.
+
+    A group has `params`, `weight_decay`, and with layer decay `lr_scale`, which the scheduler multiplies into
+    the learning rate. Layers are those of the model's `group_matcher`, else groups of parameters in order.
+    """
+    undecayed = undecayed_parameters(model, schedule.decay_biases)
+    scales = _layer_scales(model, schedule.layer_decay) if schedule.layer_decay is not None else {}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale, decays = scales.get(name, 1.0), name not in undecayed
+        group = groups.setdefault(
+            (scale, decays), {"params": [], "weight_decay": schedule.weight_decay if decays else 0.0}
+        )
+        if scales:
+            group["lr_scale"] = scale
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def undecayed_parameters(model: nn.Module, decay_biases: bool) -> set[str]:
+    """Names of the parameters without weight decay.
+
+    They are what `model.no_weight_decay()` names (embeddings, bias tables; patterns as timm allows), norms and
+    everything else with one dimension, and all biases; with `decay_biases` only those biases that belong to
+    the head or to no linear or convolution layer.
+    """
+    names = getattr(model, "no_weight_decay", None)
+    patterns = list(names()) if names else []
+    head = _head_parameters(model)
+    undecayed = set()
+    for prefix, module in model.named_modules():
+        has_decayed_bias = decay_biases and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        for suffix, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{suffix}" if prefix else suffix
+            if suffix == "bias" and has_decayed_bias:
+                decays = parameter not in head
+            else:
+                decays = parameter.ndim > 1 and suffix != "bias"
+            if not decays or any(fnmatch(name, pattern) for pattern in patterns):
+                undecayed.add(name)
+    return undecayed
+
+
+def _head_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of the classifier, as far as the model names one (timm's `get_classifier`)."""
+    classifier = getattr(model, "get_classifier", None)
+    head = classifier() if classifier else None
+    heads = head if isinstance(head, tuple) else (head,)  # distilled models have two
+    return {parameter for part in heads if isinstance(part, nn.Module) for parameter in part.parameters()}
+
+
+def clipped_parameters(model: nn.Module, mode: str) -> list[nn.Parameter]:
+    """The parameters whose gradients are clipped: all, but for adaptive clipping not the head's.
+
+    Brock et al., High-Performance Large-Scale Image Recognition Without Normalization (2021), section 4.1.
+    """
+    spared = _head_parameters(model) if mode == "agc" else set()
+    return [p for p in model.parameters() if p.requires_grad and p not in spared]
+
+
+def _layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Factor on the learning rate of each parameter by name: decay ** (layers between it and the head)."""
+    matcher = getattr(model, "group_matcher", None)
+    if matcher:
+        layers = group_parameters(model, matcher(coarse=False), reverse=True)
+    else:
+        layers = auto_group_layers(model)
+    deepest = max(layers.values(), default=0)
+    return {name: decay ** (deepest - layer) for name, layer in layers.items()}
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, steps_per_epoch: int
+) -> Scheduler:
+    """The learning rate as a function of the step alone: call `step_update(step)` before step 0, 1, 2, …
+
+    It rises linearly from `warmup_factor` × peak at step 0 to the peak after `warmup_epochs`. From there
+    cosine (Loshchilov & Hutter, SGDR, 2017) and poly (a straight line) reach `min_lr` at the last step of the
+    last epoch. step is multiplied by `decay_rate` every `decay_epochs`, counted from the start.
+    """
+    peak = peak_learning_rate(schedule)
+    warmup = schedule.warmup_epochs * steps_per_epoch
+    options: dict[str, Any] = {
+        "warmup_t": warmup,
+        "warmup_lr_init": schedule.warmup_factor * peak,
+        "t_in_epochs": False,
+    }
+    if schedule.scheduler == "constant":
+        return StepLRScheduler(optimizer, decay_t=1, decay_rate=1.0, warmup_prefix=False, **options)
+    if schedule.scheduler == "step":
+        decay_t = schedule.decay_epochs * steps_per_epoch
+        rate = schedule.decay_rate
+        return StepLRScheduler(optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=False, **options)
+    # Where the warm-up outlasts the run, one step remains, which is never reached.
+    remaining = max(schedule.epochs * steps_per_epoch - 1 - warmup, 1)
+    options |= {"t_initial": remaining, "lr_min": schedule.min_lr, "warmup_prefix": True}
+    if schedule.scheduler == "poly":
+        return PolyLRScheduler(optimizer, power=1.0, **options)
+    return CosineLRScheduler(optimizer, **options)
