@@ -1,0 +1,42 @@
+"""Randomness as a function: every draw is seeded by what it is for.
+
+A sample's augmentation is a function of (seed, epoch, index, view), the order of an epoch of (seed, epoch),
+the mixing of a batch of (seed, step, rank, part). A run is then the same with any number of workers, and goes
+on after a crash with no generator state but the step number.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def seed_sequence(seed: int, purpose: str, *key: int) -> np.random.SeedSequence:
+    """The seed of one draw. The purpose keeps apart draws whose other numbers are equal."""
+    return np.random.SeedSequence((seed, zlib.crc32(purpose.encode()), *key))
+
+
+@contextmanager
+def seeded(seed: int, purpose: str, *key: int) -> Iterator[None]:
+    """Seeds the global CPU generators of Python, NumPy and PyTorch inside, and restores them afterwards.
+
+    timm's and torchvision's transforms draw from all three; a training process that loads its own images
+    (workers 0) finds its generators untouched.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    words = seed_sequence(seed, purpose, *key).generate_state(9)
+    random.seed(words[:4].tobytes())
+    np.random.seed(words[4:8])  # noqa: NPY002
+    # Not torch.manual_seed, which would seed the GPU's generators too.
+    torch.default_generator.manual_seed(int(words[8]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])

@@ -1,0 +1,50 @@
+"""What a source of images is, and what all sources share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from PIL import Image
+
+from vil.config import ConfigError, DataConfig
+
+Split = Literal["train", "val"]
+Mode = Literal["RGB", "L"]
+
+
+class Source(Protocol):
+    """A set of labelled images that can be read in any order, by any number of processes."""
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The decoded image and its class. Raises whatever the decoder raises for one that is damaged."""
+
+    def describe(self, index: int) -> str:
+        """The image's file, or what else finds it again, for messages."""
+
+
+Opener = Callable[[DataConfig, Split, Mode], Source]
+
+
+def split_name(data: DataConfig, split: Split) -> str:
+    """The data set's own name of a split."""
+    return data.train_split if split == "train" else data.val_split
+
+
+def root_folder(data: DataConfig) -> Path:
+    """`data.root`, which the source needs. Raises ConfigError where it is not given."""
+    if not data.root:
+        raise ConfigError("data.root", f"the source {data.source} needs the folder of the data set")
+    return Path(data.root).expanduser()
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """`a, b, c and 4 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,84 @@
+"""Image folders in ImageNet's form: root/train/<class>/..., root/val/<class>/..."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from data.sources.base import Mode, Source, Split, listed, root_folder, split_name
+from vil.config import ConfigError, DataConfig
+
+
+class Folder:
+    """The images below a folder with one folder per class, in the order of their sorted paths.
+
+    Args:
+        folder: the folder of the class folders.
+        class_names: all classes, sorted; a class's index is its place. `folder` may lack some.
+        mode: RGB or L (grey).
+
+    Raises:
+        ConfigError: `folder` is missing, has a class that `class_names` lacks, or one without images.
+    """
+
+    def __init__(self, folder: Path, class_names: tuple[str, ...], mode: Mode) -> None:
+        present = class_folders(folder)
+        unknown = sorted(set(present) - set(class_names))
+        if unknown:
+            reason = f"class folders that the training split lacks: {listed(unknown)}"
+            raise ConfigError("data.root", f"{folder}: {reason}")
+        class_to_index = {name: index for index, name in enumerate(class_names)}
+        samples = make_dataset(str(folder), class_to_index, extensions=IMG_EXTENSIONS, allow_empty=True)
+        # Arrays, not lists: reading a list changes the reference counts of its elements, and so copies its
+        # memory, page by page, into every forked worker.
+        self._paths = np.array([os.fsencode(path) for path, _ in samples], dtype=np.bytes_)
+        self._targets = np.array([target for _, target in samples], dtype=np.int64)
+        empty = sorted(set(present) - {class_names[index] for index in np.unique(self._targets)})
+        if empty:
+            reason = f"class folders without images ({', '.join(IMG_EXTENSIONS)}): {listed(empty)}"
+            raise ConfigError("data.root", f"{folder}: {reason}")
+        self.class_names = class_names
+        self._mode = mode
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The image and the index of its class."""
+        with Image.open(self.describe(index)) as image:
+            return image.convert(self._mode), int(self._targets[index])
+
+    def describe(self, index: int) -> str:
+        """The image's path."""
+        return os.fsdecode(self._paths[index])
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """The sorted names of the class folders, hidden ones left out. Raises ConfigError where there are none."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        reason = "no such folder" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        beside = sorted(os.listdir(folder.parent)) if folder.parent.is_dir() else []
+        found = f"; {folder.parent} holds {listed(beside, 6)}" if beside else ""
+        raise ConfigError("data.root", f"{folder}: {reason}{found}") from None
+    names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        state = "no class folders in it" if entries else "the folder is empty"
+        raise ConfigError("data.root", f"{folder}: {state}; expected {folder.name}/<class>/<images>")
+    return tuple(names)
+
+
+def open_folder(data: DataConfig, split: Split, mode: Mode) -> Source:
+    """root/<split>; both splits share the classes of the training split, where there is one."""
+    if data.download:
+        raise ConfigError("data.download", "folders are not downloaded; timm data sets are, as torch/cifar10")
+    root = root_folder(data)
+    folder = root / split_name(data, split)
+    training = root / data.train_split
+    named_by = training if split == "train" or training.is_dir() else folder
+    return Folder(folder, class_folders(named_by), mode)

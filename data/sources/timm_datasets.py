@@ -1,0 +1,121 @@
+"""Data sets of timm.data.create_dataset: torchvision's, tar files, Hugging Face's."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import create_dataset
+
+from data.sources.base import Mode, Source, Split, root_folder, split_name
+from vil.config import ConfigError, DataConfig
+
+# Two ways in which timm answers a misspelt split with other images instead of an error. These data sets of
+# torchvision take every name but train and training for the test set ...
+SPLIT_IS_FLAG = tuple(
+    f"torch/{name}" for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+)
+FLAG_SPLITS = ("train", "training", "val", "valid", "validation", "test")
+# ... and these read the root itself, with all splits in it, where root/<split> does not exist.
+SPLIT_IS_PATH = ("tar", "torch/folder", "torch/image_folder")
+
+
+class TimmDataset:
+    """A data set of timm with an index.
+
+    Args:
+        dataset: as create_dataset returns it.
+        name: its string.
+        mode: RGB or L (grey).
+    """
+
+    def __init__(self, dataset: Any, name: str, mode: Mode) -> None:
+        self._dataset = dataset
+        # timm's ImageDataset answers for a damaged image with its neighbour; its reader does not.
+        self._reader = getattr(dataset, "reader", None)
+        self._name = name
+        self._mode = mode
+        self.class_names = _class_names(self._reader or dataset, name)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The image and its class."""
+        if self._reader is None:
+            image, target = self._dataset[index]
+            return image.convert(self._mode), int(target)
+        file, target = self._reader[index]
+        with file, Image.open(file) as image:
+            return image.convert(self._mode), int(target)
+
+    def describe(self, index: int) -> str:
+        """The image's file where it has one."""
+        if self._reader is not None:
+            return str(self._reader.filename(index, absolute=True))
+        samples = getattr(self._dataset, "samples", None)
+        return str(samples[index][0]) if samples else f"image {index} of {self._name}"
+
+
+def _class_names(dataset: Any, name: str) -> tuple[str, ...]:
+    for attribute in ("classes", "all_categories"):
+        if classes := getattr(dataset, attribute, None):
+            # The classes of torch/imagenet are tuples of synonyms.
+            return tuple(c if isinstance(c, str) else ", ".join(c) for c in classes)
+    for attribute in ("class_to_idx", "class_name_to_idx"):
+        if indices := getattr(dataset, attribute, None):
+            return tuple(sorted(map(str, indices), key=dict(zip(map(str, indices), indices.values())).get))
+    raise ConfigError("data.source", f"{name} does not tell its classes")
+
+
+def open_timm(data: DataConfig, split: Split, mode: Mode) -> Source:
+    """Whatever timm.data.create_dataset reads, by its own string, if its images have an index."""
+    source = data.source.lower()
+    name = split_name(data, split)
+    root = None if source.startswith("hfds/") and not data.root else root_folder(data)
+    if source in SPLIT_IS_FLAG and name not in FLAG_SPLITS:
+        known = ", ".join(FLAG_SPLITS)
+        raise ConfigError(f"data.{split}_split", f"unknown split {name!r}; known are {known}")
+    if root is not None and data.download:
+        root.mkdir(parents=True, exist_ok=True)
+    required = [root, root / name if source in SPLIT_IS_PATH else root] if root else []
+    for path in required:
+        if not path.exists():
+            raise ConfigError("data.root", f"{path}: no such file or folder")
+    try:
+        with _one_at_a_time(root if data.download else None):
+            dataset = create_dataset(
+                data.source, root=str(root) if root else None, split=name, download=data.download
+            )
+    except ImportError as error:
+        raise ConfigError("data.source", f"{data.source} needs a package that is missing: {error}") from error
+    except Exception as error:  # of whatever kind: each of timm's readers has its own
+        key, where = ("data.root", f" from {root}") if root else ("data.source", "")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        hint = " (--data.download true)" if source.startswith("torch/") and not data.download else ""
+        raise ConfigError(key, f"{data.source} cannot be read{where}: {reason}{hint}") from error
+    return TimmDataset(dataset, data.source, mode)
+
+
+def refuse_stream(data: DataConfig, split: Split, mode: Mode) -> Source:
+    """Streams hand out samples in an order of their own, which samplers by index cannot shuffle or resume."""
+    raise ConfigError(
+        "data.source",
+        f"{data.source} is a stream of samples without an index, which is not supported; "
+        "hfds/... reads Hugging Face data sets with one",
+    )
+
+
+@contextmanager
+def _one_at_a_time(folder: Path | None) -> Iterator[None]:
+    """Keeps ranks that find a data set missing from downloading it over each other."""
+    if folder is None:
+        yield
+        return
+    with open(folder / ".download.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
