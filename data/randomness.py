@@ -28,15 +28,17 @@ def seeded(seed: int, purpose: str, *key: int) -> Iterator[None]:
     timm's and torchvision's transforms draw from all three; a training process that loads its own images
     (workers 0) finds its generators untouched.
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    words = seed_sequence(seed, purpose, *key).generate_state(9)
+    sequence = seed_sequence(seed, purpose, *key)
+    words = sequence.generate_state(5)
+    python_state = random.getstate()
+    numpy_generator = np.random.get_bit_generator()  # exchanged as a whole: saving its state takes longer
+    torch_state = torch.get_rng_state()
     random.seed(words[:4].tobytes())
-    np.random.seed(words[4:8])  # noqa: NPY002
-    # Not torch.manual_seed, which would seed the GPU's generators too.
-    torch.default_generator.manual_seed(int(words[8]))
+    np.random.set_bit_generator(np.random.PCG64(sequence))
+    torch.default_generator.manual_seed(int(words[4]))  # not torch.manual_seed: that seeds GPUs too
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+        random.setstate(python_state)
+        np.random.set_bit_generator(numpy_generator)
+        torch.set_rng_state(torch_state)

@@ -25,8 +25,8 @@ Transform = Callable[[Image.Image], Tensor]
 def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int, in_chans: int) -> Transform:
     """The transform of training images: image -> (in_chans, image_size, image_size), normalised.
 
-    Its order is timm's: crop, flips, policy or colour jitter, normalisation, erasing. It draws from the global
-    generators of Python, NumPy and PyTorch.
+    Its order is timm's: crop, flips, policy or colour jitter, normalisation, erasing. It draws from the
+    global generators of Python, NumPy and PyTorch.
 
     Raises:
         ConfigError: a value of `augment` or `data` is out of range, or timm does not know the policy.
@@ -34,6 +34,7 @@ def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int
     _check_ranges(augment)
     _check_policy(augment.auto_augment)
     mean, std = channel_statistics(data, in_chans)
+    color_jitter: Any = augment.color_jitter or None
     primary, secondary, final = create_transform(
         image_size,
         is_training=True,
@@ -42,7 +43,7 @@ def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int
         ratio=augment.ratio,
         hflip=augment.hflip,
         vflip=augment.vflip,
-        color_jitter=augment.color_jitter or None,
+        color_jitter=color_jitter,
         auto_augment=augment.auto_augment,
         interpolation=augment.interpolation,
         mean=mean,
@@ -73,7 +74,7 @@ def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) ->
 
 
 def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel; those of grey images are the averages over red, green, blue."""
+    """Mean and standard deviation per channel; for grey images the averages over red, green and blue."""
     if min(data.std) <= 0:
         raise ConfigError("data.std", f"expected positive numbers, got {list(data.std)}")
     if in_chans == 1:
@@ -114,7 +115,7 @@ def _mend_posterize(policy: Any) -> None:
 _INTEGER, _NUMBER = r"\d+", r"\d+(\.\d+)?"
 _SECTIONS = {  # timm's grammar: what may follow each policy's name, as in rand-m9-mstd0.5-inc1
     "rand": {
-        "m": _INTEGER, "n": r"[1-9]\d*", "p": _NUMBER, "mstd": _NUMBER, "mmax": r"[1-9]\d*", "inc": "[01]",
+        "m": _INTEGER, "n": "[1-9]", "p": _NUMBER, "mstd": _NUMBER, "mmax": r"[1-9]\d*", "inc": "[01]",
         "t": "weights|3aw|3a",
     },
     "augmix": {"m": _INTEGER, "w": r"[1-9]\d*", "d": _INTEGER, "a": _NUMBER, "b": "[01]", "mstd": _NUMBER},

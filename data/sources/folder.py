@@ -58,7 +58,7 @@ class Folder:
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """The sorted names of the class folders, hidden ones left out. Raises ConfigError where there are none."""
+    """The sorted names of the class folders, but hidden ones. Raises ConfigError where there are none."""
     try:
         entries = list(os.scandir(folder))
     except OSError as error:

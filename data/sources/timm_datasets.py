@@ -68,7 +68,7 @@ def _class_names(dataset: Any, name: str) -> tuple[str, ...]:
             return tuple(c if isinstance(c, str) else ", ".join(c) for c in classes)
     for attribute in ("class_to_idx", "class_name_to_idx"):
         if indices := getattr(dataset, attribute, None):
-            return tuple(sorted(map(str, indices), key=dict(zip(map(str, indices), indices.values())).get))
+            return tuple(str(class_name) for class_name in sorted(indices, key=indices.get))
     raise ConfigError("data.source", f"{name} does not tell its classes")
 
 

@@ -1,0 +1,143 @@
+"""Data: images from a source, through transforms, in batches that are the same however they are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from data.loaders import EvaluationImages, TrainingViews, TrainLoader, ValidationLoader
+from data.mixing import Mixing, check_pairs, mixes
+from data.samplers import MicroBatches
+from data.sources import Source, open_source
+from data.transforms import evaluation_transform, train_transform
+from vil.config import AugmentConfig, ConfigError, DataConfig
+
+__all__ = ["Loaders", "Mixing", "Validation", "build_loaders", "build_validation"]
+
+
+@dataclass
+class Validation:
+    """A validation set: its loader and its classes, in the order of their indices."""
+
+    loader: ValidationLoader
+    num_classes: int
+    class_names: tuple[str, ...]
+
+
+@dataclass
+class Loaders:
+    """What training needs: both loaders and the classes, in the order of their indices."""
+
+    train: TrainLoader
+    validation: ValidationLoader
+    num_classes: int
+    class_names: tuple[str, ...]
+
+
+def build_loaders(
+    data: DataConfig,
+    augment: AugmentConfig,
+    *,
+    image_size: int,
+    in_chans: int,
+    batch_size: int,
+    accumulation: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    channels_last: bool = False,
+) -> Loaders:
+    """Opens both splits of a data set and builds their loaders.
+
+    Args:
+        data: the data set.
+        augment: how training images are changed (mixing is `Mixing`'s part).
+        image_size: side of the images, in pixels.
+        in_chans: 3 for RGB, 1 for grey.
+        batch_size: images per optimiser step over all ranks and accumulation steps; validation takes as
+            many at a time as one of its parts.
+        accumulation: micro-batches per step and rank.
+        seed: of the order and the augmentation.
+        rank: of this process.
+        world_size: number of processes.
+        device: where the batches are wanted.
+        channels_last: lay the images out channels-last.
+
+    Raises:
+        ConfigError: something of it cannot be, or the data set is not as the configuration says.
+    """
+    device = torch.device(device)
+    transform = train_transform(augment, data, image_size=image_size, in_chans=in_chans)
+    source = open_source(data, "train", in_chans)
+    micro_batches = MicroBatches(
+        len(source), batch_size, accumulation, seed, augment.repeats, rank, world_size
+    )
+    if mixes(augment):
+        check_pairs(micro_batches.micro_batch_size)
+    validation = build_validation(
+        data,
+        image_size=image_size,
+        in_chans=in_chans,
+        batch_size=micro_batches.micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        channels_last=channels_last,
+    )
+    if validation.class_names != source.class_names:
+        raise ConfigError("data.val_split", _difference(source.class_names, validation.class_names))
+    views = TrainingViews(source, transform, seed)
+    return Loaders(
+        TrainLoader(views, micro_batches, data.workers, device, channels_last),
+        validation.loader,
+        validation.num_classes,
+        validation.class_names,
+    )
+
+
+def build_validation(
+    data: DataConfig,
+    *,
+    image_size: int,
+    in_chans: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    channels_last: bool = False,
+) -> Validation:
+    """Opens the validation split alone and builds its loader; no training split is needed.
+
+    Args:
+        data: the data set.
+        image_size: side of the images, in pixels.
+        in_chans: 3 for RGB, 1 for grey.
+        batch_size: images per batch of this rank.
+        rank: of this process.
+        world_size: number of processes.
+        device: where the batches are wanted.
+        channels_last: lay the images out channels-last.
+
+    Raises:
+        ConfigError: something of it cannot be, or the data set is not as the configuration says.
+    """
+    if batch_size < 1:
+        raise ConfigError("batch_size", f"expected at least 1, got {batch_size}")
+    if data.workers < 0:
+        raise ConfigError("data.workers", f"expected 0 or more, got {data.workers}")
+    transform = evaluation_transform(data, image_size=image_size, in_chans=in_chans)
+    source: Source = open_source(data, "val", in_chans)
+    images = EvaluationImages(source, transform)
+    loader = ValidationLoader(
+        images, batch_size, data.workers, torch.device(device), channels_last, rank, world_size
+    )
+    return Validation(loader, len(source.class_names), source.class_names)
+
+
+def _difference(train: tuple[str, ...], validation: tuple[str, ...]) -> str:
+    place = next((i for i, pair in enumerate(zip(train, validation)) if pair[0] != pair[1]), None)
+    if place is None:
+        return f"it has {len(validation)} classes, the training split has {len(train)}"
+    return f"its class {place} is {validation[place]!r}, but {train[place]!r} in the training split"
