@@ -131,14 +131,14 @@ class AugmentConfig:
     """How training images are changed; evaluation never uses any of this."""
 
     crop: Literal["random_resized", "pad_random", "resize_random", "none"] = "random_resized"
-    """random_resized: Inception crop; pad_random: shift by up to `pad`; resize_random: short side, then
-    crop; none."""
+    """random_resized: Inception crop; pad_random: shift by up to `pad`; resize_random: short side, reflected
+    padding, then crop (DeiT III); none: short side, centre crop."""
     scale: tuple[float, float] = (0.08, 1.0)
     """random_resized: smallest and largest area, as a fraction of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """random_resized: smallest and largest aspect ratio."""
     pad: int = 4
-    """pad_random: padding on each side, in pixels."""
+    """pad_random and resize_random: padding on each side, in pixels."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     vflip: float = 0.0
@@ -146,8 +146,8 @@ class AugmentConfig:
     interpolation: Literal["random", "bilinear", "bicubic"] = "random"
     """Interpolation of training images; random is bilinear or bicubic, drawn anew for each image."""
     color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation jitter; not used where auto_augment is on, as in
-    timm."""
+    """Strength of brightness, contrast and saturation jitter; as in timm, not used beside an auto_augment
+    other than 3a."""
     auto_augment: str | None = None
     """A timm policy: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a, ..."""
     random_erasing: float = 0.0
