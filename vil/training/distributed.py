@@ -6,16 +6,21 @@ no caller asks how many ranks there are.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vil.config import ConfigError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -118,3 +123,50 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_main(function: Callable[[], Result]) -> Result:
+    """What `function` returns on rank 0, on every rank; it runs there alone.
+
+    Raises:
+        ConfigError: on every rank, when `function` raises it on rank 0.
+    """
+    outcome: Any = None
+    if not is_distributed() or dist.get_rank() == 0:
+        try:
+            outcome = (function(), None)
+        except ConfigError as error:
+            outcome = (None, (error.key, error.reason))
+    result, problem = broadcast_object(outcome)
+    if problem is not None:
+        raise ConfigError(*problem)
+    return result
+
+
+def data_parallel(
+    model: nn.Module, process: Process, image_shape: tuple[int, int, int]
+) -> DistributedDataParallel:
+    """`model` with gradients averaged over all ranks.
+
+    Buffers are not broadcast at every step: batch norm's are averaged before they are used (see the trainer),
+    and no other differs between ranks.
+
+    Args:
+        model: on the process's device, equal on all ranks.
+        process: this process.
+        image_shape: (C, H, W) of its images, to find out whether every parameter gets a gradient; looking for
+            those that do not at every step costs time.
+    """
+    return DistributedDataParallel(
+        model,
+        device_ids=[process.device] if process.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=_has_unused_parameters(model, process.device, image_shape),
+    )
+
+
+def _has_unused_parameters(model: nn.Module, device: torch.device, image_shape: tuple[int, int, int]) -> bool:
+    probe = copy.deepcopy(model).train()
+    probe(torch.zeros(2, *image_shape, device=device)).sum().backward()
+    return any(p.grad is None for p in probe.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl and TensorBoard for tools, a progress bar and a line per epoch for people."""
+"""What a run tells: metrics.jsonl and TensorBoard for tools, a bar and a line per epoch for people."""
 
 from __future__ import annotations
 
@@ -103,16 +103,19 @@ def cut_metrics(path: Path, step: int) -> None:
     """Removes what `path` holds about later steps than `step`, and a line that a crash left unfinished."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step > 0:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if 0 < _step_of(line) <= step]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of metrics.jsonl; 0 for a line that a crash left unfinished."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else 0
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:

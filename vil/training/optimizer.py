@@ -88,9 +88,9 @@ def parameter_groups(model: nn.Module, schedule: ScheduleConfig) -> list[dict[st
 def undecayed_parameters(model: nn.Module, decay_biases: bool) -> set[str]:
     """Names of the parameters without weight decay.
 
-    They are what `model.no_weight_decay()` names (embeddings, bias tables; patterns as timm allows), norms and
-    everything else with one dimension, and all biases; with `decay_biases` only those biases that belong to
-    the head or to no linear or convolution layer.
+    They are what `model.no_weight_decay()` names (embeddings, bias tables; patterns as timm allows), norms
+    and everything else with one dimension, and all biases; with `decay_biases` only those biases that belong
+    to the head or to no linear or convolution layer.
     """
     names = getattr(model, "no_weight_decay", None)
     patterns = list(names()) if names else []

@@ -1,0 +1,95 @@
+"""A run's folder: who may use it, what it holds, and whether what is asked for continues it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vil.config import ConfigError, TrainConfig
+from vil.training import checkpoint
+from vil.training.logging import plain
+
+CONFIG, SUMMARY = "config.yaml", "summary.json"
+
+_FIXED = ("model", "data.source", "schedule.batch_size", "schedule.optimizer", "seed")
+"""Sections and keys without which a continued run would be another run."""
+
+_SILENT = ("output", "resume", "progress")
+"""Keys whose difference is nobody's concern."""
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was started in `folder`."""
+    return (folder / CONFIG).exists() or (folder / checkpoint.LAST).exists()
+
+
+def open_run(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """Makes the folder ready for writing; returns the checkpoint to continue from, if it holds one.
+
+    Raises:
+        ConfigError: the folder cannot be written, holds a run that must not be continued, holds a checkpoint
+            that cannot be read, or the run in it is not the one that `config` describes.
+    """
+    if config.resume == "never" and holds_run(folder):
+        raise ConfigError(
+            "output", f"{folder} holds a run; resume: auto continues it, or name another folder"
+        )
+    try:
+        (folder / checkpoint.LAST).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError("output", f"{folder} cannot be written: {error.strerror}") from None
+    if not (folder / checkpoint.LAST).exists():
+        return None
+    state = checkpoint.load(folder / checkpoint.LAST)
+    for key, before, now in differences(state["config"], config):
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED):
+            raise ConfigError(
+                key, f"the run in {folder} has {before}, not {now}; name another output or keep its value"
+            )
+    return state
+
+
+def differences(stored: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """(key, stored value, value of `config`) of all options that differ and matter to the run.
+
+    A number of classes that is left to the data differs from none.
+    """
+    before, now = _leaves(json.loads(json.dumps(stored))), _leaves(plain(config))
+    if now["model.num_classes"] is None:
+        now["model.num_classes"] = before.get("model.num_classes")
+    keys = [key for key in now if key not in _SILENT]
+    return [(key, before.get(key), now[key]) for key in keys if before.get(key) != now[key]]
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Writes the resolved configuration to config.yaml, as --config reads it."""
+    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def finished_top1(folder: Path, state: dict[str, Any], config: TrainConfig) -> float | None:
+    """Top-1 in percent, when nothing of the run that `config` asks for is left to do; else None."""
+    limit = config.schedule.max_steps
+    trained = state["epoch"] >= config.schedule.epochs or (limit is not None and state["step"] >= limit)
+    if not trained:
+        return None
+    try:
+        return float(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))[0]["top1"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and key != "timm_options":
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
