@@ -1,1 +1,9 @@
-"""Multi-scale Vision Longformer: models, training and evaluation."""
+"""Multi-scale Vision Longformer (Zhang et al., ICCV 2021): models, training and evaluation.
+
+Importing this package registers its models with timm.
+"""
+
+from vil.models import MultiScaleViT, create_model, list_models
+
+__all__ = ["MultiScaleViT", "create_model", "list_models"]
+__version__ = "0.1.0"

@@ -1,0 +1,85 @@
+"""Full attention: every token attends to every token (Vaswani et al., 2017)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vil.attention.base import Attention, AttentionOptions, GlobalBias
+
+
+class FullAttention(Attention):
+    """Full self-attention over global and local tokens, with a relative position bias where asked for.
+
+    The bias is one number per head and offset (query − key, rows first) between local tokens, in a table of
+    (2H−1) × (2W−1), and one per head and global token for the scores that involve global tokens. On a map of
+    another size than the one it was built for, the table is resized bilinearly.
+    """
+
+    has_relative_position = True
+
+    def __init__(
+        self, dim: int, heads: int, size: tuple[int, int], global_tokens: int, options: AttentionOptions
+    ) -> None:
+        super().__init__(dim, heads, size, global_tokens, options)
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.projection = nn.Linear(dim, dim)
+        self.bias_table: nn.Parameter | None = None
+        self.global_bias: GlobalBias | None = None
+        if options.relative_position:
+            self.bias_table = nn.Parameter(torch.empty(heads, 2 * size[0] - 1, 2 * size[1] - 1))
+            nn.init.trunc_normal_(self.bias_table, std=0.02)
+            if global_tokens:
+                self.global_bias = GlobalBias(heads, global_tokens)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """See `Attention.forward`."""
+        query, key, value = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
+        bias = self._bias(size)
+        output = F.scaled_dot_product_attention(
+            query, key, value, None if bias is None else bias.to(query.dtype), self.dropout_p()
+        )
+        return self.output_dropout(self.projection(self.merge_heads(output)))
+
+    @torch.no_grad()
+    def resize(self, size: tuple[int, int]) -> None:
+        """See `Attention.resize`; the table becomes another parameter."""
+        super().resize(size)
+        if self.bias_table is not None:
+            self.bias_table = nn.Parameter(resize_offsets(self.bias_table, size))
+
+    def multiply_adds(self, size: tuple[int, int]) -> int:
+        """See `Attention.multiply_adds`."""
+        tokens = self.global_tokens + size[0] * size[1]
+        return 4 * tokens * self.dim**2 + 2 * tokens**2 * self.dim
+
+    def _bias(self, size: tuple[int, int]) -> Tensor | None:
+        """(h, G+N, G+N), or None without relative position."""
+        if self.bias_table is None:
+            return None
+        table = resize_offsets(self.bias_table, size)
+        rows = _offsets(size[0], table.device)[:, None, :, None]  # (H, 1, H, 1)
+        columns = _offsets(size[1], table.device)[None, :, None, :]  # (1, W, 1, W)
+        local = table[:, rows, columns].flatten(3).flatten(1, 2)  # (h, N, N)
+        if self.global_bias is None:
+            return local
+        locals_ = local.shape[-1]
+        from_local = self.global_bias.from_local[:, None, :].expand(-1, locals_, -1)  # (h, N, G)
+        return torch.cat(
+            [self.global_bias.of_global_queries(locals_), torch.cat([from_local, local], dim=-1)], dim=1
+        )
+
+
+def resize_offsets(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """A table of offsets (h, 2H'−1, 2W'−1), resized bilinearly to (h, 2H−1, 2W−1) for (H, W) = `size`."""
+    target = (2 * size[0] - 1, 2 * size[1] - 1)
+    if table.shape[1:] == target:
+        return table
+    return F.interpolate(table[None], target, mode="bilinear", align_corners=False)[0]
+
+
+def _offsets(length: int, device: torch.device) -> Tensor:
+    """(length, length): query − key, counted from 0."""
+    place = torch.arange(length, device=device)
+    return place[:, None] - place[None, :] + length - 1

@@ -1,0 +1,122 @@
+"""2-D local attention in plain PyTorch, linear in tokens: every chunk gathers the chunks it sees.
+
+Legend: B batch, h heads, c chunks, s seen chunks, t tokens of a chunk (w²), G global tokens, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+OWN = 4  # place of a query's own chunk among the nine, counted row by row
+
+
+def chunked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor,
+    global_value: Tensor,
+    *,
+    size: tuple[int, int],
+    window: int,
+    mask: str,
+    neighbors: str | int | Tensor,
+    bias_table: Tensor | None,
+    global_bias: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """See `vil.attention.local.local_attention`."""
+    globals_ = global_key.shape[2]
+    seen = _seen(neighbors, query.device)  # (s,)
+    places, real = _surroundings(size, window, mask, query.device)
+    places, real = places[:, seen], real[:, seen].flatten(1)  # (c, s), (c, s·t)
+
+    query_chunks = _to_chunks(query, size, window) * query.shape[-1] ** -0.5  # (B, h, c, t, D)
+    keys = _to_chunks(key, size, window)[:, :, places].flatten(3, 4)  # (B, h, c, s·t, D)
+    values = _to_chunks(value, size, window)[:, :, places].flatten(3, 4)
+
+    scores = query_chunks @ keys.transpose(-2, -1)  # (B, h, c, t, s·t)
+    offsets = _offsets(window, query.device)[seen]  # (s, t, t, 2)
+    if bias_table is not None:
+        bias = bias_table[:, offsets[..., 0], offsets[..., 1]]  # (h, s, t, t)
+        scores = scores + bias.transpose(1, 2).flatten(2)[:, None]  # (h, 1, t, s·t)
+    visible = real[:, None]  # (c, 1, s·t)
+    if mask == "exact":
+        within = ((offsets - (2 * window - 1)).abs() <= window).all(dim=-1)  # (s, t, t)
+        visible = visible & within.transpose(0, 1).flatten(1)  # (c, t, s·t)
+    scores = scores.masked_fill(~visible, float("-inf"))
+
+    global_scores = query_chunks @ global_key[:, :, None].transpose(-2, -1)  # (B, h, c, t, G)
+    if global_bias is not None:
+        global_scores = global_scores + global_bias[:, None, None]
+    weights = torch.cat([global_scores, scores], dim=-1).softmax(dim=-1).to(value.dtype)
+    weights = F.dropout(weights, dropout)
+    output = weights[..., :globals_] @ global_value[:, :, None] + weights[..., globals_:] @ values
+    return _from_chunks(output, size, window)
+
+
+def _seen(neighbors: str | int | Tensor, device: torch.device) -> Tensor:
+    """(s,) places among the nine chunks of those that are seen; no value of a tensor is read by the host."""
+    if isinstance(neighbors, str):
+        return torch.arange(9, device=device) if neighbors == "all" else torch.tensor([OWN], device=device)
+    neighbor = torch.as_tensor(neighbors, device=device).reshape(1)
+    return torch.cat([torch.full_like(neighbor, OWN), neighbor + (neighbor >= OWN)])
+
+
+def _surroundings(
+    size: tuple[int, int], window: int, mask: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """For each chunk, the nine around it (itself in the middle) and which of their positions are keys.
+
+    Returns:
+        places (c, 9) int64, the number of a chunk, any where there is none; real (c, 9, t) bool.
+    """
+    row_places, row_real = _surroundings_along(size[0], window, mask, device)  # (rows, 3), (rows, 3, w)
+    column_places, column_real = _surroundings_along(size[1], window, mask, device)
+    columns = column_places.shape[0]
+    places = row_places[:, None, :, None] * columns + column_places[None, :, None, :]
+    real = row_real[:, None, :, None, :, None] & column_real[None, :, None, :, None, :]
+    return places.flatten(2).flatten(0, 1), real.flatten(4).flatten(2, 3).flatten(0, 1)
+
+
+def _surroundings_along(length: int, window: int, mask: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    chunks = -(-length // window)
+    step = torch.tensor([-1, 0, 1], device=device)
+    own = torch.arange(chunks, device=device)[:, None]
+    places = (own + step) % chunks  # (chunks, 3)
+    position = places[..., None] * window + torch.arange(window, device=device)  # (chunks, 3, w)
+    real = position < length
+    if mask == "cyclic":  # looking back over the edge shows the padding of the last chunk
+        real = real | ((own == 0) & (step == -1))[..., None]
+    else:
+        real = real & ((own + step >= 0) & (own + step < chunks))[..., None]
+    return places, real
+
+
+def _offsets(window: int, device: torch.device) -> Tensor:
+    """(9, t, t, 2): places in the bias table, for each seen chunk, query and key of the chunks."""
+    step = torch.tensor([-1, 0, 1], device=device)[:, None, None]
+    within = torch.arange(window, device=device)
+    along = within[:, None] - (step * window + within) + 2 * window - 1  # (3, w, w)
+    shape = (3, 3, window, window, window, window)
+    rows = along[:, None, :, None, :, None].expand(shape)
+    columns = along[None, :, None, :, None, :].expand(shape)
+    return torch.stack([rows, columns], dim=-1).flatten(4, 5).flatten(2, 3).flatten(0, 1)
+
+
+def _to_chunks(tokens: Tensor, size: tuple[int, int], window: int) -> Tensor:
+    """(B, h, H·W, D) → (B, h, c, t, D), zeros where the last chunks reach over the map."""
+    grid = tokens.unflatten(2, size)  # (B, h, H, W, D)
+    grid = F.pad(grid, (0, 0, 0, -size[1] % window, 0, -size[0] % window))
+    chunks = grid.unflatten(3, (-1, window)).unflatten(2, (-1, window))  # (B, h, rows, w, columns, w, D)
+    return chunks.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _from_chunks(chunks: Tensor, size: tuple[int, int], window: int) -> Tensor:
+    """The inverse of `_to_chunks`: (B, h, c, t, D) → (B, h, H·W, D)."""
+    rows = -(-size[0] // window)
+    grid = chunks.unflatten(2, (rows, -1)).unflatten(4, (window, window))  # (B, h, rows, columns, w, w, D)
+    grid = grid.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # (B, h, P, Q, D)
+    return grid[:, :, : size[0], : size[1]].flatten(2, 3)

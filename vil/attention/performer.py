@@ -1,0 +1,78 @@
+"""Performer: attention by positive random features (Choromanski et al., ICLR 2021)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vil.attention.base import Attention, AttentionOptions
+from vil.config import ConfigError
+
+EPS = 1e-4
+
+
+class PerformerAttention(Attention):
+    """softmax(q·k) approximated by φ(q)·φ(k) with m random features, linear in the number of tokens.
+
+    The projection is orthogonal within blocks of D rows, its rows scaled by norms of Gaussian rows. It is a
+    buffer, saved with the model, and drawn anew while training: see `set_training_progress`. Attention
+        dropout
+    drops a key for all queries of a head at once, since no weight of a single pair is ever computed.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, size: tuple[int, int], global_tokens: int, options: AttentionOptions
+    ) -> None:
+        super().__init__(dim, heads, size, global_tokens, options)
+        if options.random_features < 1:
+            raise ConfigError("random_features", f"must be at least 1, got {options.random_features}")
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.projection = nn.Linear(dim, dim)
+        self.random_projection: Tensor
+        self.register_buffer("random_projection", torch.empty(options.random_features, self.head_dim))
+        self.redraw()
+
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Draws a new random projection, from the CPU's default generator: the same on every device."""
+        features, width = self.random_projection.shape
+        blocks = [
+            torch.linalg.qr(torch.randn(width, width)).Q.T[: features - start]
+            for start in range(0, features, width)
+        ]
+        norms = torch.randn(features, width).norm(dim=1, keepdim=True)
+        self.random_projection.copy_(torch.cat(blocks) * norms)
+
+    def set_training_progress(self, step: int, epoch: int) -> None:
+        """See `Attention.set_training_progress`: a new projection every 1 + 5·epoch steps."""
+        if step % (1 + 5 * epoch) == 0:
+            self.redraw()
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """See `Attention.forward`."""
+        query, key, value = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
+        # Exponentials of sums of squares: half precision would overflow.
+        with torch.autocast(x.device.type, enabled=False):
+            query_features = self._features(query.float(), is_query=True)  # (B, h, G+N, m)
+            key_features = self._features(key.float(), is_query=False)
+            kept = F.dropout(torch.ones_like(key_features[..., :1]), self.dropout_p())  # (B, h, G+N, 1)
+            summary = key_features.transpose(-2, -1) @ (kept * value.float())  # (B, h, m, D)
+            normalizer = query_features @ key_features.sum(dim=-2)[..., None]  # (B, h, G+N, 1)
+            output = query_features @ summary / normalizer
+        return self.output_dropout(self.projection(self.merge_heads(output.to(value.dtype))))
+
+    def multiply_adds(self, size: tuple[int, int]) -> int:
+        """See `Attention.multiply_adds`. Features of queries and keys, their summary, and the sums."""
+        tokens = self.global_tokens + size[0] * size[1]
+        features = self.random_projection.shape[0]
+        return 4 * tokens * self.dim**2 + 4 * tokens * features * self.dim
+
+    def _features(self, x: Tensor, *, is_query: bool) -> Tensor:
+        """φ(x) = m^−½ (exp(w·x − |x|²/2 − max) + eps) with x scaled by D^−¼; (B, h, T, D) → (B, h, T, m)."""
+        x = x * self.head_dim**-0.25
+        dots = x @ self.random_projection.to(x.dtype).T  # (B, h, T, m)
+        # A constant per query cancels in the quotient, and so does one constant for all keys.
+        largest = dots.amax(dim=-1, keepdim=True) if is_query else dots.amax()
+        half_square = x.square().sum(dim=-1, keepdim=True) / 2
+        return self.random_projection.shape[0] ** -0.5 * ((dots - half_square - largest).exp() + EPS)

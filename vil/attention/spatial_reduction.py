@@ -1,0 +1,52 @@
+"""Spatial reduction: keys and values from a smaller map (Wang et al., "Pyramid Vision Transformer", 2021)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vil.attention.base import Attention, AttentionOptions
+from vil.config import ConfigError
+
+
+class SpatialReductionAttention(Attention):
+    """Every token attends to the global tokens and to the map after an r × r convolution of stride r.
+
+    The convolution has no bias; an instance norm without weights follows. Rows and columns that r does not
+    divide are floored.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, size: tuple[int, int], global_tokens: int, options: AttentionOptions
+    ) -> None:
+        super().__init__(dim, heads, size, global_tokens, options)
+        if not 1 <= options.reduction <= min(size):
+            raise ConfigError(
+                "reduction", f"must be from 1 to {min(size)}, the map's side, got {options.reduction}"
+            )
+        self.reduction = options.reduction
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.projection = nn.Linear(dim, dim)
+        self.reduce = nn.Conv2d(dim, dim, self.reduction, stride=self.reduction, bias=False)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """See `Attention.forward`."""
+        query = self.split_heads(self.query(x))  # (B, h, G+N, D)
+        grid = x[:, self.global_tokens :].transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
+        reduced = self.reduce(grid).flatten(2)  # (B, C, N')
+        # Instance norm without weights, also where a single position is left.
+        reduced = F.layer_norm(reduced, reduced.shape[-1:]).transpose(1, 2)  # (B, N', C)
+        keys = torch.cat([x[:, : self.global_tokens], reduced.to(x.dtype)], dim=1)
+        key, value = self.split_heads_many(self.key_value(keys), 2)  # (B, h, G+N', D)
+        output = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout_p())
+        return self.output_dropout(self.projection(self.merge_heads(output)))
+
+    def multiply_adds(self, size: tuple[int, int]) -> int:
+        """See `Attention.multiply_adds`."""
+        tokens = self.global_tokens + size[0] * size[1]
+        reduced = (size[0] // self.reduction) * (size[1] // self.reduction)
+        keys = self.global_tokens + reduced
+        convolution = reduced * self.reduction**2 * self.dim**2
+        return 2 * (tokens + keys) * self.dim**2 + convolution + 2 * tokens * keys * self.dim

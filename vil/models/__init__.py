@@ -1,0 +1,6 @@
+"""The multi-scale vision transformer, its zoo and its published checkpoints."""
+
+from vil.models.multiscale_vit import MultiScaleViT
+from vil.models.zoo import create_model, list_models, model_from_config
+
+__all__ = ["MultiScaleViT", "create_model", "list_models", "model_from_config"]

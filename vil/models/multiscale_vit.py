@@ -1,0 +1,462 @@
+"""The multi-scale vision transformer (Zhang et al., ICCV 2021, section 3.1), under timm's model contract.
+
+Legend: B batch, G global tokens, N local tokens of an H × W map, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from timm.layers import DropPath, Mlp
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vil.attention import ATTENTIONS, Attention, AttentionOptions
+from vil.config import ConfigError, StageConfig, in_section
+from vil.models.position import AbsolutePosition
+
+Size = tuple[int, int]
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class PatchEmbed(nn.Module):
+    """A `patch` × `patch` convolution of that stride, then a LayerNorm; what fills no patch is left out.
+
+    (B, C', H', W') → (B, N, C) and the size (H, W) of the new map.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch: int, norm: bool = True) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch, stride=patch)
+        self.norm = LayerNorm(dim) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Size]:
+        """Raises ValueError for a map smaller than one patch."""
+        if min(x.shape[2:]) < self.patch:
+            raise ValueError(f"a map of {x.shape[2]}×{x.shape[3]} is smaller than a patch of {self.patch}")
+        x = self.proj(x)
+        return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[2], x.shape[3])
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each with a residual; both drop paths have the same rate."""
+
+    def __init__(
+        self, dim: int, attention: Attention, mlp_ratio: float, dropout: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = attention
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = LayerNorm(dim)
+        self.mlp_width = int(mlp_ratio * dim)
+        self.mlp = Mlp(dim, self.mlp_width, drop=dropout)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """(B, G+N, C) → (B, G+N, C)."""
+        x = x + self.drop_path1(self.attn(self.norm1(x), size))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Patch embedding, global tokens, position, blocks.
+
+    Args:
+        config: the stage's sizes and attention.
+        in_chans: channels of the map that it receives.
+        size: (H, W) of the map after its patch embedding.
+        options: options of the attention.
+        mlp_ratio: hidden width of the MLP over C.
+        pos_drop: dropout after the position embedding.
+        drop_path: one rate per block.
+        norm_embed: LayerNorm after the patch embedding.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        in_chans: int,
+        size: Size,
+        options: AttentionOptions,
+        mlp_ratio: float,
+        pos_drop: float,
+        drop_path: Sequence[float],
+        norm_embed: bool,
+    ) -> None:
+        super().__init__()
+        attention = ATTENTIONS[config.attention]
+        self.config = config
+        self.size = size
+        self.num_global_tokens = config.global_tokens
+        self.grad_checkpointing = False
+        self.patch_embed = PatchEmbed(in_chans, config.dim, config.patch, norm_embed)
+        self.global_tokens = nn.Parameter(torch.empty(1, config.global_tokens, config.dim))
+        nn.init.trunc_normal_(self.global_tokens, std=0.02)
+        self.position: AbsolutePosition | None = None
+        if not options.relative_position:
+            self.position = AbsolutePosition(config.dim, size, config.global_tokens)
+        self.pos_drop = nn.Dropout(pos_drop)
+        blocks = (
+            Block(
+                config.dim,
+                attention(config.dim, config.heads, size, config.global_tokens, options),
+                mlp_ratio,
+                options.dropout,
+                rate,
+            )
+            for rate in drop_path
+        )
+        self.blocks = cast(list[Block], nn.ModuleList(blocks))  # so that its elements have their type
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Size]:
+        """(B, C', H', W') → tokens (B, G+N, C), global ones first, and the size (H, W) of the new map."""
+        x, size = self.patch_embed(x)
+        x = torch.cat([self.global_tokens.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        if self.position is not None:
+            x = self.position(x, size)
+        x = self.pos_drop(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+                x = checkpoint(block, x, size, use_reentrant=False)
+            else:
+                x = block(x, size)
+        return x, size
+
+    def resize(self, size: Size) -> None:
+        """Builds the stage for maps of another size. Raises ConfigError where an attention cannot follow."""
+        for block in self.blocks:
+            block.attn.resize(size)
+        if self.position is not None:
+            self.position.resize(size)
+        self.size = size
+
+    def to_map(self, x: Tensor, size: Size) -> Tensor:
+        """(B, G+N, C) → (B, C, H, W), without the global tokens."""
+        return x[:, self.num_global_tokens :].transpose(1, 2).unflatten(2, size)
+
+    def multiply_adds(self, in_chans: int, size: Size) -> int:
+        """Multiply-adds for one image, with `size` the map after this stage's patch embedding."""
+        locals_ = size[0] * size[1]
+        tokens = self.num_global_tokens + locals_
+        total = locals_ * self.patch_embed.patch**2 * in_chans * self.config.dim
+        for block in self.blocks:
+            total += block.attn.multiply_adds(size)
+            total += 2 * tokens * self.config.dim * block.mlp_width
+        return total
+
+
+class MultiScaleViT(nn.Module):
+    """Multi-scale vision transformer: stages of shrinking maps, each with its own attention.
+
+    Between stages the global tokens are dropped and the local ones are folded back to a map. After the last
+    stage: LayerNorm, then the mean over all tokens, global ones included (`avg`), or the first global token
+    (`cls`), then one linear layer.
+
+    Args:
+        stages: one `StageConfig` per stage, at least one.
+        img_size: (height, width) of the images that the model is built for, or one number for both; other
+            sizes work at run time, except with linformer attention.
+        in_chans: channels of the images.
+        num_classes: classes of the head; 0 for none.
+        global_pool: `avg`, `cls` (timm's `token` is the same), or empty for no pooling.
+        mask: keys of the local attention: `chunk`, `exact` or `cyclic`.
+        neighbors: chunks that the local attention sees in training: `all`, `self` or `random`.
+        share_global_projection: global tokens use the projections of the local ones.
+        share_key_value_projection: linformer: one projection for keys and values.
+        attention_backend: implementation of the local attention.
+        mlp_ratio: hidden width of the MLPs over C.
+        drop_rate: dropout before the head.
+        pos_drop_rate: dropout after the embeddings.
+        proj_drop_rate: dropout after the attention's projection and in the MLP.
+        attn_drop_rate: dropout of the attention weights.
+        drop_path_rate: stochastic depth at the last block, rising linearly from 0 over all blocks.
+        norm_embed: LayerNorm after each patch embedding.
+
+    Raises:
+        ConfigError: an impossible combination; the key is named as in `ModelConfig`.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[StageConfig],
+        img_size: int | Size = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        mask: Literal["chunk", "exact", "cyclic"] = "chunk",
+        neighbors: Literal["all", "self", "random"] = "all",
+        share_global_projection: bool = True,
+        share_key_value_projection: bool = True,
+        attention_backend: str = "auto",
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_embed: bool = True,
+    ) -> None:
+        super().__init__()
+        if not stages:
+            raise ConfigError("stages", "a model needs at least one stage")
+        if in_chans < 1:
+            raise ConfigError("in_chans", f"must be at least 1, got {in_chans}")
+        for key, rate in (("drop_path", drop_path_rate), ("dropout", proj_drop_rate),
+                          ("attention_dropout", attn_drop_rate)):  # fmt: skip
+            if not 0 <= rate < 1:
+                raise ConfigError(key, f"must be from 0 to below 1, got {rate}")
+        self.img_size = _pair(img_size)
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = stages[-1].dim
+        rates = torch.linspace(0, drop_path_rate, sum(stage.blocks for stage in stages)).tolist()
+        self.feature_info: list[dict[str, Any]] = []
+        modules = []
+        channels, reduction = in_chans, 1
+        for number, (stage, size) in enumerate(zip(stages, map_sizes(stages, self.img_size))):
+            _check_stage(number, stage)
+            options = AttentionOptions(
+                relative_position=stage.position == "relative"
+                and ATTENTIONS[stage.attention].has_relative_position,
+                attention_dropout=attn_drop_rate,
+                dropout=proj_drop_rate,
+                window=stage.window,
+                mask=mask,
+                neighbors=neighbors,
+                share_global_projection=share_global_projection,
+                backend=attention_backend,
+                projected_tokens=stage.projected_tokens,
+                share_key_value_projection=share_key_value_projection,
+                random_features=stage.random_features,
+                reduction=stage.reduction,
+            )
+            done = sum(s.blocks for s in stages[:number])
+            drop_path = rates[done : done + stage.blocks]
+            modules.append(
+                Stage(stage, channels, size, options, mlp_ratio, pos_drop_rate, drop_path, norm_embed)
+            )
+            channels = stage.dim
+            reduction *= stage.patch
+            self.feature_info.append(
+                {"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{number}"}
+            )
+        self.stages = cast(list[Stage], nn.ModuleList(modules))
+        self.norm: nn.Module = LayerNorm(channels)
+        self.head_drop = nn.Dropout(drop_rate)
+        self._set_pool(global_pool)
+        self.head = nn.Linear(channels, num_classes) if num_classes > 0 else nn.Identity()
+        self.apply(_initialize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, height, width) → logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images → the last stage's tokens (B, G+N, C) after the final norm, global ones first."""
+        for number, stage in enumerate(self.stages):
+            x, size = stage(x)
+            if number < len(self.stages) - 1:
+                x = stage.to_map(x, size)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, G+N, C) → logits (B, num_classes), or the pooled features (B, C) with `pre_logits`."""
+        if self.global_pool == "avg":
+            x = x.mean(dim=1)
+        elif self.global_pool == "cls":
+            x = x[:, 0]
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        return_prefix_tokens: bool = False,
+    ) -> Any:
+        """Feature maps of the stages, as timm defines it.
+
+        Args:
+            x: images (B, in_chans, height, width).
+            indices: stages to return: the last n for a number, all for None.
+            norm: apply the final norm to the last stage's map.
+            stop_early: leave out the stages after the last one that is asked for.
+            output_fmt: `NCHW`, maps (B, C, H, W), or `NLC`, tokens (B, N, C).
+            intermediates_only: return only the list.
+            return_prefix_tokens: return pairs (map, global tokens (B, G, C)).
+
+        Returns:
+            The list of feature maps, or a pair of the final tokens (as `forward_features`) and that list.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages), indices)
+        intermediates: list[Any] = []
+        stages = self.stages[: last + 1] if stop_early else self.stages
+        for number, stage in enumerate(stages):
+            x, size = stage(x)
+            final = number == len(self.stages) - 1
+            if number in take:
+                tokens = self.norm(x) if norm and final else x
+                local = stage.to_map(tokens, size).contiguous()
+                if output_fmt == "NLC":
+                    local = local.flatten(2).transpose(1, 2)
+                prefix = tokens[:, : stage.num_global_tokens]
+                intermediates.append((local, prefix) if return_prefix_tokens else local)
+            if number < len(stages) - 1:
+                x = stage.to_map(x, size)
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if len(stages) == len(self.stages) else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the stages that the given intermediates do not need; returns those intermediates."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        if last < len(self.stages) - 1:
+            self.stages = self.stages[: last + 1]
+            prune_norm = True  # the final norm belongs to the width of the last stage
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer of the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for `num_classes` classes (0: none), and another pooling where given."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self._set_pool(global_pool)
+        parameter = next(self.parameters())
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head.apply(_initialize).to(device=parameter.device, dtype=parameter.dtype)
+
+    def set_input_size(self, img_size: int | Size) -> None:
+        """Builds the model for another image size: embeddings and bias tables are resized in place.
+
+        Raises:
+            ConfigError: the images are too small, or an attention is bound to its number of tokens.
+        """
+        sizes = map_sizes([stage.config for stage in self.stages], _pair(img_size))
+        for stage, size in zip(self.stages, sizes):
+            stage.resize(size)
+        self.img_size = _pair(img_size)
+
+    def set_neighbors(self, neighbors: Literal["all", "self", "random"] | int) -> None:
+        """What every local attention sees in training: see `vil.attention.vision_longformer`."""
+        for stage in self.stages:
+            for block in stage.blocks:
+                block.attn.set_neighbors(neighbors)
+
+    def set_training_progress(self, step: int, epoch: int) -> None:
+        """Tells attentions that change while training (performer) which step comes next."""
+        for stage in self.stages:
+            for block in stage.blocks:
+                block.attn.set_training_progress(step, epoch)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass, to save memory."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are never decayed: global tokens, embeddings and bias tables."""
+        kinds = (".global_tokens", ".bias_table", ".position.", ".global_bias.")
+        return {name for name, _ in self.named_parameters() if any(kind in name for kind in kinds)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups of layers, for layer decay: by stage (coarse) or by block."""
+        if coarse:
+            return {
+                "stem": r"^stages\.0\.patch_embed",
+                "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))],
+            }
+        return {
+            "stem": r"^stages\.0\.(patch_embed|global_tokens|position)",
+            "blocks": [
+                (r"^stages\.(\d+)\.(?:patch_embed|global_tokens|position)", (-1,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    def multiply_adds(self, size: Size | None = None) -> int:
+        """Multiply-adds for one image of (height, width) = `size`, counted as the paper does.
+
+        Convolutions, linear layers, scores and weighted sums count; norms, softmax and additions do not.
+        """
+        total, channels = 0, self.in_chans
+        configs = [stage.config for stage in self.stages]
+        for stage, map_size in zip(self.stages, map_sizes(configs, size or self.img_size)):
+            total += stage.multiply_adds(channels, map_size)
+            channels = stage.config.dim
+        return total + channels * self.num_classes
+
+    def _set_pool(self, global_pool: str) -> None:
+        pool = {"token": "cls"}.get(global_pool, global_pool)
+        if pool not in ("avg", "cls", ""):
+            raise ConfigError("pool", f"must be avg or cls, got {global_pool!r}")
+        if pool == "cls" and not self.stages[-1].num_global_tokens:
+            raise ConfigError("pool", "cls needs a global token in the last stage, which has none")
+        self.global_pool = pool
+
+
+def map_sizes(stages: Sequence[StageConfig], image_size: Size) -> list[Size]:
+    """(H, W) of every stage's map, for images of (height, width) = `image_size`.
+
+    Raises:
+        ConfigError: a map gets smaller than a patch.
+    """
+    sizes, size = [], image_size
+    for number, stage in enumerate(stages):
+        if stage.patch < 1:
+            raise ConfigError(f"stages[{number}].patch", f"must be at least 1, got {stage.patch}")
+        if min(size) < stage.patch:
+            needed = 1
+            for earlier in stages[: number + 1]:
+                needed *= earlier.patch
+            side = "×".join(str(s) for s in image_size)
+            raise ConfigError(
+                "image_size",
+                f"{side} pixels are too few for stage {number + 1} of {len(stages)}, which needs {needed}",
+            )
+        size = (size[0] // stage.patch, size[1] // stage.patch)
+        sizes.append(size)
+    return sizes
+
+
+def _check_stage(number: int, stage: StageConfig) -> None:
+    with in_section(f"stages[{number}]"):
+        if stage.attention not in ATTENTIONS:
+            raise ConfigError("attention", f"must be one of {', '.join(ATTENTIONS)}, got {stage.attention!r}")
+        if stage.dim < 1:
+            raise ConfigError("dim", f"must be at least 1, got {stage.dim}")
+        if stage.blocks < 0:
+            raise ConfigError("blocks", f"must be 0 or more, got {stage.blocks}")
+
+
+def _pair(size: int | Sequence[int]) -> Size:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,297 @@
+"""The models by name: Table 1 of the ICCV 2021 paper as one table of sizes, registered with timm.
+
+A size is one row in `SIZES` and one file in configs/models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from vil.config import AttentionName, ConfigError, ModelConfig, StageConfig
+from vil.models.multiscale_vit import MultiScaleViT
+
+Position = Literal["relative", "absolute"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """One row of Table 1: per stage (blocks, patch, heads, dim), and how many first stages attend sparsely.
+
+    The last `len(stages) - sparse` stages use full attention, and the last stage has no global token, as in
+    the paper's models; flat models (`sparse` 0) keep theirs.
+    """
+
+    stages: tuple[tuple[int, int, int, int], ...]
+    sparse: int
+
+
+SIZES: dict[str, Size] = {
+    "vil_tiny": Size(((1, 4, 1, 48), (1, 2, 3, 96), (9, 2, 3, 192), (1, 2, 6, 384)), sparse=2),
+    "vil_small": Size(((1, 4, 3, 96), (2, 2, 3, 192), (8, 2, 6, 384), (1, 2, 12, 768)), sparse=2),
+    "vil_medium_deep": Size(((1, 4, 3, 96), (4, 2, 3, 192), (16, 2, 6, 384), (1, 2, 12, 768)), sparse=2),
+    "vil_medium_wide": Size(((1, 4, 3, 192), (2, 2, 6, 384), (8, 2, 8, 512), (1, 2, 12, 768)), sparse=2),
+    "vil_base_deep": Size(((1, 4, 3, 96), (8, 2, 3, 192), (24, 2, 6, 384), (1, 2, 12, 768)), sparse=2),
+    "vil_base_wide": Size(((1, 4, 3, 192), (2, 2, 6, 384), (8, 2, 12, 768), (1, 2, 16, 1024)), sparse=2),
+    "vil_tiny_3stage": Size(((2, 8, 3, 96), (9, 2, 3, 192), (1, 2, 6, 384)), sparse=1),
+    "vil_small_3stage": Size(((2, 8, 3, 192), (9, 2, 6, 384), (1, 2, 12, 768)), sparse=1),
+    "evit_tiny_patch16": Size(((12, 16, 3, 192),), sparse=0),
+    "evit_small_patch16": Size(((12, 16, 6, 384),), sparse=0),
+}
+
+
+def list_models() -> list[str]:
+    """Names of all models of the zoo; `vil` with a list of stages can be created besides."""
+    return list(SIZES)
+
+
+def create_model(
+    name: str,
+    image_size: int | tuple[int, int] = 224,
+    num_classes: int = 1000,
+    pool: Literal["avg", "cls"] = "avg",
+    attention: AttentionName | Sequence[AttentionName] | None = None,
+    blocks: Sequence[int] | None = None,
+    position: Position = "relative",
+    mask: Literal["chunk", "exact", "cyclic"] = "chunk",
+    window: int | None = None,
+    global_tokens: int | None = None,
+    neighbors: Literal["all", "self", "random"] = "all",
+    drop_path: float = 0.0,
+    in_chans: int = 3,
+    **options: Any,
+) -> MultiScaleViT:
+    """Creates a multi-scale Vision Longformer.
+
+    Args:
+        name: one of `list_models()`, or `vil` with the keyword `stages`, a list of `StageConfig`.
+        image_size: (height, width) of the images in pixels, or one number for both.
+        num_classes: classes of the head; 0 for none.
+        pool: what the head sees: the mean over all tokens, or the first global token. Where the zoo's last
+            stage has no global token, `cls` gives it one.
+        attention: attention of the sparse stages, or one name per stage; None keeps the zoo's own. Attentions
+            without offsets (all but full and vision_longformer) take absolute position in their stages.
+        blocks: blocks per stage.
+        position: position encoding of every stage.
+        mask: keys of the local attention.
+        window: side of a chunk of the local attention, in tokens.
+        global_tokens: global tokens of every stage.
+        neighbors: chunks that the local attention sees in training.
+        drop_path: stochastic depth at the last block.
+        in_chans: channels of the images.
+        **options: further options of `MultiScaleViT` (`share_global_projection`, `attn_drop_rate`, …) and
+        of the
+            stages (`projected_tokens`, `random_features`, `reduction`).
+
+    Raises:
+        ConfigError: an unknown name, or an impossible combination; a `ValueError`.
+    """
+    options.update(
+        img_size=image_size, num_classes=num_classes, global_pool=pool, attention=attention, blocks=blocks,
+        position=position, mask=mask, window=window, global_tokens=global_tokens, neighbors=neighbors,
+        drop_path_rate=drop_path, in_chans=in_chans,
+    )  # fmt: skip
+    if name != "vil" and name not in SIZES:
+        close = difflib.get_close_matches(name, SIZES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(SIZES)}, vil and timm/<name>"
+        raise ConfigError("name", f"there is no model {name!r}; {hint}")
+    return _build(name, **{key: value for key, value in options.items() if value is not None})
+
+
+def model_from_config(config: ModelConfig, num_classes: int | None = None) -> nn.Module:
+    """Creates what a model section describes: a model of the zoo, of stages, or of timm.
+
+    Args:
+        config: the section.
+        num_classes: classes where the section leaves them open.
+
+    Raises:
+        ConfigError: the key that cannot be used, as in the section.
+    """
+    classes = config.num_classes if config.num_classes is not None else num_classes
+    if classes is None:
+        raise ConfigError("num_classes", "is needed where no data says how many classes there are")
+    options = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    }
+    options = {**options, "num_classes": classes, "image_size": config.image_size}
+    name = options.pop("name", config.name)
+    if name.startswith("timm/"):
+        return _timm_model(name.removeprefix("timm/"), options)
+    if "timm_options" in options:
+        raise ConfigError("timm_options", f"only for a timm/<name> model, not for {name}")
+    if (name == "vil") != (config.stages is not None):
+        raise ConfigError("stages", "name: vil and a list of stages belong together")
+    dropout = options.pop("dropout", 0.0)
+    options.update(pos_drop_rate=dropout, proj_drop_rate=dropout)
+    options["attn_drop_rate"] = options.pop("attention_dropout", 0.0)
+    return create_model(name, **options)
+
+
+def _timm_model(name: str, options: dict[str, Any]) -> nn.Module:
+    """A baseline of timm; options that it cannot have are refused."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean timm/{close[0]}?" if close else ""
+        raise ConfigError("name", f"timm has no model {name!r}{hint}")
+    arguments = dict(options.pop("timm_options", None) or {})
+    arguments["num_classes"] = options.pop("num_classes")
+    image_size = options.pop("image_size")
+    if (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).fixed_input_size:
+        arguments["img_size"] = image_size
+    for ours, theirs in (("in_chans", "in_chans"), ("drop_path", "drop_path_rate")):
+        if ours in options:
+            arguments[theirs] = options.pop(ours)
+    if "pool" in options:
+        arguments["global_pool"] = {"cls": "token"}.get(options["pool"], options["pool"])
+        options.pop("pool")
+    if options:
+        raise ConfigError(next(iter(options)), f"timm/{name} has no such option; see timm_options")
+    try:
+        return timm.create_model(name, **arguments)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            "timm_options", f"timm cannot create {name}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def stages_of(
+    name: str,
+    *,
+    pool: str = "avg",
+    attention: AttentionName | Sequence[AttentionName] | None = None,
+    blocks: Sequence[int] | None = None,
+    position: Position | None = None,
+    window: int | None = None,
+    global_tokens: int | None = None,
+    projected_tokens: int | None = None,
+    random_features: int | None = None,
+    reduction: int | None = None,
+    stages: Sequence[StageConfig] | None = None,
+) -> list[StageConfig]:
+    """The stages of a zoo model (or the given ones, for `vil`), with everything that is not None changed.
+
+    Raises:
+        ConfigError: as `create_model`.
+    """
+    if name == "vil":
+        if not stages:
+            raise ConfigError("stages", "name: vil needs a list of stages")
+        result, sparse = [dataclasses.replace(stage) for stage in stages], None
+    else:
+        if stages is not None:
+            raise ConfigError("stages", f"only for name: vil, not for {name}")
+        result, sparse = _zoo_stages(SIZES[name]), SIZES[name].sparse
+    if blocks is not None:
+        if len(blocks) != len(result):
+            raise ConfigError("blocks", f"needs {len(result)} numbers, one per stage, got {list(blocks)}")
+        for stage, count in zip(result, blocks):
+            stage.blocks = count
+    if isinstance(attention, str):
+        for stage in result if sparse is None else result[:sparse]:
+            if sparse is not None or stage.attention != "full":
+                stage.attention = attention
+    elif attention is not None:
+        if len(attention) != len(result):
+            raise ConfigError("attention", f"needs {len(result)} names, one per stage, got {list(attention)}")
+        for stage, mechanism in zip(result, attention):
+            stage.attention = mechanism
+    changes = {
+        "position": position, "window": window, "global_tokens": global_tokens,
+        "projected_tokens": projected_tokens, "random_features": random_features, "reduction": reduction,
+    }  # fmt: skip
+    for stage in result:
+        for key, value in changes.items():
+            if value is not None:
+                setattr(stage, key, value)
+    if pool == "cls" and global_tokens is None and name != "vil":
+        result[-1].global_tokens = max(1, result[-1].global_tokens)
+    return result
+
+
+def _zoo_stages(size: Size) -> list[StageConfig]:
+    stages, stride = [], 1
+    for number, (blocks, patch, heads, dim) in enumerate(size.stages):
+        stride *= patch
+        last = number == len(size.stages) - 1
+        stages.append(
+            StageConfig(
+                dim=dim,
+                heads=heads,
+                blocks=blocks,
+                patch=patch,
+                attention="vision_longformer" if number < size.sparse else "full",
+                global_tokens=0 if last and size.sparse else 1,
+                reduction=max(1, 32 // stride),  # keys and values at 1/32 of the image
+            )
+        )
+    return stages
+
+
+_STAGE_OPTIONS = (
+    "attention", "blocks", "position", "window", "global_tokens",
+    "projected_tokens", "random_features", "reduction", "stages",
+)  # fmt: skip
+
+
+def _build(name: str, pretrained: bool = False, **options: Any) -> MultiScaleViT:
+    """Builds a model in timm's way: options are those of `MultiScaleViT` and of `stages_of`."""
+    pool = {"token": "cls"}.get(options.get("global_pool", "avg"), options.get("global_pool", "avg"))
+    changes = {key: options.pop(key) for key in _STAGE_OPTIONS if key in options}
+    stages = stages_of(name, pool=pool, **changes)
+    if name == "vil":  # not registered, so timm cannot look this up
+        options.setdefault("pretrained_cfg", _cfg())
+    return build_model_with_cfg(
+        MultiScaleViT,
+        name,
+        pretrained,
+        feature_cfg={"out_indices": tuple(range(len(stages))), "feature_cls": "getter"},
+        stages=stages,
+        **options,
+    )
+
+
+def _cfg() -> dict[str, Any]:
+    """What timm wants to know of a model's input: the paper's evaluation transform."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "fixed_input_size": True,
+        "first_conv": "stages.0.patch_embed.proj",
+        "classifier": "head",
+        "license": "mit",
+    }
+
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in SIZES})
+
+
+def _entrypoint(name: str) -> Callable[..., MultiScaleViT]:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> MultiScaleViT:
+        return _build(name, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f"{name}: see `vil.create_model`; keyword arguments as timm names them."
+    entrypoint.__module__ = __name__
+    return entrypoint
+
+
+for _name in SIZES:
+    setattr(sys.modules[__name__], _name, register_model(_entrypoint(_name)))
