@@ -55,10 +55,10 @@ def evaluate(
         device: where the model is.
         precision: of the forward pass; the cross-entropy is always computed and summed in float64.
         progress: show a bar; meant for rank 0 alone.
-        class_count: number of classes of the data, which the model must have as well, if given.
+        class_count: number of classes of the data; the model may have more.
 
     Raises:
-        ConfigError: no rank has any image, or the model has another number of classes.
+        ConfigError: no rank has any image, or the model has fewer classes than the data.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, cross-entropy, images
     with mode(model, training=False):
@@ -66,11 +66,9 @@ def evaluate(
             targets = targets.to(device, non_blocking=True)
             with autocast(precision, device):
                 logits = model(images.to(device, non_blocking=True))  # (B, classes)
-            if class_count is not None and logits.shape[1] != class_count:
-                raise ConfigError(
-                    "model.num_classes",
-                    f"the model has {logits.shape[1]} classes, the data has {class_count}",
-                )
+            if class_count is not None and logits.shape[1] < class_count:
+                reason = f"the model has {logits.shape[1]} classes, the data has {class_count}"
+                raise ConfigError("model.num_classes", reason)
             sums += _sums(logits.double(), targets)
     top1, top5, cross_entropy, count = all_reduce_sum(sums).tolist()
     if count == 0:

@@ -96,8 +96,10 @@ class Stage(nn.Module):
         self.num_global_tokens = config.global_tokens
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(in_chans, config.dim, config.patch, norm_embed)
-        self.global_tokens = nn.Parameter(torch.empty(1, config.global_tokens, config.dim))
-        nn.init.trunc_normal_(self.global_tokens, std=0.02)
+        self.global_tokens: nn.Parameter | None = None
+        if config.global_tokens:
+            self.global_tokens = nn.Parameter(torch.empty(1, config.global_tokens, config.dim))
+            nn.init.trunc_normal_(self.global_tokens, std=0.02)
         self.position: AbsolutePosition | None = None
         if not options.relative_position:
             self.position = AbsolutePosition(config.dim, size, config.global_tokens)
@@ -117,7 +119,8 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Size]:
         """(B, C', H', W') → tokens (B, G+N, C), global ones first, and the size (H, W) of the new map."""
         x, size = self.patch_embed(x)
-        x = torch.cat([self.global_tokens.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        if self.global_tokens is not None:
+            x = torch.cat([self.global_tokens.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         if self.position is not None:
             x = self.position(x, size)
         x = self.pos_drop(x)

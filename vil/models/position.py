@@ -30,7 +30,7 @@ class AbsolutePosition(nn.Module):
             raise ConfigError("dim", f"absolute position needs an even width, got {dim}")
         self.rows = nn.Parameter(torch.empty(size[0], dim // 2))
         self.columns = nn.Parameter(torch.empty(size[1], dim // 2))
-        self.globals = nn.Parameter(torch.empty(global_tokens, dim))
+        self.globals = nn.Parameter(torch.empty(global_tokens, dim)) if global_tokens else None
         for parameter in self.parameters():
             nn.init.trunc_normal_(parameter, std=0.02)
 
@@ -45,7 +45,7 @@ class AbsolutePosition(nn.Module):
         rows = resize_embedding(self.rows, size[0])[:, None, :].expand(-1, size[1], -1)
         columns = resize_embedding(self.columns, size[1])[None, :, :].expand(size[0], -1, -1)
         grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (N, C)
-        return x + torch.cat([self.globals, grid])
+        return x + (grid if self.globals is None else torch.cat([self.globals, grid]))
 
 
 def resize_embedding(embedding: Tensor, length: int) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class RunLog:
 
     def __init__(self, folder: Path | None, config: TrainConfig, step: int) -> None:
         self.enabled = folder is not None
+        self.shows_bars = self.enabled and config.progress and sys.stderr.isatty()
         self._config = config
         self._writer: Any = None
         if folder is None:
@@ -81,10 +83,11 @@ class RunLog:
         self._writer.add_image("train/augmented_batch", grid, 0)
 
     def bar(self, epoch: int, done: int, steps: int) -> tqdm[Any]:
-        """A progress bar over the steps of an epoch; silent where the output is no terminal."""
-        silent = None if self._config.progress and self.enabled else True
+        """A progress bar over the steps of an epoch; none where nobody looks at a terminal."""
         name = f"epoch {epoch}/{self._config.schedule.epochs}"
-        return tqdm(desc=name, initial=done, total=steps, unit="step", leave=False, disable=silent)
+        return tqdm(
+            desc=name, initial=done, total=steps, unit="step", leave=False, disable=not self.shows_bars
+        )
 
     def say(self, line: str) -> None:
         """One line for people."""

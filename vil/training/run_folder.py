@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -68,8 +69,9 @@ def differences(stored: dict[str, Any], config: TrainConfig) -> list[tuple[str, 
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
-    """Writes the resolved configuration to config.yaml, as --config reads it."""
-    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    """Writes the resolved configuration to config.yaml, as --config reads it; whoever loads it, continues."""
+    content = plain(dataclasses.replace(config, resume="auto"))
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 

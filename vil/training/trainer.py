@@ -293,7 +293,7 @@ class _Trainer:
                 self.loaders.validation,
                 device=self.process.device,
                 precision=self.precision,
-                progress=self.config.progress and self.process.is_main,
+                progress=self.log.shows_bars,
             )
             results |= {f"{prefix}{name}": getattr(accuracy, name) for name in ("top1", "top5", "loss")}
             results["images"] = accuracy.images

@@ -1,0 +1,188 @@
+"""What an evaluation found: one flat object per model and data set, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vil.config import ConfigError, Precision
+from vil.evaluation.accuracy import evaluate
+from vil.evaluation.benchmark import images_per_second, measure_memory
+from vil.evaluation.complexity import measure_complexity
+from vil.training.distributed import from_main
+from vil.training.precision import check_precision
+
+Result = dict[str, Any]
+
+_COLUMNS: dict[str, tuple[str, float | None, str]] = {  # heading: key, divisor of a number, format
+    "model": ("model", None, ""),
+    "checkpoint": ("checkpoint", None, ""),
+    "weights": ("weights", None, ""),
+    "data": ("data", None, ""),
+    "size": ("image_size", 1, ".0f"),
+    "images": ("images", 1, ",.0f"),
+    "Top-1 %": ("top1", 1, ".2f"),
+    "Top-5 %": ("top5", 1, ".2f"),
+    "loss": ("loss", 1, ".4f"),
+    "params M": ("params", 1e6, ".2f"),
+    "FLOPs G": ("flops", 1e9, ".3f"),
+    "train MB": ("train_memory_mb", 1, ".1f"),
+    "eval MB": ("eval_memory_mb", 1, ".1f"),
+    "images/s": ("images_per_second", 1, ".1f"),
+}
+
+
+def evaluate_model(
+    model: nn.Module,
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]] | None,
+    *,
+    image_size: int,
+    in_chans: int,
+    device: torch.device,
+    precision: Precision,
+    checkpoint: str | None,
+    model_name: str,
+    weights: str | None = None,
+    data: str | None = None,
+    batch_size: int = 128,
+    class_count: int | None = None,
+    progress: bool = False,
+) -> Result:
+    """Accuracy, parameters, FLOPs, memory and speed of `model`; every rank calls this and gets the same.
+
+    Cost and speed are taken on rank 0 while the others wait. Training memory is that of the precision that
+    train.py chooses on this device.
+
+    Args:
+        model: maps images (B, in_chans, image_size, image_size) to logits (B, classes); is on `device` and
+            stays as it is.
+        loader: this rank's images and targets; None leaves the accuracy out.
+        precision: of the forward pass.
+        checkpoint: the file the weights come from; None for weights that were not trained.
+        model_name, weights, data: written into the result: architecture, raw or ema, and data set.
+        batch_size: images per pass when memory and speed are measured on a GPU; speed on a CPU takes 16 at
+            most.
+        class_count: number of classes of the data; the model may have more.
+        progress: show a bar; meant for rank 0 alone.
+
+    Returns:
+        top1, top5 (per cent), loss (nats) and images, all None without a loader; params; flops
+        (multiply-adds of one image); train_memory_mb and eval_memory_mb (10^6 bytes per image) and memory,
+        how they were found; images_per_second of inference; device, precision, train_precision, image_size,
+        model, checkpoint, weights, data.
+    """
+    result: Result = dict.fromkeys(("top1", "top5", "loss", "images"))
+    if loader is not None:
+        accuracy = evaluate(
+            model, loader, device=device, precision=precision, progress=progress, class_count=class_count
+        )
+        result = {key: getattr(accuracy, key) for key in result}
+    result |= from_main(lambda: _cost(model, image_size, in_chans, device, precision, batch_size))
+    result |= {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": precision,
+        "image_size": image_size,
+        "model": model_name,
+        "checkpoint": checkpoint,
+        "weights": weights,
+        "data": data,
+    }
+    return result
+
+
+def _cost(
+    model: nn.Module,
+    image_size: int,
+    in_chans: int,
+    device: torch.device,
+    precision: Precision,
+    batch_size: int,
+) -> Result:
+    complexity = measure_complexity(model, image_size, in_chans)
+    train_precision = check_precision(None, device)
+    memory = measure_memory(
+        model,
+        image_size,
+        in_chans,
+        device=device,
+        train_precision=train_precision,
+        eval_precision=precision,
+        batch_size=batch_size,
+    )
+    speed = images_per_second(
+        model,
+        image_size,
+        in_chans,
+        device=device,
+        precision=precision,
+        batch_size=batch_size if device.type == "cuda" else min(batch_size, 16),
+    )
+    return {
+        "params": complexity.params,
+        "flops": complexity.flops,
+        "train_memory_mb": memory.train / 1e6,
+        "eval_memory_mb": memory.eval / 1e6,
+        "memory": memory.kind,
+        "train_precision": train_precision,
+        "images_per_second": speed,
+    }
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as aligned text, without the columns that none of them fills, then machine and units."""
+    columns = []
+    for heading, (key, divisor, form) in _COLUMNS.items():
+        values = [result[key] for result in results]
+        if any(value is not None for value in values):
+            cells = [heading, *(_cell(value, divisor, form) for value in values)]
+            width = max(map(len, cells))
+            columns.append([cell.rjust(width) if divisor else cell.ljust(width) for cell in cells])
+    rows = ["  ".join(row).rstrip() for row in zip(*columns)]
+    notes = [
+        f"{r['device']}, {r['precision']}. FLOPs: multiply-adds of one image. "
+        f"MB: 10^6 bytes per image, {r['memory']}, training in {r['train_precision']}."
+        for r in results
+    ]
+    return "\n".join([*rows, *dict.fromkeys(notes)])
+
+
+def _cell(value: Any, divisor: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return format(value / divisor if divisor else value, form)
+
+
+def write_json(path: str | Path, results: Sequence[Result]) -> None:
+    """Writes the results as a JSON list; `path` holds the old content or all of the new, whatever happens.
+
+    JSON knows no NaN and no infinity: such a figure is written as null.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    finite = [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
+        for result in results
+    ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(finite, file, indent=2, allow_nan=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError("json", f"{path} cannot be written: {error.strerror or error}") from None
