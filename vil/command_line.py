@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import json
 import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import getitem
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
@@ -61,18 +64,18 @@ def parse(
         config_class: a dataclass whose fields are options or sections (dataclasses).
         argv: the words of the line, without the program's name.
         base_files: for a section, the file that is loaded where the line names none.
-        base_values: values under everything else, as nested mappings.
+        base_values: values under everything else, as nested mappings: a stored configuration.
         prog: the program's name, for its help.
 
     Raises:
         ConfigError: names the file and the key; its text is the one line to show.
         SystemExit: after --help or --print_config.
     """
-    words = list(argv)
+    hints = _field_types(config_class)
+    words = list(_joined_lists(argv, hints))
     for section, path in (base_files or {}).items():
         if not any(name == section for name, _ in _options(words)):
             words = [f"--{section}", str(path), *words]
-    hints = _field_types(config_class)
     sections = {name for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     origins: dict[str, str] = {}
     for name, value in _options(words):
@@ -89,7 +92,8 @@ def parse(
     parser.add_argument("--config", action="config", help="Partial configuration file over all sections.")
     parser.add_class_arguments(config_class, None)
     if base_values:
-        parser.set_defaults(dict(_leaves(base_values)))
+        keys = _check(base_values, config_class, "", "stored configuration")
+        parser.set_defaults({key: functools.reduce(getitem, key.split("."), base_values) for key in keys})
     try:
         values = vars(parser.instantiate(parser.parse_args(words)))
     except ArgumentError as error:
@@ -111,6 +115,23 @@ def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
     except ConfigError as error:
         exit_with(error)
     raise SystemExit(0)
+
+
+def _joined_lists(words: Sequence[str], hints: Mapping[str, Any]) -> Iterator[str]:
+    """The words, with `--name a b` for a list of texts as the one word that jsonargparse reads as a list."""
+    groups: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            groups.append([])
+        groups[-1].append(word)
+    for group in groups:
+        name, equals, value = group[0][2:].partition("=") if group else ("", "", "")
+        values = [value, *group[1:]] if equals else group[1:]
+        hint = hints.get(name)
+        if list[str] in (hint, *typing.get_args(hint)) and values and not values[0].startswith("["):
+            yield f"--{name}={json.dumps(values)}"
+        else:
+            yield from group
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -263,11 +284,3 @@ def _type_name(hint: Any) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
