@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 
 
 def seed_sequence(seed: int, purpose: str, *key: int) -> np.random.SeedSequence:
@@ -31,14 +32,14 @@ def seeded(seed: int, purpose: str, *key: int) -> Iterator[None]:
     sequence = seed_sequence(seed, purpose, *key)
     words = sequence.generate_state(5)
     python_state = random.getstate()
-    numpy_generator = np.random.get_bit_generator()  # exchanged as a whole: saving its state takes longer
+    numpy_generator = mtrand.get_bit_generator()  # exchanged as a whole: saving its state takes longer
     torch_state = torch.get_rng_state()
     random.seed(words[:4].tobytes())
-    np.random.set_bit_generator(np.random.PCG64(sequence))
+    mtrand.set_bit_generator(np.random.PCG64(sequence))
     torch.default_generator.manual_seed(int(words[4]))  # not torch.manual_seed: that seeds GPUs too
     try:
         yield
     finally:
         random.setstate(python_state)
-        np.random.set_bit_generator(numpy_generator)
+        mtrand.set_bit_generator(numpy_generator)
         torch.set_rng_state(torch_state)

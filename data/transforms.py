@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 from timm.data import auto_augment, create_transform
-from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 
 from vil.config import AugmentConfig, ConfigError, DataConfig
 
@@ -84,7 +84,10 @@ def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ..
 
 def _crop(augment: AugmentConfig, image_size: int) -> list[Any]:
     """The crops other than the Inception crop; all resize the short side to image_size first."""
-    resize = ResizeKeepRatio(image_size, interpolation=augment.interpolation)
+    drawn = ("bilinear", "bicubic") if augment.interpolation == "random" else (augment.interpolation,)
+    resize = transforms.RandomChoice(
+        [transforms.Resize(image_size, InterpolationMode(interpolation)) for interpolation in drawn]
+    )
     centre = transforms.CenterCrop(image_size)
     if augment.crop == "none":
         return [resize, centre]
