@@ -71,11 +71,11 @@ def parse(
         ConfigError: names the file and the key; its text is the one line to show.
         SystemExit: after --help or --print_config.
     """
-    hints = _field_types(config_class)
-    words = list(_joined_lists(argv, hints))
+    words = list(_completed(argv, config_class))
     for section, path in (base_files or {}).items():
         if not any(name == section for name, _ in _options(words)):
             words = [f"--{section}", str(path), *words]
+    hints = _field_types(config_class)
     sections = {name for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     origins: dict[str, str] = {}
     for name, value in _options(words):
@@ -117,18 +117,20 @@ def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
     raise SystemExit(0)
 
 
-def _joined_lists(words: Sequence[str], hints: Mapping[str, Any]) -> Iterator[str]:
-    """The words, with `--name a b` for a list of texts as the one word that jsonargparse reads as a list."""
+def _completed(words: Sequence[str], config_class: type) -> Iterator[str]:
+    """The words as jsonargparse reads them: `--name a b` is a list of texts, a bare `--name` is true."""
     groups: list[list[str]] = [[]]
     for word in words:
         if word.startswith("--"):
             groups.append([])
         groups[-1].append(word)
-    for group in groups:
-        name, equals, value = group[0][2:].partition("=") if group else ("", "", "")
+    for group in filter(None, groups):
+        name, equals, value = group[0][2:].partition("=")
         values = [value, *group[1:]] if equals else group[1:]
-        hint = hints.get(name)
-        if list[str] in (hint, *typing.get_args(hint)) and values and not values[0].startswith("["):
+        hint = _hint_of(config_class, name)
+        if hint is bool and not values:
+            yield f"--{name}=true"
+        elif list[str] in (hint, *typing.get_args(hint)) and values and not values[0].startswith("["):
             yield f"--{name}={json.dumps(values)}"
         else:
             yield from group
@@ -223,9 +225,7 @@ def _explained(message: str, config_class: type, parser: ArgumentParser) -> Conf
     """One line for an error that jsonargparse found on the line itself; files are checked before."""
     if match := re.match(r'Parser key "([^"]+)"', message):
         key = match[1]
-        hint: Any = config_class
-        for part in key.split("."):
-            hint = _field_types(hint).get(part) if dataclasses.is_dataclass(hint) else None
+        hint = _hint_of(config_class, key)
         given = re.search(r"(?:Given value|Got value): (.*)", message)
         if hint is not None and given:
             return ConfigError(
@@ -251,6 +251,15 @@ def _nearest(key: str, known: Sequence[str] | Mapping[str, Any], prefix: str) ->
 def _field_types(config_class: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(config_class)
     return {f.name: hints[f.name] for f in dataclasses.fields(config_class)}
+
+
+def _hint_of(config_class: Any, key: str) -> Any:
+    """The type of a dotted key, or None where there is none."""
+    for part in key.split("."):
+        config_class = (
+            _field_types(config_class).get(part) if dataclasses.is_dataclass(config_class) else None
+        )
+    return config_class
 
 
 def _element_dataclass(hint: Any) -> Any:

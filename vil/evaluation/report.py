@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,12 @@ def evaluate_model(
         (multiply-adds of one image); train_memory_mb and eval_memory_mb (10^6 bytes per image) and memory,
         how they were found; images_per_second of inference; device, precision, train_precision, image_size,
         model, checkpoint, weights, data.
+
+    Raises:
+        ConfigError: as `evaluate`, or a batch size below 1.
     """
+    if batch_size < 1:
+        raise ConfigError("batch_size", f"expected at least 1, got {batch_size}")
     result: Result = dict.fromkeys(("top1", "top5", "loss", "images"))
     if loader is not None:
         accuracy = evaluate(
@@ -159,6 +166,23 @@ def _cell(value: Any, divisor: float | None, form: str) -> str:
     return format(value / divisor if divisor else value, form)
 
 
+def check_writable(path: str | Path) -> None:
+    """Finds out before the work whether `write_json` will be able to write there.
+
+    Raises:
+        ConfigError: it will not.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError("json", f"{path} cannot be written: {error.strerror or error}") from None
+
+
 def write_json(path: str | Path, results: Sequence[Result]) -> None:
     """Writes the results as a JSON list; `path` holds the old content or all of the new, whatever happens.
 
@@ -174,7 +198,6 @@ def write_json(path: str | Path, results: Sequence[Result]) -> None:
         for result in results
     ]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("w", encoding="utf-8") as file:
                 json.dump(finite, file, indent=2, allow_nan=False)
