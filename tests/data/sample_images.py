@@ -1,6 +1,9 @@
 """Pictures for the tests of this folder."""
 
+import random
+
 import numpy as np
+import torch
 from PIL import Image
 
 NO_AUGMENT = {"crop": "none", "hflip": 0.0, "interpolation": "bilinear"}
@@ -12,3 +15,9 @@ def write_image(path, seed, size=(40, 30), mode="RGB"):
     shape = (5, 6) if mode == "L" else (5, 6, 3)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).resize(size).save(path)
+
+
+def generator_states():
+    """The states of the global CPU generators, to be compared."""
+    _, numbers, position, *_ = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), numbers.tolist(), position, torch.get_rng_state().tolist()

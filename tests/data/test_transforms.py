@@ -183,7 +183,7 @@ def test_randaugment_runs_thousands_of_times(image, policy):
     for operation in posterizes:
         assert operation.aug_fn is not auto_augment.posterize
         operation.aug_fn = counting
-    for view in range(3000):
+    for view in range(2000):
         with seeded(0, "test", view):
             assert transform(small).isfinite().all()
     assert min(bits) <= 0  # the trap was met

@@ -1,0 +1,244 @@
+"""Loaders: the same batches for any number of workers and ranks, resumed exactly; errors on one line."""
+
+import dataclasses
+import itertools
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from sample_images import NO_AUGMENT, generator_states, write_image
+
+from data import build_loaders, build_validation
+from vil.config import AugmentConfig, ConfigError, DataConfig
+
+RECIPE = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
+
+
+def load(data=None, augment=RECIPE, **options):
+    defaults = {"image_size": 32, "in_chans": 3, "batch_size": 128, "accumulation": 1, "seed": 0}
+    return build_loaders(data or DataConfig(workers=0), augment, **{**defaults, **options})
+
+
+def equal(batches, others):
+    batches, others = list(batches), list(others)
+    assert len(batches) == len(others) > 0
+    return all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(batches, others))
+
+
+def test_batches_are_what_the_contract_says():
+    loaders = load(accumulation=2)
+    assert loaders.train.steps_per_epoch == 1437 // 128
+    assert (loaders.num_classes, loaders.class_names) == (10, tuple("0123456789"))
+    batches = list(loaders.train.epoch(0))
+    assert len(batches) == 2 * loaders.train.steps_per_epoch
+    for images, targets in batches:
+        assert (images.shape, images.dtype) == ((64, 3, 32, 32), torch.float32)
+        assert (targets.shape, targets.dtype) == ((64,), torch.int64)
+    assert loaders.validation.num_images == sum(len(targets) for _, targets in loaders.validation) == 360
+    assert len(list(loaders.validation)) == len(loaders.validation) == 6
+
+
+def test_workers_change_nothing():
+    """Also not in a second epoch, from the middle of one, after one that was abandoned, or in evaluation."""
+
+    def run(workers):
+        loaders = load(DataConfig(workers=workers), accumulation=2)
+        batches = list(loaders.train.epoch(0, start=6)) + list(loaders.train.epoch(1, start=7))
+        batches += itertools.islice(loaders.train.epoch(2), 3)
+        batches += list(loaders.train.epoch(3, start=9))
+        return batches + list(loaders.validation) + list(loaders.validation)
+
+    assert equal(run(0), run(2))
+
+
+def test_epochs_and_seeds_differ_and_repeat_themselves():
+    def tail(loaders, epoch):
+        return list(loaders.train.epoch(epoch, start=10))
+
+    loaders = load()
+    first = tail(loaders, 0)
+    assert equal(first, tail(loaders, 0))
+    assert equal(first, tail(load(), 0))
+    assert not equal(first, tail(loaders, 1))
+    assert not equal(first, tail(load(seed=1), 0))
+
+
+def test_an_image_is_augmented_anew_in_every_epoch_and_view(folder_data):
+    loaders = load(folder_data, dataclasses.replace(RECIPE, repeats=3), batch_size=12)
+    for epoch in range(2):
+        ((images, _),) = loaders.train.epoch(epoch)
+        assert len(torch.unique(images, dim=0)) == 12
+    (first, _), (second, _) = (next(loaders.train.epoch(epoch)) for epoch in range(2))
+    assert not (first[:, None] == second[None]).flatten(2).all(2).any()
+
+
+def test_start_is_the_tail_of_the_epoch_and_loads_nothing_before_it(folder_data, monkeypatch):
+    loaders = load(folder_data, batch_size=4, accumulation=2)
+    whole = list(loaders.train.epoch(5))
+    read = []
+    source = loaders.train._loader.dataset.source
+    load_image = source.load
+    monkeypatch.setattr(source, "load", lambda index: read.append(index) or load_image(index))
+    assert equal(whole[4:], loaders.train.epoch(5, start=2))
+    assert len(read) == 4
+    assert list(loaders.train.epoch(5, start=3)) == []
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 4), (3, 2)])
+def test_ranks_and_accumulation_share_one_global_batch(world_size, accumulation):
+    def rows(loaders_of_ranks):
+        found = []
+        for parts in zip(*(loaders.train.epoch(1, start=10) for loaders in loaders_of_ranks)):
+            images = torch.cat([images for images, _ in parts]).flatten(1)
+            targets = torch.cat([targets for _, targets in parts])
+            found += [(int(target), image.numpy().tobytes()) for image, target in zip(images, targets)]
+        return sorted(found)
+
+    one = rows([load(batch_size=120)])
+    many = rows(
+        load(batch_size=120, accumulation=accumulation, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    )
+    assert len(one) == 120
+    assert one == many
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_validate_each_image_exactly_once(folder_data, world_size):
+    data = dataclasses.replace(folder_data, val_split="train", crop_pct=1.0)
+    whole = build_validation(data, image_size=16, in_chans=3, batch_size=5)
+    images = torch.cat([images for images, _ in whole.loader])
+    parts = [
+        build_validation(data, image_size=16, in_chans=3, batch_size=2, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert all(part.loader.num_images == len(images) == 12 for part in parts)
+    for rank, part in enumerate(parts):
+        mine = torch.cat([images for images, _ in part.loader])
+        assert torch.equal(mine, images[rank::world_size])
+
+
+def test_a_rank_may_have_nothing_to_validate(folder_data):
+    for workers in (0, 1):
+        data = dataclasses.replace(folder_data, workers=workers)
+        part = build_validation(data, image_size=16, in_chans=3, batch_size=2, rank=7, world_size=8)
+        assert (len(part.loader), list(part.loader), part.loader.num_images) == (0, [], 6)
+
+
+def test_validation_is_never_augmented_and_needs_no_training_split(folder_data, image_folder):
+    (image_folder / "train").rename(image_folder / "elsewhere")
+    validation = build_validation(folder_data, image_size=16, in_chans=1, batch_size=4)
+    assert (validation.num_classes, validation.class_names) == (3, ("ant", "bear", "cat"))
+    assert equal(validation.loader, validation.loader)
+    assert next(iter(validation.loader))[0].shape == (4, 1, 16, 16)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_generators_of_the_process_alone(workers):
+    loaders = load(DataConfig(workers=workers), batch_size=480)
+    states = generator_states()
+    list(loaders.train.epoch(0))
+    list(loaders.validation)
+    assert generator_states() == states
+
+
+def test_grey_images_throughout(folder_data):
+    loaders = load(folder_data, in_chans=1, batch_size=4)
+    images, _ = next(loaders.train.epoch(0))
+    assert images.shape == (4, 1, 32, 32)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_image_is_one_line_that_names_it(folder_data, image_folder, workers, split):
+    victim = image_folder / split / "bear/1.png"
+    victim.write_bytes(victim.read_bytes()[:200])
+    loaders = load(dataclasses.replace(folder_data, workers=workers), batch_size=12)
+    with pytest.raises(ConfigError) as error:
+        list(loaders.train.epoch(0) if split == "train" else loaders.validation)
+    assert error.value.key == "data.root"
+    assert str(victim) in error.value.reason
+    assert "\n" not in str(error.value)
+
+
+def test_mixing_needs_an_even_number_of_images_before_training_starts(folder_data):
+    for augment in (AugmentConfig(mixup=0.8), AugmentConfig(cutmix=1.0)):
+        with pytest.raises(ConfigError) as error:
+            load(folder_data, augment, batch_size=6, accumulation=2)
+        assert error.value.key == "schedule.batch_size"
+    load(folder_data, AugmentConfig(), batch_size=6, accumulation=2)
+
+
+def test_classes_of_both_splits_must_agree(image_folder):
+    data = DataConfig(source="torch/image_folder", root=str(image_folder), workers=0)
+    assert load(data, batch_size=4).num_classes == 3
+    (image_folder / "val/bear").rename(image_folder / "val/dog")
+    with pytest.raises(ConfigError, match=r"'cat'.*'bear'") as error:
+        load(data, batch_size=4)
+    assert error.value.key == "data.val_split"
+    write_image(image_folder / "val/zebra/0.png", 1)
+    (image_folder / "val/dog").rename(image_folder / "val/bear")
+    with pytest.raises(ConfigError, match="4 classes"):
+        load(data, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"batch_size": 4096}, "schedule.batch_size"),
+        ({"batch_size": 30, "world_size": 4}, "schedule.batch_size"),
+    ],
+)
+def test_impossible_batches_are_refused(options, key):
+    with pytest.raises(ConfigError) as error:
+        load(**options)
+    assert error.value.key == key
+
+
+def test_negative_workers_and_empty_batches_are_refused():
+    with pytest.raises(ConfigError, match=r"data\.workers"):
+        load(DataConfig(workers=-1))
+    with pytest.raises(ConfigError, match="batch_size"):
+        build_validation(DataConfig(), image_size=32, in_chans=3, batch_size=0)
+
+
+def test_the_views_travel_to_workers_that_are_not_forked(folder_data):
+    """Python 3.14 starts workers by forkserver, which pickles the data set; so do macOS and Windows."""
+    script = (
+        "import multiprocessing, pickle, sys, torch\n"
+        "views, key = pickle.load(sys.stdin.buffer)\n"
+        "sys.stdout.write(repr(float(views[key][0].double().sum())))\n"
+    )
+    views = load(folder_data, batch_size=4).train._loader.dataset
+    key = (1, 5, 0)
+    answer = subprocess.run(
+        [sys.executable, "-c", script], input=pickle.dumps((views, key)), capture_output=True, check=True
+    )
+    assert float(answer.stdout) == float(views[key][0].double().sum())
+
+
+def test_channels_last_layout(folder_data):
+    loaders = load(folder_data, batch_size=4, channels_last=True)
+    images, _ = next(loaders.train.epoch(0))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, next(load(folder_data, batch_size=4).train.epoch(0))[0])
+
+
+def test_an_unaugmented_training_image_is_the_evaluation_image():
+    data = DataConfig(workers=0, crop_pct=1.0, val_split="train")
+    loaders = load(data, AugmentConfig(**NO_AUGMENT), batch_size=1437)
+    ((images, targets),) = loaders.train.epoch(0)
+    order = [index for _, index, _ in next(iter(loaders.train._micro_batches))]
+    ((plain, plain_targets),) = loaders.validation
+    assert torch.equal(images, plain[order])
+    assert torch.equal(targets, plain_targets[order])
+
+
+def test_photographs_are_the_same_for_any_number_of_workers(photographs):
+    def run(workers):
+        data = DataConfig(source="folder", root=photographs, val_split="train", workers=workers)
+        return load(data, image_size=96, batch_size=64).train.epoch(0, start=2)
+
+    assert equal(run(0), run(2))

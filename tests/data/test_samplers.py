@@ -1,0 +1,115 @@
+"""Samplers: batches are a function of (seed, epoch), however ranks and accumulation divide them."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.samplers import MicroBatches, epoch_order
+from vil.config import ConfigError
+
+
+def batches(epoch=0, start=0, world_size=1, accumulation=1, num_images=50, batch_size=12, **options):
+    """The global batches of an epoch, as sets of keys, put together from the micro-batches of all ranks."""
+    steps = None
+    for rank in range(world_size):
+        sampler = MicroBatches(
+            num_images, batch_size, accumulation, 7, rank=rank, world_size=world_size, **options
+        )
+        sampler.choose(epoch, start)
+        micro = list(sampler)
+        assert len(micro) == len(sampler) == (num_images // batch_size - start) * accumulation
+        assert all(len(keys) == sampler.micro_batch_size for keys in micro)
+        groups = [micro[i : i + accumulation] for i in range(0, len(micro), accumulation)]
+        mine = [[key for keys in group for key in keys] for group in groups]
+        steps = mine if steps is None else [a + b for a, b in zip(steps, mine)]
+    return [sorted(keys) for keys in steps]
+
+
+def test_an_epoch_takes_each_image_once_and_drops_the_incomplete_batch():
+    sampler = MicroBatches(50, 12, 1, seed=0)
+    assert sampler.steps_per_epoch == 4
+    keys = [key for micro_batch in sampler for key in micro_batch]
+    assert len(keys) == len({index for _, index, _ in keys}) == 48
+    assert {(epoch, view) for epoch, _, view in keys} == {(0, 0)}
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        return epoch_order(seed, epoch, 100)[0].tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
+    assert sorted(order(3, 4)) == list(range(100))
+
+
+@given(
+    world_size=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    share=st.integers(1, 4),
+    extra=st.integers(0, 30),
+    repeats=st.integers(1, 4),
+    epoch=st.integers(0, 5),
+)
+def test_ranks_and_accumulation_divide_one_and_the_same_batch(
+    world_size, accumulation, share, extra, repeats, epoch
+):
+    batch_size = world_size * accumulation * share
+    shape = {"num_images": batch_size + extra, "batch_size": batch_size, "repeats": repeats, "epoch": epoch}
+    divided = batches(world_size=world_size, accumulation=accumulation, **shape)
+    assert divided == batches(**shape)
+    assert all(len(set(keys)) == batch_size for keys in divided)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4])
+def test_start_skips_whole_steps(start):
+    for options in ({}, {"world_size": 2, "accumulation": 3}, {"repeats": 3}):
+        assert batches(epoch=2, start=start, **options) == batches(epoch=2, **options)[start:]
+
+
+def test_start_outside_the_epoch_is_an_error():
+    with pytest.raises(ValueError, match="start"):
+        MicroBatches(50, 12, 1, seed=0).choose(0, 5)
+
+
+def test_repeated_augmentation_puts_all_views_of_an_image_into_one_batch():
+    steps = batches(num_images=50, batch_size=12, repeats=3)
+    assert len(steps) == 4  # an epoch keeps its length
+    seen = Counter()
+    for keys in steps:
+        views = Counter(index for _, index, _ in keys)
+        assert set(views.values()) == {3}
+        assert {(index, view) for _, index, view in keys} == {(i, v) for i in views for v in range(3)}
+        seen.update(set(views))
+    assert len(seen) == 16  # a third of the images
+    assert set(seen.values()) == {1}
+
+
+def test_repeated_augmentation_spreads_the_views_over_the_ranks():
+    for rank in range(3):
+        sampler = MicroBatches(60, 12, 1, seed=0, repeats=3, rank=rank, world_size=3)
+        for keys in sampler:
+            assert len({index for _, index, _ in keys}) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"batch_size": 10, "world_size": 4}, "schedule.batch_size"),
+        ({"batch_size": 10, "accumulation": 4}, "schedule.batch_size"),
+        ({"batch_size": 0}, "schedule.batch_size"),
+        ({"batch_size": 51}, "schedule.batch_size"),
+        ({"accumulation": 0}, "schedule.accumulation"),
+        ({"repeats": 0}, "schedule.augment.repeats"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(options, key):
+    with pytest.raises(ConfigError) as error:
+        MicroBatches(**{"num_images": 50, "batch_size": 12, "accumulation": 1, "seed": 0, **options})
+    assert error.value.key == key
+
+
+def test_the_error_names_the_nearest_batch_size():
+    with pytest.raises(ConfigError, match="12 are"):
+        MicroBatches(50, 13, 2, seed=0, world_size=2)
