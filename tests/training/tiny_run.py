@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -80,7 +79,9 @@ def make_batch(number: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor
     return images + offsets[:, :, None, None], targets
 
 
-def make_loaders(batch_size: int = 16, accumulation: int = 1, rank: int = 0, world_size: int = 1) -> TinyLoaders:
+def make_loaders(
+    batch_size: int = 16, accumulation: int = 1, rank: int = 0, world_size: int = 1
+) -> TinyLoaders:
     images, targets = make_batch(0, 30)
     share = slice(rank, None, world_size)
     return TinyLoaders(
@@ -103,15 +104,8 @@ def make_config(output: Path, **options: Any) -> TrainConfig:
 def run(config: TrainConfig, model: nn.Module | None = None, **options: Any) -> Summary:
     """Trains a tiny model in the folder `config.output`."""
     Path(config.output or "").joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # small models are slower with more
     torch.manual_seed(0)
     loaders = make_loaders(config.schedule.batch_size, config.schedule.accumulation)
     process = Process(0, 0, 1, torch.device("cpu"))
     return fit(model or TinyModel(), loaders, config, process, evaluate=evaluate, **options)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-Runner = Callable[..., Summary]

@@ -1,0 +1,90 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from vil.config import ConfigError
+from vil.training import checkpoint
+
+
+def make_state(value: float = 1.0) -> dict:
+    return dict.fromkeys(checkpoint.KEYS) | {
+        "model": {"weight": torch.full((1000,), value)},
+        "step": 7,
+        "config": {"betas": (0.9, 0.999), "name": None},
+        "versions": checkpoint.versions(),
+    }
+
+
+def test_round_trip(tmp_path: Path):
+    checkpoint.save(tmp_path / "last.pt", make_state(2.0))
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert torch.equal(state["model"]["weight"], torch.full((1000,), 2.0))
+    assert state["config"] == {"betas": (0.9, 0.999), "name": None}
+    assert state["versions"]["torch"] == str(torch.__version__)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
+def test_a_failure_while_saving_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, make_state(1.0))
+
+    def fail(*arguments: object) -> None:
+        if failing == "torch.save":
+            arguments[1].write(b"half of it")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    module, name = failing.split(".")
+    monkeypatch.setattr(getattr(checkpoint, module), name, fail)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(path, make_state(2.0))
+    assert checkpoint.load(path)["model"]["weight"][0] == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+class _Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path: Path):
+    torch.save(make_state() | {"model": _Evil(tmp_path / "owned")}, tmp_path / "evil.pt")
+    with pytest.raises(ConfigError, match="refused"):
+        checkpoint.load(tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(_Evil(tmp_path / "owned")))
+    with pytest.raises(ConfigError, match="not a checkpoint"):
+        checkpoint.load(tmp_path / "plain.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_unusable_files(tmp_path: Path):
+    checkpoint.save(tmp_path / "whole.pt", make_state())
+    whole = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"net": {}}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    words = {
+        "cut": "cut off",
+        "empty": "cut off",
+        "text": "not a checkpoint",
+        "other": "lacks model",
+        "list": "lacks model",
+        "missing": "no such file",
+    }
+    for name, expected in words.items():
+        with pytest.raises(ConfigError) as caught:
+            checkpoint.load(tmp_path / f"{name}.pt")
+        assert expected in str(caught.value), name
+        assert f"{name}.pt" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        checkpoint.load(tmp_path)

@@ -1,0 +1,198 @@
+import math
+
+import pytest
+import timm
+import torch
+from tiny_run import TinyModel
+from torch import nn
+
+from vil.config import ConfigError, ScheduleConfig
+from vil.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    clipped_parameters,
+    parameter_groups,
+    undecayed_parameters,
+)
+
+
+def rates(schedule: ScheduleConfig, steps_per_epoch: int, total: int | None = None) -> list[float]:
+    optimizer = build_optimizer(nn.Linear(2, 2), schedule)
+    scheduler = build_scheduler(optimizer, schedule, steps_per_epoch)
+    learning_rates = []
+    for step in range(total or schedule.epochs * steps_per_epoch):
+        scheduler.step_update(step)
+        learning_rates.append(optimizer.param_groups[0]["lr"])
+    return learning_rates
+
+
+def test_cosine_with_warmup():
+    schedule = ScheduleConfig(epochs=10, lr=1e-3, warmup_epochs=1.5, warmup_factor=0.002, min_lr=1e-6)
+    lr = rates(schedule, steps_per_epoch=4)
+    assert lr[0] == pytest.approx(2e-6)
+    assert lr[3] == pytest.approx((2e-6 + 1e-3) / 2)
+    assert lr[6] == pytest.approx(1e-3)
+    middle = 6 + (39 - 6) // 3  # a third of the way: cos(π/3) = 1/2
+    assert lr[middle] == pytest.approx(1e-6 + (1e-3 - 1e-6) * 0.75)
+    assert lr[39] == pytest.approx(1e-6)
+    assert lr[6:] == sorted(lr[6:], reverse=True)
+
+
+def test_fractional_warmup_steps():
+    lr = rates(ScheduleConfig(epochs=4, lr=1.0, warmup_epochs=0.25, warmup_factor=0.0), steps_per_epoch=10)
+    assert lr[:3] == pytest.approx([0.0, 0.4, 0.8])
+    assert lr[3] == pytest.approx(1.0, abs=1e-2)
+
+
+def test_warmup_longer_than_the_run():
+    lr = rates(ScheduleConfig(epochs=1, lr=1.0, warmup_epochs=2, warmup_factor=0.0), steps_per_epoch=4)
+    assert lr == pytest.approx([0, 1 / 8, 2 / 8, 3 / 8])
+
+
+def test_one_single_step():
+    assert rates(ScheduleConfig(epochs=1, lr=0.5, warmup_epochs=0), steps_per_epoch=1) == [0.5]
+
+
+def test_poly_is_a_straight_line():
+    schedule = ScheduleConfig(scheduler="poly", epochs=2, lr=1.0, min_lr=0.0, warmup_epochs=0)
+    assert rates(schedule, 3) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+
+
+def test_step_drops_every_decay_epochs():
+    schedule = ScheduleConfig(
+        scheduler="step", epochs=6, lr=1.0, warmup_epochs=0, decay_epochs=2, decay_rate=0.5
+    )
+    assert rates(schedule, 2) == pytest.approx([1.0] * 4 + [0.5] * 4 + [0.25] * 4)
+
+
+def test_constant_after_warmup():
+    schedule = ScheduleConfig(scheduler="constant", epochs=3, lr=1.0, warmup_epochs=1, warmup_factor=0.0)
+    assert rates(schedule, 2) == pytest.approx([0.0, 0.5, 1, 1, 1, 1])
+
+
+def test_rate_is_a_function_of_the_step():
+    schedule = ScheduleConfig(epochs=5, warmup_epochs=1)
+    optimizer = build_optimizer(nn.Linear(2, 2), schedule)
+    scheduler = build_scheduler(optimizer, schedule, 4)
+    scheduler.step_update(13)
+    assert optimizer.param_groups[0]["lr"] == rates(schedule, 4)[13]
+
+
+def test_linear_scaling_with_the_batch():
+    schedule = ScheduleConfig(
+        batch_size=64, lr=5e-4, lr_batch_size=512, warmup_epochs=1, warmup_factor=0.5, epochs=2
+    )
+    lr = rates(schedule, steps_per_epoch=2)
+    assert lr[0] == pytest.approx(5e-4 / 8 / 2)
+    assert max(lr) == pytest.approx(5e-4 / 8)
+
+
+def test_groups_of_a_tiny_module():
+    assert undecayed_parameters(TinyModel(), decay_biases=False) == {
+        "stem.bias",
+        "norm.weight",
+        "norm.bias",
+        "position",
+        "head.bias",
+    }
+    assert undecayed_parameters(TinyModel(), decay_biases=True) == {
+        "norm.weight",
+        "norm.bias",
+        "position",
+        "head.bias",
+    }
+
+
+def test_groups_of_a_timm_model():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=3)
+    plain, biased = (undecayed_parameters(model, decay_biases) for decay_biases in (False, True))
+    names = {name for name, _ in model.named_parameters()}
+    assert names - plain == {
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+        "head.weight",
+    }
+    assert plain - biased == {
+        name.replace("weight", "bias") for name in names - plain if not name.startswith("head")
+    }
+
+
+def test_every_trainable_parameter_is_in_one_group():
+    model = TinyModel()
+    model.stem.weight.requires_grad = False
+    groups = parameter_groups(model, ScheduleConfig(weight_decay=0.1, layer_decay=0.5))
+    grouped = [parameter for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {p for p in model.parameters() if p.requires_grad}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+
+
+def test_layer_decay_scales_the_rate_of_each_layer():
+    model = TinyModel()
+    schedule = ScheduleConfig(lr=1.0, layer_decay=0.5, warmup_epochs=0, scheduler="constant")
+    optimizer = build_optimizer(model, schedule)
+    build_scheduler(optimizer, schedule, 1).step_update(0)
+    rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rate[model.head.weight] == rate[model.head.bias] == 1.0
+    assert rate[model.norm.weight] == 0.5
+    assert rate[model.stem.weight] == rate[model.position] == 0.25
+
+
+def test_layer_decay_without_a_group_matcher():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert parameter_groups(model, ScheduleConfig(layer_decay=0.5))  # one layer: timm groups them by order
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "lookahead_adamw", "adan", "muon"])
+def test_optimizers_of_timm(name: str):
+    model = TinyModel()
+    optimizer = build_optimizer(model, ScheduleConfig(optimizer=name, lr=1e-3))
+    before = model.head.weight.detach().clone()
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.head.weight, before)
+    assert model.head.weight.isfinite().all()
+
+
+def test_options_reach_the_optimizer():
+    model = TinyModel()
+    adam = build_optimizer(model, ScheduleConfig(betas=(0.5, 0.6), eps=1e-3, weight_decay=0.3)).param_groups
+    assert all(group["betas"] == (0.5, 0.6) and group["eps"] == 1e-3 for group in adam)
+    assert {group["weight_decay"] for group in adam} == {0.0, 0.3}
+    sgd = build_optimizer(model, ScheduleConfig(optimizer="momentum", momentum=0.7, dampening=0.8))
+    assert all(group["momentum"] == 0.7 and group["dampening"] == 0.8 for group in sgd.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "words"),
+    [
+        ({"optimizer": "adamm"}, "schedule.optimizer", "did you mean adam?"),
+        ({"optimizer": "adahessian"}, "schedule.optimizer", "second derivatives"),
+        ({"optimizer": "adamw", "dampening": 0.5}, "schedule.dampening", "momentum"),
+        ({"optimizer": "sgd", "dampening": 0.5}, "schedule.dampening", "without Nesterov"),
+        ({"optimizer": "bnbadam"}, "schedule.optimizer", "bnbadam: "),
+    ],
+)
+def test_impossible_optimizers(options: dict, key: str, words: str):
+    with pytest.raises(ConfigError) as caught:
+        build_optimizer(TinyModel(), ScheduleConfig(**options))
+    assert caught.value.key == key
+    assert words in caught.value.reason
+    assert "\n" not in caught.value.reason
+
+
+def test_adaptive_clipping_spares_the_head():
+    model = TinyModel()
+    assert model.head.weight in set(clipped_parameters(model, "norm"))
+    assert set(clipped_parameters(model, "agc")) == set(model.parameters()) - set(model.head.parameters())
+
+
+def test_cosine_matches_its_formula_over_a_long_run():
+    schedule = ScheduleConfig(epochs=300, warmup_epochs=5, lr=1e-3, min_lr=1e-6)
+    lr, last, start = rates(schedule, 3), 899, 15
+    for step in (15, 100, 450, 898):
+        phase = math.pi * (step - start) / (last - start)
+        assert lr[step] == pytest.approx(1e-6 + (1e-3 - 1e-6) * (1 + math.cos(phase)) / 2)

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from vil.config import ConfigError
+from vil.training.precision import autocast, check_precision, grad_scaler
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_default_on_a_cpu():
+    assert check_precision(None, CPU) == "float32"
+    assert [check_precision(p, CPU) for p in ("bfloat16", "float16")] == ["bfloat16", "float16"]
+
+
+def test_default_on_gpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert check_precision(None, GPU) == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert check_precision(None, GPU) == "float32"
+    assert check_precision("float16", GPU) == "float16"
+
+
+def test_a_gpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ConfigError, match="precision: Tesla T4 does not compute in bfloat16; use float16"):
+        check_precision("bfloat16", GPU)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_autocast_and_scaler(precision):
+    layer = torch.nn.Linear(4, 4)
+    with autocast(precision, CPU):
+        assert layer(torch.randn(2, 4)).dtype == getattr(torch, precision)
+    assert grad_scaler(precision, CPU).is_enabled() == (precision == "float16")

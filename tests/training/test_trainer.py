@@ -1,0 +1,401 @@
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import CLASSES, SIZE, STEPS, TinyModel, make_batch, make_config, make_loaders, run
+from torch import nn
+
+from vil.config import ConfigError, ModelConfig
+from vil.evaluation.accuracy import evaluate
+from vil.training import checkpoint
+from vil.training.distributed import Process
+from vil.training.logging import TIMING_FIELDS
+from vil.training.trainer import TrainingError, fit, seed_generators
+
+
+def metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records of a run without the fields that depend on the clock."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [
+        {key: value for key, value in record.items() if key not in TIMING_FIELDS}
+        for record in records
+        if kind in (None, record["kind"])
+    ]
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in metrics(folder, "train")]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two checkpoints are equal to the bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_it_learns_and_logs(tmp_path: Path):
+    summary = run(make_config(tmp_path, epochs=6))
+    train = metrics(tmp_path, "train")
+    assert [record["step"] for record in train] == list(range(1, 6 * STEPS + 1))
+    assert [record["epoch"] for record in train] == [1 + step // STEPS for step in range(6 * STEPS)]
+    assert sum(losses(tmp_path)[-5:]) < 0.8 * sum(losses(tmp_path)[:5])
+    assert train[-1]["lr"] == pytest.approx(1e-6)
+    assert all(record["grad_norm"] > 0 for record in train)
+    validation = metrics(tmp_path, "validation")
+    assert [(r["step"], r["epoch"], r["images"]) for r in validation] == [
+        (STEPS * epoch, epoch, 30) for epoch in range(1, 7)
+    ]
+    assert summary.best["top1"] == max(r["top1"] for r in validation) > 60
+    assert summary.step == 30
+    raw = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert {"step_time", "data_wait", "images_per_second", "time"} <= json.loads(raw[0]).keys()
+
+
+def test_the_first_the_last_and_every_nth_step_are_logged(tmp_path: Path):
+    run(make_config(tmp_path, log_every=4, epochs=2, eval_every=5))
+    assert [r["step"] for r in metrics(tmp_path, "train")] == [1, 4, 8, 10]
+    assert [r["epoch"] for r in metrics(tmp_path, "validation")] == [2]
+
+
+def test_logged_loss_is_that_of_the_global_batch(tmp_path: Path):
+    model = TinyModel()
+    reference = TinyModel()
+    reference.load_state_dict(model.state_dict())
+    run(make_config(tmp_path, epochs=1, accumulation=2, label_smoothing=0.0), model)
+    images, targets = make_batch(1, 16)
+    expected = nn.functional.cross_entropy(reference(images), targets).item()
+    assert losses(tmp_path)[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_accumulation_changes_nothing(tmp_path: Path):
+    for parts in (1, 4):
+        run(make_config(tmp_path / str(parts), accumulation=parts))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), abs=1e-4)
+    assert losses(tmp_path / "1") != losses(tmp_path / "4")  # they are summed in another order
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "everything": {
+        "precision": "float16",
+        "ema_decay": 0.9,
+        "ema_warmup": True,
+        "accumulation": 2,
+        "clip_grad": 0.5,
+        "model": ModelConfig(image_size=SIZE, num_classes=CLASSES, neighbors="random"),
+    },
+}
+
+
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize("stop", [STEPS, STEPS + 2], ids=["after an epoch", "within an epoch"])
+def test_a_continued_run_is_the_same_to_the_bit(tmp_path: Path, options: dict[str, Any], stop: int):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(make_config(whole, **options), TinyModel(dropout=0.2))
+    run(make_config(parts, **options, max_steps=stop), TinyModel(dropout=0.2))
+    state = checkpoint.load(parts / checkpoint.LAST)
+    assert (state["step"], state["epoch"]) == (stop, 1)
+    torch.rand(7)  # no generator's state matters
+    run(make_config(parts, **options), TinyModel(dropout=0.2), state=state)
+
+    def after(folder: Path) -> list[dict[str, Any]]:
+        return [record for record in metrics(folder) if record["step"] > stop]
+
+    assert after(parts) == after(whole)
+    assert len(after(whole)) > STEPS
+    one, other = (checkpoint.load(folder / checkpoint.LAST) for folder in (whole, parts))
+    for key in ("model", "ema", "optimizer", "scaler", "step"):
+        assert same(one[key], other[key]), key
+
+
+def test_dropout_is_a_function_of_the_step(tmp_path: Path):
+    for name, noise in (("a", 1), ("b", 100)):
+        model = TinyModel(dropout=0.5)
+        torch.rand(noise)
+        run(make_config(tmp_path / name), model)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    run(make_config(tmp_path / "c", seed=1), TinyModel(dropout=0.5))
+    assert losses(tmp_path / "c")[0] != losses(tmp_path / "a")[0]
+
+
+def test_each_part_and_rank_has_its_own_draws():
+    draws = set()
+    for place in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        seed_generators(0, "forward", *place)
+        draws.add(torch.rand(()).item())
+    assert len(draws) == 4
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_trains(tmp_path: Path, precision: str):
+    run(make_config(tmp_path, precision=precision, epochs=6))
+    assert sum(losses(tmp_path)[-5:]) < 0.8 * sum(losses(tmp_path)[:5])
+    scaler = checkpoint.load(tmp_path / checkpoint.LAST)["scaler"]
+    assert bool(scaler) == (precision == "float16")
+    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    assert {value.dtype for value in state["model"].values()} == {torch.float32}
+
+
+def test_float16_overflow_skips_a_step(tmp_path: Path):
+    class Exploding(TinyModel):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(x)
+            if self.training:  # finite values whose gradient float16 cannot hold
+                logits.register_hook(lambda gradient: gradient * 1e5)
+            return logits
+
+    model = Exploding()
+    before = model.head.weight.detach().clone()
+    run(make_config(tmp_path, precision="float16", max_steps=1), model)
+    assert torch.equal(model.head.weight, before)
+    assert metrics(tmp_path, "train")[0]["grad_norm"] is None
+    assert checkpoint.load(tmp_path / checkpoint.LAST)["scaler"]["scale"] == 2**15
+
+
+def test_ema_is_the_running_mean_and_is_evaluated(tmp_path: Path):
+    folders = {decay: tmp_path / str(decay) for decay in (0.0, 0.5)}
+    for decay, folder in folders.items():
+        run(make_config(folder, epochs=1, ema_decay=decay))
+    state = checkpoint.load(folders[0.0] / checkpoint.LAST)
+    assert same(state["ema"], state["model"])
+
+    weights = []
+    for steps in range(1, 4):
+        folder = tmp_path / f"steps{steps}"
+        run(make_config(folder, ema_decay=0.5, max_steps=steps))
+        weights.append(checkpoint.load(folder / checkpoint.LAST)["model"]["head.weight"])
+    mean = checkpoint.load(tmp_path / "steps3" / checkpoint.LAST)["ema"]["head.weight"]
+    assert torch.allclose(mean, weights[0] / 4 + weights[1] / 4 + weights[2] / 2)
+
+    record = metrics(folders[0.5], "validation")[0]
+    assert record["ema_loss"] != record["loss"]
+    averaged = TinyModel()
+    averaged.load_state_dict(checkpoint.load(folders[0.5] / checkpoint.LAST)["ema"])
+    again = evaluate(averaged, make_loaders().validation, device=torch.device("cpu"), precision="float32")
+    assert record["ema_top1"] == again.top1
+
+
+def test_best_is_the_better_of_raw_and_average(tmp_path: Path):
+    figures = iter([50.0, 60.0, 70.0, 65.0, 70.0, 70.0])  # raw and average of three epochs
+
+    def judge(model: nn.Module, loader: Any, **options: Any) -> Any:
+        return evaluate(model, loader, device=torch.device("cpu"), precision="float32").__class__(
+            next(figures), 100.0, 1.0, 30
+        )
+
+    (tmp_path / "checkpoints").mkdir()
+    process = Process(0, 0, 1, torch.device("cpu"))
+    config = make_config(tmp_path, ema_decay=0.9)
+    summary = fit(TinyModel(), make_loaders(), config, process, evaluate=judge)
+    assert summary.best == {"top1": 70.0, "weights": "raw", "epoch": 2}
+    assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 2 * STEPS
+    assert checkpoint.load(tmp_path / checkpoint.LAST)["best"] == summary.best
+
+
+@pytest.mark.parametrize(("mode", "largest"), [("norm", 0.01), ("value", 0.01 * 1000**0.5), ("agc", None)])
+def test_clipping(tmp_path: Path, mode: str, largest: float | None):
+    """With plain SGD, a step is the clipped gradient."""
+    model = TinyModel()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    options = {"optimizer": "momentum", "momentum": 0.0, "lr": 1.0, "weight_decay": 0.0, "warmup_epochs": 0}
+    run(make_config(tmp_path, max_steps=1, clip_grad=0.01, clip_mode=mode, **options), model)
+    steps = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    norm = torch.cat([step.flatten() for step in steps.values()]).norm()
+    unclipped = metrics(tmp_path, "train")[0]["grad_norm"]
+    if mode == "norm":
+        assert norm == pytest.approx(0.01, rel=1e-3)
+    elif mode == "value":
+        assert max(step.abs().max() for step in steps.values()) == pytest.approx(0.01, rel=1e-3)
+    else:
+        own = before["stem.weight"].flatten(1).norm(dim=1)
+        assert (steps["stem.weight"].flatten(1).norm(dim=1) <= 0.01 * own + 1e-6).all()
+        assert steps["head.weight"].norm() > 0.01
+    assert unclipped > 0.1
+
+
+def test_random_shift_switches_after_its_share_of_the_epochs(tmp_path: Path):
+    model = TinyModel()
+    shift = ModelConfig(image_size=SIZE, num_classes=CLASSES, neighbors="random")
+    run(make_config(tmp_path, epochs=10, random_shift_until=0.7, model=shift), model)
+    assert model.neighbors == ["random"] * 7 + ["all"] * 3
+    unshifted = TinyModel()
+    run(make_config(tmp_path / "all"), unshifted)
+    assert unshifted.neighbors == []
+
+
+def test_a_model_is_told_where_training_stands(tmp_path: Path):
+    class Curious(TinyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.told: list[tuple[int, int, float]] = []
+
+        def set_training_progress(self, step: int, epoch: int) -> None:
+            self.told.append((step, epoch, torch.rand(()).item()))
+
+    model, again = Curious(), Curious()
+    run(make_config(tmp_path / "a"), model)
+    run(make_config(tmp_path / "b", accumulation=2), again)
+    assert [(step, epoch) for step, epoch, _ in model.told] == [(s, s // STEPS) for s in range(3 * STEPS)]
+    assert model.told == again.told
+    assert len({draw for _, _, draw in model.told}) == 3 * STEPS
+
+
+def test_gradient_checkpointing(tmp_path: Path):
+    class Switched(TinyModel):
+        checkpointing = False
+
+        def set_grad_checkpointing(self, enable: bool = True) -> None:
+            self.checkpointing = enable
+
+    model = Switched()
+    run(make_config(tmp_path, max_steps=1, gradient_checkpointing=True), model)
+    assert model.checkpointing
+    with pytest.raises(ConfigError, match="gradient_checkpointing: TinyModel does not offer it"):
+        run(make_config(tmp_path, gradient_checkpointing=True))
+
+
+def test_channels_last(tmp_path: Path):
+    seen = []
+
+    class Watching(TinyModel):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.is_contiguous(memory_format=torch.channels_last))
+            return super().forward(x)
+
+    model = Watching()
+    run(make_config(tmp_path, max_steps=2, channels_last=True), model)
+    assert seen[:2] == [True, True]
+    assert model.stem.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compile_trains_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The compiler itself is PyTorch's: its eager backend shows that it is asked, and for the same model."""
+    compiled = []
+
+    def compile_eagerly(model: nn.Module) -> Any:
+        compiled.append(model)
+        return original(model, backend="eager")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    model = TinyModel()
+    run(make_config(tmp_path / "compiled", epochs=1, compile=True), model)
+    run(make_config(tmp_path / "eager", epochs=1))
+    assert compiled == [model]
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-5)
+    assert "stem.weight" in checkpoint.load(tmp_path / "compiled" / checkpoint.LAST)["model"]
+
+
+def test_mixing_is_told_the_place_and_its_targets_are_used(tmp_path: Path):
+    places = []
+
+    def mix(images: torch.Tensor, targets: torch.Tensor, **place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        places.append(place)
+        return images, torch.full((len(targets), CLASSES), 1 / CLASSES)
+
+    run(make_config(tmp_path, accumulation=2, max_steps=6, lr=1e-9), mix=mix)
+    assert places[:2] == [{"step": 0, "rank": 0, "part": part, "epoch": 0} for part in (0, 1)]
+    assert places[-1] == {"step": 5, "rank": 0, "part": 1, "epoch": 1}
+    images, targets = make_batch(1, 16)
+    assert losses(tmp_path)[0] != pytest.approx(1.49, abs=1e-3)
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, log_every: int):
+    class Doomed(TinyModel):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls = getattr(self, "calls", 0) + self.training
+            return super().forward(x) * (torch.nan if self.calls > STEPS + 2 else 1)
+
+    with pytest.raises(TrainingError) as caught:
+        run(make_config(tmp_path, log_every=log_every), Doomed())
+    step = STEPS + 3 if log_every == 1 else 2 * STEPS
+    assert f"step {step}: " in str(caught.value)
+    assert "last.pt holds the last epoch" in str(caught.value)
+    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    assert state["step"] == STEPS
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(path: Path, state: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    with pytest.raises(TrainingError, match="step 5: .*No space left on device"):
+        run(make_config(tmp_path))
+
+
+def test_restoring_follows_the_new_options(tmp_path: Path):
+    run(make_config(tmp_path, max_steps=STEPS, weight_decay=0.1))
+    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    run(make_config(tmp_path, weight_decay=0.3, betas=(0.8, 0.9), ema_decay=0.9), state=state)
+    groups = checkpoint.load(tmp_path / checkpoint.LAST)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert {tuple(group["betas"]) for group in groups} == {(0.8, 0.9)}
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
+    run(make_config(tmp_path, max_steps=1))
+    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    with pytest.raises(ConfigError, match="does not fit: .*norm.running_mean"):
+        run(make_config(tmp_path), TinyModel(norm=nn.BatchNorm2d), state=state)
+
+
+def test_a_run_that_is_over_returns_at_once(tmp_path: Path):
+    first = run(make_config(tmp_path))
+    before = metrics(tmp_path)
+    again = run(make_config(tmp_path), state=checkpoint.load(tmp_path / checkpoint.LAST))
+    assert again.best == first.best
+    assert metrics(tmp_path) == before
+
+
+def test_a_run_cut_short_at_an_epoch_without_evaluation_is_evaluated(tmp_path: Path):
+    run(make_config(tmp_path, max_steps=STEPS, eval_every=3))
+    state = checkpoint.load(tmp_path / checkpoint.LAST) | {"best": None}
+    summary = run(make_config(tmp_path, max_steps=STEPS, eval_every=3), state=state)
+    assert summary.best["epoch"] == 1
+
+
+def test_steps_that_are_not_logged_do_not_wait_for_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever reads a number off the device on a quiet step would stall a GPU."""
+    reads: list[int] = []
+    step = 0
+
+    class Counting(TinyModel):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            nonlocal step
+            step += self.training
+            return super().forward(x)
+
+    @contextmanager
+    def watch():
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("item", "__float__", "__bool__", "tolist", "cpu"):
+                original = getattr(torch.Tensor, name)
+
+                def reading(self, *arguments, original=original, **options):
+                    if self.requires_grad or self.dtype == torch.float32 and self.numel() == 1:
+                        reads.append(step)
+                    return original(self, *arguments, **options)
+
+                patch.setattr(torch.Tensor, name, reading)
+            yield
+
+    with watch():
+        run(
+            make_config(tmp_path, epochs=1, log_every=4, clip_grad=1.0, ema_decay=0.9, optimizer="momentum"),
+            Counting(),
+        )
+    assert {1, 4, 5} >= set(reads)
+    assert {1, 4} <= set(reads)
