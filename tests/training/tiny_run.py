@@ -23,6 +23,7 @@ class TinyModel(nn.Module):
 
     def __init__(self, dropout: float = 0.0, norm: type[nn.Module] | None = None) -> None:
         super().__init__()
+        torch.manual_seed(0)  # first weights are always the same
         self.stem = nn.Conv2d(3, 8, 4, stride=4)
         self.norm = norm(8) if norm else nn.GroupNorm(2, 8)
         self.dropout = nn.Dropout(dropout)
@@ -105,7 +106,6 @@ def run(config: TrainConfig, model: nn.Module | None = None, **options: Any) -> 
     """Trains a tiny model in the folder `config.output`."""
     Path(config.output or "").joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # small models are slower with more
-    torch.manual_seed(0)
     loaders = make_loaders(config.schedule.batch_size, config.schedule.accumulation)
     process = Process(0, 0, 1, torch.device("cpu"))
     return fit(model or TinyModel(), loaders, config, process, evaluate=evaluate, **options)
