@@ -3,8 +3,7 @@
 import dataclasses
 import itertools
 import pickle
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
@@ -156,11 +155,9 @@ def test_a_damaged_image_is_one_line_that_names_it(folder_data, image_folder, wo
     victim = image_folder / split / "bear/1.png"
     victim.write_bytes(victim.read_bytes()[:200])
     loaders = load(dataclasses.replace(folder_data, workers=workers), batch_size=12)
-    with pytest.raises(ConfigError) as error:
+    line = rf"^data\.root: {re.escape(str(victim))}: cannot be read: [^\n]+$"
+    with pytest.raises(ConfigError, match=line):
         list(loaders.train.epoch(0) if split == "train" else loaders.validation)
-    assert error.value.key == "data.root"
-    assert str(victim) in error.value.reason
-    assert "\n" not in str(error.value)
 
 
 def test_mixing_needs_an_even_number_of_images_before_training_starts(folder_data):
@@ -205,18 +202,10 @@ def test_negative_workers_and_empty_batches_are_refused():
 
 
 def test_the_views_travel_to_workers_that_are_not_forked(folder_data):
-    """Python 3.14 starts workers by forkserver, which pickles the data set; so do macOS and Windows."""
-    script = (
-        "import multiprocessing, pickle, sys, torch\n"
-        "views, key = pickle.load(sys.stdin.buffer)\n"
-        "sys.stdout.write(repr(float(views[key][0].double().sum())))\n"
-    )
+    """Python 3.14 starts workers by forkserver, which pickles the data set."""
     views = load(folder_data, batch_size=4).train._loader.dataset
-    key = (1, 5, 0)
-    answer = subprocess.run(
-        [sys.executable, "-c", script], input=pickle.dumps((views, key)), capture_output=True, check=True
-    )
-    assert float(answer.stdout) == float(views[key][0].double().sum())
+    arrived = pickle.loads(pickle.dumps(views))
+    assert torch.equal(arrived[1, 5, 0][0], views[1, 5, 0][0])
 
 
 def test_channels_last_layout(folder_data):
