@@ -211,7 +211,7 @@ def images_per_second(
     device: torch.device,
     precision: Precision,
     batch_size: int,
-    seconds: float = 5.0,
+    seconds: float = 3.0,
 ) -> float:
     """Images per second of inference: the median over batches of one size, after warm-up.
 
