@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,9 @@ def class_folders(folder: Path) -> tuple[str, ...]:
         entries = list(os.scandir(folder))
     except OSError as error:
         reason = "no such folder" if isinstance(error, FileNotFoundError) else str(error.strerror)
-        beside = sorted(os.listdir(folder.parent)) if folder.parent.is_dir() else []
-        found = f"; {folder.parent} holds {listed(beside, 6)}" if beside else ""
-        raise ConfigError("data.root", f"{folder}: {reason}{found}") from None
+        with suppress(OSError):
+            reason += f"; {folder.parent} holds {listed(sorted(os.listdir(folder.parent)), 6) or 'nothing'}"
+        raise ConfigError("data.root", f"{folder}: {reason}") from None
     names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         state = "no class folders in it" if entries else "the folder is empty"

@@ -73,7 +73,10 @@ def _class_names(dataset: Any, name: str) -> tuple[str, ...]:
 
 
 def open_timm(data: DataConfig, split: Split, mode: Mode) -> Source:
-    """Whatever timm.data.create_dataset reads, by its own string, if its images have an index."""
+    """Whatever timm.data.create_dataset reads, by its own string, if its images have an index.
+
+    `data.download` is for torchvision's; Hugging Face's library (hfds) fetches what its cache lacks unasked.
+    """
     source = data.source.lower()
     name = split_name(data, split)
     root = None if source.startswith("hfds/") and not data.root else root_folder(data)

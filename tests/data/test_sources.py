@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import sys
 import tarfile
 
 import numpy as np
@@ -243,3 +244,11 @@ def test_timm_errors_are_one_line_with_the_key(tmp_path, image_folder):
     unsplit = error_of(DataConfig(source="torch/image_folder", root=str(image_folder), train_split="all"))
     assert str(image_folder / "all") in unsplit.reason
     assert "nosuchset" in error_of(DataConfig(source="torch/nosuchset", root=str(tmp_path))).reason
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
+    error = error_of(DataConfig(source="hfds/imagenet-1k"))
+    assert error.key == "data.source"
+    assert "datasets" in error.reason
