@@ -7,6 +7,7 @@ no caller asks how many ranks there are.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,12 +158,15 @@ def data_parallel(
         image_shape: (C, H, W) of its images, to find out whether every parameter gets a gradient; looking for
             those that do not at every step costs time.
     """
+    options: dict[str, Any] = {"device_ids": [process.device]} if process.device.type == "cuda" else {}
+    known = inspect.signature(DistributedDataParallel).parameters
+    # PyTorch 2.15 renames the option, and warns of the old name.
+    options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
     return DistributedDataParallel(
         model,
-        device_ids=[process.device] if process.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=_has_unused_parameters(model, process.device, image_shape),
+        **options,
     )
 
 

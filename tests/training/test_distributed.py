@@ -1,0 +1,114 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_ranks
+
+from vil.config import ConfigError
+from vil.training import checkpoint, distributed
+
+HERE = Path(__file__).parent
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in lines if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The folders of the same runs with one process and with two."""
+    folders = {size: tmp_path_factory.mktemp(f"world{size}") for size in (1, 2)}
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *torchrun, str(HERE / "two_ranks.py"), str(folders[2])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr
+    two_ranks.main(folders[1])
+    return folders
+
+
+def found(folder: Path, rank: int) -> dict:
+    return json.loads((folder / f"rank{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("run", ["plain", "parts", "clip"])
+def test_two_ranks_train_as_one(worlds: dict[int, Path], run: str):
+    one, two = (records(worlds[size] / run, "train") for size in (1, 2))
+    assert len(one) == len(two) == 15
+    for key in ("loss", "grad_norm", "lr"):
+        assert [r[key] for r in two] == pytest.approx([r[key] for r in one], abs=1e-4), key
+    weights = [checkpoint.load(worlds[size] / run / checkpoint.LAST)["model"] for size in (1, 2)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
+    assert not any(name.startswith("module.") for name in weights[1])
+
+
+def test_two_ranks_count_each_image_once(worlds: dict[int, Path]):
+    one, two = (records(worlds[size] / "plain", "validation") for size in (1, 2))
+    assert [(r["images"], r["top1"]) for r in two] == [(r["images"], r["top1"]) for r in one]
+    assert two[-1]["images"] == 30
+
+
+def test_a_parameter_without_a_gradient_does_not_stop_two_ranks(worlds: dict[int, Path]):
+    one, two = (records(worlds[size] / "idle", "train") for size in (1, 2))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=1e-4)
+
+
+def test_running_statistics_are_those_of_all_ranks(worlds: dict[int, Path]):
+    first, second = (found(worlds[2], rank)["running_mean"] for rank in (0, 1))
+    assert first == second
+    assert first == pytest.approx(found(worlds[1], 0)["running_mean"], abs=0.02)
+    saved = checkpoint.load(worlds[2] / "norm" / checkpoint.LAST)
+    assert saved["model"]["norm.running_mean"].tolist() == first
+
+
+def test_gradients_travel_once_per_step(worlds: dict[int, Path]):
+    assert [found(worlds[2], rank)["reductions"] for rank in (0, 1)] == [1, 1]
+
+
+def test_collectives(worlds: dict[int, Path]):
+    for rank in (0, 1):
+        result = found(worlds[2], rank)
+        assert (result["rank"], result["world_size"], result["sum"]) == (rank, 2, 3)
+        assert result["object"] == {"from": 0}
+        assert result["main"] == 0
+        assert result["error"] == "data.root: there is nothing"
+
+
+def test_one_process_needs_no_group():
+    with distributed.start("cpu") as process:
+        assert (process.rank, process.world_size, process.is_main) == (0, 1, True)
+        assert process.device == torch.device("cpu")
+        assert not distributed.is_distributed()
+    assert distributed.all_reduce_sum(torch.tensor(3)).item() == 3
+    assert distributed.broadcast_object("same") == "same"
+    assert distributed.from_main(lambda: 4) == 4
+    with pytest.raises(ConfigError, match=r"data\.root: there is nothing"):
+        distributed.from_main(two_ranks.fail_on_main)
+    distributed.barrier()
+
+
+def test_unknown_devices():
+    for device in ("gpu", "meta", "tpu:0"):
+        with (
+            pytest.raises(ConfigError, match="device: expected auto, cpu or cuda"),
+            distributed.start(device),
+        ):
+            pass
+
+
+def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="no GPU on this machine"), distributed.start("cuda"):
+        pass
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="there is no cuda:5"), distributed.start("cuda:5"):
+        pass
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="4 processes on this machine"), distributed.start("cuda"):
+        pass

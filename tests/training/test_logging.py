@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import STEPS, make_config, run
+
+from vil.training import checkpoint
+from vil.training.logging import METRICS, RunLog, cut_metrics
+
+
+def read(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def test_metrics_are_cut_after_the_checkpoint(tmp_path: Path):
+    path = tmp_path / METRICS
+    lines = [
+        json.dumps({"kind": kind, "step": step}) for step in (1, 2, 3) for kind in ("train", "validation")
+    ]
+    path.write_text("\n".join(lines) + '\n{"kind": "train", "st')
+    cut_metrics(path, 2)
+    assert path.read_text().splitlines() == lines[:4]
+    cut_metrics(path, 0)
+    assert path.read_text() == ""
+    cut_metrics(tmp_path / "missing.jsonl", 2)
+    assert not (tmp_path / "missing.jsonl").exists()
+
+
+def test_a_whole_last_line_without_its_end_is_cut_too(tmp_path: Path):
+    path = tmp_path / METRICS
+    path.write_text('{"step": 1}\n{"step": 2}')  # the next line would be glued to it
+    cut_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_every_line_is_on_disk_at_once_and_valid(tmp_path: Path):
+    log = RunLog(tmp_path, make_config(tmp_path), 0)
+    log.write("train", 1, 1, loss=0.5, grad_norm=float("inf"))
+    assert read(tmp_path)[0].items() >= {"kind": "train", "step": 1, "loss": 0.5, "grad_norm": None}.items()
+    log.close()
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys):
+    log = RunLog(None, make_config(tmp_path, tensorboard=True), 0)
+    log.write("train", 1, 1, loss=0.5)
+    log.images(torch.zeros(2, 3, 4, 4))
+    with log.bar(1, 0, 5) as bar:
+        bar.update()
+    log.say("nothing")
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_per_epoch(tmp_path: Path, capsys):
+    run(make_config(tmp_path, ema_decay=0.9))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("epoch   1/3   loss ")
+    assert all("Top-1 " in line and "EMA " in line for line in lines)
+
+
+def test_tensorboard_holds_no_step_twice(tmp_path: Path):
+    def options(**more):
+        return make_config(tmp_path, tensorboard=True, ema_decay=0.9, **more)
+
+    run(options(max_steps=STEPS))
+    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    run(options(max_steps=STEPS + 3), state=state)  # these steps are lost: the checkpoint is the older one
+    run(options(), state=state)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {"train/loss", "train/learning_rate", "train/grad_norm", "system/step_time"}
+    assert tags >= {"validation/top1", "ema/top1", "system/data_wait", "system/evaluation_seconds"}
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 3 * STEPS + 1))
+    records = [r for r in read(tmp_path) if r["kind"] == "validation"]
+    top1 = [(event.step, round(event.value, 3)) for event in events.Scalars("validation/top1")]
+    assert top1 == [(r["step"], round(r["top1"], 3)) for r in records]
+    assert "label_smoothing" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert events.Tags()["images"] == ["train/augmented_batch"]
+
+
+def test_images_are_shown_as_people_see_them(tmp_path: Path):
+    config = make_config(tmp_path, tensorboard=True)
+    log = RunLog(tmp_path, config, 0)
+    shown = []
+    log._writer.add_image = lambda tag, grid, step: shown.append(grid)
+    color = torch.tensor([0.2, 0.5, 0.8]).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.data.mean, config.data.std))
+    log.images(((color - mean) / std).expand(2, 3, 6, 6))
+    assert torch.allclose(shown[0][:, 4, 4], color.flatten(), atol=1e-6)
+    log.images(torch.full((2, 1, 6, 6), -100.0))  # grey images
+    assert shown[1].shape[0] == 3
+    assert shown[1].min() == 0
+    log.close()

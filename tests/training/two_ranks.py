@@ -1,0 +1,90 @@
+"""What each of several ranks does in test_distributed.py: python two_ranks.py FOLDER, under torchrun."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny_run import TinyModel, make_config, make_loaders
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vil.config import ConfigError
+from vil.evaluation.accuracy import evaluate
+from vil.training import distributed, trainer
+from vil.training.distributed import Process, from_main
+
+
+def train(folder: Path, process: Process, model: nn.Module, **options: Any) -> nn.Module:
+    config = make_config(folder, **options)
+    if process.is_main:
+        (folder / "checkpoints").mkdir(parents=True)
+    schedule = config.schedule
+    loaders = make_loaders(schedule.batch_size, schedule.accumulation, process.rank, process.world_size)
+    trainer.fit(model, loaders, config, process, evaluate=evaluate)
+    return model
+
+
+class Half(TinyModel):
+    """Has a parameter that no gradient ever reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(2, 2)
+
+
+def count_reductions(process: Process, folder: Path) -> int:
+    """How often gradients travel in one step of four parts; the tiny model fits one bucket."""
+    calls = 0
+    original = DistributedDataParallel.__init__
+
+    @functools.wraps(original)
+    def counting(self: DistributedDataParallel, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+
+        def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            nonlocal calls
+            calls += 1
+            average = bucket.buffer().div_(process.world_size)
+            return dist.all_reduce(average, async_op=True).get_future().then(lambda f: f.value()[0])
+
+        self.register_comm_hook(None, hook)
+
+    DistributedDataParallel.__init__ = counting  # type: ignore[method-assign]
+    try:
+        train(folder, process, TinyModel(), accumulation=4, max_steps=1)
+    finally:
+        DistributedDataParallel.__init__ = original  # type: ignore[method-assign]
+    return calls
+
+
+def fail_on_main() -> None:
+    raise ConfigError("data.root", "there is nothing")
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with distributed.start("cpu") as process:
+        found: dict[str, Any] = {"rank": process.rank, "world_size": process.world_size}
+        for name, options in (("plain", {}), ("parts", {"accumulation": 4}), ("clip", {"clip_grad": 0.1})):
+            train(folder / name, process, TinyModel(), **options)
+        train(folder / "idle", process, Half())
+        norm = train(folder / "norm", process, TinyModel(norm=nn.BatchNorm2d), ema_decay=0.5).norm
+        found["running_mean"] = norm.running_mean.tolist()
+        found["reductions"] = count_reductions(process, folder / "reductions")
+        found["sum"] = distributed.all_reduce_sum(torch.tensor(process.rank + 1)).item()
+        found["object"] = distributed.broadcast_object({"from": process.rank})
+        found["main"] = from_main(lambda: process.rank)
+        try:
+            from_main(fail_on_main)
+        except ConfigError as error:
+            found["error"] = str(error)
+        distributed.barrier()
+        (folder / f"rank{process.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
