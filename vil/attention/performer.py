@@ -63,10 +63,10 @@ class PerformerAttention(Attention):
         return self.output_dropout(self.projection(self.merge_heads(output.to(value.dtype))))
 
     def multiply_adds(self, size: tuple[int, int]) -> int:
-        """See `Attention.multiply_adds`. Features of queries and keys, their summary, and the sums."""
+        """See `Attention.multiply_adds`. Features, their summary, sums and normalizers."""
         tokens = self.global_tokens + size[0] * size[1]
         features = self.random_projection.shape[0]
-        return 4 * tokens * self.dim**2 + 4 * tokens * features * self.dim
+        return 4 * tokens * self.dim**2 + 4 * tokens * features * self.dim + tokens * features * self.heads
 
     def _features(self, x: Tensor, *, is_query: bool) -> Tensor:
         """φ(x) = m^−½ (exp(w·x − |x|²/2 − max) + eps) with x scaled by D^−¼; (B, h, T, D) → (B, h, T, m)."""

@@ -311,7 +311,6 @@ def _interpret(tree: Any) -> ReleasedConfig:
         num_classes=values["DATA.NUM_CLASSES"],
         options={
             "stages": stages,
-            "position": None,
             "pool": "avg" if pooled else "cls",
             "mask": _choice("MODEL.VIT.MSVIT.SW_EXACT", values["MODEL.VIT.MSVIT.SW_EXACT"], _MASKS),
             "neighbors": _choice("MODEL.VIT.MSVIT.MODE", values["MODEL.VIT.MSVIT.MODE"], _NEIGHBORS),

@@ -61,7 +61,7 @@ def create_model(
     pool: Literal["avg", "cls"] = "avg",
     attention: AttentionName | Sequence[AttentionName] | None = None,
     blocks: Sequence[int] | None = None,
-    position: Position = "relative",
+    position: Position | None = None,
     mask: Literal["chunk", "exact", "cyclic"] = "chunk",
     window: int | None = None,
     global_tokens: int | None = None,
@@ -81,7 +81,7 @@ def create_model(
         attention: attention of the sparse stages, or one name per stage; None keeps the zoo's own. Attentions
             without offsets (all but full and vision_longformer) take absolute position in their stages.
         blocks: blocks per stage.
-        position: position encoding of every stage.
+        position: `relative` or `absolute` in every stage; the zoo's own is relative.
         mask: keys of the local attention.
         window: side of a chunk of the local attention, in tokens.
         global_tokens: global tokens of every stage.

@@ -38,14 +38,12 @@ def chunked_attention(
     values = _to_chunks(value, size, window)[:, :, places].flatten(3, 4)
 
     scores = query_chunks @ keys.transpose(-2, -1)  # (B, h, c, t, s·t)
-    offsets = _offsets(window, query.device)[seen]  # (s, t, t, 2)
     if bias_table is not None:
-        bias = bias_table[:, offsets[..., 0], offsets[..., 1]]  # (h, s, t, t)
+        bias = _bias_of_offsets(bias_table, window)[:, seen]  # (h, s, t, t)
         scores = scores + bias.transpose(1, 2).flatten(2)[:, None]  # (h, 1, t, s·t)
     visible = real[:, None]  # (c, 1, s·t)
     if mask == "exact":
-        within = ((offsets - (2 * window - 1)).abs() <= window).all(dim=-1)  # (s, t, t)
-        visible = visible & within.transpose(0, 1).flatten(1)  # (c, t, s·t)
+        visible = visible & _within(window, query.device)[seen].transpose(0, 1).flatten(1)  # (c, t, s·t)
     scores = scores.masked_fill(~visible, float("-inf"))
 
     global_scores = query_chunks @ global_key[:, :, None].transpose(-2, -1)  # (B, h, c, t, G)
@@ -95,15 +93,26 @@ def _surroundings_along(length: int, window: int, mask: str, device: torch.devic
     return places, real
 
 
-def _offsets(window: int, device: torch.device) -> Tensor:
-    """(9, t, t, 2): places in the bias table, for each seen chunk, query and key of the chunks."""
+def _bias_of_offsets(table: Tensor, window: int) -> Tensor:
+    """(h, 4w−1, 4w−1) by offset → (h, 9, t, t) by seen chunk, query and key, without a tensor of indices.
+
+    Along one axis, query i and key j of the chunk `step` ∈ {−1, 0, 1} chunks away are i − j − step·w apart.
+    In the table turned around, this entry stands at (step+1)·w + (w−1−i) + j: one stretch of w entries for
+    each of 3w places, which `unfold` reads off.
+    """
+    turned = table.flip(1, 2).unfold(1, window, 1).unfold(2, window, 1)  # (h, 3w, 3w, w, w)
+    apart = turned.unflatten(2, (3, window)).unflatten(1, (3, window))  # (h, 3, w, 3, w, w, w)
+    by_chunk = apart.flip(2, 4).permute(0, 1, 3, 2, 4, 5, 6)  # (h, 3, 3, query w, w, key w, w)
+    return by_chunk.flatten(5).flatten(3, 4).flatten(1, 2)
+
+
+def _within(window: int, device: torch.device) -> Tensor:
+    """(9, t, t): for each seen chunk, query and key, whether they are at most w rows and w columns apart."""
     step = torch.tensor([-1, 0, 1], device=device)[:, None, None]
-    within = torch.arange(window, device=device)
-    along = within[:, None] - (step * window + within) + 2 * window - 1  # (3, w, w)
-    shape = (3, 3, window, window, window, window)
-    rows = along[:, None, :, None, :, None].expand(shape)
-    columns = along[None, :, None, :, None, :].expand(shape)
-    return torch.stack([rows, columns], dim=-1).flatten(4, 5).flatten(2, 3).flatten(0, 1)
+    place = torch.arange(window, device=device)
+    along = (place[:, None] - place - step * window).abs() <= window  # (3, query w, key w)
+    both = along[:, None, :, None, :, None] & along[None, :, None, :, None, :]  # (3, 3, w, w, w, w)
+    return both.flatten(4).flatten(2, 3).flatten(0, 1)
 
 
 def _to_chunks(tokens: Tensor, size: tuple[int, int], window: int) -> Tensor:

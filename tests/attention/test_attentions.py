@@ -1,0 +1,237 @@
+"""What all six attentions promise, and what is particular to each."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from vil.attention import ATTENTIONS, AttentionOptions
+from vil.config import ConfigError
+from vil.evaluation.benchmark import saved_bytes
+
+ALL = sorted(ATTENTIONS)
+SIZE = (6, 5)
+
+
+def build(name, dim=24, heads=3, size=SIZE, global_tokens=2, seed=0, **options):
+    torch.manual_seed(seed)
+    options.setdefault("relative_position", ATTENTIONS[name].has_relative_position)
+    options = {"window": 2, "projected_tokens": 8, "random_features": 16, "reduction": 2, **options}
+    return ATTENTIONS[name](dim, heads, size, global_tokens, AttentionOptions(**options))
+
+
+def tokens(attention, size=SIZE, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, attention.global_tokens + size[0] * size[1], attention.dim, generator=generator)
+
+
+def counted(attention, size):
+    """Floating-point operations of one forward pass, by torch's own counter."""
+    math = sdpa_kernel(SDPBackend.MATH)  # the fused kernels for CPUs have no formula there
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), math:
+        attention.eval()(tokens(attention, size, batch=1), size)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_keeps_the_shape_and_reaches_every_parameter(name):
+    attention = build(name)
+    x = tokens(attention)
+    output = attention(x, SIZE)
+    assert output.shape == x.shape
+    output.square().sum().backward()
+    for key, parameter in attention.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("option", ["attention_dropout", "dropout"])
+def test_dropout_changes_training_and_not_evaluation(name, option):
+    attention, without = build(name, **{option: 0.5}), build(name)
+    x = tokens(attention)
+    assert not torch.equal(attention.train()(x, SIZE), attention(x, SIZE))
+    torch.testing.assert_close(attention.eval()(x, SIZE), without.eval()(x, SIZE), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_multiply_adds_agree_with_what_torch_counts(name):
+    """On a map that one window covers, where the local attention's dense form does no needless work."""
+    attention = build(name, dim=32, heads=4, size=(4, 4), window=4, neighbors="self", backend="dense")
+    assert counted(attention, (4, 4)) == 2 * attention.multiply_adds((4, 4))
+
+
+def test_own_global_projections_cost_what_torch_counts():
+    for name in ("vision_longformer", "global_only"):
+        attention = build(
+            name, dim=32, heads=4, size=(4, 4), window=4, neighbors="self", backend="dense",
+            share_global_projection=False,
+        )  # fmt: skip
+        assert counted(attention, (4, 4)) == 2 * attention.multiply_adds((4, 4)), name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_heads_must_divide_the_width(name):
+    with pytest.raises(ConfigError, match="heads: 5 heads do not divide the width 24"):
+        build(name, heads=5)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if not ATTENTIONS[n].has_relative_position])
+def test_no_relative_position_without_offsets(name):
+    with pytest.raises(ConfigError, match=r"position: .* has no relative position"):
+        build(name, relative_position=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "key"),
+    [
+        ("vision_longformer", {"window": 0}, "window"),
+        ("vision_longformer", {"mask": "exact", "neighbors": "random"}, "neighbors"),
+        ("vision_longformer", {"backend": "fast"}, "attention_backend"),
+        ("linformer", {"projected_tokens": 0}, "projected_tokens"),
+        ("performer", {"random_features": 0}, "random_features"),
+        ("spatial_reduction", {"reduction": 6}, "reduction"),
+        ("global_only", {"global_tokens": 0}, "global_tokens"),
+        ("full", {"global_tokens": -1}, "global_tokens"),
+    ],
+)
+def test_impossible_options_name_their_key(name, options, key):
+    with pytest.raises(ConfigError) as error:
+        build(name, **options)
+    assert error.value.key == key
+
+
+@pytest.mark.parametrize(
+    "name", ["full", "vision_longformer", "performer", "spatial_reduction", "global_only"]
+)
+def test_another_map_at_run_time(name):
+    attention = build(name)
+    assert attention(tokens(attention, (9, 8)), (9, 8)).shape == (2, 74, 24)
+
+
+def test_linformer_refuses_another_map():
+    attention = build("linformer")
+    with pytest.raises(ValueError, match="built for a map of 6×5 tokens, got 9×8"):
+        attention(tokens(attention, (9, 8)), (9, 8))
+    with pytest.raises(ConfigError, match="image_size: linformer attention is bound"):
+        attention.resize((9, 8))
+
+
+def test_full_attention_is_softmax_attention_with_a_bias_per_offset():
+    attention = build("full", size=(2, 3), global_tokens=1)
+    x = tokens(attention, (2, 3))
+    query, key, value = attention.query_key_value(x).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+    scores = query @ key.transpose(-2, -1) * 8**-0.5
+    places = [(row, column) for row in range(2) for column in range(3)]
+    bias, table = attention.global_bias, attention.bias_table
+    for i in range(7):
+        for j in range(7):
+            if i == 0 or j == 0:
+                added = (
+                    (bias.among[:, 0, 0] if i == j else bias.to_local[:, 0])
+                    if i == 0
+                    else bias.from_local[:, 0]
+                )
+            else:
+                (a, b), (c, d) = places[i - 1], places[j - 1]
+                added = table[:, a - c + 1, b - d + 2]
+            scores[:, :, i, j] = scores[:, :, i, j] + added
+    expected = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(x, (2, 3)), attention.projection(expected))
+
+
+def test_without_local_tokens_in_reach_vil_is_global_only():
+    """With scores of local keys at −∞ (a bias of −1e9), the window disappears and the memory remains."""
+    window, memory = build("vision_longformer", heads=2), build("global_only", heads=2)
+    memory.load_state_dict(
+        {k: v for k, v in window.state_dict().items() if "bias_" not in k and "global_b" not in k}
+    )
+    with torch.no_grad():
+        window.bias_table.fill_(-1e9)
+        for parameter in window.global_bias.parameters():
+            parameter.zero_()
+    x = tokens(window)
+    torch.testing.assert_close(window(x, SIZE), memory(x, SIZE))
+
+
+def test_random_shift_draws_each_of_the_eight_and_only_while_training():
+    attention = build("vision_longformer", neighbors="random")
+    x = tokens(attention, batch=1)
+    fixed = []
+    for neighbor in range(8):
+        attention.set_neighbors(neighbor)
+        fixed.append(attention(x, SIZE))
+    attention.set_neighbors("random")
+    torch.manual_seed(0)
+    drawn = [[torch.allclose(attention(x, SIZE), y) for y in fixed].index(True) for _ in range(80)]
+    assert set(drawn) == set(range(8))
+    attention.eval()
+    every = attention(x, SIZE)
+    attention.set_neighbors("all")
+    assert torch.equal(every, attention(x, SIZE))
+    attention.set_neighbors("self")
+    assert not torch.equal(every, attention(x, SIZE))
+
+
+def test_random_shift_is_the_same_when_recomputed():
+    """Gradient checkpointing restores the generator: the backward pass sees the same neighbour."""
+    attention = build("vision_longformer", neighbors="random")
+    x = tokens(attention).requires_grad_()
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        output = checkpoint(attention, x, SIZE, use_reentrant=False) if recompute else attention(x, SIZE)
+        gradients.append(torch.autograd.grad(output.square().sum(), x)[0])
+    assert torch.equal(*gradients)
+
+
+def test_performer_features_approximate_the_exponential_kernel():
+    """φ(q)·φ(k) is exp(q·k / √D) up to one factor per query, which the quotient cancels."""
+    performer = build("performer", dim=8, heads=1, random_features=16384)
+    query, key = torch.randn(2, 1, 1, 40, 8).clamp(-1, 1).unbind(0)
+    near = performer._features(query, is_query=True) @ performer._features(key, is_query=False).transpose(
+        -2, -1
+    )
+    exact = (query @ key.transpose(-2, -1) * 8**-0.5).exp()
+    ratio = near / exact
+    assert (ratio.std(dim=-1) / ratio.mean(dim=-1)).max() < 0.1
+    assert (exact.std(dim=-1) / exact.mean(dim=-1)).min() > 0.3  # so a flat kernel would not pass
+
+
+def test_performer_redraws_orthogonal_rows_every_1_plus_5_epochs_steps():
+    attention = build("performer", dim=24, heads=3, random_features=20)
+    first = attention.random_projection.clone()
+    redrawn = []
+    for step in range(1, 14):
+        attention.set_training_progress(step, epoch=1)
+        redrawn.append(not torch.equal(first, attention.random_projection))
+        first = attention.random_projection.clone()
+    assert [step for step, new in zip(range(1, 14), redrawn) if new] == [6, 12]
+    block = F.normalize(first[:8], dim=1)
+    torch.testing.assert_close(block @ block.T, torch.eye(8), atol=1e-5, rtol=0)
+
+
+def test_spatial_reduction_works_down_to_a_single_key():
+    attention = build("spatial_reduction", size=(4, 4), reduction=4)
+    assert attention(tokens(attention, (4, 4)), (4, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["chunked"])
+def test_training_memory_of_the_window_grows_linearly(backend):
+    """Bytes kept for the backward pass, per token, at 28², 56² and 112²."""
+    per_token = []
+    for side in (28, 56, 112):
+        attention = build("vision_longformer", dim=8, heads=1, size=(side, side), window=7, global_tokens=1,
+                          backend=backend)  # fmt: skip
+        x = torch.zeros(1, 1 + side**2, 8, requires_grad=True)
+        per_token.append(saved_bytes(lambda m=attention, x=x, s=side: m(x, (s, s))) / side**2)
+    assert max(per_token) / min(per_token) < 1.05
+    dense = build(
+        "vision_longformer", dim=8, heads=1, size=(28, 28), window=7, global_tokens=1, backend="dense"
+    )
+    x = torch.zeros(1, 1 + 28**2, 8, requires_grad=True)
+    assert (
+        saved_bytes(lambda: dense(x, (28, 28))) / 28**2 > 2 * per_token[0]
+    )  # so the measure does see growth
