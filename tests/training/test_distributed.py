@@ -62,7 +62,7 @@ def test_a_parameter_without_a_gradient_does_not_stop_two_ranks(worlds: dict[int
 def test_running_statistics_are_those_of_all_ranks(worlds: dict[int, Path]):
     first, second = (found(worlds[2], rank)["running_mean"] for rank in (0, 1))
     assert first == second
-    assert first == pytest.approx(found(worlds[1], 0)["running_mean"], abs=0.02)
+    assert first == pytest.approx(found(worlds[1], 0)["running_mean"], abs=0.1)
     saved = checkpoint.load(worlds[2] / "norm" / checkpoint.LAST)
     assert saved["model"]["norm.running_mean"].tolist() == first
 
