@@ -1,6 +1,7 @@
-# Everything from a fresh clone on Debian or Ubuntu: `make demo` trains, `make test` checks. `make help` lists all.
+# Everything from a fresh clone on Debian or Ubuntu; `make help` lists what there is.
+# `make demo PYTHON=python3.12` builds the environment with another interpreter than python3.
 VENV := .venv
-PYTHON := $(VENV)/bin/python
+BIN := $(VENV)/bin
 # Written last: an interrupted installation is done again, a finished one never.
 INSTALLED := $(VENV)/.installed
 
@@ -13,25 +14,25 @@ PYTEST ?=
 .PHONY: demo test pytest lint format hooks setup clean help
 
 demo: $(INSTALLED)  ## train a small Vision Longformer on the bundled digits, print its accuracy
-	$(PYTHON) train.py --output runs/digits
+	$(BIN)/python train.py --output runs/digits
 
 test: lint pytest  ## run the linters, then all tests
 
 pytest: $(INSTALLED)  ## run the tests alone
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST)
 
 lint: $(INSTALLED)  ## check style, types and who imports whom
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m mypy
-	$(VENV)/bin/lint-imports
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
 
 format: $(INSTALLED)  ## format the code and mend what ruff can mend
-	$(PYTHON) -m ruff format .
-	$(PYTHON) -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
 
 hooks: $(INSTALLED)  ## run the linters before every commit
-	$(PYTHON) -m pre_commit install
+	$(BIN)/python -m pre_commit install
 
 setup: $(INSTALLED)  ## install everything, run nothing
 
