@@ -74,7 +74,6 @@ def train(words: Sequence[str]) -> None:
                     return say(process, f"{folder} is finished: Top-1 {top1:.2f} %")
                 announce(process, state, config)
             loaders, model, mix = build(config, process)
-            from_main(lambda: run_folder.write_config(folder, config))
             summary = fit(model, loaders, config, process, evaluate=evaluate, mix=mix, state=state)
             report(model, loaders, summary, config, process)
     except ConfigError as error:

@@ -14,7 +14,6 @@ from vil.training import checkpoint, run_folder
 def start(folder: Path, **options) -> TrainConfig:
     config = make_config(folder, max_steps=5, **options)
     run(config)
-    run_folder.write_config(folder, config)
     return config
 
 
@@ -109,3 +108,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path):
     (tmp_path / checkpoint.LAST).write_bytes(b"damage")
     with pytest.raises(ConfigError, match=r"last\.pt"):
         run_folder.open_run(tmp_path, config)
+
+
+def test_a_run_that_cannot_begin_leaves_no_run_behind(tmp_path: Path):
+    with pytest.raises(ConfigError):
+        run(make_config(tmp_path, optimizer="adamm"))
+    assert not run_folder.holds_run(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -30,6 +30,7 @@ from vil.training.logging import RunLog
 from vil.training.loss import build_loss
 from vil.training.optimizer import build_optimizer, build_scheduler, clipped_parameters
 from vil.training.precision import autocast, check_precision, grad_scaler
+from vil.training.run_folder import write_config
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -107,6 +108,8 @@ def fit(
     """
     began = time.perf_counter()
     trainer = _Trainer(model, loaders, config, process, evaluate, mix, state)
+    if process.is_main:  # not before everything is known to fit: a folder with a config.yaml holds a run
+        write_config(trainer.folder, config)
     try:
         while trainer.step < trainer.last_step:
             trainer.train_epoch()
