@@ -218,7 +218,8 @@ class MultiScaleViT(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = stages[-1].dim
-        rates = torch.linspace(0, drop_path_rate, sum(stage.blocks for stage in stages)).tolist()
+        last = max(1, sum(stage.blocks for stage in stages) - 1)
+        rates = [drop_path_rate * block / last for block in range(last + 1)]
         self.feature_info: list[dict[str, Any]] = []
         modules = []
         channels, reduction = in_chans, 1
@@ -390,7 +391,7 @@ class MultiScaleViT(nn.Module):
                 "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))],
             }
         return {
-            "stem": r"^stages\.0\.(patch_embed|global_tokens|position)",
+            "stem": r"^stages\.0\.(?:patch_embed|global_tokens|position)",
             "blocks": [
                 (r"^stages\.(\d+)\.(?:patch_embed|global_tokens|position)", (-1,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),

@@ -228,6 +228,8 @@ def _renamed(model: MultiScaleViT, key: str, value: Tensor) -> list[tuple[str, T
         if name is None:
             return [(key, value)]
         return [(prefix + name, value[0] if "position" in name else value)]
+    if (place - 1) // 2 >= len(model.stages[number].blocks):
+        return [(key, value)]
     prefix += f"blocks.{(place - 1) // 2}."
     is_attention = place % 2 == 1
     if rest.startswith("norm."):

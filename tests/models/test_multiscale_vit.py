@@ -1,0 +1,174 @@
+"""The model: timm's contract, resolution, pooling, drop path, weight decay and layer groups."""
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+
+import vil
+from vil.config import ConfigError, StageConfig
+from vil.evaluation.benchmark import saved_bytes
+
+STAGES = [
+    StageConfig(dim=16, heads=2, patch=4, window=2),
+    StageConfig(dim=32, heads=4, patch=2, attention="full", blocks=2),
+    StageConfig(dim=48, heads=4, patch=2, attention="full", global_tokens=0),
+]
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return vil.create_model("vil", **{"stages": STAGES, "image_size": 32, "num_classes": 5, **options})
+
+
+def images(batch=2, height=32, width=32):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_structure_by_hand():
+    """The forward pass, written out for one stage of full attention."""
+    model = small(stages=[StageConfig(dim=16, heads=2, patch=8, attention="full")]).eval()
+    x, stage = images(), model.stages[0]
+    block = stage.blocks[0]
+    tokens = stage.patch_embed.norm(stage.patch_embed.proj(x).flatten(2).transpose(1, 2))
+    tokens = torch.cat([stage.global_tokens.expand(2, -1, -1), tokens], dim=1)
+    tokens = tokens + block.attn(block.norm1(tokens), (4, 4))
+    tokens = tokens + block.mlp(block.norm2(tokens))
+    torch.testing.assert_close(model(x), model.head(model.norm(tokens).mean(dim=1)))
+    assert model.norm.eps == block.norm1.eps == 1e-6
+
+
+def test_initial_weights():
+    model = small()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.bias.eq(0).all()
+            assert module.weight.abs().max() < 0.2
+            assert 0.01 < module.weight.std() < 0.03
+
+
+def test_pooling():
+    model = small(global_tokens=2).eval()
+    tokens = model.forward_features(images())
+    assert tokens.shape == (2, 2 + 4, 48)
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens.mean(dim=1))
+    model.reset_classifier(3, "token")
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens[:, 0])
+    assert model.forward_head(tokens).shape == (2, 3)
+    assert model.get_classifier().out_features == model.num_classes == 3
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(images()), tokens[:, 0])
+    with pytest.raises(ConfigError, match="pool: cls needs a global token"):
+        small().reset_classifier(3, "cls")
+
+
+def test_feature_maps():
+    model = small().eval()
+    x = images()
+    final, maps = model.forward_intermediates(x)
+    assert [tuple(m.shape) for m in maps] == [(2, 16, 8, 8), (2, 32, 4, 4), (2, 48, 2, 2)]
+    torch.testing.assert_close(final, model.forward_features(x))
+    normed = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[0]
+    torch.testing.assert_close(normed.flatten(2).transpose(1, 2), final)
+    early, some = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
+    assert early.shape == (2, 1 + 16, 32)
+    torch.testing.assert_close(some[1], maps[1])
+    tokens, prefix = model.forward_intermediates(
+        x, indices=[1], output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+    )[0]
+    assert (tokens.shape, prefix.shape) == ((2, 16, 32), (2, 1, 32))
+    with pytest.raises(ValueError, match="output_fmt must be NCHW or NLC"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 3), (-1,)])
+def test_features_only_through_timm(out_indices):
+    model = timm.create_model("vil_tiny", features_only=True, out_indices=out_indices, img_size=64)
+    maps = model(images(1, 70, 100))
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    for feature_map, reduction in zip(maps, model.feature_info.reduction()):
+        assert feature_map.shape[2:] == (70 // reduction, 100 // reduction)
+
+
+def test_pruning_keeps_what_the_intermediates_need():
+    model = small()
+    x = images()
+    expected = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    assert len(model.stages) == 2
+    pruned = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    for ours, full in zip(pruned, expected):
+        torch.testing.assert_close(ours, full)
+
+
+@pytest.mark.parametrize("position", ["relative", "absolute"])
+def test_other_resolutions(position):
+    model = small(position=position).eval()
+    x = images(2, 45, 60)
+    at_run_time = model(x)
+    assert at_run_time.shape == (2, 5)
+    resized = small(position=position).eval()
+    resized.set_input_size((45, 60))
+    torch.testing.assert_close(resized(x), at_run_time)
+    assert resized.img_size == (45, 60)
+    with pytest.raises(ConfigError, match="image_size: 8×8 pixels are too few"):
+        model.set_input_size(8)
+    with pytest.raises(ValueError, match="smaller than a patch"):
+        model(images(1, 8, 8))
+    with pytest.raises(ConfigError, match="linformer attention is bound"):
+        small(attention=["linformer", "full", "full"]).set_input_size(64)
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else():
+    model = small(drop_path=0.5, neighbors="random")
+    x = images()
+    results = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(5)
+        output = model(x)
+        output.square().sum().backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        results.append((output, gradients, saved_bytes(lambda: model(x))))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for plain, recomputed in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(plain, recomputed)
+    assert results[1][2] < 0.5 * results[0][2]
+
+
+def test_no_weight_decay_on_embeddings_tokens_and_bias_tables():
+    relative, absolute = small().no_weight_decay(), small(position="absolute").no_weight_decay()
+    assert "stages.0.blocks.0.attn.bias_table" in relative
+    assert "stages.0.blocks.0.attn.global_bias.from_local" in relative
+    assert {"stages.0.global_tokens", "stages.0.position.rows", "stages.1.position.columns"} <= absolute
+    assert not [name for name in relative | absolute if "weight" in name or name.endswith(".bias")]
+
+
+def test_layer_groups_follow_the_blocks():
+    model = small()
+    groups = group_parameters(model, model.group_matcher())
+    assert list(groups) == sorted(groups)
+    names = {name: group for group, members in groups.items() for name in members}
+    assert len(names) == len(list(model.parameters()))
+    order = [
+        names[name]
+        for name in ("stages.0.patch_embed.proj.weight", "stages.0.blocks.0.mlp.fc1.weight",
+                     "stages.1.blocks.0.mlp.fc1.weight", "stages.1.blocks.1.mlp.fc1.weight",
+                     "stages.2.blocks.0.mlp.fc1.weight", "head.weight")
+    ]  # fmt: skip
+    assert order == sorted(set(order))
+    assert names["stages.1.blocks.1.mlp.fc1.weight"] < names["stages.2.patch_embed.proj.weight"]
+    assert names["stages.2.patch_embed.proj.weight"] <= names["stages.2.blocks.0.mlp.fc1.weight"]
+
+
+def test_compiles_without_graph_breaks():
+    model = small(neighbors="random")
+    explanation = torch._dynamo.explain(model)(images())
+    assert explanation.graph_break_count == 0
+
+
+def test_data_configuration_for_timm():
+    config = timm.data.resolve_data_config(model=timm.create_model("vil_small", num_classes=0))
+    assert config["input_size"] == (3, 224, 224)
+    assert (config["crop_pct"], config["interpolation"]) == (0.875, "bicubic")

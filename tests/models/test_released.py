@@ -1,0 +1,232 @@
+"""Models with published names and the outputs that the paper's own code gave them: to the last digits."""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from vil.config import ConfigError
+from vil.models.released import convert_weights, load_released, parse_arch, read_checkpoint, read_config
+
+CASES = sorted((Path(__file__).parents[1] / "fixtures" / "parity").glob("*/"))
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request):
+    return request.param
+
+
+def load(case, **options):
+    return load_released(case / "config.yaml", case / "model_best.pth", **options)
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_there_are_fourteen_cases():
+    assert len(CASES) == 14
+
+
+def test_logits_and_tokens(case):
+    expected = load_file(case / "expected.safetensors")
+    model, tokens = load(case), []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda module, inputs, output: tokens.append(output[0]))
+    with torch.no_grad():
+        close(model(expected["input"]), expected["logits"], 2e-5)
+    for number, ours in enumerate(tokens, 1):
+        close(ours, expected[f"stage{number}.tokens"], 2e-5)
+
+
+def test_gradients(case):
+    expected = load_file(case / "expected.safetensors")
+    model = load(case)
+    x = expected["input"].requires_grad_()
+    logits = model(x)
+    (torch.linspace(-1, 1, logits.numel()).view_as(logits) * logits).sum().backward()
+    close(x.grad, expected["grad.input"], 1e-4)
+    published = {
+        key.removeprefix("grad."): value for key, value in expected.items() if key.startswith("grad.")
+    }
+    published.pop("input")
+    gradients = convert_weights(model, published)
+    assert len(gradients) >= len(published)
+    parameters = dict(model.named_parameters())
+    for name, gradient in gradients.items():
+        close(parameters[name].grad, gradient, 1e-4)
+
+
+def test_random_shift_per_neighbour():
+    case = next(c for c in CASES if c.name == "vil_random_shift")
+    expected = load_file(case / "expected.safetensors")
+    model = load(case).train()
+    for neighbor in range(8):
+        model.set_neighbors(neighbor)
+        with torch.no_grad():
+            close(model(expected["input"]), expected[f"train.mode{neighbor + 1}.logits"], 2e-5)
+
+
+@pytest.mark.parametrize("name", ["finetune_resolution_ape", "finetune_resolution_rpe_head"])
+def test_another_resolution_and_number_of_classes(name):
+    case = next(c for c in CASES if c.name == name)
+    about, expected = json.loads((case / "case.json").read_text()), load_file(case / "expected.safetensors")
+    model = load(case, image_size=about["finetune_image_size"], num_classes=about["finetune_classes"])
+    x = expected["finetune.input"].requires_grad_()
+    logits = model(x)
+    close(logits, expected["finetune.logits"], 2e-5)
+    (torch.linspace(-1, 1, logits.numel()).view_as(logits) * logits).sum().backward()
+    close(x.grad, expected["finetune.grad.input"], 1e-4)
+
+
+def edited(tmp_path, case, **changes):
+    """A copy of a case's configuration with values changed, by dotted key; None removes one."""
+    tree = yaml.safe_load((case / "config.yaml").read_text())
+    for key, value in changes.items():
+        node, *_ = [tree]
+        *parents, last = key.split("__")
+        for parent in parents:
+            node = node[parent]
+        if value is None:
+            node.pop(last)
+        else:
+            node[last] = value
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_configuration_gives_the_evaluation_transform(tmp_path):
+    path = edited(
+        tmp_path, CASES[0], INPUT__CROP_PCT=0.922, INPUT__INTERPOLATION="2", INPUT__MEAN="(0.5, 0.5, 0.5)"
+    )
+    data = read_config(path).data
+    assert (data.crop_pct, data.interpolation, data.mean) == (0.922, "bilinear", (0.5, 0.5, 0.5))
+    assert read_config(CASES[0] / "config.yaml").data.interpolation == "bicubic"
+
+
+def test_missing_keys_take_that_codes_defaults(tmp_path):
+    path = edited(tmp_path, CASES[0], MODEL__VIT__MSVIT__SHARE_W=None, MODEL__VIT__MSVIT__SW_EXACT=None,
+                  MODEL__VIT__AVG_POOL=None, INPUT=None, DATA=None)  # fmt: skip
+    config = read_config(path)
+    assert (config.image_size, config.num_classes) == (224, 1000)
+    assert config.data.interpolation == "bilinear"
+    assert config.options["share_global_projection"] is True
+    assert config.options["mask"] == "chunk"
+
+
+def test_epsilon_of_the_norms_is_never_the_published_one(tmp_path):
+    path = edited(tmp_path, CASES[0], MODEL__VIT__MSVIT__LN_EPS=1e-2)
+    assert load_released(path, CASES[0] / "model_best.pth").norm.eps == 1e-6
+
+
+def test_architecture_notation():
+    first, second = parse_arch("l1,h3,d96,n2,s1,g4,p4,f8,a0_l2,h6,d192,n1,s0", "linformer")
+    assert dataclasses.asdict(first) == {
+        "dim": 96, "heads": 3, "blocks": 2, "patch": 4, "attention": "linformer", "global_tokens": 4,
+        "position": "relative", "window": 8, "projected_tokens": 8, "random_features": 8, "reduction": 8,
+    }  # fmt: skip
+    assert (second.attention, second.position, second.patch, second.global_tokens) == (
+        "full",
+        "absolute",
+        2,
+        1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MODEL__VIT__MSVIT__ARCH": None}, "MODEL.VIT.MSVIT.ARCH: is missing"),
+        ({"MODEL__VIT__MSVIT__ARCH": "l1,x3"}, "MODEL.VIT.MSVIT.ARCH: 'x3' is no letter"),
+        ({"MODEL__VIT__MSVIT__ARCH": "l1,h3"}, "MODEL.VIT.MSVIT.ARCH: stage 'l1,h3' lacks d, n"),
+        ({"MODEL__VIT__MSVIT__ATTN_TYPE": "magic"}, "MODEL.VIT.MSVIT.ATTN_TYPE: must be one of"),
+        ({"MODEL__VIT__MSVIT__SW_EXACT": 7}, "MODEL.VIT.MSVIT.SW_EXACT: must be one of 0, 1, -1"),
+        ({"INPUT__MEAN": "(0.5,)"}, "INPUT.MEAN: expected a value like"),
+        ({"INPUT__IMAGE_SIZE": "__import__('os')"}, "INPUT.IMAGE_SIZE: expected a value like 224"),
+        ({"MODEL": "none"}, "MODEL"),
+    ],
+)
+def test_configurations_that_make_no_sense(tmp_path, changes, message):
+    path = edited(tmp_path, CASES[0], **changes)
+    with pytest.raises(ConfigError) as error:
+        read_config(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_that_acts_is_refused_and_does_nothing(tmp_path):
+    victim, path = tmp_path / "created", tmp_path / "model.pth"
+    torch.save({"net": {"head.weight": torch.zeros(1)}, "extra": Malicious(victim)}, path)
+    with pytest.raises(ConfigError, match="refused"):
+        read_checkpoint(path)
+    path.write_bytes(pickle.dumps(Malicious(victim)))
+    with pytest.raises(ConfigError):
+        read_checkpoint(path)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(100)])
+def test_files_that_are_no_checkpoints(tmp_path, content):
+    path = tmp_path / "model.pth"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read_checkpoint(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_missing_and_damaged_checkpoints(tmp_path):
+    whole = (CASES[0] / "model_best.pth").read_bytes()
+    path = tmp_path / "model.pth"
+    for length in (10, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ConfigError, match=r"model\.pth: "):
+            read_checkpoint(path)
+    with pytest.raises(ConfigError, match="no such file"):
+        read_checkpoint(tmp_path / "none.pth")
+    weights = torch.load(CASES[0] / "model_best.pth", weights_only=True)
+    weights["net"]["head.bias"][0] = float("nan")
+    torch.save(weights, path)
+    with pytest.raises(ConfigError, match=r"net\.head\.bias holds values that are not finite"):
+        read_checkpoint(path)
+
+
+def test_loading_is_strict_and_names_everything(tmp_path):
+    case, path = next(c for c in CASES if c.name == "vil_ape_chunk"), tmp_path / "model.pth"
+    content = torch.load(case / "model_best.pth", weights_only=True)
+    net = content["net"]
+    net["layer9.0.extra"] = net.pop("norm.weight")
+    net["layer1.1.attn.proj.bias"] = torch.zeros(3)
+    torch.save(content, path)
+    with pytest.raises(ConfigError) as error:
+        load_released(case / "config.yaml", path)
+    text = str(error.value)
+    assert "missing: norm.weight" in text
+    assert "unexpected: layer9.0.extra" in text
+    assert "stages.0.blocks.0.attn.projection.bias is (3,), the model's (8,)" in text
+    other = next(c for c in CASES if c.name == "srformer")
+    with pytest.raises(ConfigError, match="does not fit the model"):
+        load_released(other / "config.yaml", case / "model_best.pth")
+
+
+def test_resizing_is_logged(caplog):
+    case = next(c for c in CASES if c.name == "finetune_resolution_ape")
+    with caplog.at_level("INFO", logger="vil.models.released"):
+        load(case, image_size=96, num_classes=4)
+    assert "stages.0.position.rows: (16, 4) → (24, 4)" in caplog.text
+    assert "head.weight: (10, 32) → (4, 32)" in caplog.text
