@@ -198,7 +198,9 @@ def _check(value: Any, hint: Any, prefix: str, path: str) -> Iterator[str]:
         if key not in fields:
             raise ConfigError(path, f"{name}: unknown key{_nearest(str(key), fields, prefix)}")
         inner_hint = fields[key]
-        if dataclasses.is_dataclass(inner_hint) and isinstance(inner, dict):
+        if dataclasses.is_dataclass(inner_hint):
+            if not isinstance(inner, dict):
+                raise ConfigError(path, f"{name}: expected a mapping of keys to values, got {_shown(inner)}")
             yield from _check(inner, inner_hint, f"{name}.", path)
             continue
         element = _element_dataclass(inner_hint)

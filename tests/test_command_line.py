@@ -1,0 +1,173 @@
+"""Command lines: precedence, lists and flags, and one line that names the file and the key."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vil.command_line import parse
+from vil.config import ConfigError, EvalConfig, StageConfig, TrainConfig, in_section
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a file into the working folder of the test and returns its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, name="file.yaml"):
+        Path(name).write_text(text)
+        return name
+
+    return write
+
+
+def test_later_words_win_over_earlier_ones_and_over_files(write):
+    model = write("name: vil\nwindow: 3\nstages: [{dim: 8, heads: 1}]\n", "model.yaml")
+    partial = write("model: {window: 5}\nschedule: {augment: {mixup: 0.1}}\nseed: 7\n", "partial.yaml")
+    base = write("epochs: 9\nlr: 1e-2\n", "schedule.yaml")
+    line = parse(
+        TrainConfig,
+        ["--model", model, "--config", partial, "--schedule.lr=0.5", "--output", "2024"],
+        base_files={"schedule": Path(base), "model": Path("not-needed.yaml")},
+    )
+    config = line.config
+    assert (config.model.name, config.model.window, config.seed) == ("vil", 5, 7)
+    assert config.model.stages == [StageConfig(dim=8, heads=1)]
+    assert (config.schedule.epochs, config.schedule.lr, config.schedule.augment.mixup) == (9, 0.5, 0.1)
+    assert config.output == "2024"
+    assert line.origins["model.window"] == partial
+    assert line.origins["schedule.lr"] == "command line"
+    assert line.sets("model")
+    assert not line.sets("data")
+
+
+def test_base_values_lie_under_everything(write):
+    stored = {"data": {"source": "folder", "root": "/x"}, "model": {"window": 3, "blocks": [1, 2]}}
+    config = parse(
+        EvalConfig, ["--data.root", "/y", "--checkpoint", "a", "b", "--complexity"], base_values=stored
+    ).config
+    assert (config.data.source, config.data.root) == ("folder", "/y")
+    assert (config.model.window, config.model.blocks) == (3, (1, 2))
+    assert config.checkpoint == ["a", "b"]
+    assert config.complexity is True
+
+
+def test_an_error_is_located_where_its_key_was_set(write):
+    line = parse(TrainConfig, ["--model", write("window: 0\n"), "--seed", "3"])
+    assert str(line.locate(ConfigError("model.window", "must be 1"))) == "file.yaml: model.window: must be 1"
+    assert str(line.locate(ConfigError("seed", "too small"))) == "command line: seed: too small"
+    assert str(line.locate(ConfigError("device", "none"))) == "device: none"
+    with (
+        pytest.raises(ConfigError, match=r"^model\.stages\[0\]\.dim: odd$"),
+        in_section("model"),
+        in_section("stages[0]"),
+    ):
+        raise ConfigError("dim", "odd")
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("--model", "windw: 7", "model.windw: unknown key; did you mean model.window?"),
+        ("--config", "modle: {}", "modle: unknown key; did you mean model?"),
+        ("--config", "model: null", "model: expected a mapping of keys to values, got None"),
+        (
+            "--config",
+            "schedule: {augment: {mixp: 1}}",
+            "schedule.augment.mixp: unknown key; did you mean schedule.augment.mixup?",
+        ),
+        (
+            "--model",
+            "stages: [{dim: 8, head: 1}]",
+            "model.stages[0].head: unknown key; did you mean model.stages[0].heads?",
+        ),
+        (
+            "--model",
+            "stages: [{dim: 8, heads: one}]",
+            "model.stages[0].heads: expected an integer, got 'one'",
+        ),
+        ("--model", "window: seven", "model.window: expected an integer or null, got 'seven'"),
+        ("--model", "pool: sum", "model.pool: expected one of avg, cls or null, got 'sum'"),
+        ("--schedule", "epochs: 1.5", "schedule.epochs: expected an integer, got 1.5"),
+        ("--data", "mean: [1, 2]", "data.mean: expected a list of 3 numbers, got [1, 2]"),
+        ("--model", "name: a\nname: b", "name: given twice"),
+        ("--model", "{: [", "line 1: not valid YAML"),
+        ("--model", "- a\n- b", "expected a mapping of keys to values, got ['a', 'b']"),
+        ("--model", "", "the file is empty"),
+        ("--model", "!!python/object/apply:os.system ['true']", "line 1: not valid YAML"),
+        ("--model", "window: 2020-99-99", "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_with_a_file(write, option, text, message):
+    with pytest.raises(ConfigError) as error:
+        parse(TrainConfig, [option, write(text)])
+    assert f"file.yaml: {message}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "none.yaml"], "--model none.yaml: no such file"),
+        (["--model", "."], "--model .: cannot be read: Is a directory"),
+        (["--model"], "--model: expected the path of a YAML file"),
+        (["--model.windw", "3"], "command line: --model.windw: unknown option; did you mean --model.window?"),
+        (["--model.window", "x"], "command line: --model.window: expected an integer or null, got x"),
+        (["--model.blocks", "1,2"], "command line: --model.blocks: expected a list of integers, as [1, 2]"),
+        (["--device"], "command line: --device: expected one argument"),
+        (["word"], "command line: word: unknown option"),
+    ],
+)
+def test_what_is_wrong_with_a_line(write, words, message):
+    with pytest.raises(ConfigError) as error:
+        parse(TrainConfig, words)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SECTIONS = {"models": "--model", "schedules": "--schedule", "data": "--data"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_file_in_configs_is_read_and_says_what_it_is(path):
+    option = SECTIONS.get(path.parent.name, "--config")
+    assert parse(TrainConfig, [option, str(path)]).origins
+    opening = path.read_text().split("\n\n")[0]
+    assert opening.startswith("# ")
+    assert "python" in opening or "torchrun" in opening
+
+
+KEYS = ["model", "data", "augment", "stages", "window", "name", "x"]
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+TREES = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(TREES, st.sampled_from(["--config", "--model"]))
+def test_any_tree_is_read_or_refused(tmp_path_factory, tree, option):
+    path = tmp_path_factory.mktemp("fuzz") / "tree.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with contextlib.suppress(ConfigError):
+        parse(TrainConfig, [option, str(path)])
+
+
+def test_help_lists_every_option_with_its_text():
+    run = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    words = " ".join(run.stdout.split())
+    assert "--schedule.augment.mixup_switch_prob" in words
+    assert "Probability of CutMix where both are on." in words
+    assert "default: 0.5" in words
