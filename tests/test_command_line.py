@@ -64,6 +64,8 @@ def test_an_error_is_located_where_its_key_was_set(write):
     assert str(line.locate(ConfigError("model.window", "must be 1"))) == "file.yaml: model.window: must be 1"
     assert str(line.locate(ConfigError("seed", "too small"))) == "command line: seed: too small"
     assert str(line.locate(ConfigError("device", "none"))) == "device: none"
+    of_a_stage = line.locate(ConfigError("model.stages[1].window", "must be 1"))
+    assert str(of_a_stage) == "file.yaml: model.window: must be 1"
     with (
         pytest.raises(ConfigError, match=r"^model\.stages\[0\]\.dim: odd$"),
         in_section("model"),

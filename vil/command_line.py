@@ -46,9 +46,16 @@ class CommandLine(Generic[Config]):
         return any(key == section or key.startswith(f"{section}.") for key in self.origins)
 
     def locate(self, error: ConfigError) -> ConfigError:
-        """The same error with the file, or `command line`, that set the option in front."""
-        origin = self.origins.get(error.key)
-        return ConfigError("", f"{origin}: {error}") if origin else error
+        """The same error with the file, or `command line`, that set the option in front.
+
+        An option of one stage is looked up as `model.stages[1].window`, as `model.window`, which sets it
+        for all stages, and as `model.stages`.
+        """
+        for_all = re.sub(r"stages\[\d+\]\.", "", error.key)
+        for key, shown in ((error.key, error.key), (for_all, for_all), ("model.stages", error.key)):
+            if key in self.origins and (key != "model.stages" or "stages[" in error.key):
+                return ConfigError("", f"{self.origins[key]}: {shown}: {error.reason}")
+        return error
 
 
 def parse(

@@ -59,9 +59,10 @@ class FullAttention(Attention):
         if self.bias_table is None:
             return None
         table = resize_offsets(self.bias_table, size)
-        rows = _offsets(size[0], table.device)[:, None, :, None]  # (H, 1, H, 1)
-        columns = _offsets(size[1], table.device)[None, :, None, :]  # (1, W, 1, W)
-        local = table[:, rows, columns].flatten(3).flatten(1, 2)  # (h, N, N)
+        # Query i and key j along one axis are i − j apart: in the table turned around, the entries of query i
+        # are one stretch, which `unfold` reads without a tensor of indices.
+        stretches = table.flip(1, 2).unfold(1, size[0], 1).unfold(2, size[1], 1)  # (h, H, W, H, W)
+        local = stretches.flip(1, 2).flatten(3).flatten(1, 2)  # (h, N, N)
         if self.global_bias is None:
             return local
         locals_ = local.shape[-1]
@@ -77,9 +78,3 @@ def resize_offsets(table: Tensor, size: tuple[int, int]) -> Tensor:
     if table.shape[1:] == target:
         return table
     return F.interpolate(table[None], target, mode="bilinear", align_corners=False)[0]
-
-
-def _offsets(length: int, device: torch.device) -> Tensor:
-    """(length, length): query − key, counted from 0."""
-    place = torch.arange(length, device=device)
-    return place[:, None] - place[None, :] + length - 1

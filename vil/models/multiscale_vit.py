@@ -242,9 +242,14 @@ class MultiScaleViT(nn.Module):
             )
             done = sum(s.blocks for s in stages[:number])
             drop_path = rates[done : done + stage.blocks]
-            modules.append(
-                Stage(stage, channels, size, options, mlp_ratio, pos_drop_rate, drop_path, norm_embed)
-            )
+            try:
+                modules.append(
+                    Stage(stage, channels, size, options, mlp_ratio, pos_drop_rate, drop_path, norm_embed)
+                )
+            except ConfigError as error:
+                if not hasattr(stage, error.key):
+                    raise
+                raise ConfigError(f"stages[{number}].{error.key}", error.reason) from error
             channels = stage.dim
             reduction *= stage.patch
             self.feature_info.append(

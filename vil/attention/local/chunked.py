@@ -30,12 +30,11 @@ def chunked_attention(
     """See `vil.attention.local.local_attention`."""
     globals_ = global_key.shape[2]
     seen = _seen(neighbors, query.device)  # (s,)
-    places, real = _surroundings(size, window, mask, query.device)
-    places, real = places[:, seen], real[:, seen].flatten(1)  # (c, s), (c, s·t)
+    real = _real_keys(size, window, mask, query.device)[:, seen].flatten(1)  # (c, s·t)
 
     query_chunks = _to_chunks(query, size, window) * query.shape[-1] ** -0.5  # (B, h, c, t, D)
-    keys = _to_chunks(key, size, window)[:, :, places].flatten(3, 4)  # (B, h, c, s·t, D)
-    values = _to_chunks(value, size, window)[:, :, places].flatten(3, 4)
+    keys = _surroundings(_to_chunks(key, size, window), size, window, mask, seen)  # (B, h, c, s·t, D)
+    values = _surroundings(_to_chunks(value, size, window), size, window, mask, seen)
 
     scores = query_chunks @ keys.transpose(-2, -1)  # (B, h, c, t, s·t)
     if bias_table is not None:
@@ -63,34 +62,43 @@ def _seen(neighbors: str | int | Tensor, device: torch.device) -> Tensor:
     return torch.cat([torch.full_like(neighbor, OWN), neighbor + (neighbor >= OWN)])
 
 
-def _surroundings(
-    size: tuple[int, int], window: int, mask: str, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """For each chunk, the nine around it (itself in the middle) and which of their positions are keys.
+def _surroundings(chunks: Tensor, size: tuple[int, int], window: int, mask: str, seen: Tensor) -> Tensor:
+    """For each chunk, the chunks around it that are seen: (B, h, c, t, D) → (B, h, c, s·t, D).
 
-    Returns:
-        places (c, 9) int64, the number of a chunk, any where there is none; real (c, 9, t) bool.
+    Beyond the map's edge stands the opposite side of the map for the cyclic mask, and anything for the
+    others.
     """
-    row_places, row_real = _surroundings_along(size[0], window, mask, device)  # (rows, 3), (rows, 3, w)
-    column_places, column_real = _surroundings_along(size[1], window, mask, device)
-    columns = column_places.shape[0]
-    places = row_places[:, None, :, None] * columns + column_places[None, :, None, :]
-    real = row_real[:, None, :, None, :, None] & column_real[None, :, None, :, None, :]
-    return places.flatten(2).flatten(0, 1), real.flatten(4).flatten(2, 3).flatten(0, 1)
+    rows = -(-size[0] // window)
+    grid = chunks.unflatten(2, (rows, -1))  # (B, h, rows, columns, t, D)
+    for dim in (2, 3):
+        grid = torch.cat([grid.narrow(dim, -1, 1), grid, grid.narrow(dim, 0, 1)], dim=dim)
+    around = grid.unfold(2, 3, 1).unfold(3, 3, 1)  # (B, h, rows, columns, t, D, 3, 3), a view
+    if len(seen) == 9:
+        around = around.permute(0, 1, 2, 3, 6, 7, 4, 5).flatten(4, 5)  # (B, h, rows, columns, 9, t, D)
+    else:
+        around = torch.stack(
+            [around.index_select(6, s // 3).index_select(7, s % 3)[..., 0, 0] for s in seen.split(1)], dim=4
+        )  # (B, h, rows, columns, s, t, D)
+    return around.flatten(4, 5).flatten(2, 3)
 
 
-def _surroundings_along(length: int, window: int, mask: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def _real_keys(size: tuple[int, int], window: int, mask: str, device: torch.device) -> Tensor:
+    """(c, 9, t): for each chunk and those around it, itself in the middle, which positions are keys."""
+    rows = _real_keys_along(size[0], window, mask, device)  # (rows, 3, w)
+    columns = _real_keys_along(size[1], window, mask, device)
+    real = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
+    return real.flatten(4).flatten(2, 3).flatten(0, 1)
+
+
+def _real_keys_along(length: int, window: int, mask: str, device: torch.device) -> Tensor:
     chunks = -(-length // window)
     step = torch.tensor([-1, 0, 1], device=device)
     own = torch.arange(chunks, device=device)[:, None]
-    places = (own + step) % chunks  # (chunks, 3)
-    position = places[..., None] * window + torch.arange(window, device=device)  # (chunks, 3, w)
+    position = ((own + step) % chunks)[..., None] * window + torch.arange(window, device=device)
     real = position < length
     if mask == "cyclic":  # looking back over the edge shows the padding of the last chunk
-        real = real | ((own == 0) & (step == -1))[..., None]
-    else:
-        real = real & ((own + step >= 0) & (own + step < chunks))[..., None]
-    return places, real
+        return real | ((own == 0) & (step == -1))[..., None]
+    return real & ((own + step >= 0) & (own + step < chunks))[..., None]
 
 
 def _bias_of_offsets(table: Tensor, window: int) -> Tensor:

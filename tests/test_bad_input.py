@@ -1,0 +1,181 @@
+"""Every kind of unusable input: one line that names the key (and the file), status 2, nothing written."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as eval_program
+import train as train_program
+from vil import command_line
+from vil.config import ConfigError
+from vil.training import precision
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "configs" / "models" / "vil_tiny.yaml")
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Calls a program that must refuse; returns its one line."""
+    output = tmp_path / "output"
+    monkeypatch.chdir(tmp_path)
+
+    def call(main, *words):
+        given = [*map(str, words), *(["--output", str(output)] if main is train_program.main else [])]
+        monkeypatch.setattr(sys, "argv", ["program", *given])
+        with pytest.raises(SystemExit) as exit_:
+            command_line.main(main)
+        captured = capsys.readouterr()
+        assert exit_.value.code == 2, captured
+        assert captured.err.count("\n") == 1, captured.err
+        assert captured.err.startswith("error: ")
+        assert not list(output.rglob("*.*")), "something was written"
+        return captured.err
+
+    return call
+
+
+def folder_of_images(root, tree):
+    for name, count in tree.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(root / name / f"{number}.png")
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--model.widnow", "3"],
+            "command line: --model.widnow: unknown option; did you mean --model.window?",
+        ),
+        (["--schedule.epochs", "many"], "command line: --schedule.epochs: expected an integer, got many"),
+        (["--data.source", "folder"], "data.root"),
+        (["--data.source", "folder", "--data.root", "absent"], "data.root: "),
+        (["--data.source", "torch/nothing", "--data.root", "."], "data.root: torch/nothing cannot be read"),
+        (["--schedule.batch_size", "10", "--schedule.accumulation", "4"], "schedule.batch_size: "),
+        (["--schedule.batch_size", "2000"], "schedule.batch_size: "),
+        (["--model.image_size", "8"], "model.image_size: 8×8 pixels are too few for stage 3 of 3"),
+        (["--model.pool", "cls", "--model.global_tokens", "0"], "model.pool: cls needs a global token"),
+        (["--model.pool", "cls"], "model.pool: cls needs a global token"),
+        (["--model.num_classes", "5"], "model.num_classes: "),
+        (["--model", TINY, "--model.name", "vil_tinny"], "model.name: there is no model 'vil_tinny'"),
+        (["--schedule.optimizer", "adamm"], "schedule.optimizer: "),
+        (["--schedule.augment.auto_augment", "best"], "schedule.augment.auto_augment: "),
+        (["--schedule.lr", "-1"], "schedule.lr: expected more than 0"),
+        (["--device", "cuda"], "device: "),
+        (["--device", "toaster"], "device: "),
+        (["--schedule.augment.mixup", "0.8", "--schedule.batch_size", "63"], "schedule.batch_size: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_cannot_be_used(refused, words, message):
+    if words == ["--device", "cuda"] and torch.cuda.is_available():
+        words = ["--device", "cuda:99"]
+    assert message in refused(train_program.main, *words)
+
+
+def test_bfloat16_where_the_device_lacks_it(refused, monkeypatch):
+    """A GPU before Ampere, as the precision check sees it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
+    with pytest.raises(ConfigError, match=r"precision: .*bfloat16"):
+        precision.check_precision("bfloat16", torch.device("cuda"))
+
+
+def test_unknown_key_in_a_file_is_named_with_the_nearest_one(refused, tmp_path):
+    path = write(tmp_path / "model.yaml", "name: vil_tiny\nimage_sise: 64\n")
+    line = refused(train_program.main, "--model", path)
+    assert line == f"error: {path}: model.image_sise: unknown key; did you mean model.image_size?\n"
+
+
+def test_an_impossible_value_is_named_with_its_file(refused, tmp_path):
+    path = write(tmp_path / "model.yaml", "name: vil\nimage_size: 32\nstages: [{dim: 30, heads: 4}]\n")
+    line = refused(train_program.main, "--model", path)
+    assert f"{path}: " in line
+    assert "model.stages[0].heads: 4 heads do not divide the width 30" in line
+
+
+def test_unreadable_yaml(refused, tmp_path):
+    path = write(tmp_path / "model.yaml", "name: [unclosed\n")
+    assert f"{path}: line " in refused(train_program.main, "--model", path)
+    path.write_bytes(b"\xff\xfe\x00")
+    assert f"{path}: not valid YAML" in refused(train_program.main, "--model", path)
+    assert "no such file" in refused(train_program.main, "--schedule", tmp_path / "none.yaml")
+
+
+def test_folders_that_hold_no_data_set(refused, tmp_path):
+    words = ["--data.source", "folder", "--data.root", tmp_path / "data"]
+    (tmp_path / "data").mkdir()
+    assert "data.root: " in refused(train_program.main, *words)
+    folder_of_images(tmp_path / "data", {"train/a": 2, "train/b": 2, "val/a": 1, "val/c": 1})
+    line = refused(train_program.main, *words, "--schedule.batch_size", "2")
+    assert "data.root: " in line
+    assert "'c'" in line or " c" in line
+    (tmp_path / "data" / "val" / "c" / "0.png").unlink()
+    (tmp_path / "data" / "val" / "c").rmdir()
+    for image in (tmp_path / "data" / "train" / "b").iterdir():
+        image.unlink()
+    assert "data.root: " in refused(train_program.main, *words, "--schedule.batch_size", "2")
+
+
+def test_output_that_cannot_be_written(refused, tmp_path, monkeypatch, capsys):
+    blocked = write(tmp_path / "file", "in the way")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output", str(blocked / "run")])
+    with pytest.raises(SystemExit) as exit_:
+        command_line.main(train_program.main)
+    assert exit_.value.code == 2
+    assert "output: " in capsys.readouterr().err
+    assert blocked.read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to evaluate"),
+        (["--checkpoint", "absent"], "absent"),
+        (["--checkpoint", "."], "checkpoint"),
+        (["--model", TINY, "--complexity", "--json", "/dev/null/out.json"], "json"),
+        (["--model.name", "timm/nothing", "--complexity"], "model.name: timm has no model 'nothing'"),
+    ],
+)
+def test_evaluations_that_cannot_be_done(refused, words, message):
+    assert message in refused(eval_program.evaluate, *words)
+
+
+def test_checkpoints_of_another_kind(refused, tmp_path):
+    write(tmp_path / "text.pt", "hello")
+    assert "text.pt" in refused(eval_program.evaluate, "--checkpoint", tmp_path / "text.pt")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+    assert "other.pt" in refused(eval_program.evaluate, "--checkpoint", tmp_path / "other.pt")
+
+
+def test_a_checkpoint_of_another_architecture(refused, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", [
+        "train.py", "--output", str(folder), "--schedule.max_steps", "1", "--schedule.epochs", "1",
+        "--data.workers", "0", "--progress", "false", "--tensorboard", "false",
+    ])  # fmt: skip
+    with pytest.raises(SystemExit) as exit_:
+        command_line.main(train_program.main)
+    assert exit_.value.code == 0
+    line = refused(eval_program.evaluate, "--checkpoint", folder, "--model", TINY, "--model.image_size", 32)
+    assert str(folder) in line
+    assert "stages.0" in line
+    wide = refused(eval_program.evaluate, "--checkpoint", folder, "--model.window", 3)
+    assert "bias_table" in wide
+    changed = ["--schedule.epochs", "1", "--model.window", "3", "--output", folder]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, changed)])
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(SystemExit) as exit_:
+        command_line.main(train_program.main)
+    assert exit_.value.code == 2
+    assert (folder / "metrics.jsonl").read_text() == before

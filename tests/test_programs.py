@@ -1,0 +1,151 @@
+"""The programs as a user calls them: real command lines in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TIMING_FIELDS = {"time", "step_time", "data_wait", "images_per_second", "seconds"}
+SHORT = ["--schedule.epochs", "2", "--log_every", "1", "--progress", "false"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+pytestmark = pytest.mark.xdist_group("programs")  # they share the run below
+
+
+def start(*words, ranks=0):
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.Popen(
+        [*launcher, *map(str, words)],
+        cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def call(*words, ranks=0, status=0):
+    process = start(*words, ranks=ranks)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, err
+    return out, err
+
+
+def metrics(run, kind=None):
+    """The records of a run without what depends on the clock."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
+    return [record for record in records if kind in (None, record["kind"])]
+
+
+def losses(run):
+    return [record["loss"] for record in metrics(run, "train")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two epochs on the digits."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    out, _ = call("train.py", "--output", folder, *SHORT)
+    assert "Top-1" in out.splitlines()[-1]
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"} <= names
+    steps = [record["step"] for record in metrics(run, "train")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(metrics(run, "validation")) == 2
+    assert losses(run)[-1] < losses(run)[0]
+    assert all("ema_top1" in record and record["images"] == 360 for record in metrics(run, "validation"))
+
+
+@pytest.mark.parametrize("ranks", [0, 2, 3])
+def test_evaluation_counts_every_image_once_on_any_number_of_ranks(run, tmp_path, ranks):
+    path = tmp_path / "out.json"
+    out, _ = call("eval.py", "--checkpoint", run, "--json", path, ranks=ranks)
+    (result,) = json.loads(path.read_text())
+    (summary,) = json.loads((run / "summary.json").read_text())
+    assert result["images"] == 360
+    assert result["top1"] == summary["top1"]
+    best = max(max(r["top1"], r["ema_top1"]) for r in metrics(run, "validation"))
+    assert result["top1"] == best
+    assert f"{best:.2f}" in out
+    needed = {"top1", "top5", "loss", "images", "params", "flops", "train_memory_mb", "eval_memory_mb",
+              "images_per_second", "device", "precision", "image_size", "checkpoint"}  # fmt: skip
+    assert needed <= result.keys()
+
+
+def test_number_of_workers_changes_nothing(run, tmp_path):
+    call("train.py", "--output", tmp_path, "--data.workers", 0, *SHORT)
+    assert metrics(tmp_path) == metrics(run)
+
+
+def test_accumulation_changes_nothing_but_rounding(run, tmp_path):
+    call("train.py", "--output", tmp_path, "--schedule.accumulation", 4, "--schedule.max_steps", 20, *SHORT)
+    assert losses(tmp_path) == pytest.approx(losses(run)[:20], abs=1e-4)
+
+
+def test_two_ranks_train_as_one_process(run, tmp_path):
+    call("train.py", "--output", tmp_path, "--schedule.max_steps", 20, *SHORT, ranks=2)
+    assert losses(tmp_path) == pytest.approx(losses(run)[:20], abs=1e-4)
+    assert metrics(tmp_path, "validation")[0]["images"] == 360
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path):
+    process = start("train.py", "--output", tmp_path, *SHORT)
+    last, deadline = tmp_path / "checkpoints" / "last.pt", time.monotonic() + 200
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "summary.json").exists()
+    out, _ = call("train.py", "--output", tmp_path)  # the folder says the rest
+    assert "continuing" in out
+    assert metrics(tmp_path) == metrics(run)
+    (ours,), (reference,) = (json.loads((p / "summary.json").read_text()) for p in (tmp_path, run))
+    assert ours["top1"] == reference["top1"]
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(run):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    out, _ = call("train.py", "--output", run, *SHORT)
+    assert "is finished: Top-1" in out
+    _, err = call("train.py", "--output", run, "--resume", "never", *SHORT, status=2)
+    assert err.strip().count("\n") == 0
+    assert "output" in err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_complexity_needs_neither_data_nor_checkpoint(tmp_path):
+    path = tmp_path / "out.json"
+    call("eval.py", "--model", "configs/models/vil_tiny.yaml", "--complexity", "--json", path,
+         "--model.image_size", 64)  # fmt: skip
+    (result,) = json.loads(path.read_text())
+    assert result["params"] == pytest.approx(6.7e6, rel=0.01)
+    assert result["top1"] is None
+    assert result["train_memory_mb"] > result["eval_memory_mb"] > 0
+
+
+def test_every_precision_and_option_of_a_run(tmp_path):
+    """One step each way, in one run folder each, with everything on that has not been on above."""
+    for number, words in enumerate(
+        (
+            ["--precision", "bfloat16", "--gradient_checkpointing", "--channels_last"],
+            ["--precision", "float16", "--model.neighbors", "random", "--schedule.clip_grad", "1"],
+            ["--config", "configs/ablations/attention_performer.yaml", "--schedule.augment.mixup", "0.8",
+             "--schedule.augment.cutmix", "1.0", "--schedule.loss", "bce", "--schedule.layer_decay", "0.7"],
+            ["--model", "configs/models/deit_tiny_patch16.yaml", "--model.image_size", "32",
+             "--schedule.optimizer", "sgd", "--schedule.batch_size", "16"],
+        )
+    ):  # fmt: skip
+        folder = tmp_path / str(number)
+        words += ["--schedule.max_steps", 1, "--tensorboard", "false"]
+        call("train.py", "--output", folder, *words, *SHORT)
+        assert len(losses(folder)) == 1
+        assert not (folder / "tensorboard").exists()
