@@ -156,22 +156,13 @@ def say(process: Process, line: str) -> None:
 
 
 def main(words: Sequence[str]) -> None:
-    """`train`, with every end that is no accident: exit status 2, 1 or 130, and one line."""
-    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    """`train`; exit status 1 and one line where the training itself cannot go on."""
     try:
         train(words)
-    except ConfigError:
-        if not is_first_here:
-            raise SystemExit(2) from None  # the first process of this machine says why
-        raise
     except TrainingError as error:
-        if is_first_here:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        if is_first_here:
-            print("interrupted; the same command continues from the last epoch", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

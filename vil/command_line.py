@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import re
 import sys
 import types
@@ -109,19 +110,22 @@ def parse(
     return CommandLine(config_class(**values), origins)
 
 
-def exit_with(error: ConfigError) -> NoReturn:
-    """Ends the program as every unusable input does: one line on standard error, exit status 2."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Runs `program` with the words of the command line; a ConfigError ends it with `exit_with`."""
+    """Runs `program` with the words of the command line, and ends the process as every program here does.
+
+    Exit status 2 and one line on standard error for a ConfigError, 130 for Ctrl-C. Of several processes that
+    torchrun starts on one machine, the first one speaks.
+    """
+    status, line = 0, None
     try:
         program(sys.argv[1:])
     except ConfigError as error:
-        exit_with(error)
-    raise SystemExit(0)
+        status, line = 2, f"error: {error}"
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted"
+    if line is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(" ".join(line.split()), file=sys.stderr)
+    raise SystemExit(status)
 
 
 def _completed(words: Sequence[str], config_class: type) -> Iterator[str]:
