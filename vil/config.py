@@ -102,6 +102,8 @@ class ModelConfig:
     """Local attention: side of a chunk in every stage, in tokens."""
     global_tokens: int | None = None
     """Global tokens of every stage."""
+    stage_globals: Literal["discard", "carry"] = "discard"
+    """Global tokens between stages: dropped, or carried on by a linear map to the next width."""
     share_global_projection: bool = True
     """Local attention: global tokens use the projections of the local ones, not their own."""
     projected_tokens: int | None = None

@@ -119,6 +119,82 @@ def test_other_resolutions(position):
         small(attention=["linformer", "full", "full"]).set_input_size(64)
 
 
+ALIKE = [StageConfig(dim=16, heads=2, patch=4, window=2), StageConfig(dim=32, heads=4, attention="full")]
+
+
+@pytest.mark.parametrize("position", ["relative", "absolute"])
+def test_global_tokens_carried_across_stages(position):
+    """Written out for two stages: the first one's global tokens, mapped, are the second one's."""
+    model = small(stages=ALIKE, global_tokens=2, stage_globals="carry", position=position).eval()
+    first, second = model.stages
+    assert (first.global_tokens.shape, second.global_tokens) == ((1, 2, 16), None)
+    x = images()
+    tokens, size = first(x)
+    mapped = second.carry(tokens[:, :2])
+    local, size = second.patch_embed(first.to_map(tokens, size))
+    tokens = torch.cat([mapped, local], dim=1)
+    if second.position is not None:
+        tokens = second.position(tokens, size)
+    expected = model.norm(second.blocks[0](tokens, size))
+    torch.testing.assert_close(model.forward_features(x), expected)
+    model(x).square().sum().backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+@pytest.mark.parametrize("position", ["relative", "absolute"])
+@pytest.mark.parametrize(
+    "attention", ["vision_longformer", "full", "performer", "spatial_reduction", "global_only"]
+)
+def test_global_tokens_from_outside(position, attention):
+    stages = [
+        StageConfig(dim=16, heads=2, patch=4, window=2, attention=attention, reduction=2),
+        StageConfig(dim=32, heads=4, attention="full"),
+    ]
+    model = small(stages=stages, stage_globals="carry", position=position).eval()
+    x, outside = images(), torch.randn(2, 3, 16, requires_grad=True)
+    tokens = model.forward_features(x, global_tokens=outside)
+    assert tokens.shape == (2, 1 + 3 + 16, 32)
+    assert not torch.allclose(tokens[:, 4:], model.forward_features(x)[:, 1:])  # the map has seen them
+    assert model(x, global_tokens=outside).shape == (2, 5)
+    maps, prefix = model.forward_intermediates(
+        x, indices=1, return_prefix_tokens=True, intermediates_only=True, norm=True, global_tokens=outside
+    )[0]
+    torch.testing.assert_close(prefix, tokens[:, :4])
+    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), tokens[:, 4:])
+    tokens[:, 1:4].square().sum().backward()
+    assert outside.grad.abs().sum() > 0
+    none = torch.empty(2, 0, 16)
+    torch.testing.assert_close(model(x, global_tokens=none), model(x))
+
+
+def test_global_tokens_that_cannot_be():
+    outside = torch.randn(2, 3, 16)
+    with pytest.raises(ValueError, match="need a model with stage_globals='carry'"):
+        small()(images(), global_tokens=outside)
+    carrying = small(stages=ALIKE, stage_globals="carry")
+    with pytest.raises(ValueError, match=r"global_tokens must be \(2, any number, 16\), got \(2, 3, 8\)"):
+        carrying(images(), global_tokens=outside[..., :8])
+    with pytest.raises(ConfigError, match="stage_globals: to carry global tokens, all stages need as many"):
+        small(stage_globals="carry")
+    with pytest.raises(ConfigError, match="stage_globals: must be discard or carry"):
+        small(stage_globals="share")
+    linformer = small(
+        stages=[StageConfig(dim=16, heads=2, patch=4, attention="linformer", projected_tokens=4)]
+    )
+    with pytest.raises(ValueError, match="linformer attention is bound to its tokens, got 3 more"):
+        linformer(images(), global_tokens=outside)
+    flat = small(stages=[StageConfig(dim=16, heads=2, patch=8, attention="full")])
+    assert flat.forward_features(images(), global_tokens=outside).shape == (2, 1 + 3 + 16, 16)
+
+
+def test_the_zoo_carries_as_many_tokens_as_its_first_stage():
+    model = vil.create_model("vil_tiny", image_size=64, num_classes=5, stage_globals="carry")
+    assert [stage.num_global_tokens for stage in model.stages] == [1, 1, 1, 1]
+    plain = vil.create_model("vil_tiny", image_size=64, num_classes=5, global_tokens=1)
+    widths = 48 * 96 + 96 * 192 + 192 * 384
+    assert model.multiply_adds() - plain.multiply_adds() == widths
+
+
 def test_gradient_checkpointing_changes_memory_and_nothing_else():
     model = small(drop_path=0.5, neighbors="random")
     x = images()

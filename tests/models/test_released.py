@@ -174,7 +174,7 @@ def test_a_pickle_that_acts_is_refused_and_does_nothing(tmp_path):
     torch.save({"net": {"head.weight": torch.zeros(1)}, "extra": Malicious(victim)}, path)
     with pytest.raises(ConfigError, match="refused"):
         read_checkpoint(path)
-    path.write_bytes(pickle.dumps(Malicious(victim)))
+    path.write_bytes(pickle.dumps(Malicious(victim), protocol=2))
     with pytest.raises(ConfigError):
         read_checkpoint(path)
     assert not victim.exists()

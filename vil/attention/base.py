@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vil.config import ConfigError
 
@@ -88,7 +89,11 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Attends over x (B, G+N, C), N = H·W with (H, W) = `size`; returns the same shape."""
+        """Attends over x (B, G+N, C), N = H·W with (H, W) = `size`; returns the same shape.
+
+        G may be larger than what the module was built for: global tokens from outside, which come after its
+            own.
+        """
 
     @abstractmethod
     def multiply_adds(self, size: tuple[int, int]) -> int:
@@ -103,6 +108,11 @@ class Attention(nn.Module, ABC):
 
     def set_training_progress(self, step: int, epoch: int) -> None:
         """Called before each training step; for attentions that change while training."""
+
+    @staticmethod
+    def count_globals(x: Tensor, size: tuple[int, int]) -> int:
+        """How many of the tokens x (B, G+N, C) are global ones."""
+        return x.shape[1] - size[0] * size[1]
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, C) → (B, h, T, D)."""
@@ -144,7 +154,13 @@ class GlobalBias(nn.Module):
         for parameter in self.parameters():
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def of_global_queries(self, locals_: int) -> Tensor:
-        """(h, G, G+N): the biases of the global queries' scores with all tokens."""
-        to_local = self.to_local[:, :, None].expand(-1, -1, locals_)
-        return torch.cat([self.among, to_local], dim=-1)
+    def of_local_queries(self, globals_: int) -> Tensor:
+        """(h, globals_): the biases of local queries' scores with global keys; 0 for tokens beyond G."""
+        return F.pad(self.from_local, (0, globals_ - self.from_local.shape[1]))
+
+    def of_global_queries(self, globals_: int, locals_: int) -> Tensor:
+        """(h, globals_, globals_ + locals_): the biases of global queries' scores; 0 for tokens beyond G."""
+        further = globals_ - self.to_local.shape[1]
+        among = F.pad(self.among, (0, further, 0, further))
+        to_local = F.pad(self.to_local, (0, further))[:, :, None].expand(-1, -1, locals_)
+        return torch.cat([among, to_local], dim=-1)

@@ -36,7 +36,7 @@ class FullAttention(Attention):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`."""
         query, key, value = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
-        bias = self._bias(size)
+        bias = self._bias(size, self.count_globals(x, size))
         output = F.scaled_dot_product_attention(
             query, key, value, None if bias is None else bias.to(query.dtype), self.dropout_p()
         )
@@ -54,7 +54,7 @@ class FullAttention(Attention):
         tokens = self.global_tokens + size[0] * size[1]
         return 4 * tokens * self.dim**2 + 2 * tokens**2 * self.dim
 
-    def _bias(self, size: tuple[int, int]) -> Tensor | None:
+    def _bias(self, size: tuple[int, int], globals_: int) -> Tensor | None:
         """(h, G+N, G+N), or None without relative position."""
         if self.bias_table is None:
             return None
@@ -64,12 +64,11 @@ class FullAttention(Attention):
         stretches = table.flip(1, 2).unfold(1, size[0], 1).unfold(2, size[1], 1)  # (h, H, W, H, W)
         local = stretches.flip(1, 2).flatten(3).flatten(1, 2)  # (h, N, N)
         if self.global_bias is None:
-            return local
+            return F.pad(local, (globals_, 0, globals_, 0))
         locals_ = local.shape[-1]
-        from_local = self.global_bias.from_local[:, None, :].expand(-1, locals_, -1)  # (h, N, G)
-        return torch.cat(
-            [self.global_bias.of_global_queries(locals_), torch.cat([from_local, local], dim=-1)], dim=1
-        )
+        from_local = self.global_bias.of_local_queries(globals_)[:, None, :].expand(-1, locals_, -1)
+        of_globals = self.global_bias.of_global_queries(globals_, locals_)  # (h, G, G+N)
+        return torch.cat([of_globals, torch.cat([from_local, local], dim=-1)], dim=1)
 
 
 def resize_offsets(table: Tensor, size: tuple[int, int]) -> Tensor:

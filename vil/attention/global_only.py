@@ -36,21 +36,22 @@ class GlobalMemoryAttention(Attention):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`."""
-        split = [self.global_tokens, x.shape[1] - self.global_tokens]
+        globals_ = self.count_globals(x, size)
+        split = [globals_, x.shape[1] - globals_]
         key, value = self.split_heads_many(self.key_value(x), 2)  # (B, h, G+N, D)
         if self.shares_projection:
             global_query, query = self.split_heads(self.query(x)).split(split, dim=2)
         else:
-            query = self.split_heads(self.query(x[:, self.global_tokens :]))
+            query = self.split_heads(self.query(x[:, globals_:]))
         global_key, local_key = key.split(split, dim=2)
         global_value, local_value = value.split(split, dim=2)
         local = self.attend_local(query, local_key, local_value, global_key, global_value, size)
-        if not self.global_tokens:
+        if not globals_:
             return self.output_dropout(self.projection(self.merge_heads(local)))
         if not self.shares_projection:
-            global_query = self.split_heads(self.global_query(x[:, : self.global_tokens]))
+            global_query = self.split_heads(self.global_query(x[:, :globals_]))
             key, value = self.split_heads_many(self.global_key_value(x), 2)
-        bias = None if self.global_bias is None else self.global_bias.of_global_queries(split[1])
+        bias = None if self.global_bias is None else self.global_bias.of_global_queries(*split)
         memory = F.scaled_dot_product_attention(
             global_query, key, value, None if bias is None else bias.to(key.dtype), self.dropout_p()
         )  # (B, h, G, D)

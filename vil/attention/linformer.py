@@ -38,6 +38,9 @@ class LinformerAttention(Attention):
         if tuple(size) != tuple(self.size):
             built, got = ("×".join(map(str, sides)) for sides in (self.size, size))
             raise ValueError(f"linformer attention was built for a map of {built} tokens, got {got}")
+        if x.shape[1] != self.key_mixture.shape[0]:
+            further = x.shape[1] - self.key_mixture.shape[0]
+            raise ValueError(f"linformer attention is bound to its tokens, got {further} more from outside")
         query = self.split_heads(self.query(x))  # (B, h, G+N, D)
         key, value = self.key_value(x).chunk(2, dim=-1)  # (B, G+N, C)
         value_mixture = self.key_mixture if self.value_mixture is None else self.value_mixture

@@ -34,11 +34,12 @@ class SpatialReductionAttention(Attention):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`."""
         query = self.split_heads(self.query(x))  # (B, h, G+N, D)
-        grid = x[:, self.global_tokens :].transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
+        globals_ = self.count_globals(x, size)
+        grid = x[:, globals_:].transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
         reduced = self.reduce(grid).flatten(2)  # (B, C, N')
         # Instance norm without weights, also where a single position is left.
         reduced = F.layer_norm(reduced, reduced.shape[-1:]).transpose(1, 2)  # (B, N', C)
-        keys = torch.cat([x[:, : self.global_tokens], reduced.to(x.dtype)], dim=1)
+        keys = torch.cat([x[:, :globals_], reduced.to(x.dtype)], dim=1)
         key, value = self.split_heads_many(self.key_value(keys), 2)  # (B, h, G+N', D)
         output = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout_p())
         return self.output_dropout(self.projection(self.merge_heads(output)))

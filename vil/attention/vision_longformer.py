@@ -72,10 +72,13 @@ class VisionLongformerAttention(GlobalMemoryAttention):
             mask=self.mask,
             neighbors=neighbors,
             bias_table=self.bias_table,
-            global_bias=None if self.global_bias is None else self.global_bias.from_local,
+            global_bias=self._bias_of_globals(global_key.shape[2]),
             dropout=self.dropout_p(),
             backend=self.backend,
         )
+
+    def _bias_of_globals(self, globals_: int) -> Tensor | None:
+        return None if self.global_bias is None else self.global_bias.of_local_queries(globals_)
 
     def set_neighbors(self, neighbors: Literal["all", "self", "random"] | int) -> None:
         """See `Attention.set_neighbors`. Raises ValueError for the exact mask unless `all`."""

@@ -5,161 +5,24 @@ Legend: B batch, G global tokens, N local tokens of an H × W map, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
-import torch
-from timm.layers import DropPath, Mlp
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vil.attention import ATTENTIONS, Attention, AttentionOptions
-from vil.config import ConfigError, StageConfig, in_section
-from vil.models.position import AbsolutePosition
-
-Size = tuple[int, int]
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-
-
-class PatchEmbed(nn.Module):
-    """A `patch` × `patch` convolution of that stride, then a LayerNorm; what fills no patch is left out.
-
-    (B, C', H', W') → (B, N, C) and the size (H, W) of the new map.
-    """
-
-    def __init__(self, in_chans: int, dim: int, patch: int, norm: bool = True) -> None:
-        super().__init__()
-        self.patch = patch
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch, stride=patch)
-        self.norm = LayerNorm(dim) if norm else nn.Identity()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Size]:
-        """Raises ValueError for a map smaller than one patch."""
-        if min(x.shape[2:]) < self.patch:
-            raise ValueError(f"a map of {x.shape[2]}×{x.shape[3]} is smaller than a patch of {self.patch}")
-        x = self.proj(x)
-        return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[2], x.shape[3])
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP, each with a residual; both drop paths have the same rate."""
-
-    def __init__(
-        self, dim: int, attention: Attention, mlp_ratio: float, dropout: float, drop_path: float
-    ) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(dim)
-        self.attn = attention
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = LayerNorm(dim)
-        self.mlp_width = int(mlp_ratio * dim)
-        self.mlp = Mlp(dim, self.mlp_width, drop=dropout)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor, size: Size) -> Tensor:
-        """(B, G+N, C) → (B, G+N, C)."""
-        x = x + self.drop_path1(self.attn(self.norm1(x), size))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-
-class Stage(nn.Module):
-    """Patch embedding, global tokens, position, blocks.
-
-    Args:
-        config: the stage's sizes and attention.
-        in_chans: channels of the map that it receives.
-        size: (H, W) of the map after its patch embedding.
-        options: options of the attention.
-        mlp_ratio: hidden width of the MLP over C.
-        pos_drop: dropout after the position embedding.
-        drop_path: one rate per block.
-        norm_embed: LayerNorm after the patch embedding.
-    """
-
-    def __init__(
-        self,
-        config: StageConfig,
-        in_chans: int,
-        size: Size,
-        options: AttentionOptions,
-        mlp_ratio: float,
-        pos_drop: float,
-        drop_path: Sequence[float],
-        norm_embed: bool,
-    ) -> None:
-        super().__init__()
-        attention = ATTENTIONS[config.attention]
-        self.config = config
-        self.size = size
-        self.num_global_tokens = config.global_tokens
-        self.grad_checkpointing = False
-        self.patch_embed = PatchEmbed(in_chans, config.dim, config.patch, norm_embed)
-        self.global_tokens: nn.Parameter | None = None
-        if config.global_tokens:
-            self.global_tokens = nn.Parameter(torch.empty(1, config.global_tokens, config.dim))
-            nn.init.trunc_normal_(self.global_tokens, std=0.02)
-        self.position: AbsolutePosition | None = None
-        if not options.relative_position:
-            self.position = AbsolutePosition(config.dim, size, config.global_tokens)
-        self.pos_drop = nn.Dropout(pos_drop)
-        blocks = (
-            Block(
-                config.dim,
-                attention(config.dim, config.heads, size, config.global_tokens, options),
-                mlp_ratio,
-                options.dropout,
-                rate,
-            )
-            for rate in drop_path
-        )
-        self.blocks = cast(list[Block], nn.ModuleList(blocks))  # so that its elements have their type
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Size]:
-        """(B, C', H', W') → tokens (B, G+N, C), global ones first, and the size (H, W) of the new map."""
-        x, size = self.patch_embed(x)
-        if self.global_tokens is not None:
-            x = torch.cat([self.global_tokens.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
-        if self.position is not None:
-            x = self.position(x, size)
-        x = self.pos_drop(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
-                x = checkpoint(block, x, size, use_reentrant=False)
-            else:
-                x = block(x, size)
-        return x, size
-
-    def resize(self, size: Size) -> None:
-        """Builds the stage for maps of another size. Raises ConfigError where an attention cannot follow."""
-        for block in self.blocks:
-            block.attn.resize(size)
-        if self.position is not None:
-            self.position.resize(size)
-        self.size = size
-
-    def to_map(self, x: Tensor, size: Size) -> Tensor:
-        """(B, G+N, C) → (B, C, H, W), without the global tokens."""
-        return x[:, self.num_global_tokens :].transpose(1, 2).unflatten(2, size)
-
-    def multiply_adds(self, in_chans: int, size: Size) -> int:
-        """Multiply-adds for one image, with `size` the map after this stage's patch embedding."""
-        locals_ = size[0] * size[1]
-        tokens = self.num_global_tokens + locals_
-        total = locals_ * self.patch_embed.patch**2 * in_chans * self.config.dim
-        for block in self.blocks:
-            total += block.attn.multiply_adds(size)
-            total += 2 * tokens * self.config.dim * block.mlp_width
-        return total
+from vil.attention import ATTENTIONS, AttentionOptions
+from vil.config import ConfigError, StageConfig
+from vil.models.stage import LayerNorm, Size, Stage, map_sizes
 
 
 class MultiScaleViT(nn.Module):
     """Multi-scale vision transformer: stages of shrinking maps, each with its own attention.
 
-    Between stages the global tokens are dropped and the local ones are folded back to a map. After the last
-    stage: LayerNorm, then the mean over all tokens, global ones included (`avg`), or the first global token
-    (`cls`), then one linear layer.
+    Between stages the local tokens are folded back to a map, and the global ones are dropped, or carried on
+    by a linear map to the next width (`stage_globals`). After the last stage: LayerNorm, then the mean over
+    all tokens, global ones included (`avg`), or the first global token (`cls`), then one linear layer.
 
     Args:
         stages: one `StageConfig` per stage, at least one.
@@ -180,6 +43,8 @@ class MultiScaleViT(nn.Module):
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: stochastic depth at the last block, rising linearly from 0 over all blocks.
         norm_embed: LayerNorm after each patch embedding.
+        stage_globals: what becomes of global tokens between stages: `discard`, as in the paper, or `carry`;
+            then only the first stage has learned ones, and all stages have as many.
 
     Raises:
         ConfigError: an impossible combination; the key is named as in `ModelConfig`.
@@ -204,6 +69,7 @@ class MultiScaleViT(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_embed: bool = True,
+        stage_globals: Literal["discard", "carry"] = "discard",
     ) -> None:
         super().__init__()
         if not stages:
@@ -214,6 +80,11 @@ class MultiScaleViT(nn.Module):
                           ("attention_dropout", attn_drop_rate)):  # fmt: skip
             if not 0 <= rate < 1:
                 raise ConfigError(key, f"must be from 0 to below 1, got {rate}")
+        if stage_globals not in ("discard", "carry"):
+            raise ConfigError("stage_globals", f"must be discard or carry, got {stage_globals!r}")
+        if stage_globals == "carry" and len({stage.global_tokens for stage in stages}) > 1:
+            raise ConfigError("stage_globals", "to carry global tokens, all stages need as many of them")
+        self.stage_globals = stage_globals
         self.img_size = _pair(img_size)
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -224,7 +95,8 @@ class MultiScaleViT(nn.Module):
         modules = []
         channels, reduction = in_chans, 1
         for number, (stage, size) in enumerate(zip(stages, map_sizes(stages, self.img_size))):
-            _check_stage(number, stage)
+            with _named_as_of_stage(number, stage):
+                _check_stage(stage)
             options = AttentionOptions(
                 relative_position=stage.position == "relative"
                 and ATTENTIONS[stage.attention].has_relative_position,
@@ -242,14 +114,12 @@ class MultiScaleViT(nn.Module):
             )
             done = sum(s.blocks for s in stages[:number])
             drop_path = rates[done : done + stage.blocks]
-            try:
-                modules.append(
-                    Stage(stage, channels, size, options, mlp_ratio, pos_drop_rate, drop_path, norm_embed)
+            carries = number > 0 and stage_globals == "carry"
+            with _named_as_of_stage(number, stage):
+                built = Stage(
+                    stage, channels, size, options, mlp_ratio, pos_drop_rate, drop_path, norm_embed, carries
                 )
-            except ConfigError as error:
-                if not hasattr(stage, error.key):
-                    raise
-                raise ConfigError(f"stages[{number}].{error.key}", error.reason) from error
+            modules.append(built)
             channels = stage.dim
             reduction *= stage.patch
             self.feature_info.append(
@@ -262,15 +132,27 @@ class MultiScaleViT(nn.Module):
         self.head = nn.Linear(channels, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(_initialize)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, height, width) → logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor, global_tokens: Tensor | None = None) -> Tensor:
+        """Images (B, in_chans, height, width) → logits (B, num_classes); see `forward_features`."""
+        return self.forward_head(self.forward_features(x, global_tokens))
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images → the last stage's tokens (B, G+N, C) after the final norm, global ones first."""
+    def forward_features(self, x: Tensor, global_tokens: Tensor | None = None) -> Tensor:
+        """Images → the last stage's tokens (B, G+G'+N, C) after the final norm, global ones first.
+
+        Args:
+            x: images (B, in_chans, height, width).
+            global_tokens: (B, G', width of the first stage), tokens from outside, a text encoder's for
+                instance, that attend and are attended to as the model's own G global tokens, behind which
+                they stand.
+
+        Raises:
+            ValueError: tokens of another shape, or tokens from outside in a model that discards them.
+        """
+        self._check_outside(x, global_tokens)
         for number, stage in enumerate(self.stages):
-            x, size = stage(x)
+            x, size = stage(x, global_tokens)
             if number < len(self.stages) - 1:
+                global_tokens = stage.carried(x, size) if self.stage_globals == "carry" else None
                 x = stage.to_map(x, size)
         return self.norm(x)
 
@@ -292,6 +174,7 @@ class MultiScaleViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         return_prefix_tokens: bool = False,
+        global_tokens: Tensor | None = None,
     ) -> Any:
         """Feature maps of the stages, as timm defines it.
 
@@ -303,26 +186,29 @@ class MultiScaleViT(nn.Module):
             output_fmt: `NCHW`, maps (B, C, H, W), or `NLC`, tokens (B, N, C).
             intermediates_only: return only the list.
             return_prefix_tokens: return pairs (map, global tokens (B, G, C)).
+            global_tokens: tokens from outside, as in `forward_features`.
 
         Returns:
             The list of feature maps, or a pair of the final tokens (as `forward_features`) and that list.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        self._check_outside(x, global_tokens)
         take, last = feature_take_indices(len(self.stages), indices)
         intermediates: list[Any] = []
         stages = self.stages[: last + 1] if stop_early else self.stages
         for number, stage in enumerate(stages):
-            x, size = stage(x)
+            x, size = stage(x, global_tokens)
             final = number == len(self.stages) - 1
             if number in take:
                 tokens = self.norm(x) if norm and final else x
                 local = stage.to_map(tokens, size).contiguous()
                 if output_fmt == "NLC":
                     local = local.flatten(2).transpose(1, 2)
-                prefix = tokens[:, : stage.num_global_tokens]
+                prefix = stage.carried(tokens, size)
                 intermediates.append((local, prefix) if return_prefix_tokens else local)
             if number < len(stages) - 1:
+                global_tokens = stage.carried(x, size) if self.stage_globals == "carry" else None
                 x = stage.to_map(x, size)
         if intermediates_only:
             return intermediates
@@ -416,6 +302,16 @@ class MultiScaleViT(nn.Module):
             channels = stage.config.dim
         return total + channels * self.num_classes
 
+    def _check_outside(self, x: Tensor, global_tokens: Tensor | None) -> None:
+        if global_tokens is None:
+            return
+        if self.stage_globals == "discard" and len(self.stages) > 1:
+            raise ValueError("global tokens from outside need a model with stage_globals='carry'")
+        width = self.stages[0].config.dim
+        if global_tokens.dim() != 3 or global_tokens.shape[::2] != (x.shape[0], width):
+            shape = tuple(global_tokens.shape)
+            raise ValueError(f"global_tokens must be ({x.shape[0]}, any number, {width}), got {shape}")
+
     def _set_pool(self, global_pool: str) -> None:
         pool = {"token": "cls"}.get(global_pool, global_pool)
         if pool not in ("avg", "cls", ""):
@@ -425,38 +321,24 @@ class MultiScaleViT(nn.Module):
         self.global_pool = pool
 
 
-def map_sizes(stages: Sequence[StageConfig], image_size: Size) -> list[Size]:
-    """(H, W) of every stage's map, for images of (height, width) = `image_size`.
-
-    Raises:
-        ConfigError: a map gets smaller than a patch.
-    """
-    sizes, size = [], image_size
-    for number, stage in enumerate(stages):
-        if stage.patch < 1:
-            raise ConfigError(f"stages[{number}].patch", f"must be at least 1, got {stage.patch}")
-        if min(size) < stage.patch:
-            needed = 1
-            for earlier in stages[: number + 1]:
-                needed *= earlier.patch
-            side = "×".join(str(s) for s in image_size)
-            raise ConfigError(
-                "image_size",
-                f"{side} pixels are too few for stage {number + 1} of {len(stages)}, which needs {needed}",
-            )
-        size = (size[0] // stage.patch, size[1] // stage.patch)
-        sizes.append(size)
-    return sizes
+@contextmanager
+def _named_as_of_stage(number: int, stage: StageConfig) -> Iterator[None]:
+    """Puts the stage in front of the key of a ConfigError that concerns the stage alone."""
+    try:
+        yield
+    except ConfigError as error:
+        if not hasattr(stage, error.key):
+            raise
+        raise ConfigError(f"stages[{number}].{error.key}", error.reason) from error
 
 
-def _check_stage(number: int, stage: StageConfig) -> None:
-    with in_section(f"stages[{number}]"):
-        if stage.attention not in ATTENTIONS:
-            raise ConfigError("attention", f"must be one of {', '.join(ATTENTIONS)}, got {stage.attention!r}")
-        if stage.dim < 1:
-            raise ConfigError("dim", f"must be at least 1, got {stage.dim}")
-        if stage.blocks < 0:
-            raise ConfigError("blocks", f"must be 0 or more, got {stage.blocks}")
+def _check_stage(stage: StageConfig) -> None:
+    if stage.attention not in ATTENTIONS:
+        raise ConfigError("attention", f"must be one of {', '.join(ATTENTIONS)}, got {stage.attention!r}")
+    if stage.dim < 1:
+        raise ConfigError("dim", f"must be at least 1, got {stage.dim}")
+    if stage.blocks < 0:
+        raise ConfigError("blocks", f"must be 0 or more, got {stage.blocks}")
 
 
 def _pair(size: int | Sequence[int]) -> Size:

@@ -44,8 +44,11 @@ class AbsolutePosition(nn.Module):
         """Adds the embeddings to x (B, G+N, C), N = H·W with (H, W) = `size`."""
         rows = resize_embedding(self.rows, size[0])[:, None, :].expand(-1, size[1], -1)
         columns = resize_embedding(self.columns, size[1])[None, :, :].expand(size[0], -1, -1)
-        grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (N, C)
-        return x + (grid if self.globals is None else torch.cat([self.globals, grid]))
+        embedding = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (N, C)
+        # Global tokens from outside stand between the stage's own and the map; they keep what they are.
+        own = 0 if self.globals is None else self.globals.shape[0]
+        embedding = F.pad(embedding, (0, 0, x.shape[1] - own - embedding.shape[0], 0))
+        return x + (embedding if self.globals is None else torch.cat([self.globals, embedding]))
 
 
 def resize_embedding(embedding: Tensor, length: int) -> Tensor:

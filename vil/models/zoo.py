@@ -170,6 +170,7 @@ def stages_of(
     name: str,
     *,
     pool: str = "avg",
+    stage_globals: str = "discard",
     attention: AttentionName | Sequence[AttentionName] | None = None,
     blocks: Sequence[int] | None = None,
     position: Position | None = None,
@@ -215,6 +216,9 @@ def stages_of(
         for key, value in changes.items():
             if value is not None:
                 setattr(stage, key, value)
+    if stage_globals == "carry" and global_tokens is None and name != "vil":
+        for stage in result:
+            stage.global_tokens = result[0].global_tokens
     if pool == "cls" and global_tokens is None and name != "vil":
         result[-1].global_tokens = max(1, result[-1].global_tokens)
     return result
@@ -249,7 +253,7 @@ def _build(name: str, pretrained: bool = False, **options: Any) -> MultiScaleViT
     """Builds a model in timm's way: options are those of `MultiScaleViT` and of `stages_of`."""
     pool = {"token": "cls"}.get(options.get("global_pool", "avg"), options.get("global_pool", "avg"))
     changes = {key: options.pop(key) for key in _STAGE_OPTIONS if key in options}
-    stages = stages_of(name, pool=pool, **changes)
+    stages = stages_of(name, pool=pool, stage_globals=options.get("stage_globals", "discard"), **changes)
     if name == "vil":  # not registered, so timm cannot look this up
         options.setdefault("pretrained_cfg", _cfg())
     return build_model_with_cfg(
