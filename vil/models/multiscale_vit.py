@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
+from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -148,7 +149,9 @@ class MultiScaleViT(nn.Module):
         Raises:
             ValueError: tokens of another shape, or tokens from outside in a model that discards them.
         """
-        self._check_outside(x, global_tokens)
+        check_outside_tokens(
+            x, global_tokens, self.stages[0].config.dim, self.stage_globals, len(self.stages)
+        )
         for number, stage in enumerate(self.stages):
             x, size = stage(x, global_tokens)
             if number < len(self.stages) - 1:
@@ -193,7 +196,9 @@ class MultiScaleViT(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
-        self._check_outside(x, global_tokens)
+        check_outside_tokens(
+            x, global_tokens, self.stages[0].config.dim, self.stage_globals, len(self.stages)
+        )
         take, last = feature_take_indices(len(self.stages), indices)
         intermediates: list[Any] = []
         stages = self.stages[: last + 1] if stop_early else self.stages
@@ -302,16 +307,6 @@ class MultiScaleViT(nn.Module):
             channels = stage.config.dim
         return total + channels * self.num_classes
 
-    def _check_outside(self, x: Tensor, global_tokens: Tensor | None) -> None:
-        if global_tokens is None:
-            return
-        if self.stage_globals == "discard" and len(self.stages) > 1:
-            raise ValueError("global tokens from outside need a model with stage_globals='carry'")
-        width = self.stages[0].config.dim
-        if global_tokens.dim() != 3 or global_tokens.shape[::2] != (x.shape[0], width):
-            shape = tuple(global_tokens.shape)
-            raise ValueError(f"global_tokens must be ({x.shape[0]}, any number, {width}), got {shape}")
-
     def _set_pool(self, global_pool: str) -> None:
         pool = {"token": "cls"}.get(global_pool, global_pool)
         if pool not in ("avg", "cls", ""):
@@ -319,6 +314,20 @@ class MultiScaleViT(nn.Module):
         if pool == "cls" and not self.stages[-1].num_global_tokens:
             raise ConfigError("pool", "cls needs a global token in the last stage, which has none")
         self.global_pool = pool
+
+
+@register_notrace_function  # a check and no part of the graph
+def check_outside_tokens(
+    x: Tensor, global_tokens: Tensor | None, width: int, stage_globals: str, stages: int
+) -> None:
+    """Raises ValueError for tokens from outside that the model cannot take."""
+    if global_tokens is None:
+        return
+    if stage_globals == "discard" and stages > 1:
+        raise ValueError("global tokens from outside need a model with stage_globals='carry'")
+    if global_tokens.dim() != 3 or global_tokens.shape[::2] != (x.shape[0], width):
+        shape = tuple(global_tokens.shape)
+        raise ValueError(f"global_tokens must be ({x.shape[0]}, any number, {width}), got {shape}")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from timm.layers import DropPath, Mlp
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -64,6 +65,7 @@ class Block(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
+@register_notrace_module  # its shapes decide what it does, so torch.fx takes it as one node
 class Stage(nn.Module):
     """Patch embedding, global tokens, position, blocks.
 
