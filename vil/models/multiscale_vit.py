@@ -149,9 +149,7 @@ class MultiScaleViT(nn.Module):
         Raises:
             ValueError: tokens of another shape, or tokens from outside in a model that discards them.
         """
-        check_outside_tokens(
-            x, global_tokens, self.stages[0].config.dim, self.stage_globals, len(self.stages)
-        )
+        check_outside_tokens(x, global_tokens, self)
         for number, stage in enumerate(self.stages):
             x, size = stage(x, global_tokens)
             if number < len(self.stages) - 1:
@@ -196,9 +194,7 @@ class MultiScaleViT(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
-        check_outside_tokens(
-            x, global_tokens, self.stages[0].config.dim, self.stage_globals, len(self.stages)
-        )
+        check_outside_tokens(x, global_tokens, self)
         take, last = feature_take_indices(len(self.stages), indices)
         intermediates: list[Any] = []
         stages = self.stages[: last + 1] if stop_early else self.stages
@@ -316,15 +312,14 @@ class MultiScaleViT(nn.Module):
         self.global_pool = pool
 
 
-@register_notrace_function  # a check and no part of the graph
-def check_outside_tokens(
-    x: Tensor, global_tokens: Tensor | None, width: int, stage_globals: str, stages: int
-) -> None:
-    """Raises ValueError for tokens from outside that the model cannot take."""
+@register_notrace_function  # a check, and no part of a traced graph
+def check_outside_tokens(x: Tensor, global_tokens: Tensor | None, model: MultiScaleViT) -> None:
+    """Raises ValueError for tokens from outside that the model cannot take with images `x`."""
     if global_tokens is None:
         return
-    if stage_globals == "discard" and stages > 1:
+    if model.stage_globals == "discard" and len(model.stages) > 1:
         raise ValueError("global tokens from outside need a model with stage_globals='carry'")
+    width = model.stages[0].config.dim
     if global_tokens.dim() != 3 or global_tokens.shape[::2] != (x.shape[0], width):
         shape = tuple(global_tokens.shape)
         raise ValueError(f"global_tokens must be ({x.shape[0]}, any number, {width}), got {shape}")
