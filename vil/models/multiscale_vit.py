@@ -86,6 +86,8 @@ class MultiScaleViT(nn.Module):
         if stage_globals == "carry" and len({stage.global_tokens for stage in stages}) > 1:
             raise ConfigError("stage_globals", "to carry global tokens, all stages need as many of them")
         self.stage_globals = stage_globals
+        # Width of tokens from outside, None where they would be dropped after the first stage.
+        self.outside_width = stages[0].dim if stage_globals == "carry" or len(stages) == 1 else None
         self.img_size = _pair(img_size)
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -149,7 +151,7 @@ class MultiScaleViT(nn.Module):
         Raises:
             ValueError: tokens of another shape, or tokens from outside in a model that discards them.
         """
-        check_outside_tokens(x, global_tokens, self)
+        check_outside_tokens(x, global_tokens, self.outside_width)
         for number, stage in enumerate(self.stages):
             x, size = stage(x, global_tokens)
             if number < len(self.stages) - 1:
@@ -194,7 +196,7 @@ class MultiScaleViT(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
-        check_outside_tokens(x, global_tokens, self)
+        check_outside_tokens(x, global_tokens, self.outside_width)
         take, last = feature_take_indices(len(self.stages), indices)
         intermediates: list[Any] = []
         stages = self.stages[: last + 1] if stop_early else self.stages
@@ -313,13 +315,12 @@ class MultiScaleViT(nn.Module):
 
 
 @register_notrace_function  # a check, and no part of a traced graph
-def check_outside_tokens(x: Tensor, global_tokens: Tensor | None, model: MultiScaleViT) -> None:
-    """Raises ValueError for tokens from outside that the model cannot take with images `x`."""
+def check_outside_tokens(x: Tensor, global_tokens: Tensor | None, width: int | None) -> None:
+    """Raises ValueError for tokens from outside that a model with images `x` cannot take."""
     if global_tokens is None:
         return
-    if model.stage_globals == "discard" and len(model.stages) > 1:
+    if width is None:
         raise ValueError("global tokens from outside need a model with stage_globals='carry'")
-    width = model.stages[0].config.dim
     if global_tokens.dim() != 3 or global_tokens.shape[::2] != (x.shape[0], width):
         shape = tuple(global_tokens.shape)
         raise ValueError(f"global_tokens must be ({x.shape[0]}, any number, {width}), got {shape}")
