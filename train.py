@@ -3,12 +3,14 @@
     python train.py                                                    a small ViL on the bundled digits
     python train.py --model … --schedule … --data … --output runs/x    one YAML file per section
     python train.py --output runs/x                                    continues the run in that folder
+    python train.py --model.init_from runs/x --model.image_size 384 …  fine-tunes the model of that run
 
 Every option of vil/config.py can be given as --section.name value; --help lists them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -20,16 +22,18 @@ import torch
 from data import Loaders, Mixing, build_loaders
 from vil import command_line
 from vil.command_line import CommandLine
-from vil.config import ConfigError, DataConfig, TrainConfig, in_section
+from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig, in_section, of_option
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.report import evaluate_model, write_json
-from vil.evaluation.weights import choose_weights, load_weights
+from vil.models.released import read_config, read_weights
+from vil.models.weights import load_file, load_weights
 from vil.models.zoo import model_from_config
 from vil.training import checkpoint, distributed, run_folder
 from vil.training.distributed import Process, from_main
 from vil.training.limits import check_limits
 from vil.training.precision import check_precision
 from vil.training.trainer import Summary, TrainingError, fit, seed_generators
+from vil.weight_files import NO_MODEL, WeightsFile, choose_weights
 
 CONFIGS = Path(__file__).parent / "configs"
 DEMO = {
@@ -41,15 +45,51 @@ DEMO = {
 
 
 def configure(words: Sequence[str]) -> CommandLine[TrainConfig]:
-    """The command line over the demo's files, or over the configuration of the run that it continues."""
+    """The command line over the demo's files, or over the configuration of the run that it continues.
+
+    Where it says what to start from and names no model, the model is the one that is started from.
+    """
     given = {word.partition("=")[0] for word in words}
     command = command_line.parse(TrainConfig, words, DEMO, prog="train.py")
     folder = Path(command.config.output or default_output(command.config.data))
     stored = folder / run_folder.CONFIG
     if stored.exists() and not given & {"--model", "--schedule", "--data", "--config"}:
         command = command_line.parse(TrainConfig, ["--config", str(stored), *words], prog="train.py")
+    elif command.config.model.init_from or command.config.model.init_released_config:
+        files = {section: path for section, path in DEMO.items() if section != "model"}
+        command = command_line.parse(TrainConfig, words, files, prog="train.py")
+        if not command.origins.keys() & {"model.name", "model.stages"}:
+            model = stored_model(stored) if stored.exists() else initial_model(command)
+            command = command_line.parse(TrainConfig, words, files, {"model": model}, prog="train.py")
     command.config.output = str(folder)
     return command
+
+
+def stored_model(path: Path) -> dict[str, Any]:
+    """The model section of a run's config.yaml: whatever it was started from, it goes on with this."""
+    return dataclasses.asdict(command_line.parse(TrainConfig, ["--config", str(path)]).config.model)
+
+
+def initial_model(command: CommandLine[TrainConfig]) -> dict[str, Any]:
+    """The model section that belongs to init_from; its number of classes is left to the data."""
+    file = initial_weights(command.config.model)
+    if file.model is None:
+        reason = f"{file.path}: {NO_MODEL}: model.init_released_config"
+        raise command.locate(ConfigError("model.init_from", reason))
+    changes = {"num_classes": None, "init_from": None, "init_released_config": None}
+    return {**dataclasses.asdict(file.model), **changes}
+
+
+def initial_weights(model: ModelConfig) -> WeightsFile:
+    """The weights that a model section starts from."""
+    released = None
+    if model.init_released_config is not None:
+        with of_option("model.init_released_config"):
+            released = read_config(model.init_released_config)
+    if model.init_from is None:
+        raise ConfigError("model.init_released_config", "goes with model.init_from, the published checkpoint")
+    with of_option("model.init_from"):
+        return read_weights(model.init_from, released)
 
 
 def default_output(data: DataConfig) -> Path:
@@ -73,15 +113,15 @@ def train(words: Sequence[str]) -> None:
                 if top1 is not None:
                     return say(process, f"{folder} is finished: Top-1 {top1:.2f} %")
                 announce(process, state, config)
-            loaders, model, mix = build(config, process)
+            loaders, model, mix = build(config, process, new=state is None)
             summary = fit(model, loaders, config, process, evaluate=evaluate, mix=mix, state=state)
             report(model, loaders, summary, config, process)
     except ConfigError as error:
         raise command.locate(error) from error
 
 
-def build(config: TrainConfig, process: Process) -> tuple[Loaders, torch.nn.Module, Mixing]:
-    """Images, the model with its first weights, and the mixing; fills in the number of classes."""
+def build(config: TrainConfig, process: Process, new: bool) -> tuple[Loaders, torch.nn.Module, Mixing]:
+    """Images, the model, in a new run with its first weights, and the mixing; fills in the classes."""
     schedule = config.schedule
     loaders = build_loaders(
         config.data,
@@ -104,6 +144,11 @@ def build(config: TrainConfig, process: Process) -> tuple[Loaders, torch.nn.Modu
     seed_generators(config.seed, "weights")
     with in_section("model"):
         model = model_from_config(config.model)
+    if new and (config.model.init_from or config.model.init_released_config):
+        file = initial_weights(config.model)
+        with of_option("model.init_from"):
+            load_file(model, file, config.model.image_size, new_head=True)
+        say(process, f"starting from {file.path}, {file.kind} weights")
     mix = Mixing(schedule.augment, config.model.num_classes, schedule.label_smoothing, config.seed)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     where = f"{process.world_size} × {process.device.type}, {config.precision}"
@@ -120,7 +165,7 @@ def report(
     path = folder / checkpoint.BEST
     state = from_main(lambda: checkpoint.load(path))
     weights, kind = choose_weights(state, "auto")
-    load_weights(model, weights, path)
+    load_weights(model, weights, str(path))
     result = evaluate_model(
         model,
         loaders.validation,

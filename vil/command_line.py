@@ -6,10 +6,12 @@ in, the nearest known key, and messages of one line.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import functools
 import json
+import logging
 import os
 import re
 import sys
@@ -28,6 +30,9 @@ from vil.config import ConfigError
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Config = TypeVar("Config")
+
+COMMAND_LINE = "command line"
+"""The origin of a key that a word of the line sets."""
 
 
 @dataclasses.dataclass
@@ -93,7 +98,7 @@ def parse(
             hint = config_class if name == "config" else hints[name]
             origins.update((key, value) for key in _check(content, hint, prefix, value))
         else:
-            origins[name] = "command line"
+            origins[name] = COMMAND_LINE
     parser = ArgumentParser(
         prog=prog, description=(config_class.__doc__ or "").strip(), exit_on_error=False, allow_abbrev=False
     )
@@ -114,22 +119,57 @@ def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs `program` with the words of the command line, and ends the process as every program here does.
 
     Exit status 2 and one line on standard error for a ConfigError, 130 for Ctrl-C. Of several processes that
-    torchrun starts on one machine, the first one speaks.
+    torchrun starts on one machine, the first one speaks. What the package logs meanwhile is printed.
     """
     status, line = 0, None
+    screen, logger = _Screen(), logging.getLogger("vil")
+    if os.environ.get("RANK", "0") == "0":
+        logger.addHandler(screen)
+        logger.setLevel(logging.INFO)
     try:
         program(sys.argv[1:])
     except ConfigError as error:
         status, line = 2, f"error: {error}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted"
+    finally:
+        logger.removeHandler(screen)
     if line is not None and os.environ.get("LOCAL_RANK", "0") == "0":
         print(" ".join(line.split()), file=sys.stderr)
     raise SystemExit(status)
 
 
+class _Screen(logging.Handler):
+    """Log records as lines on standard output, among those that a program prints itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+class ToolParser(argparse.ArgumentParser):
+    """An argument parser of the standard library whose complaints are `ConfigError`s of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the complaint instead of printing it with the usage."""
+        raise ConfigError(COMMAND_LINE, message)
+
+    def add_checkpoint(self) -> None:
+        """Adds the arguments of `vil.models.released.open_model`: which weights to read."""
+        self.add_argument(
+            "checkpoint", help="run folder, checkpoint of train.py, safetensors, or published checkpoint"
+        )
+        self.add_argument("--released-config", metavar="YAML", help="configuration of a published checkpoint")
+        self.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto",
+                          help="which weights of a run; auto takes the kind that was best")  # fmt: skip
+        self.add_argument("--which", choices=("best", "last"), default="best",
+                          help="which checkpoint of a run's folder")  # fmt: skip
+
+
 def _completed(words: Sequence[str], config_class: type) -> Iterator[str]:
-    """The words as jsonargparse reads them: `--name a b` is a list of texts, a bare `--name` is true."""
+    """The words as jsonargparse reads them.
+
+    `--name a b` is a list of texts, a bare `--name` is true, and `--two-words` is the option `two_words`.
+    """
     groups: list[list[str]] = [[]]
     for word in words:
         if word.startswith("--"):
@@ -139,6 +179,10 @@ def _completed(words: Sequence[str], config_class: type) -> Iterator[str]:
         name, equals, value = group[0][2:].partition("=")
         values = [value, *group[1:]] if equals else group[1:]
         hint = _hint_of(config_class, name)
+        underscored = name.replace("-", "_")
+        if hint is None and _hint_of(config_class, underscored) is not None:
+            name, hint = underscored, _hint_of(config_class, underscored)
+            group[0] = f"--{name}{equals}{value}"
         if hint is bool and not values:
             yield f"--{name}=true"
         elif list[str] in (hint, *typing.get_args(hint)) and values and not values[0].startswith("["):

@@ -44,6 +44,15 @@ def in_section(section: str) -> Iterator[None]:
         raise ConfigError(f"{section}.{error.key}", error.reason) from error
 
 
+@contextmanager
+def of_option(key: str) -> Iterator[None]:
+    """Makes a ConfigError that is raised inside the reason why the option `key` cannot be used."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(key, str(error)) from error
+
+
 @dataclass
 class StageConfig:
     """One stage of a multi-scale model: a patch embedding and `blocks` pairs of attention and MLP."""
@@ -124,8 +133,16 @@ class ModelConfig:
     """Dropout of the attention weights."""
     stages: list[StageConfig] | None = None
     """The stages themselves, for name: vil."""
+    norm_embed: bool = True
+    """LayerNorm after each patch embedding."""
     timm_options: dict[str, Any] | None = None
     """Further keyword arguments for a timm/<name> model."""
+    init_from: str | None = None
+    """Training starts from these weights: a run's folder, a checkpoint, safetensors, or a published
+    checkpoint. Where neither a file nor the line names a model, the architecture is theirs too; another
+    image_size resizes, another number of classes cuts or renews the head."""
+    init_released_config: str | None = None
+    """The configuration published with the checkpoint in init_from."""
 
 
 @dataclass
@@ -304,11 +321,14 @@ class EvalConfig:
     """Evaluate checkpoints: Top-1, Top-5, parameters, FLOPs, memory, images per second."""
 
     checkpoint: list[str] | None = None
-    """Run folders or checkpoint files; several may be given."""
+    """Run folders or files: of train.py, tools/convert.py, or published; several may be given."""
     weights: Literal["auto", "raw", "ema"] = "auto"
     """Which weights of a checkpoint: auto takes the kind that was best."""
     which: Literal["best", "last"] = "best"
     """Which checkpoint of a run's folder."""
+    released_config: str | None = None
+    """The configuration published with the checkpoint: gives architecture, resolution, crop, interpolation
+    and normalisation; options on the line go over it."""
     complexity: bool = False
     """Report parameters, FLOPs and memory only; needs no data."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -11,7 +11,9 @@ import yaml
 from safetensors.torch import load_file
 
 from vil.config import ConfigError
-from vil.models.released import convert_weights, load_released, parse_arch, read_checkpoint, read_config
+from vil.models.released import load_released, parse_arch, read_config
+from vil.models.released_names import convert_weights
+from vil.weight_files import read
 
 CASES = sorted((Path(__file__).parents[1] / "fixtures" / "parity").glob("*/"))
 
@@ -114,10 +116,10 @@ def test_missing_keys_take_that_codes_defaults(tmp_path):
     path = edited(tmp_path, CASES[0], MODEL__VIT__MSVIT__SHARE_W=None, MODEL__VIT__MSVIT__SW_EXACT=None,
                   MODEL__VIT__AVG_POOL=None, INPUT=None, DATA=None)  # fmt: skip
     config = read_config(path)
-    assert (config.image_size, config.num_classes) == (224, 1000)
+    assert (config.model.image_size, config.model.num_classes) == (224, 1000)
     assert config.data.interpolation == "bilinear"
-    assert config.options["share_global_projection"] is True
-    assert config.options["mask"] == "chunk"
+    assert config.model.share_global_projection is True
+    assert config.model.mask == "chunk"
 
 
 def test_epsilon_of_the_norms_is_never_the_published_one(tmp_path):
@@ -173,10 +175,10 @@ def test_a_pickle_that_acts_is_refused_and_does_nothing(tmp_path):
     victim, path = tmp_path / "created", tmp_path / "model.pth"
     torch.save({"net": {"head.weight": torch.zeros(1)}, "extra": Malicious(victim)}, path)
     with pytest.raises(ConfigError, match="refused"):
-        read_checkpoint(path)
+        read(path)
     path.write_bytes(pickle.dumps(Malicious(victim), protocol=2))
     with pytest.raises(ConfigError):
-        read_checkpoint(path)
+        read(path)
     assert not victim.exists()
 
 
@@ -185,7 +187,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
     path = tmp_path / "model.pth"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as error:
-        read_checkpoint(path)
+        read(path)
     assert str(error.value).startswith(f"{path}: ")
     assert "\n" not in str(error.value)
 
@@ -196,14 +198,14 @@ def test_truncated_missing_and_damaged_checkpoints(tmp_path):
     for length in (10, 1000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(ConfigError, match=r"model\.pth: "):
-            read_checkpoint(path)
+            read(path)
     with pytest.raises(ConfigError, match="no such file"):
-        read_checkpoint(tmp_path / "none.pth")
+        read(tmp_path / "none.pth")
     weights = torch.load(CASES[0] / "model_best.pth", weights_only=True)
     weights["net"]["head.bias"][0] = float("nan")
     torch.save(weights, path)
-    with pytest.raises(ConfigError, match=r"net\.head\.bias holds values that are not finite"):
-        read_checkpoint(path)
+    with pytest.raises(ConfigError, match=r"model\.pth: head\.bias holds values that are not finite"):
+        read(path)
 
 
 def test_loading_is_strict_and_names_everything(tmp_path):
@@ -226,7 +228,7 @@ def test_loading_is_strict_and_names_everything(tmp_path):
 
 def test_resizing_is_logged(caplog):
     case = next(c for c in CASES if c.name == "finetune_resolution_ape")
-    with caplog.at_level("INFO", logger="vil.models.released"):
+    with caplog.at_level("INFO", logger="vil.models.weights"):
         load(case, image_size=96, num_classes=4)
     assert "stages.0.position.rows: (16, 4) → (24, 4)" in caplog.text
     assert "head.weight: (10, 32) → (4, 32)" in caplog.text

@@ -1,31 +1,25 @@
-"""Published ViL checkpoints: their configuration and the names of their weights, brought to this model.
+"""Published ViL checkpoints and their configurations, in our terms.
 
 A published checkpoint is a dict with `net`, `arch`, `epoch`, `best_acc`; its configuration is the YAML file
-that the training code printed. Nothing but tensors and plain values is ever unpickled.
+that the training code printed.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import logging
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 import yaml
-from torch import Tensor
+from torch import nn
 
-from vil.attention.full import resize_offsets
-from vil.config import ConfigError, DataConfig, StageConfig
-from vil.models.multiscale_vit import MultiScaleViT
-from vil.models.position import resize_embedding
-from vil.models.zoo import create_model
-
-_logger = logging.getLogger(__name__)
+from vil import weight_files
+from vil.config import ConfigError, DataConfig, ModelConfig, StageConfig
+from vil.models.zoo import model_from_file
+from vil.weight_files import WeightsFile
 
 # What the code that trained the checkpoints takes where its configuration is silent.
 DEFAULTS: dict[str, Any] = {
@@ -65,15 +59,11 @@ class ReleasedConfig:
     """A published configuration in our terms.
 
     Attributes:
-        image_size: height and width of the images, in pixels.
-        num_classes: classes of the head.
-        options: keyword arguments of `vil.create_model("vil", …)`, without image size and classes.
-        data: evaluation transform: crop, interpolation, mean and standard deviation.
+        model: the model: `vil` with its stages, and their image size and classes.
+        data: evaluation transform: crop, interpolation, mean and standard deviation; the rest as always.
     """
 
-    image_size: int
-    num_classes: int
-    options: dict[str, Any]
+    model: ModelConfig
     data: DataConfig
 
 
@@ -82,7 +72,7 @@ def load_released(
     checkpoint_path: str | Path,
     image_size: int | None = None,
     num_classes: int | None = None,
-) -> MultiScaleViT:
+) -> nn.Module:
     """Loads a published checkpoint with its published configuration.
 
     Args:
@@ -98,15 +88,52 @@ def load_released(
         ConfigError: a file that is missing, unreadable or not of this kind, and weights that do not fit, by
             name.
     """
-    released = read_config(config_path)
-    model = create_model(
-        "vil",
-        image_size=image_size or released.image_size,
-        num_classes=released.num_classes if num_classes is None else num_classes,
-        **released.options,
-    )
-    load_weights(model, read_checkpoint(checkpoint_path), str(checkpoint_path))
-    return model.eval()
+    file = read_weights(checkpoint_path, read_config(config_path))
+    return model_from_file(file, image_size, num_classes).eval()
+
+
+def read_weights(
+    path: str | Path,
+    released: ReleasedConfig | None = None,
+    which: Literal["best", "last"] = "best",
+    weights: weight_files.Choice = "auto",
+) -> WeightsFile:
+    """Reads any file of weights; a published one gets its model and transform from its configuration.
+
+    Args:
+        path, which, weights: see `vil.weight_files.read`.
+        released: the configuration published with the checkpoint; None leaves a published one without.
+
+    Raises:
+        ConfigError: a file that cannot be used, or a configuration beside a file that has its own.
+    """
+    file = weight_files.read(path, which, weights)
+    if released is None:
+        return file
+    if file.origin != "published":
+        raise ConfigError(file.path, "no published checkpoint: it does not go with a published configuration")
+    return dataclasses.replace(file, model=released.model, data=weight_files.transform_of(released.data))
+
+
+def open_model(
+    checkpoint: str | Path,
+    released_config: str | Path | None = None,
+    which: Literal["best", "last"] = "best",
+    weights: weight_files.Choice = "auto",
+) -> tuple[nn.Module, WeightsFile]:
+    """The model of any file of weights, in eval mode, and the file with its weights under the model's names.
+
+    Args:
+        checkpoint, which, weights: see `vil.weight_files.read`.
+        released_config: the YAML file published with the checkpoint.
+
+    Raises:
+        ConfigError: a file that cannot be used, does not say which model it is, or does not fit that model.
+    """
+    released = None if released_config is None else read_config(released_config)
+    file = read_weights(checkpoint, released, which, weights)
+    model = model_from_file(file).eval()
+    return model, dataclasses.replace(file, origin="converted", weights=model.state_dict())
 
 
 def read_config(path: str | Path) -> ReleasedConfig:
@@ -129,170 +156,6 @@ def read_config(path: str | Path) -> ReleasedConfig:
         raise ConfigError(str(path), str(error)) from error
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a published checkpoint, under its own names without `module.`.
-
-    Raises:
-        ConfigError: the file is missing, unreadable, holds anything but tensors and plain values, or NaN.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(str(path), "no such file") from None
-    except pickle.UnpicklingError:
-        raise ConfigError(
-            str(path), "refused: not a checkpoint, or one that holds more than tensors and plain values"
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError):
-        raise ConfigError(str(path), "not a checkpoint, or a damaged one") from None
-    weights = content.get("net") if isinstance(content, Mapping) else None
-    if not isinstance(weights, Mapping) or not weights:
-        raise ConfigError(str(path), "not a published ViL checkpoint: it has no weights under `net`")
-    result = {}
-    for key, value in weights.items():
-        if not isinstance(value, Tensor):
-            raise ConfigError(str(path), f"not a published ViL checkpoint: net.{key} is not a tensor")
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ConfigError(str(path), f"net.{key} holds values that are not finite")
-        result[str(key).removeprefix("module.")] = value
-    return result
-
-
-def load_weights(model: MultiScaleViT, released: Mapping[str, Tensor], source: str = "checkpoint") -> None:
-    """Loads published weights into a model, strictly.
-
-    What depends on the image size is resized, and a head with more rows is cut to its first ones; both are
-    logged.
-
-    Args:
-        model: the model that the configuration describes.
-        released: published names → weights.
-        source: what to call the weights in errors.
-
-    Raises:
-        ConfigError: anything missing, unexpected, or of another shape, by name.
-    """
-    weights = convert_weights(model, released)
-    expected = model.state_dict()
-    problems = []
-    for kind, names in (
-        ("missing", sorted(expected.keys() - weights.keys())),
-        ("unexpected", sorted(weights.keys() - expected.keys())),
-    ):
-        if names:
-            problems.append(f"{kind}: {', '.join(names)}")
-    problems += [
-        f"{name} is {tuple(weights[name].shape)}, the model's {tuple(expected[name].shape)}"
-        for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
-    ]
-    if problems:
-        raise ConfigError(source, f"does not fit the model; {'; '.join(problems)}")
-    model.load_state_dict(weights)
-
-
-def convert_weights(model: MultiScaleViT, released: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published names and shapes → those of `model`, resized to its image size and cut to its classes.
-
-    A name without a counterpart stays as it is, for the caller to report.
-    """
-    expected = model.state_dict()
-    weights: dict[str, Tensor] = {}
-    for key, value in released.items():
-        if key.endswith(("relative_position_index", "calls_since_last_redraw")):
-            continue  # derived from the window, and a counter that a step number replaces
-        if not value.numel():
-            continue  # the embedding of no global token
-        for name, tensor in _renamed(model, key, value):
-            weights[name] = _fitted(name, tensor, expected.get(name))
-    return weights
-
-
-def _renamed(model: MultiScaleViT, key: str, value: Tensor) -> list[tuple[str, Tensor]]:
-    """One published weight as (name, value) pairs of this model: two for a stacked one, none for a copy."""
-    match = re.fullmatch(r"layer(\d+)\.(\d+)\.(.+)", key)
-    if not match:
-        return [(key, value)]
-    number, place, rest = int(match[1]) - 1, int(match[2]), match[3]
-    if number >= len(model.stages):
-        return [(key, value)]
-    prefix = f"stages.{number}."
-    if place == 0:
-        embed = {
-            "cls_token": "global_tokens", "cls_pos_embed": "position.globals",
-            "x_pos_embed": "position.rows", "y_pos_embed": "position.columns",
-            "norm_embed.weight": "patch_embed.norm.weight", "norm_embed.bias": "patch_embed.norm.bias",
-            "proj.weight": "patch_embed.proj.weight", "proj.bias": "patch_embed.proj.bias",
-        }  # fmt: skip
-        name = embed.get(rest)
-        if name is None:
-            return [(key, value)]
-        return [(prefix + name, value[0] if "position" in name else value)]
-    if (place - 1) // 2 >= len(model.stages[number].blocks):
-        return [(key, value)]
-    prefix += f"blocks.{(place - 1) // 2}."
-    is_attention = place % 2 == 1
-    if rest.startswith("norm."):
-        return [(f"{prefix}{'norm1' if is_attention else 'norm2'}.{rest.removeprefix('norm.')}", value)]
-    if rest.startswith("mlp.") and not is_attention:
-        return [(prefix + rest, value)]
-    if not rest.startswith("attn.") or not is_attention:
-        return [(key, value)]
-    rest = rest.removeprefix("attn.")
-    prefix += "attn."
-    if rest == "local_relative_position_bias_table":  # (side², heads), rows first → (heads, side, side)
-        side = round(value.shape[0] ** 0.5)
-        return [(f"{prefix}bias_table", value.t().unflatten(1, (side, -1)))]
-    if rest == "g2l_relative_position_bias":
-        return [(f"{prefix}global_bias.to_local", value[0]), (f"{prefix}global_bias.from_local", value[1])]
-    if rest == "g2g_relative_position_bias":
-        return [(f"{prefix}global_bias.among", value)]
-    layer, _, parameter = rest.rpartition(".")
-    own_global = {
-        "query_global": "global_query",
-        "kv_global": "global_key_value",
-        "proj_global": "global_projection",
-    }
-    attention = model.get_submodule(prefix.rstrip("."))
-    if layer in own_global:
-        if hasattr(attention, own_global[layer]):
-            return [(f"{prefix}{own_global[layer]}.{parameter}", value)]
-        return []  # shared: the same weights once more
-    layers = {
-        "query": "query",
-        "kv": "key_value",
-        "proj": "projection",
-        "qkv": "query_key_value",
-        "proj_sr": "reduce",
-    }
-    if layer in layers:
-        return [(f"{prefix}{layers[layer]}.{parameter}", value)]
-    if rest == "fast_attention.projection_matrix":
-        return [(f"{prefix}random_projection", value)]
-    if rest == "proj_k":
-        return [(f"{prefix}key_mixture", value)]
-    if rest == "proj_v":  # present also where shared: then the same weights once more
-        return [(f"{prefix}value_mixture", value)] if attention.value_mixture is not None else []
-    return [(key, value)]
-
-
-def _fitted(name: str, value: Tensor, expected: Tensor | None) -> Tensor:
-    """A weight brought to the model's image size or number of classes, where it can be."""
-    if expected is None or value.shape == expected.shape:
-        return value
-    fitted = value
-    if name.endswith((".position.rows", ".position.columns")) and value.dim() == 2:
-        if value.shape[1] == expected.shape[1]:
-            fitted = resize_embedding(value, expected.shape[0])
-    elif name.endswith(".bias_table") and value.shape[0] == expected.shape[0] and ".query_key" not in name:
-        fitted = resize_offsets(value, ((expected.shape[1] + 1) // 2, (expected.shape[2] + 1) // 2))
-    elif name in ("head.weight", "head.bias") and value.shape[0] > expected.shape[0]:
-        fitted = value[: expected.shape[0]]
-    if fitted is not value:
-        _logger.info("%s: %s → %s", name, tuple(value.shape), tuple(fitted.shape))
-    return fitted
-
-
 def _interpret(tree: Any) -> ReleasedConfig:
     """A published configuration as a tree of plain values → our terms."""
     values = dict(DEFAULTS)
@@ -307,22 +170,21 @@ def _interpret(tree: Any) -> ReleasedConfig:
         attention = "global_only"
     stages = parse_arch(str(values["MODEL.VIT.MSVIT.ARCH"]), attention)
     pooled = values["MODEL.VIT.AVG_POOL"] or not stages[-1].global_tokens
-    drop = values["MODEL.VIT.DROP"]
     return ReleasedConfig(
-        image_size=values["INPUT.IMAGE_SIZE"],
-        num_classes=values["DATA.NUM_CLASSES"],
-        options={
-            "stages": stages,
-            "pool": "avg" if pooled else "cls",
-            "mask": _choice("MODEL.VIT.MSVIT.SW_EXACT", values["MODEL.VIT.MSVIT.SW_EXACT"], _MASKS),
-            "neighbors": _choice("MODEL.VIT.MSVIT.MODE", values["MODEL.VIT.MSVIT.MODE"], _NEIGHBORS),
-            "share_global_projection": values["MODEL.VIT.MSVIT.SHARE_W"],
-            "share_key_value_projection": values["MODEL.VIT.MSVIT.SHARE_KV"],
-            "norm_embed": values["MODEL.VIT.NORM_EMBED"],
-            "drop_path": values["MODEL.VIT.DROP_PATH"],
-            "pos_drop_rate": drop,
-            "proj_drop_rate": drop,
-        },
+        model=ModelConfig(
+            name="vil",
+            image_size=values["INPUT.IMAGE_SIZE"],
+            num_classes=values["DATA.NUM_CLASSES"],
+            stages=stages,
+            pool="avg" if pooled else "cls",
+            mask=_choice("MODEL.VIT.MSVIT.SW_EXACT", values["MODEL.VIT.MSVIT.SW_EXACT"], _MASKS),
+            neighbors=_choice("MODEL.VIT.MSVIT.MODE", values["MODEL.VIT.MSVIT.MODE"], _NEIGHBORS),
+            share_global_projection=values["MODEL.VIT.MSVIT.SHARE_W"],
+            share_key_value_projection=values["MODEL.VIT.MSVIT.SHARE_KV"],
+            norm_embed=values["MODEL.VIT.NORM_EMBED"],
+            drop_path=values["MODEL.VIT.DROP_PATH"],
+            dropout=values["MODEL.VIT.DROP"],
+        ),
         data=DataConfig(
             crop_pct=values["INPUT.CROP_PCT"],
             interpolation=_choice("INPUT.INTERPOLATION", values["INPUT.INTERPOLATION"], _INTERPOLATIONS),

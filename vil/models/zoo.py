@@ -10,6 +10,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -17,8 +18,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from vil import weight_files
 from vil.config import AttentionName, ConfigError, ModelConfig, StageConfig
 from vil.models.multiscale_vit import MultiScaleViT
+from vil.models.weights import load_file
+from vil.weight_files import NO_MODEL, WeightsFile
 
 Position = Literal["relative", "absolute"]
 
@@ -55,9 +59,9 @@ def list_models() -> list[str]:
 
 
 def create_model(
-    name: str,
-    image_size: int | tuple[int, int] = 224,
-    num_classes: int = 1000,
+    name: str | None,
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
     pool: Literal["avg", "cls"] = "avg",
     attention: AttentionName | Sequence[AttentionName] | None = None,
     blocks: Sequence[int] | None = None,
@@ -68,14 +72,17 @@ def create_model(
     neighbors: Literal["all", "self", "random"] = "all",
     drop_path: float = 0.0,
     in_chans: int = 3,
+    checkpoint: str | Path | WeightsFile | None = None,
     **options: Any,
 ) -> MultiScaleViT:
     """Creates a multi-scale Vision Longformer.
 
     Args:
-        name: one of `list_models()`, or `vil` with the keyword `stages`, a list of `StageConfig`.
-        image_size: (height, width) of the images in pixels, or one number for both.
-        num_classes: classes of the head; 0 for none.
+        name: one of `list_models()`, or `vil` with the keyword `stages`, a list of `StageConfig`; None for
+            the model that `checkpoint` describes.
+        image_size: (height, width) of the images in pixels, or one number for both; None is the checkpoint's,
+            or 224.
+        num_classes: classes of the head; 0 for none; None is the checkpoint's number, or 1000.
         pool: what the head sees: the mean over all tokens, or the first global token. Where the zoo's last
             stage has no global token, `cls` gives it one.
         attention: attention of the sparse stages, or one name per stage; None keeps the zoo's own. Attentions
@@ -88,27 +95,89 @@ def create_model(
         neighbors: chunks that the local attention sees in training.
         drop_path: stochastic depth at the last block.
         in_chans: channels of the images.
+        checkpoint: weights to load, strictly: safetensors of tools/convert.py, a run's folder, a checkpoint
+            of train.py or a published one. Where it holds a model of this name, its options are those of the
+            model, and arguments that differ from their defaults go over them; for any other name the weights
+            must fit what the arguments describe. Resizing and cutting are logged (`vil.models.weights`).
         **options: further options of `MultiScaleViT` (`share_global_projection`, `attn_drop_rate`, …) and
-        of the
-            stages (`projected_tokens`, `random_features`, `reduction`).
+            of the stages (`projected_tokens`, `random_features`, `reduction`).
 
     Raises:
-        ConfigError: an unknown name, or an impossible combination; a `ValueError`.
+        ConfigError: an unknown name, or an impossible combination; a `ValueError`. Also a checkpoint that
+            cannot be read or does not fit.
     """
-    options.update(
-        img_size=image_size, num_classes=num_classes, global_pool=pool, attention=attention, blocks=blocks,
+    arguments = dict(
+        image_size=image_size, num_classes=num_classes, pool=pool, attention=attention, blocks=blocks,
         position=position, mask=mask, window=window, global_tokens=global_tokens, neighbors=neighbors,
-        drop_path_rate=drop_path, in_chans=in_chans,
+        drop_path=drop_path, in_chans=in_chans, **options,
     )  # fmt: skip
+    given = {
+        key: value for key, value in arguments.items() if value is not None and value != _DEFAULTS.get(key)
+    }
+    file = None
+    if checkpoint is not None:
+        file = checkpoint if isinstance(checkpoint, WeightsFile) else weight_files.read(checkpoint)
+        name, given = _over_file(name, file, given)
+    if name is None:
+        raise ConfigError("name", "is needed where there is no checkpoint")
     if name != "vil" and name not in SIZES:
         close = difflib.get_close_matches(name, SIZES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(SIZES)}, vil and timm/<name>"
         raise ConfigError("name", f"there is no model {name!r}; {hint}")
-    return _build(name, **{key: value for key, value in options.items() if value is not None})
+    given = {"image_size": 224, "num_classes": 1000, **given}
+    model = _build(name, **{_TIMM_NAMES.get(key, key): value for key, value in given.items()})
+    if file is not None:
+        load_file(model, file)
+    return model
+
+
+_DEFAULTS = {"pool": "avg", "mask": "chunk", "neighbors": "all", "drop_path": 0.0, "in_chans": 3}
+"""The arguments of `create_model` whose default is a value."""
+_TIMM_NAMES = {"image_size": "img_size", "pool": "global_pool", "drop_path": "drop_path_rate"}
+"""The arguments of `create_model` that timm's contract calls otherwise."""
+
+
+def _over_file(
+    name: str | None, file: WeightsFile, given: dict[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """The name and the arguments of the model in a file of weights, with the given arguments over them."""
+    if file.model is None:
+        if name is None:
+            raise ConfigError(file.path, NO_MODEL)
+        return name, given
+    stored = _arguments(file.model)
+    own_name = stored.pop("name")
+    if name not in (None, own_name):
+        stored = {key: stored[key] for key in ("image_size", "num_classes") if key in stored}
+    return name or own_name, {**stored, **given}
+
+
+def model_from_file(
+    file: WeightsFile, image_size: int | None = None, num_classes: int | None = None
+) -> nn.Module:
+    """The model that a file of weights describes, with these weights.
+
+    Args:
+        file: the weights and their model.
+        image_size: another image size in pixels.
+        num_classes: another number of classes.
+
+    Raises:
+        ConfigError: the file does not describe a model, or the weights do not fit it.
+    """
+    if file.model is None:
+        raise ConfigError(file.path, NO_MODEL)
+    changes: dict[str, Any] = {"image_size": image_size, "num_classes": num_classes}
+    config = dataclasses.replace(file.model, **{k: v for k, v in changes.items() if v is not None})
+    model = model_from_config(config)
+    load_file(model, file, config.image_size)
+    return model
 
 
 def model_from_config(config: ModelConfig, num_classes: int | None = None) -> nn.Module:
     """Creates what a model section describes: a model of the zoo, of stages, or of timm.
+
+    Weights are the first ones: `init_from` is for the program that trains.
 
     Args:
         config: the section.
@@ -120,27 +189,38 @@ def model_from_config(config: ModelConfig, num_classes: int | None = None) -> nn
     classes = config.num_classes if config.num_classes is not None else num_classes
     if classes is None:
         raise ConfigError("num_classes", "is needed where no data says how many classes there are")
-    options = {
+    config = dataclasses.replace(config, num_classes=classes)
+    if config.name.startswith("timm/"):
+        return _timm_model(_arguments(config))
+    if config.timm_options is not None:
+        raise ConfigError("timm_options", f"only for a timm/<name> model, not for {config.name}")
+    if (config.name == "vil") != (config.stages is not None):
+        raise ConfigError("stages", "name: vil and a list of stages belong together")
+    return create_model(**_arguments(config))
+
+
+def _arguments(config: ModelConfig) -> dict[str, Any]:
+    """What a model section sets, as arguments of `create_model`; for a baseline of timm, as it stands."""
+    arguments = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != field.default
     }
-    options = {**options, "num_classes": classes, "image_size": config.image_size}
-    name = options.pop("name", config.name)
-    if name.startswith("timm/"):
-        return _timm_model(name.removeprefix("timm/"), options)
-    if "timm_options" in options:
-        raise ConfigError("timm_options", f"only for a timm/<name> model, not for {name}")
-    if (name == "vil") != (config.stages is not None):
-        raise ConfigError("stages", "name: vil and a list of stages belong together")
-    dropout = options.pop("dropout", 0.0)
-    options.update(pos_drop_rate=dropout, proj_drop_rate=dropout)
-    options["attn_drop_rate"] = options.pop("attention_dropout", 0.0)
-    return create_model(name, **options)
+    arguments |= {"name": config.name, "image_size": config.image_size}
+    for key in ("init_from", "init_released_config"):
+        arguments.pop(key, None)
+    if config.name.startswith("timm/"):
+        return arguments
+    if "dropout" in arguments:
+        arguments["pos_drop_rate"] = arguments["proj_drop_rate"] = arguments.pop("dropout")
+    if "attention_dropout" in arguments:
+        arguments["attn_drop_rate"] = arguments.pop("attention_dropout")
+    return arguments
 
 
-def _timm_model(name: str, options: dict[str, Any]) -> nn.Module:
+def _timm_model(options: dict[str, Any]) -> nn.Module:
     """A baseline of timm; options that it cannot have are refused."""
+    name = options.pop("name").removeprefix("timm/")
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"; did you mean timm/{close[0]}?" if close else ""
@@ -247,16 +327,25 @@ _STAGE_OPTIONS = (
     "attention", "blocks", "position", "window", "global_tokens",
     "projected_tokens", "random_features", "reduction", "stages",
 )  # fmt: skip
+_MODEL_OPTIONS = (
+    "mask", "neighbors", "stage_globals", "share_global_projection", "share_key_value_projection",
+    "attention_backend", "mlp_ratio", "norm_embed",
+)  # fmt: skip
+"""Options of `MultiScaleViT` that make a model what it is, beside those that timm keeps for every model."""
 
 
 def _build(name: str, pretrained: bool = False, **options: Any) -> MultiScaleViT:
-    """Builds a model in timm's way: options are those of `MultiScaleViT` and of `stages_of`."""
+    """Builds a model in timm's way: options are those of `MultiScaleViT` and of `stages_of`.
+
+    Stages may be mappings, as in a configuration of the Hugging Face hub.
+    """
     pool = {"token": "cls"}.get(options.get("global_pool", "avg"), options.get("global_pool", "avg"))
     changes = {key: options.pop(key) for key in _STAGE_OPTIONS if key in options}
+    if changes.get("stages"):
+        changes["stages"] = [s if isinstance(s, StageConfig) else StageConfig(**s) for s in changes["stages"]]
     stages = stages_of(name, pool=pool, stage_globals=options.get("stage_globals", "discard"), **changes)
-    if name == "vil":  # not registered, so timm cannot look this up
-        options.setdefault("pretrained_cfg", _cfg())
-    return build_model_with_cfg(
+    kept = {key: options[key] for key in _MODEL_OPTIONS if key in options}
+    model = build_model_with_cfg(
         MultiScaleViT,
         name,
         pretrained,
@@ -264,6 +353,11 @@ def _build(name: str, pretrained: bool = False, **options: Any) -> MultiScaleViT
         stages=stages,
         **options,
     )
+    if "stages" in changes:
+        changes["stages"] = [dataclasses.asdict(stage) for stage in changes["stages"]]
+    kept |= changes
+    model._model_args = kept  # type: ignore[assignment]  # what timm writes beside the weights for the hub
+    return model
 
 
 def _cfg() -> dict[str, Any]:
@@ -284,7 +378,9 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in SIZES})
+_REGISTERED = (*SIZES, "vil")
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in _REGISTERED})
 
 
 def _entrypoint(name: str) -> Callable[..., MultiScaleViT]:
@@ -297,5 +393,5 @@ def _entrypoint(name: str) -> Callable[..., MultiScaleViT]:
     return entrypoint
 
 
-for _name in SIZES:
+for _name in _REGISTERED:
     setattr(sys.modules[__name__], _name, register_model(_entrypoint(_name)))

@@ -16,19 +16,17 @@ code in it can run:
 from __future__ import annotations
 
 import os
-import pickle
 import platform
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
-from vil.config import ConfigError
+from vil.config import ConfigError, of_option
+from vil.weight_files import BEST, LAST, read_pickle
 
-LAST, BEST = Path("checkpoints/last.pt"), Path("checkpoints/best.pt")
-"""The two checkpoints of a run, relative to its folder."""
+__all__ = ["BEST", "KEYS", "LAST", "load", "save", "versions"]
 
 KEYS = (
     "model",
@@ -69,22 +67,8 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, damaged, or not a checkpoint of this project.
     """
-    try:
-        if Path(path).is_file() and not zipfile.is_zipfile(path):  # a zip's directory is at its end
-            raise ConfigError("checkpoint", f"{path}: not a checkpoint, or one that was cut off")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except ConfigError:
-        raise
-    except FileNotFoundError:
-        raise ConfigError("checkpoint", f"{path}: no such file") from None
-    except OSError as error:
-        raise ConfigError("checkpoint", f"{path}: cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError:
-        reason = "holds something other than tensors and plain values, which is refused, or is damaged"
-        raise ConfigError("checkpoint", f"{path}: {reason}") from None
-    except Exception as error:  # a damaged file may fail anywhere inside torch.load, with any type of error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError("checkpoint", f"{path}: damaged or not a checkpoint: {reason}") from None
+    with of_option("checkpoint"):
+        state = read_pickle(path)
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
     if missing:
         raise ConfigError("checkpoint", f"{path}: not a checkpoint of train.py: lacks {', '.join(missing)}")

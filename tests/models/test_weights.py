@@ -1,0 +1,184 @@
+"""Weights into models: what fits, what is resized or cut, and every difference by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vil
+from vil import weight_files
+from vil.config import ConfigError, ModelConfig, StageConfig
+from vil.models.released import load_released, open_model
+from vil.models.weights import load_file, load_weights
+from vil.models.zoo import model_from_config, model_from_file
+from vil.weight_files import WeightsFile, write_safetensors
+
+PARITY = sorted((Path(__file__).parents[1] / "fixtures" / "parity").glob("*/"))
+STAGES = [
+    StageConfig(dim=8, heads=2, patch=4, window=2),
+    StageConfig(dim=16, heads=2, attention="full", position="absolute"),
+    StageConfig(dim=16, heads=2, attention="full", global_tokens=0),
+]
+CONFIG = ModelConfig(name="vil", image_size=32, num_classes=6, stages=STAGES, mask="exact", pool="avg")
+
+
+def file_of(config: ModelConfig, seed: int = 1) -> WeightsFile:
+    torch.manual_seed(seed)
+    weights = {k: torch.randn(v.shape) for k, v in model_from_config(config).state_dict().items()}
+    return WeightsFile("x.pt", "run", "raw", weights, config)
+
+
+def test_weights_that_fit_are_loaded() -> None:
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    load_weights(target, source.state_dict(), "x.pt")
+    assert torch.equal(target.weight, source.weight)
+
+
+def test_every_difference_is_named_on_one_line() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other = nn.Sequential(nn.Linear(4, 2), nn.Identity(), nn.Linear(2, 2))
+    with pytest.raises(ConfigError) as caught:
+        load_weights(model, other.state_dict(), "x.pt")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("x.pt: ")
+    assert "2 missing: 1.weight, 1.bias" in message
+    assert "2 unexpected: 2.weight, 2.bias" in message
+    assert "0.weight is (2, 4), the model's (2, 3)" in message
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_depends_on_the_image_size_is_resized(caplog: pytest.LogCaptureFixture) -> None:
+    """As the model itself does when it is set to another size; the parity fixtures say how."""
+    file = file_of(CONFIG)
+    with caplog.at_level("INFO", logger="vil"):
+        larger = model_from_file(file, image_size=48)
+    same = model_from_file(file)
+    assert all(torch.equal(value, file.weights[name]) for name, value in same.state_dict().items())
+    same.set_input_size(48)
+    for name, value in larger.state_dict().items():
+        torch.testing.assert_close(value, same.state_dict()[name], atol=1e-6, rtol=1e-6)
+    lines = [record.getMessage() for record in caplog.records]
+    assert sorted(line.split(":")[0] for line in lines) == [
+        "stages.1.position.columns",
+        "stages.1.position.rows",
+        "stages.2.blocks.0.attn.bias_table",
+    ]
+    assert "stages.1.position.rows: (4, 8) → (6, 8)" in lines
+
+
+def test_another_window_is_another_architecture() -> None:
+    config = dataclasses.replace(CONFIG, window=3)
+    with pytest.raises(ConfigError, match=r"stages\.0\.blocks\.0\.attn\.bias_table is \(2, 7, 7\)"):
+        load_file(model_from_config(config), file_of(CONFIG))
+
+
+def test_heads(caplog: pytest.LogCaptureFixture) -> None:
+    file = file_of(CONFIG)
+    with caplog.at_level("INFO", logger="vil"):
+        fewer = model_from_file(file, num_classes=4)
+    assert torch.equal(fewer.head.weight, file.weights["head.weight"][:4])
+    assert torch.equal(fewer.head.bias, file.weights["head.bias"][:4])
+    assert "head.weight: (6, 16) → (4, 16), cut to its first rows" in caplog.text
+    with pytest.raises(ConfigError, match=r"head\.weight is \(6, 16\), the model's \(9, 16\)"):
+        model_from_file(file, num_classes=9)
+    more = model_from_config(dataclasses.replace(CONFIG, num_classes=9))
+    own = more.head.weight.clone()
+    with caplog.at_level("INFO", logger="vil"):
+        load_file(more, file, new_head=True)
+    assert torch.equal(more.head.weight, own)
+    assert torch.equal(more.norm.weight, file.weights["norm.weight"])
+    assert "head.weight: (6, 16) → (9, 16), which begins anew" in caplog.text
+    none = model_from_file(file, num_classes=0)
+    assert none(torch.randn(1, 3, 32, 32)).shape == (1, 16)
+
+
+def test_baselines_of_timm_at_another_size_and_number_of_classes() -> None:
+    config = ModelConfig(name="timm/vit_tiny_patch16_224", image_size=32, num_classes=6,
+                         timm_options={"depth": 1})  # fmt: skip
+    file = file_of(config)
+    model = model_from_file(file, image_size=48, num_classes=4)
+    assert model(torch.randn(1, 3, 48, 48)).shape == (1, 4)
+    assert torch.equal(model.head.weight, file.weights["head.weight"][:4])
+    by_timm = model_from_config(config)
+    by_timm.load_state_dict(file.weights)
+    by_timm.set_input_size((48, 48))
+    assert torch.equal(model.pos_embed, by_timm.pos_embed)
+
+
+@pytest.mark.parametrize("case", PARITY, ids=lambda case: case.name)
+def test_converted_and_published_agree_to_the_bit(case: Path, tmp_path: Path) -> None:
+    published = load_released(case / "config.yaml", case / "model_best.pth")
+    _, file = open_model(case / "model_best.pth", case / "config.yaml")
+    write_safetensors(tmp_path / "x.safetensors", file)
+    converted = vil.create_model(None, checkpoint=tmp_path / "x.safetensors").eval()
+    images = torch.randn(2, 3, *published.img_size)
+    with torch.no_grad():
+        assert torch.equal(converted(images), published(images))
+    assert converted.global_pool == published.global_pool
+
+
+def test_every_option_of_a_published_configuration_is_kept(tmp_path: Path) -> None:
+    config = ModelConfig(name="vil", image_size=32, num_classes=6, stages=STAGES, pool="avg", mask="cyclic",
+                         norm_embed=False, share_global_projection=False, neighbors="random",
+                         dropout=0.1, drop_path=0.2)  # fmt: skip
+    write_safetensors(tmp_path / "x.safetensors", file_of(config))
+    assert weight_files.read(tmp_path / "x.safetensors").model == config
+    model = vil.create_model(None, checkpoint=tmp_path / "x.safetensors")
+    attention = model.stages[0].blocks[0].attn
+    assert (attention.mask, attention.neighbors, attention.shares_projection) == ("cyclic", "random", False)
+    assert isinstance(model.stages[0].patch_embed.norm, nn.Identity)
+    assert model.stages[0].pos_drop.p == 0.1
+    assert model.stages[2].blocks[0].drop_path1.drop_prob == pytest.approx(0.2)
+
+
+def test_create_model_from_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    file = file_of(ModelConfig(name="vil_tiny", image_size=64, num_classes=3, blocks=(1, 1, 1, 1), window=3))
+    write_safetensors(path, file)
+    for name in (None, "vil_tiny"):
+        model = vil.create_model(name, checkpoint=path)
+        assert (model.img_size, model.num_classes) == ((64, 64), 3)
+        assert model.stages[0].blocks[0].attn.window == 3
+        assert torch.equal(model.norm.weight, file.weights["norm.weight"])
+    changed = vil.create_model("vil_tiny", image_size=96, num_classes=2, drop_path=0.5, checkpoint=path)
+    assert (changed.img_size, changed.num_classes) == ((96, 96), 2)
+    assert changed.stages[3].blocks[0].drop_path1.drop_prob == 0.5
+    with pytest.raises(ConfigError, match="it is of another architecture"):
+        vil.create_model("vil_small", checkpoint=path)
+    with pytest.raises(ConfigError, match="name: is needed"):
+        vil.create_model(None)
+    with pytest.raises(ConfigError, match="does not hold its model"):
+        vil.create_model(None, checkpoint=PARITY[0] / "model_best.pth")
+
+
+def test_a_published_checkpoint_into_a_named_model() -> None:
+    case = next(case for case in PARITY if case.name == "vil_ape_chunk")
+    published = load_released(case / "config.yaml", case / "model_best.pth")
+    stages = [dataclasses.asdict(stage.config) for stage in published.stages]
+    model = timm.create_model("vil", stages=stages, img_size=64, num_classes=10)
+    load_file(model, weight_files.read(case / "model_best.pth"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in published.state_dict().items())
+
+
+def test_a_configuration_beside_a_checkpoint_that_has_its_own(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", file_of(CONFIG))
+    with pytest.raises(ConfigError, match="no published checkpoint"):
+        open_model(tmp_path / "x.safetensors", PARITY[0] / "config.yaml")
+
+
+def test_published_weights_of_odd_shapes_are_named(tmp_path: Path) -> None:
+    case = next(case for case in PARITY if case.name == "vil_rpe_chunk")
+    content = torch.load(case / "model_best.pth", weights_only=True)
+    name = next(key for key in content["net"] if key.endswith("local_relative_position_bias_table"))
+    for shape in ((), (3,), (5, 1)):
+        content["net"][name] = torch.zeros(shape)
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(ConfigError, match="bias_table"):
+            load_released(case / "config.yaml", tmp_path / "x.pth")

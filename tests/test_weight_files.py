@@ -1,0 +1,214 @@
+"""Files of weights: which file, which weights, every kind that is read, and every kind that is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vil.config import ConfigError, ModelConfig, StageConfig
+from vil.weight_files import (
+    WeightsFile,
+    choose_weights,
+    find_checkpoint,
+    model_section,
+    read,
+    write_safetensors,
+)
+
+PARITY = Path(__file__).parent / "fixtures" / "parity"
+MODEL = ModelConfig(name="vil", image_size=32, num_classes=3, stages=[StageConfig(dim=8, heads=2)])
+TRANSFORM = {"crop_pct": 0.9, "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+
+
+def state(best: str | None = "ema", has_ema: bool = True) -> dict:
+    return {
+        "model": {"w": torch.tensor(1.0)},
+        "ema": {"w": torch.tensor(2.0)} if has_ema else None,
+        "best": best and {"top1": 90.0, "weights": best, "epoch": 3},
+    }
+
+
+def run_state(**changes) -> dict:
+    config = {"model": dataclasses.asdict(MODEL), "data": {"source": "digits", **TRANSFORM}}
+    return {**state(), "config": config, "class_names": ["a", "b", "c"], **changes}
+
+
+def test_files_of_a_run(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "last.pt").touch()
+    assert find_checkpoint(str(tmp_path), "last") == folder / "last.pt"
+    assert find_checkpoint(str(folder / "last.pt"), "best") == folder / "last.pt"
+    with pytest.raises(ConfigError, match=r"holds no checkpoints/best\.pt"):
+        find_checkpoint(str(tmp_path), "best")
+    with pytest.raises(ConfigError, match="nowhere: no such file or folder"):
+        find_checkpoint(str(tmp_path / "nowhere"), "best")
+
+
+@pytest.mark.parametrize(
+    ("best", "asked", "value", "kind"),
+    [
+        ("ema", "auto", 2, "ema"),
+        ("raw", "auto", 1, "raw"),
+        (None, "auto", 1, "raw"),
+        ("ema", "raw", 1, "raw"),
+        ("raw", "ema", 2, "ema"),
+    ],
+)
+def test_choice_of_weights(best: str | None, asked: str, value: float, kind: str) -> None:
+    weights, found = choose_weights(state(best), asked)
+    assert (weights["w"].item(), found) == (value, kind)
+
+
+def test_an_average_that_was_not_kept() -> None:
+    with pytest.raises(ConfigError, match="weights: the checkpoint has no ema weights"):
+        choose_weights(state("raw", has_ema=False), "ema")
+
+
+def test_a_checkpoint_of_a_run(tmp_path: Path) -> None:
+    torch.save(run_state(), tmp_path / "best.pt")
+    file = read(tmp_path / "best.pt")
+    assert (file.origin, file.kind, file.weights["w"].item()) == ("run", "ema", 2)
+    assert file.model == MODEL
+    assert (file.data["source"], file.class_names) == ("digits", ("a", "b", "c"))
+    assert read(tmp_path / "best.pt", weights="raw").weights["w"].item() == 1
+
+
+def test_a_published_checkpoint() -> None:
+    file = read(PARITY / "vil_rpe_chunk" / "model_best.pth")  # its names carry module.
+    assert (file.origin, file.kind, file.model, file.class_names) == ("published", "raw", None, None)
+    assert "layer1.0.proj.weight" in file.weights
+    with pytest.raises(ConfigError, match="holds raw weights only, not ema"):
+        read(PARITY / "vil_rpe_chunk" / "model_best.pth", weights="ema")
+
+
+def test_safetensors_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.safetensors"
+    weights = {"w": torch.randn(3, 2).t(), "n": torch.tensor(3)}
+    model = dataclasses.replace(MODEL, init_from="/home/someone/x.pt")
+    data = {"source": "folder", "root": "/home/someone", **TRANSFORM}
+    write_safetensors(path, WeightsFile("x.pt", "run", "ema", weights, model, data, ("a", "b", "c")))
+    file = read(path)
+    assert (file.origin, file.kind, file.model, file.data) == ("converted", "ema", MODEL, TRANSFORM)
+    assert file.class_names == ("a", "b", "c")
+    assert all(torch.equal(value, weights[name]) for name, value in file.weights.items())
+    assert b"someone" not in path.read_bytes()
+    assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+    with safe_open(path, "pt") as opened:
+        assert json.loads(opened.metadata()["model"])["image_size"] == 32
+    with pytest.raises(ConfigError, match="holds ema weights only, not raw"):
+        read(path, weights="raw")
+
+
+def test_safetensors_of_others_hold_no_model(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "plain.safetensors")
+    file = read(tmp_path / "plain.safetensors")
+    assert (file.model, file.data, file.class_names) == (None, {}, None)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "x.pt"
+    torch.save(run_state(extra=Malicious(victim)), path)
+    assert "refused" in refusal(path)
+    path.write_bytes(pickle.dumps(Malicious(victim)))
+    assert "refused" in refusal(path)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"hello\n", "not a checkpoint: neither a zip, a pickle nor safetensors"),
+        (b"PK\x03\x04" + bytes(100), "cut off"),
+        (b"\x80\x02}q\x00.", "damaged"),
+        (bytes(8) + b"{}", "not safetensors"),
+        (b"\xff" * 8 + b"{}", "not safetensors"),
+    ],
+)
+def test_files_of_no_kind(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    assert message in refusal(path)
+
+
+def test_truncated_files(tmp_path: Path) -> None:
+    torch.save(run_state(), tmp_path / "x.pt")
+    save_file({"w": torch.ones(200)}, tmp_path / "x.safetensors")
+    for name in ("x.pt", "x.safetensors"):
+        whole, path = (tmp_path / name).read_bytes(), tmp_path / f"cut.{name}"
+        for length in (1, 9, 30, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ema": {"w": torch.tensor(float("nan"))}}, "w holds values that are not finite"),
+        ({"ema": {"w": 3}}, "w is not a tensor"),
+        ({"ema": {}}, "holds no weights"),
+        ({"ema": 3}, "damaged"),
+        ({"best": {}}, ""),
+        ({"best": 3}, "damaged"),
+        ({"class_names": 3}, "damaged"),
+        ({"config": {}}, "damaged"),
+        ({"config": {"model": {"depth": 3}, "data": {}}}, "stored configuration: model.depth: unknown key"),
+        ({"config": {"model": {"window": "x"}, "data": {}}}, "stored configuration: model: "),
+        ({"config": {"model": 3, "data": {}}}, "stored configuration: model: expected a mapping"),
+    ],
+)
+def test_what_is_wrong_inside_a_checkpoint(tmp_path: Path, changes: dict, message: str) -> None:
+    torch.save(run_state(**changes), tmp_path / "x.pt")
+    if changes == {"best": {}}:  # nothing was best yet: the raw weights
+        assert read(tmp_path / "x.pt").kind == "raw"
+    else:
+        assert message in refusal(tmp_path / "x.pt")
+
+
+def test_a_dictionary_of_others(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"w": torch.ones(1)}}, tmp_path / "x.pt")
+    assert "not a checkpoint of train.py: lacks best, class_names, config, ema, model" in refusal(
+        tmp_path / "x.pt"
+    )
+    torch.save([1, 2], tmp_path / "x.pt")
+    assert "not a checkpoint" in refusal(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"model": "{"}, {"model": '{"depth": 3}'}, {"data": '{"root": "/"}'}, {"data": "3"},
+     {"class_names": "3"}, {"model": '{"stages": [{"dim": "x"}]}'}, {"model": "[" * 100000}],
+)  # fmt: skip
+def test_metadata_that_make_no_sense(tmp_path: Path, metadata: dict[str, str]) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "x.safetensors", metadata)
+    refusal(tmp_path / "x.safetensors")
+
+
+def test_every_option_of_a_model_is_kept() -> None:
+    rich = dataclasses.replace(MODEL, blocks=(2,), attention=["full"], timm_options={"a": [1]}, drop_path=0.1)
+    assert model_section(dataclasses.asdict(rich)) == rich
+    assert model_section(json.loads(json.dumps(dataclasses.asdict(rich)))) == rich

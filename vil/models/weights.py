@@ -1,0 +1,130 @@
+"""Weights into a model: strictly, but for what another image size or number of classes asks for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from vil.attention.full import FullAttention, resize_offsets
+from vil.config import ConfigError
+from vil.models.multiscale_vit import MultiScaleViT
+from vil.models.position import resize_embedding
+from vil.models.released_names import convert_weights
+from vil.weight_files import WeightsFile
+
+_logger = logging.getLogger(__name__)
+
+
+def load_file(
+    model: nn.Module, file: WeightsFile, image_size: int | None = None, new_head: bool = False
+) -> None:
+    """Loads a file of weights into a model that may have another image size or number of classes.
+
+    Embeddings and bias tables are resized bilinearly, without aligned corners (a timm model resizes its own
+    in its own way); a head with more rows keeps its first ones. All of it is logged.
+
+    Args:
+        model: the model; its class decides about the names of published weights.
+        file: the weights.
+        image_size: side of the images that `model` is built for, in pixels; needed for models of timm only.
+        new_head: a head that does not fit in any other way keeps the weights that it has in `model`.
+
+    Raises:
+        ConfigError: anything is missing, unexpected, or of another shape, by name.
+    """
+    weights: Mapping[str, Tensor] = file.weights
+    own_way = not isinstance(model, MultiScaleViT) and hasattr(model, "set_input_size")
+    before = file.model.image_size if file.model is not None and own_way else image_size
+    if isinstance(model, MultiScaleViT):
+        if file.origin == "published":
+            weights = convert_weights(model, weights)
+        weights = _resized(model, weights)
+    weights = _with_head(model, weights, new_head)
+    if before != image_size:
+        model.set_input_size((before, before))  # type: ignore[operator]  # exists, as looked up above
+    load_weights(model, weights, file.path)
+    if before != image_size:
+        model.set_input_size((image_size, image_size))  # type: ignore[operator]
+        _logger.info("%s: resized from %s to %s pixels by timm", type(model).__name__, before, image_size)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Loads a state dict that must fit `model` exactly: same names, same shapes.
+
+    Args:
+        model: what to load into; unchanged where the weights do not fit.
+        weights: names → tensors.
+        source: what to call the weights in errors: the file.
+
+    Raises:
+        ConfigError: anything is missing, unexpected, or of another shape; all of it by name, on one line.
+    """
+    expected = model.state_dict()
+    problems = []
+    for kind, names in (
+        ("missing", [name for name in expected if name not in weights]),
+        ("unexpected", [name for name in weights if name not in expected]),
+    ):
+        if names:
+            problems.append(f"{len(names)} {kind}: {', '.join(names)}")
+    problems += [
+        f"{name} is {tuple(weights[name].shape)}, the model's {tuple(expected[name].shape)}"
+        for name in expected
+        if name in weights and weights[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise ConfigError(
+            source, f"does not fit the model, it is of another architecture; {'; '.join(problems)}"
+        )
+    model.load_state_dict(weights)
+
+
+def _resized(model: MultiScaleViT, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Row and column embeddings and the bias tables of full attention, for the maps of the model."""
+    expected = model.state_dict()
+    result = dict(weights)
+    for name, value in weights.items():
+        target = expected.get(name)
+        if target is None or value.shape == target.shape or value.dim() != target.dim():
+            continue
+        module, _, _ = name.rpartition(".")
+        if name.endswith((".position.rows", ".position.columns")) and value.shape[1] == target.shape[1]:
+            fitted = resize_embedding(value, target.shape[0])
+        elif name.endswith(".bias_table") and isinstance(model.get_submodule(module), FullAttention):
+            if value.shape[0] != target.shape[0]:
+                continue
+            fitted = resize_offsets(value, ((target.shape[1] + 1) // 2, (target.shape[2] + 1) // 2))
+        else:
+            continue
+        _logger.info("%s: %s → %s", name, tuple(value.shape), tuple(fitted.shape))
+        result[name] = fitted
+    return result
+
+
+def _with_head(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool) -> dict[str, Tensor]:
+    """The weights with the head's first rows where it has more, or with the model's own head."""
+    expected = model.state_dict()
+    result = dict(weights)
+    layers = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    for layer in [layers] if isinstance(layers, str) else layers:
+        names = [f"{layer}.weight", f"{layer}.bias"]
+        own = {name: expected[name] for name in names if name in expected}
+        given = {name: weights[name] for name in names if name in weights}
+        if {n: v.shape for n, v in own.items()} == {n: v.shape for n, v in given.items()}:
+            continue
+        rows = {name: (value[: len(own[name])] if name in own else value) for name, value in given.items()}
+        if own and {n: v.shape for n, v in rows.items()} == {n: v.shape for n, v in own.items()}:
+            change = "cut to its first rows"
+        elif new_head or not own:
+            change, rows = "which begins anew" if own else "left out", own
+        else:
+            continue
+        for name in given.keys() | rows.keys():
+            result.pop(name, None)
+        result.update(rows)
+        for name in names:
+            shapes = [tuple(v[name].shape) if name in v else None for v in (given, own)]
+            _logger.info("%s: %s → %s, %s", name, *shapes, change)
+    return result

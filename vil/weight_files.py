@@ -1,0 +1,283 @@
+"""Files of weights, of whichever kind, read without running anything that is in them.
+
+A run's folder and its checkpoints (`vil.training.checkpoint`), safetensors with the model's configuration in
+the metadata, and the checkpoints published with the paper. What a file holds may come from a stranger:
+whatever is wrong with it ends in a `ConfigError` of one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vil.config import ConfigError, DataConfig, ModelConfig
+
+LAST, BEST = Path("checkpoints/last.pt"), Path("checkpoints/best.pt")
+"""The two checkpoints of a run, relative to its folder."""
+
+TRANSFORM = ("crop_pct", "interpolation", "mean", "std")
+"""The options of a data section that belong to a model: how its images are brought to it."""
+
+NO_MODEL = "does not hold its model; add the configuration published with it, or name the model"
+"""What is wrong with a file whose `WeightsFile.model` is None, where one is needed."""
+
+Choice = Literal["auto", "raw", "ema"]
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a file of weights holds.
+
+    Attributes:
+        path: the file.
+        origin: `run` for a checkpoint of train.py, `converted` for safetensors, `published` for one of the
+            paper's, whose weights have names of their own and whose configuration is another file.
+        kind: the weights as the optimiser left them (`raw`), or their moving average (`ema`).
+        weights: names → tensors on the CPU.
+        model: the model that the weights belong to; None where the file does not say.
+        data: options of the data section: all of a run's, else those of `TRANSFORM`, or nothing.
+        class_names: names of the classes in the order of the head's rows; None where the file does not say.
+    """
+
+    path: str
+    origin: Literal["run", "converted", "published"]
+    kind: str
+    weights: Mapping[str, Tensor]
+    model: ModelConfig | None = None
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+
+
+def read(path: str | Path, which: Literal["best", "last"] = "best", weights: Choice = "auto") -> WeightsFile:
+    """Reads the weights of a file, or of the `which` checkpoint of a run's folder.
+
+    Args:
+        path: a run's folder, a checkpoint of train.py, safetensors, or a published checkpoint.
+        which: which checkpoint of a folder.
+        weights: raw or ema; auto takes the kind that was best.
+
+    Raises:
+        ConfigError: the file is missing, damaged, of no known kind, holds more than tensors and plain values,
+            or weights that are not finite; or it lacks the kind of weights that is asked for.
+    """
+    file = find_checkpoint(path, which)
+    found = _read_safetensors(file) if _is_safetensors(file) else _read_checkpoint(file, weights)
+    if weights not in ("auto", found.kind):
+        raise ConfigError(str(file), f"holds {found.kind} weights only, not {weights}")
+    if not found.weights:
+        raise ConfigError(str(file), "holds no weights")
+    for name, value in found.weights.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(str(file), f"not a checkpoint: {name} is not a tensor")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ConfigError(str(file), f"{name} holds values that are not finite")
+    return found
+
+
+def find_checkpoint(path: str | Path, which: Literal["best", "last"] = "best") -> Path:
+    """The checkpoint file of a run's folder; a file is itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise ConfigError(str(path), "no such file or folder")
+    if not given.is_dir():
+        return given
+    file = given / (BEST if which == "best" else LAST)
+    if not file.is_file():
+        raise ConfigError(str(path), f"the folder holds no {file.relative_to(given)}")
+    return file
+
+
+def choose_weights(state: Mapping[str, Any], weights: Choice = "auto") -> tuple[Mapping[str, Tensor], str]:
+    """A state dict of a run's checkpoint, and whether it is `raw` or `ema`; auto takes what was best.
+
+    Raises:
+        ConfigError: the average of the weights is asked for and was not kept.
+    """
+    if weights == "auto":
+        weights = state["best"]["weights"] if state["best"] else "raw"
+    if weights == "raw":
+        return state["model"], "raw"
+    if state["ema"] is None:
+        raise ConfigError(
+            "weights", "the checkpoint has no ema weights: its run had no schedule.ema_decay; use raw"
+        )
+    return state["ema"], "ema"
+
+
+def read_pickle(path: str | Path) -> Any:
+    """What `torch.save` wrote, as long as it is made of tensors and plain values; tensors are on the CPU.
+
+    Raises:
+        ConfigError: the file is missing, empty, damaged, no checkpoint, or holds anything else, which is
+            never executed.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(2)
+        if not start:
+            raise ConfigError(str(path), "the file is empty")
+        if start == b"PK" and not zipfile.is_zipfile(path):  # a zip's directory is at its end
+            raise ConfigError(str(path), "damaged: not a checkpoint, or one that was cut off")
+        if start != b"PK" and start[0] != pickle.PROTO[0]:
+            raise ConfigError(str(path), "not a checkpoint: neither a zip, a pickle nor safetensors")
+        with warnings.catch_warnings():  # one line is said here, or nothing
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
+    except FileNotFoundError:
+        raise ConfigError(str(path), "no such file") from None
+    except pickle.UnpicklingError:
+        reason = "holds something other than tensors and plain values, which is refused, or is damaged"
+        raise ConfigError(str(path), reason) from None
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # a damaged file may fail anywhere inside torch.load, with any type of error
+        raise ConfigError(str(path), f"damaged or not a checkpoint: {_first_line(error)}") from None
+
+
+def write_safetensors(path: str | Path, file: WeightsFile) -> None:
+    """Writes weights with their model, transform and class names, as `read` reads them back.
+
+    Everything but the weights is JSON in the metadata, under `model`, `data`, `class_names` and `weights`.
+    `path` holds the old content or the new, whatever happens.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    path = Path(path)
+    model = file.model and dataclasses.replace(file.model, init_from=None, init_released_config=None)
+    metadata = {
+        "format": "pt",
+        "model": json.dumps(model and dataclasses.asdict(model)),
+        "data": json.dumps({key: file.data[key] for key in TRANSFORM if key in file.data}),
+        "class_names": json.dumps(file.class_names),
+        "weights": json.dumps(file.kind),
+    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in file.weights.items()}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(save(tensors, metadata))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(str(path), f"cannot be written: {_first_line(error)}") from None
+
+
+def model_section(values: Any) -> ModelConfig:
+    """A stored model section, as a mapping, with every key and type checked.
+
+    Raises:
+        ConfigError: an unknown key or a value of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError("stored configuration", "model: expected a mapping of keys to values")
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    for key in values:
+        if key not in known:
+            raise ConfigError("stored configuration", f"model.{key}: unknown key")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ModelConfig, None)
+    try:
+        return ModelConfig(**vars(parser.instantiate(parser.parse_object(dict(values)))))
+    except (ArgumentError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError("stored configuration", f"model: {_first_line(error)}") from None
+
+
+def _read_checkpoint(path: Path, weights: Choice) -> WeightsFile:
+    content = read_pickle(path)
+    if isinstance(content, Mapping) and isinstance(content.get("net"), Mapping):
+        named = {str(key).removeprefix("module."): value for key, value in content["net"].items()}
+        return WeightsFile(str(path), "published", "raw", named)
+    lacking = {"model", "ema", "best", "config", "class_names"}
+    if isinstance(content, Mapping):
+        lacking -= content.keys()
+    if lacking:
+        reason = f"lacks {', '.join(sorted(lacking))}, and has no weights under net as published ones"
+        raise ConfigError(str(path), f"not a checkpoint of train.py: {reason}")
+    try:
+        chosen, kind = choose_weights(content, weights)
+        stored, names = content["config"], tuple(map(str, content["class_names"]))
+        model, data = stored["model"], dict(stored["data"])
+        weights_of_names = dict(chosen)
+    except ConfigError:
+        raise
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ConfigError(str(path), f"damaged: {_first_line(error)} in the checkpoint") from None
+    return WeightsFile(str(path), "run", kind, weights_of_names, _of_file(path, model), data, names)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its content: the length of the header in eight bytes, then JSON; or by a name that promises it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return start[8:] == b"{" or (path.suffix == ".safetensors" and len(start) > 0)
+
+
+def _read_safetensors(path: Path) -> WeightsFile:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror or _first_line(error)}") from None
+    except Exception as error:  # a damaged file may fail anywhere inside the library
+        raise ConfigError(str(path), f"damaged or not safetensors: {_first_line(error)}") from None
+    try:
+        stored = {
+            key: json.loads(metadata.get(key, "null")) for key in ("model", "data", "class_names", "weights")
+        }
+    except (ValueError, RecursionError):
+        raise ConfigError(str(path), "its metadata are not those of tools/convert.py") from None
+    names, data = stored["class_names"], stored["data"] or {}
+    if not isinstance(names, list | None) or not isinstance(data, dict) or not data.keys() <= set(TRANSFORM):
+        raise ConfigError(str(path), "its metadata are not those of tools/convert.py")
+    return WeightsFile(
+        path=str(path),
+        origin="converted",
+        kind="ema" if stored["weights"] == "ema" else "raw",
+        weights=weights,
+        model=None if stored["model"] is None else _of_file(path, stored["model"]),
+        data=data,
+        class_names=None if names is None else tuple(map(str, names)),
+    )
+
+
+def _of_file(path: Path, values: Any) -> ModelConfig:
+    try:
+        return model_section(values)
+    except ConfigError as error:
+        raise ConfigError(str(path), str(error)) from None
+
+
+def transform_of(data: DataConfig) -> dict[str, Any]:
+    """The options of a data section that belong to a model."""
+    return {key: getattr(data, key) for key in TRANSFORM}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
