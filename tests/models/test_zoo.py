@@ -177,6 +177,11 @@ def test_options_of_a_model_section_reach_the_model():
 
 
 def test_baselines_of_timm():
+    model = vil.create_model("timm/deit_tiny_patch16_224", image_size=32, num_classes=7, drop_path=0.1)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+    assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    with pytest.raises(ConfigError, match="window: timm/resnet18 has no such option"):
+        vil.create_model("timm/resnet18", window=7)
     config = ModelConfig(name="timm/deit_tiny_patch16_224", image_size=32, drop_path=0.1, pool="avg")
     assert model_from_config(config, 10)(torch.randn(1, 3, 32, 32)).shape == (1, 10)
     assert model_from_config(ModelConfig(name="timm/resnet18", image_size=64), 10)(

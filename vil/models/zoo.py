@@ -74,12 +74,13 @@ def create_model(
     in_chans: int = 3,
     checkpoint: str | Path | WeightsFile | None = None,
     **options: Any,
-) -> MultiScaleViT:
-    """Creates a multi-scale Vision Longformer.
+) -> nn.Module:
+    """Creates a multi-scale Vision Longformer, or a baseline of timm.
 
     Args:
-        name: one of `list_models()`, or `vil` with the keyword `stages`, a list of `StageConfig`; None for
-            the model that `checkpoint` describes.
+        name: one of `list_models()`; `vil` with the keyword `stages`, a list of `StageConfig`; `timm/<name>`,
+            a model of timm, for which options that it cannot have are refused; None for the model that
+            `checkpoint` describes.
         image_size: (height, width) of the images in pixels, or one number for both; None is the checkpoint's,
             or 224.
         num_classes: classes of the head; 0 for none; None is the checkpoint's number, or 1000.
@@ -120,11 +121,16 @@ def create_model(
         name, given = _over_file(name, file, given)
     if name is None:
         raise ConfigError("name", "is needed where there is no checkpoint")
+    given = {"image_size": 224, "num_classes": 1000, **given}
+    if name.startswith("timm/"):
+        model = _timm_model({"name": name, **given})
+        if file is not None:
+            load_file(model, file, given["image_size"])
+        return model
     if name != "vil" and name not in SIZES:
         close = difflib.get_close_matches(name, SIZES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(SIZES)}, vil and timm/<name>"
         raise ConfigError("name", f"there is no model {name!r}; {hint}")
-    given = {"image_size": 224, "num_classes": 1000, **given}
     model = _build(name, **{_TIMM_NAMES.get(key, key): value for key, value in given.items()})
     if file is not None:
         load_file(model, file)
