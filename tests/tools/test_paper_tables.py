@@ -198,19 +198,39 @@ def test_memory_is_counted_on_a_cpu_and_shown():
     # Two stages of (1 + 16) and (1 + 4) tokens keep at least their MLPs' hidden values, in 16 bits.
     assert row.memory_mb > 2 * (17 * 64 + 5 * 128) / 1e6
     assert row.memory_mb < 1
-    shown = paper_tables.show_rows([row], with_memory=True)
-    assert "MB, ours" in shown
+    shown = paper_tables.show_rows([row], "MB, counted")
+    assert "MB, counted" in shown
     assert f"{row.memory_mb:.1f}" in shown
-    assert "MB, ours" not in paper_tables.show_rows([row], with_memory=False)
+    assert "MB, counted" not in paper_tables.show_rows([row])
+
+
+def test_memory_is_asked_for_where_the_paper_prints_it(sizes, rows, monkeypatch, capsys):
+    asked = []
+
+    def measure(row, device, batch_size):
+        asked.append((row.table, device.type, batch_size))
+        row.memory_mb = 1.0
+
+    monkeypatch.setattr(paper_tables, "measure", measure)
+    monkeypatch.setattr(paper_tables, "table1", lambda paper: sizes)
+    copies = [dataclasses.replace(row) for row in rows]
+    monkeypatch.setattr(paper_tables, "table2", lambda paper: iter(copies[:20]))
+    monkeypatch.setattr(paper_tables, "released", lambda paper: iter(copies[20:]))
+    paper_tables.run([])
+    assert not asked
+    assert "MB, counted" not in capsys.readouterr().out
+    paper_tables.run(["--memory", "--batch_size", "7"])
+    assert asked == [("2", "cpu", 7)] * 20
+    assert "MB, counted" in capsys.readouterr().out
 
 
 def test_the_page_says_what_measured(sizes, rows):
     found = paper_tables.claims(sizes, rows)
     timed = [dataclasses.replace(row, memory_mb=12.34, images_per_second=567.8) for row in rows]
-    page = paper_tables.page(sizes, timed, found, "peak on one Example GPU")
+    page = paper_tables.page(sizes, timed, found, "MB, measured", "peak on one Example GPU")
     assert "peak on one Example GPU" in page
     assert "unmeasured" not in page
-    assert page.count("|     12.3 |") == page.count("|      568 |") == len(rows)
+    assert page.count("|         12.3 |") == page.count("|      568 |") == len(rows)
 
 
 def test_speed_of_training_steps():
