@@ -19,7 +19,8 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -65,8 +66,10 @@ def export(words: Sequence[str]) -> None:
 def to_torch(model: nn.Module, file: WeightsFile, path: Path) -> None:
     """An `ExportedProgram` for any number of images."""
     images = example(file, 2)  # one would be taken for a constant
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(program, path)
+    with exporting(file):
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+        torch.export.save(program, path)
     loaded = torch.export.load(path).module()
     compare(model, loaded, file)
 
@@ -77,10 +80,10 @@ def to_onnx(model: nn.Module, file: WeightsFile, path: Path) -> None:
         import onnxruntime
     except ImportError:
         raise ConfigError("--format", "onnx needs the packages onnx, onnxscript and onnxruntime") from None
-    batch = torch.export.Dim("batch", min=1)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with exporting(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        batch = torch.export.Dim("batch", min=1)
         torch.onnx.export(
             model, (example(file, 2),), path, dynamo=True, dynamic_shapes=({0: batch},), external_data=False,
             input_names=["images"], output_names=["logits"], verbose=False,
@@ -113,6 +116,16 @@ FORMATS: dict[str, Callable[[nn.Module, WeightsFile, Path], None]] = {
     "safetensors": to_safetensors,
     "hf": to_hub,
 }
+
+
+@contextmanager
+def exporting(file: WeightsFile) -> Iterator[None]:
+    """Makes whatever goes wrong in an exporter, and there it can be anything, a ConfigError of one line."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+        raise ConfigError(file.path, f"the model cannot be exported: {lines[0]}") from error
 
 
 def example(file: WeightsFile, count: int) -> Tensor:

@@ -73,6 +73,6 @@ class PerformerAttention(Attention):
         x = x * self.head_dim**-0.25
         dots = x @ self.random_projection.to(x.dtype).T  # (B, h, T, m)
         # A constant per query cancels in the quotient, and so does one constant for all keys.
-        largest = dots.amax(dim=-1, keepdim=True) if is_query else dots.amax()
+        largest = dots.amax(dim=-1, keepdim=True) if is_query else dots.max()
         half_square = x.square().sum(dim=-1, keepdim=True) / 2
         return self.random_projection.shape[0] ** -0.5 * ((dots - half_square - largest).exp() + EPS)

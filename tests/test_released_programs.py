@@ -1,0 +1,345 @@
+"""Published checkpoints, fine-tuning and strangers' files through the programs, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import eval as eval_program
+import train as train_program
+from data import build_validation
+from tools import convert as convert_tool
+from tools import export as export_tool
+from vil import command_line, load_released
+from vil.config import DataConfig
+from vil.evaluation import report
+from vil.evaluation.accuracy import evaluate
+from vil.models.released import read_config
+from vil.training import checkpoint
+from vil.weight_files import read, transform_of
+
+ROOT = Path(__file__).parents[1]
+PARITY = ROOT / "tests" / "fixtures" / "parity"
+CASES = sorted(PARITY.glob("*/"))
+DIGITS = str(ROOT / "configs" / "data" / "digits.yaml")
+QUICK = ["--data.workers", "0", "--progress", "false", "--device", "cpu"]
+ONE_STEP = [*QUICK, "--schedule.max_steps", "1", "--schedule.epochs", "1", "--tensorboard", "false"]
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Calls a program; returns its exit status and what it wrote on standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(main, *words):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            command_line.main(main)
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder of coloured images in ten classes, 40 to train on and 40 for validation."""
+    root, generator = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for folder in (root / split / name for split in ("train", "val") for name in "0123456789"):
+        folder.mkdir(parents=True)
+        for number in range(4):
+            image = Image.fromarray(generator.integers(0, 256, (12, 9, 3), dtype=np.uint8))
+            image.resize((90, 120), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def no_cost(monkeypatch):
+    """Leaves out the measurement of cost and speed, which takes longer than everything else."""
+    keys = ("params", "flops", "train_memory_mb", "eval_memory_mb", "images_per_second")
+    cost = {**dict.fromkeys(keys, 1), "memory": "", "train_precision": ""}
+    monkeypatch.setattr(report, "_cost", lambda *args: cost)
+
+
+@pytest.fixture
+def evaluated(call, tmp_path, photographs, no_cost):
+    """Evaluates on the photographs; returns the one result and the screen."""
+    source = ["--data.source", "folder", "--data.root", photographs]
+
+    def evaluated(*words):
+        path = tmp_path / "out.json"
+        status, out, err = call(eval_program.evaluate, *words, *source, *QUICK, "--json", path)
+        assert status == 0, err
+        (result,) = json.loads(path.read_text())
+        return result, out
+
+    return evaluated
+
+
+@pytest.fixture
+def by_api(photographs):
+    """Evaluates a model without eval.py."""
+
+    def by_api(model, image_size, **transform):
+        data = DataConfig(source="folder", root=str(photographs), workers=0, **transform)
+        images = build_validation(data, image_size=image_size, in_chans=3, batch_size=128).loader
+        return evaluate(model.eval(), images, device=torch.device("cpu"), precision="float32")
+
+    return by_api
+
+
+def published(case, name="model_best.pth"):
+    return ["--checkpoint", PARITY / case / name, "--released-config", PARITY / case / "config.yaml"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_parity_case_on_a_data_set(evaluated, by_api, case):
+    released = read_config(case / "config.yaml")
+    words = ["--model.num_classes", "10"] if released.model.num_classes != 10 else []
+    result, _ = evaluated(*published(case.name), *words)
+    model = load_released(case / "config.yaml", case / "model_best.pth", num_classes=10)
+    expected = by_api(model, released.model.image_size, **transform_of(released.data))
+    assert (result["top1"], result["top5"]) == (expected.top1, expected.top5)
+    assert result["loss"] == pytest.approx(expected.loss, abs=1e-6)
+    assert (result["images"], result["model"], result["weights"]) == (40, "vil", "raw")
+    assert result["image_size"] == released.model.image_size
+
+
+def test_the_transform_is_the_published_one_but_for_words_of_the_line(evaluated, by_api, tmp_path):
+    case = PARITY / "vil_rpe_chunk"
+    tree = yaml.safe_load((case / "config.yaml").read_text())
+    tree["INPUT"].update(CROP_PCT=0.5, INTERPOLATION=2, MEAN="(0.2, 0.3, 0.4)", STD=[0.5, 0.6, 0.7])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    words = ["--checkpoint", case / "model_best.pth", "--released_config", tmp_path / "config.yaml"]
+    model = load_released(tmp_path / "config.yaml", case / "model_best.pth")
+    transform = {"crop_pct": 0.5, "interpolation": "bilinear", "std": (0.5, 0.6, 0.7)}
+    expected = by_api(model, 64, mean=(0.2, 0.3, 0.4), **transform).loss
+    result, _ = evaluated(*words)
+    assert result["loss"] == pytest.approx(expected, abs=1e-6)
+    result, screen = evaluated(*words, "--data", DIGITS)
+    assert result["loss"] == pytest.approx(expected, abs=1e-6)
+    assert f"data.crop_pct: 0.5, of the checkpoint, not of {DIGITS}" in screen
+    result, _ = evaluated(*words, "--data", DIGITS, "--data.mean", "[0.9, 0.9, 0.9]")
+    changed = by_api(model, 64, mean=(0.9, 0.9, 0.9), **transform).loss
+    assert result["loss"] == pytest.approx(changed, abs=1e-6)
+    assert changed != pytest.approx(expected, abs=1e-4)
+
+
+def test_another_resolution_and_fewer_classes_are_shown(evaluated, by_api):
+    case = PARITY / "finetune_resolution_rpe_head"
+    result, screen = evaluated(*published(case.name), "--model.image_size=96", "--model.num_classes=10")
+    model = load_released(case / "config.yaml", case / "model_best.pth", image_size=96, num_classes=10)
+    expected = by_api(model, 96, **transform_of(read_config(case / "config.yaml").data))
+    assert result["loss"] == pytest.approx(expected.loss, abs=1e-6)
+    assert result["image_size"] == 96
+    assert "head.weight: (20, 32) → (10, 32), cut to its first rows" in screen
+    assert "stages.2.blocks.0.attn.bias_table: (2, 7, 7) → (2, 11, 11)" in screen
+
+
+def test_a_published_configuration_alone_has_a_complexity(call, tmp_path):
+    config = PARITY / "srformer" / "config.yaml"
+    call(eval_program.evaluate, "--released-config", config, "--complexity", *QUICK, "--json", "out.json")
+    (result,) = json.loads((tmp_path / "out.json").read_text())
+    model = load_released(config, PARITY / "srformer" / "model_best.pth")
+    assert result["params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert (result["weights"], result["image_size"], result["top1"]) == ("untrained", 64, None)
+
+
+def test_converted_and_original_evaluate_alike(evaluated, call, tmp_path):
+    status, out, err = call(
+        convert_tool.convert, PARITY / "vil_rpe_exact" / "model_best.pth", "x.safetensors",
+        "--released-config", PARITY / "vil_rpe_exact" / "config.yaml",
+    )  # fmt: skip
+    assert status == 0, err
+    assert out.startswith("x.safetensors: ")
+    original, _ = evaluated(*published("vil_rpe_exact"), "--data", DIGITS)
+    converted, _ = evaluated("--checkpoint", "x.safetensors", "--data", DIGITS)
+    assert converted["loss"] == original["loss"]
+
+
+@pytest.fixture
+def trained(call, tmp_path, photographs, no_cost):
+    """Trains for one step on the photographs; returns the run's folder and the screen."""
+    source = ["--data.source", "folder", "--data.root", photographs, "--schedule.batch_size", "8"]
+
+    def trained(*words, output="run"):
+        status, out, err = call(train_program.main, *ONE_STEP, *source, *words, "--output", tmp_path / output)
+        assert status == 0, err
+        return tmp_path / output, out
+
+    return trained
+
+
+FROZEN = ["--schedule.lr", "1e-20", "--schedule.weight_decay", "0"]
+"""A run that leaves its weights where they began."""
+
+
+def final(run):
+    return checkpoint.load(run / checkpoint.LAST)["model"]
+
+
+def test_fine_tuning_from_a_published_checkpoint(trained):
+    case = PARITY / "finetune_resolution_rpe_head"
+    start = [
+        "--model.init_from",
+        case / "model_best.pth",
+        "--model.init_released_config",
+        case / "config.yaml",
+    ]
+    schedule = ["--schedule", ROOT / "configs/schedules/finetune_384.yaml", "--schedule.batch_size", "8"]
+    run, screen = trained(
+        *schedule, *start, *FROZEN, *ONE_STEP, "--model.image_size", "96", "--model.drop_path", "0.1"
+    )
+    assert "head.weight: (20, 32) → (10, 32), cut to its first rows" in screen
+    config = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    assert (config["name"], config["image_size"], config["num_classes"]) == ("vil", 96, 10)
+    assert config["drop_path"] == 0.1
+    assert config["stages"][0]["window"] == read_config(case / "config.yaml").model.stages[0].window
+    model = load_released(case / "config.yaml", case / "model_best.pth", image_size=96, num_classes=10)
+    for name, value in final(run).items():
+        torch.testing.assert_close(value, model.state_dict()[name], atol=1e-6, rtol=1e-5)
+
+
+def test_fine_tuning_a_run_with_its_best_weights(trained):
+    run, _ = trained("--schedule.ema_decay", "0.5", "--schedule.lr", "1e-3")
+    started, screen = trained("--model.init_from", run, "--model.image_size", "48", *FROZEN, output="tuned")
+    best = read(run)
+    assert f"starting from {run / checkpoint.BEST}, {best.kind} weights" in screen
+    assert "stages.1.blocks.0.attn.bias_table" in screen
+    ours = final(started)
+    fixed = [name for name in ours if ours[name].shape == best.weights[name].shape]
+    assert len(fixed) > 30
+    assert all(torch.allclose(ours[name], best.weights[name], atol=1e-7) for name in fixed)
+    # the run goes on without the weights that it was started from
+    (run / checkpoint.BEST).unlink()
+    _, screen = trained("--schedule.epochs", "2", "--schedule.max_steps", "2", output="tuned")
+    assert "continuing" in screen
+    assert "starting from" not in screen
+
+
+def test_a_named_model_and_a_head_that_does_not_fit(trained, tmp_path):
+    case = PARITY / "vil_ape_chunk"
+    stages = [vars(stage) for stage in read_config(case / "config.yaml").model.stages]
+    text = {"name": "vil", "image_size": 64, "num_classes": 12, "stages": stages}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(text))
+    words = ["--model", "model.yaml", "--model.init_from", case / "model_best.pth", *FROZEN]
+    run, screen = trained(*words)
+    assert "head.weight: (10, 32) → (12, 32), which begins anew" in screen
+    model = load_released(case / "config.yaml", case / "model_best.pth")
+    torch.testing.assert_close(final(run)["norm.weight"], model.norm.weight)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def strangers_file(kind, folder):
+    """A file that no program may accept; returns its path and what its line must tell."""
+    path = folder / "stranger.pth"
+    case = PARITY / "vil_ape_chunk"
+    whole = (case / "model_best.pth").read_bytes()
+    if kind == "malicious":
+        content = torch.load(case / "model_best.pth", weights_only=True)
+        torch.save({**content, "extra": Malicious(folder / "victim")}, path)
+        return path, "refused"
+    if kind == "malicious without a zip":
+        path.write_bytes(pickle.dumps(Malicious(folder / "victim")))
+        return path, "refused"
+    if kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+        return path, "cut off"
+    if kind == "another architecture":
+        path.write_bytes((PARITY / "srformer" / "model_best.pth").read_bytes())
+        return path, "another architecture; "
+    if kind == "not finite":
+        content = torch.load(case / "model_best.pth", weights_only=True)
+        content["net"]["head.bias"][0] = float("nan")
+        torch.save(content, path)
+        return path, "head.bias holds values that are not finite"
+    path.write_bytes(b"" if kind == "empty" else b"hello\n")
+    return path, "the file is empty" if kind == "empty" else "not a checkpoint"
+
+
+KINDS = [
+    "malicious",
+    "malicious without a zip",
+    "truncated",
+    "another architecture",
+    "not finite",
+    "empty",
+    "text",
+]
+
+
+@pytest.mark.parametrize("program", ["eval", "train", "convert", "export"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_strangers_files(call, tmp_path, kind, program):
+    path, message = strangers_file(kind, tmp_path)
+    before, config = set(tmp_path.iterdir()), PARITY / "vil_ape_chunk" / "config.yaml"
+    if program == "eval":
+        result = call(eval_program.evaluate, "--checkpoint", path, "--released-config", config, *QUICK)
+    elif program == "train":
+        result = call(train_program.main, "--model.init_from", path, "--model.init_released_config", config,
+                      *ONE_STEP, "--output", tmp_path / "run")  # fmt: skip
+    elif program == "convert":
+        result = call(convert_tool.convert, path, tmp_path / "out", "--released-config", config)
+    else:
+        result = call(
+            export_tool.export, path, tmp_path / "out", "--released-config", config, "--format", "onnx"
+        )
+    status, _, err = result
+    assert status == 2
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert str(path) in err
+    assert message in err
+    assert not (tmp_path / "victim").exists()
+    written = {p for p in set(tmp_path.rglob("*.*")) if p.is_file()} - before
+    assert not written
+
+
+PTH, YAML = str(PARITY / "vil_ape_chunk" / "model_best.pth"), str(PARITY / "vil_ape_chunk" / "config.yaml")
+PUBLISHED = ["--checkpoint", PTH, "--released-config", YAML]
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("eval", ["--checkpoint", PTH], "does not hold its model; add the configuration"),
+        ("eval", ["--checkpoint", PTH, "--released-config", "no"], "released_config: no: no such file"),
+        ("eval", [*PUBLISHED, "--weights", "ema"], "holds raw weights only, not ema"),
+        ("eval", [*PUBLISHED, "--model.num_classes", "11"], "head.weight is (10, 32), the model's (11, 32)"),
+        ("eval", [*PUBLISHED, "--model.position", "relative"], "unexpected: stages.0.position.globals"),
+        ("eval", ["--model.init_from", "x", "--model.name", "vil_tiny"], "model.init_from: is for training"),
+        ("train", ["--model.init_from", PTH], "does not hold its model; add the configuration"),
+        ("train", ["--model.init_from", "nowhere"], "model.init_from: nowhere: no such file or folder"),
+        ("train", ["--model.init_released_config", YAML], "goes with model.init_from"),
+        ("train", ["--model.init_from", PTH, "--model.init_released_config", "no"], "_config: no: no such"),
+        ("train", ["--model.name", "vil_tiny", "--model.init_from", PTH], "another architecture"),
+        ("convert", [PTH, "out"], "does not hold its model"),
+        ("convert", [PTH], "command line: the following arguments are required: output"),
+        ("convert", [PTH, "/dev/null/out", "--released-config", YAML], "/dev/null/out: cannot be written"),
+        ("export", [PTH, "out", "--format", "exe"], "command line: argument --format: invalid choice"),
+    ],
+)
+def test_lines_that_cannot_be_used(call, tmp_path, program, words, message):
+    main = {"eval": eval_program.evaluate, "train": train_program.main,
+            "convert": convert_tool.convert, "export": export_tool.export}[program]  # fmt: skip
+    more = {"eval": QUICK, "train": [*ONE_STEP, "--output", tmp_path / "run"]}.get(program, [])
+    status, _, err = call(main, *words, *more)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert message in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
