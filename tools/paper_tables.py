@@ -61,7 +61,7 @@ UNMEASURED = """\
 MEASURED = "- **Memory** is that of training steps: {}."
 COUNTED = (
     "bytes that autograd keeps for the backward pass, counted on a CPU in bfloat16. A GPU's peak is higher, "
-    "and the scores of full attention are not kept here but computed again, so this is not the paper's protocol"
+    "and the scores of full attention are computed again here, not kept: this is not the paper's protocol"
 )
 
 
