@@ -13,6 +13,12 @@ vil/config.py can be given; --help lists them.
 
 from __future__ import annotations
 
+import os
+
+# Threads that wait for one another sleep instead of spinning: they share their cores with the processes that
+# load images. PyTorch reads this when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import dataclasses
 import json
 import logging

@@ -10,8 +10,13 @@ Every option of vil/config.py can be given as --section.name value; --help lists
 
 from __future__ import annotations
 
-import dataclasses
 import os
+
+# Threads that wait for one another sleep instead of spinning: they share their cores with the processes that
+# load images. PyTorch reads this when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
