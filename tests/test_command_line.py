@@ -104,7 +104,7 @@ def test_an_error_is_located_where_its_key_was_set(write):
         ("--model", "- a\n- b", "expected a mapping of keys to values, got ['a', 'b']"),
         ("--model", "", "the file is empty"),
         ("--model", "!!python/object/apply:os.system ['true']", "line 1: not valid YAML"),
-        ("--model", "window: 2020-99-99", "not valid YAML"),
+        ("--model", "window: 2020-99-99", "line 1: not valid YAML"),
     ],
 )
 def test_what_is_wrong_with_a_file(write, option, text, message):

@@ -22,10 +22,10 @@ from operator import getitem
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from vil.config import ConfigError
+from vil.yaml_files import read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -57,9 +57,12 @@ class CommandLine(Generic[Config]):
         An option of one stage is looked up as `model.stages[1].window`, as `model.window`, which sets it
         for all stages, and as `model.stages`.
         """
+        shown_as = {error.key: error.key}
         for_all = re.sub(r"stages\[\d+\]\.", "", error.key)
-        for key, shown in ((error.key, error.key), (for_all, for_all), ("model.stages", error.key)):
-            if key in self.origins and (key != "model.stages" or "stages[" in error.key):
+        if for_all != error.key:
+            shown_as |= {for_all: for_all, "model.stages": error.key}
+        for key, shown in shown_as.items():
+            if key in self.origins:
                 return ConfigError("", f"{self.origins[key]}: {shown}: {error.reason}")
         return error
 
@@ -113,6 +116,16 @@ def parse(
         raise _explained(str(error), config_class, parser) from error
     values.pop("config", None)
     return CommandLine(config_class(**values), origins)
+
+
+def without_print_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a line without --print_config, and --print_config itself.
+
+    A program that parses its line several times, because the first time tells it what lies underneath, adds
+    the latter to the last time.
+    """
+    printing = [word for word in words if word.partition("=")[0] == "--print_config"]
+    return [word for word in words if word not in printing], printing
 
 
 def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -198,36 +211,6 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             name, equals, value = word[2:].partition("=")
             following = words[position + 1] if position + 1 < len(words) else ""
             yield name, value if equals else ("" if following.startswith("--") else following)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that a key given twice is an error and not a silent choice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise ConfigError(str(key), f"given twice in the mapping that begins on line {line}")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path) -> Any:
-    """The content of a YAML file. Raises ConfigError when it cannot be read as such."""
-    try:
-        # A subclass of SafeLoader: no tag constructs anything but plain values.
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
-    except FileNotFoundError:
-        raise ConfigError(str(path), "no such file") from None
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
-    except ConfigError as error:
-        raise ConfigError(str(path), str(error)) from None
-    except yaml.MarkedYAMLError as error:
-        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ConfigError(str(path), f"{where}not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(str(path), f"not valid YAML: {str(error).splitlines()[0]}") from None
 
 
 def _read(path: str, option: str) -> dict[str, Any]:

@@ -232,3 +232,13 @@ def test_resizing_is_logged(caplog):
         load(case, image_size=96, num_classes=4)
     assert "stages.0.position.rows: (16, 4) → (24, 4)" in caplog.text
     assert "head.weight: (10, 32) → (4, 32)" in caplog.text
+
+
+@pytest.mark.parametrize("line", ["MODEL: {}", "A: !!int ''", "A: !!timestamp x"])
+def test_published_configurations_are_read_as_strictly_as_ours(tmp_path, line):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{(CASES[0] / 'config.yaml').read_text()}\n{line}\n")
+    with pytest.raises(ConfigError) as error:
+        read_config(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "line" in str(error.value)

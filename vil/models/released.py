@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from torch import nn
 
 from vil import weight_files
 from vil.config import ConfigError, DataConfig, ModelConfig, StageConfig
 from vil.models.zoo import model_from_file
 from vil.weight_files import WeightsFile
+from vil.yaml_files import read_yaml
 
 # What the code that trained the checkpoints takes where its configuration is silent.
 DEFAULTS: dict[str, Any] = {
@@ -142,14 +142,7 @@ def read_config(path: str | Path) -> ReleasedConfig:
     Raises:
         ConfigError: the file cannot be read, or a value in it has no meaning here.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(str(path), "no such file") from None
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(str(path), f"not valid YAML: {str(error).splitlines()[0]}") from None
+    tree = read_yaml(path)
     try:
         return _interpret(tree)
     except ConfigError as error:

@@ -1,0 +1,73 @@
+"""YAML files, read strictly: plain values only, no key twice, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vil.config import ConfigError
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file: mappings, lists and plain values.
+
+    Raises:
+        ConfigError: the file cannot be read, is no valid YAML, or gives a key twice; names the file, and the
+            line where it is known.
+    """
+    try:
+        # A subclass of SafeLoader: no tag constructs anything but plain values.
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
+    except FileNotFoundError:
+        raise ConfigError(str(path), "no such file") from None
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror or error}") from None
+    except _RepeatedKeyError as error:
+        raise ConfigError(str(path), str(error)) from None
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(str(path), f"{where}not valid YAML: {_one_line(error.problem)}") from None
+    except Exception as error:  # PyYAML lets through whatever its constructors come upon
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(str(path), f"not valid YAML: {_one_line(reason)}") from None
+
+
+class _RepeatedKeyError(Exception):
+    """A key that a mapping has twice."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that a key given twice is an error and not a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused below, with its line
+            if key in keys:
+                line = node.start_mark.line + 1
+                raise _RepeatedKeyError(
+                    f"{_one_line(key)}: given twice in the mapping that begins on line {line}"
+                )
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, _RepeatedKeyError, RecursionError):
+            raise
+        except (
+            Exception
+        ) as error:  # of any kind: IndexError for `!!int ""`, AttributeError for `!!timestamp x`
+            problem = f"{_one_line(repr(node.value))} is no value of {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
+def _one_line(value: Any, most: int = 200) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else text[: most - 3] + "..."
