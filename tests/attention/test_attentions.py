@@ -1,5 +1,7 @@
 """What all six attentions promise, and what is particular to each."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from vil.attention import ATTENTIONS, AttentionOptions
-from vil.config import ConfigError
+from vil.attention.local import BACKENDS
+from vil.config import AttentionName, ConfigError, ModelConfig
 from vil.evaluation.benchmark import saved_bytes
 
 ALL = sorted(ATTENTIONS)
@@ -33,6 +36,12 @@ def counted(attention, size):
     with FlopCounterMode(display=False) as counter, torch.no_grad(), math:
         attention.eval()(tokens(attention, size, batch=1), size)
     return counter.get_total_flops()
+
+
+def test_options_name_exactly_what_there_is():
+    assert set(get_args(AttentionName)) == set(ATTENTIONS)
+    backend = get_type_hints(ModelConfig)["attention_backend"]
+    assert set(get_args(backend)) == {"auto", *BACKENDS}
 
 
 @pytest.mark.parametrize("name", ALL)

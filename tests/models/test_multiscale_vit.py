@@ -248,3 +248,12 @@ def test_data_configuration_for_timm():
     config = timm.data.resolve_data_config(model=timm.create_model("vil_small", num_classes=0))
     assert config["input_size"] == (3, 224, 224)
     assert (config["crop_pct"], config["interpolation"]) == (0.875, "bicubic")
+
+
+def test_a_resize_that_fails_changes_nothing():
+    model = small(attention=["full", "linformer", "full"]).eval()
+    expected = model(images())
+    with pytest.raises(ConfigError, match="linformer attention is bound"):
+        model.set_input_size(64)
+    assert model.img_size == (32, 32)
+    assert torch.equal(model(images()), expected)

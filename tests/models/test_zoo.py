@@ -136,6 +136,9 @@ def test_arguments_have_their_effect():
             "neighbors: the exact mask is defined for all",
         ),
         ("vil_tiny", {"stages": TINY_STAGES}, "stages: only for name: vil"),
+        ("vil_tiny", {"global_tokens": -1}, "global_tokens: must be 0 or more"),
+        ("vil_tiny", {"image_size": 10**20}, "image_size: must be from 1 to 65,536 pixels"),
+        ("evit_tiny_patch16", {"attention": "linformer"}, "attention: evit_tiny_patch16 has no sparse stage"),
         ("vil", {}, "stages: name: vil needs a list of stages"),
         ("vil", {"stages": [StageConfig(dim=30, heads=4)]}, "heads: 4 heads do not divide the width 30"),
         (
@@ -193,6 +196,7 @@ def test_baselines_of_timm():
     ("config", "message"),
     [
         (ModelConfig(name="timm/deit_tinny"), "name: timm has no model 'deit_tinny'; did you mean timm/"),
+        (ModelConfig(name="timm/vit_tiny_patch16_224.foo"), "timm_options: timm cannot create vit_tiny"),
         (ModelConfig(name="timm/resnet18", window=7), "window: timm/resnet18 has no such option"),
         (
             ModelConfig(name="timm/resnet18", timm_options={"depth": 3}),

@@ -91,16 +91,19 @@ class Attention(nn.Module, ABC):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Attends over x (B, G+N, C), N = H·W with (H, W) = `size`; returns the same shape.
 
-        G may be larger than what the module was built for: global tokens from outside, which come after its
-            own.
+        G may be larger than what the module was built for: global tokens from outside come after its own.
         """
 
     @abstractmethod
     def multiply_adds(self, size: tuple[int, int]) -> int:
         """Multiply-adds for one image whose map is `size`: projections, scores and weighted sums."""
 
+    def check_resize(self, size: tuple[int, int]) -> None:
+        """Raises ConfigError where the module cannot be built for a map of another size."""
+
     def resize(self, size: tuple[int, int]) -> None:
-        """Builds the module for a map of another size. Raises ConfigError where that cannot be done."""
+        """Builds the module for a map of another size. Raises ConfigError as `check_resize`."""
+        self.check_resize(size)
         self.size = size
 
     def set_neighbors(self, neighbors: Literal["all", "self", "random"] | int) -> None:

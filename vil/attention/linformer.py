@@ -49,9 +49,9 @@ class LinformerAttention(Attention):
         output = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout_p())
         return self.output_dropout(self.projection(self.merge_heads(output)))
 
-    def resize(self, size: tuple[int, int]) -> None:
-        """See `Attention.resize`. Raises ConfigError: mixtures of tokens have no meaning on another map."""
-        if size != self.size:
+    def check_resize(self, size: tuple[int, int]) -> None:
+        """See `Attention.check_resize`: mixtures of tokens have no meaning on another map."""
+        if tuple(size) != tuple(self.size):
             raise ConfigError("image_size", "linformer attention is bound to its number of tokens")
 
     def multiply_adds(self, size: tuple[int, int]) -> int:

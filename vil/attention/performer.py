@@ -17,8 +17,7 @@ class PerformerAttention(Attention):
 
     The projection is orthogonal within blocks of D rows, its rows scaled by norms of Gaussian rows. It is a
     buffer, saved with the model, and drawn anew while training: see `set_training_progress`. Attention
-        dropout
-    drops a key for all queries of a head at once, since no weight of a single pair is ever computed.
+    dropout drops a key for all queries of a head at once, since no weight of a single pair is ever computed.
     """
 
     def __init__(

@@ -17,10 +17,9 @@ class VisionLongformerAttention(GlobalMemoryAttention):
     """Local tokens attend to the global tokens and to a 2-D window; cost is linear in the number of tokens.
 
     While training with `neighbors="random"`, each forward pass draws one of the eight neighbouring chunks,
-    and a
-    query sees that one beside its own: the paper's random shift. `neighbors` may be changed at any time,
-        also to
-    a number 0..7 that shows every query the same neighbour. Evaluation sees all eight, except with `self`.
+    and a query sees that one beside its own: the paper's random shift. `neighbors` may be changed at any
+    time, also to a number 0..7 that shows every query the same neighbour. Evaluation sees all eight, except
+    with `self`.
     """
 
     has_relative_position = True

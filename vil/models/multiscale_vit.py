@@ -85,6 +85,7 @@ class MultiScaleViT(nn.Module):
             raise ConfigError("stage_globals", f"must be discard or carry, got {stage_globals!r}")
         if stage_globals == "carry" and len({stage.global_tokens for stage in stages}) > 1:
             raise ConfigError("stage_globals", "to carry global tokens, all stages need as many of them")
+        self._model_args: dict[str, Any] = {}  # what timm writes beside the weights; the zoo fills it in
         self.stage_globals = stage_globals
         # Width of tokens from outside, None where they would be dropped after the first stage.
         self.outside_width = stages[0].dim if stage_globals == "carry" or len(stages) == 1 else None
@@ -251,9 +252,14 @@ class MultiScaleViT(nn.Module):
             ConfigError: the images are too small, or an attention is bound to its number of tokens.
         """
         sizes = map_sizes([stage.config for stage in self.stages], _pair(img_size))
+        for stage, size in zip(self.stages, sizes):  # all or nothing
+            for block in stage.blocks:
+                block.attn.check_resize(size)
         for stage, size in zip(self.stages, sizes):
             stage.resize(size)
         self.img_size = _pair(img_size)
+        if self._model_args:
+            self._model_args = {**self._model_args, "img_size": self.img_size}
 
     def set_neighbors(self, neighbors: Literal["all", "self", "random"] | int) -> None:
         """What every local attention sees in training: see `vil.attention.vision_longformer`."""
@@ -344,10 +350,14 @@ def _check_stage(stage: StageConfig) -> None:
         raise ConfigError("dim", f"must be at least 1, got {stage.dim}")
     if stage.blocks < 0:
         raise ConfigError("blocks", f"must be 0 or more, got {stage.blocks}")
+    if stage.global_tokens < 0:
+        raise ConfigError("global_tokens", f"must be 0 or more, got {stage.global_tokens}")
 
 
 def _pair(size: int | Sequence[int]) -> Size:
     height, width = (size, size) if isinstance(size, int) else size
+    if not 1 <= min(height, width) <= max(height, width) <= 65536:
+        raise ConfigError("image_size", f"must be from 1 to 65,536 pixels, got {height}×{width}")
     return int(height), int(width)
 
 

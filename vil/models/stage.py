@@ -140,7 +140,7 @@ class Stage(nn.Module):
             x = self.position(x, size)
         x = self.pos_drop(x)
         for block in self.blocks:
-            if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+            if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, size, use_reentrant=False)
             else:
                 x = block(x, size)

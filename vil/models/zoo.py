@@ -234,8 +234,6 @@ def _timm_model(options: dict[str, Any]) -> nn.Module:
     arguments = dict(options.pop("timm_options", None) or {})
     arguments["num_classes"] = options.pop("num_classes")
     image_size = options.pop("image_size")
-    if (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).fixed_input_size:
-        arguments["img_size"] = image_size
     for ours, theirs in (("in_chans", "in_chans"), ("drop_path", "drop_path_rate")):
         if ours in options:
             arguments[theirs] = options.pop(ours)
@@ -245,6 +243,8 @@ def _timm_model(options: dict[str, Any]) -> nn.Module:
     if options:
         raise ConfigError(next(iter(options)), f"timm/{name} has no such option; see timm_options")
     try:
+        if (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).fixed_input_size:
+            arguments["img_size"] = image_size
         return timm.create_model(name, **arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         raise ConfigError(
@@ -286,9 +286,12 @@ def stages_of(
         for stage, count in zip(result, blocks):
             stage.blocks = count
     if isinstance(attention, str):
-        for stage in result if sparse is None else result[:sparse]:
-            if sparse is not None or stage.attention != "full":
-                stage.attention = attention
+        chosen = [s for s in result if s.attention != "full"] if sparse is None else result[:sparse]
+        if not chosen and attention != "full":
+            reason = f"{name} has no sparse stage; give one name per stage, as [{attention}]"
+            raise ConfigError("attention", reason)
+        for stage in chosen:
+            stage.attention = attention
     elif attention is not None:
         if len(attention) != len(result):
             raise ConfigError("attention", f"needs {len(result)} names, one per stage, got {list(attention)}")
@@ -362,7 +365,7 @@ def _build(name: str, pretrained: bool = False, **options: Any) -> MultiScaleViT
     if "stages" in changes:
         changes["stages"] = [dataclasses.asdict(stage) for stage in changes["stages"]]
     kept |= changes
-    model._model_args = kept  # type: ignore[assignment]  # what timm writes beside the weights for the hub
+    model._model_args = kept  # what timm writes beside the weights for the hub
     return model
 
 

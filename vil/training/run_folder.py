@@ -64,8 +64,11 @@ def differences(stored: dict[str, Any], config: TrainConfig) -> list[tuple[str, 
     before, now = _leaves(json.loads(json.dumps(stored))), _leaves(plain(config))
     if now["model.num_classes"] is None:
         now["model.num_classes"] = before.get("model.num_classes")
+    # An option that did not exist when the run began had the effect that is now its default.
+    defaults = _leaves(plain(TrainConfig()))
     keys = [key for key in now if key not in _SILENT]
-    return [(key, before.get(key), now[key]) for key in keys if before.get(key) != now[key]]
+    pairs = [(key, before.get(key, defaults[key]), now[key]) for key in keys]
+    return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

@@ -57,7 +57,7 @@ def chunked_attention(
 def _seen(neighbors: str | int | Tensor, device: torch.device) -> Tensor:
     """(s,) places among the nine chunks of those that are seen; no value of a tensor is read by the host."""
     if isinstance(neighbors, str):
-        return torch.arange(9, device=device) if neighbors == "all" else torch.tensor([OWN], device=device)
+        return torch.arange(9, device=device) if neighbors == "all" else torch.full((1,), OWN, device=device)
     neighbor = torch.as_tensor(neighbors, device=device).reshape(1)
     return torch.cat([torch.full_like(neighbor, OWN), neighbor + (neighbor >= OWN)])
 
@@ -92,7 +92,7 @@ def _real_keys(size: tuple[int, int], window: int, mask: str, device: torch.devi
 
 def _real_keys_along(length: int, window: int, mask: str, device: torch.device) -> Tensor:
     chunks = -(-length // window)
-    step = torch.tensor([-1, 0, 1], device=device)
+    step = torch.arange(-1, 2, device=device)
     own = torch.arange(chunks, device=device)[:, None]
     position = ((own + step) % chunks)[..., None] * window + torch.arange(window, device=device)
     real = position < length
@@ -116,7 +116,7 @@ def _bias_of_offsets(table: Tensor, window: int) -> Tensor:
 
 def _within(window: int, device: torch.device) -> Tensor:
     """(9, t, t): for each seen chunk, query and key, whether they are at most w rows and w columns apart."""
-    step = torch.tensor([-1, 0, 1], device=device)[:, None, None]
+    step = torch.arange(-1, 2, device=device)[:, None, None]
     place = torch.arange(window, device=device)
     along = (place[:, None] - place - step * window).abs() <= window  # (3, query w, key w)
     both = along[:, None, :, None, :, None] & along[None, :, None, :, None, :]  # (3, 3, w, w, w, w)
