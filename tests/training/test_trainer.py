@@ -314,12 +314,58 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, log_every: int)
 
     with pytest.raises(TrainingError) as caught:
         run(make_config(tmp_path, log_every=log_every), Doomed())
-    step = STEPS + 3 if log_every == 1 else 2 * STEPS
-    assert f"step {step}: " in str(caught.value)
+    problem = "the loss is nan" if log_every == 1 else "the gradient is not finite"
+    assert str(caught.value).startswith(f"step {STEPS + 3}: {problem}, at learning rate ")
     assert "last.pt holds the last epoch" in str(caught.value)
     state = checkpoint.load(tmp_path / checkpoint.LAST)
     assert state["step"] == STEPS
     assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+@pytest.mark.parametrize("log_every", [1, 100])
+@pytest.mark.parametrize("bad_step", [2 * STEPS, STEPS + 2], ids=["last of an epoch", "within an epoch"])
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    tmp_path: Path, bad_step: int, log_every: int, clip_grad: float | None
+):
+    """The loss of that step is as good as ever; no later one need be, if clipping spares the weights."""
+
+    class Doomed(TinyModel):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(x)
+            self.calls += self.training
+            if self.training and self.calls == bad_step:
+                logits.register_hook(lambda gradient: gradient * torch.nan)
+            return logits
+
+    config = make_config(tmp_path, log_every=log_every, clip_grad=clip_grad)
+    with pytest.raises(TrainingError, match="the gradient is not finite, at learning rate ") as caught:
+        run(config, Doomed())
+    assert str(caught.value).startswith(f"step {bad_step}: ")
+    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    assert state["step"] == STEPS
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": 1e30, "max_steps": 1}, {"lr": 1e30, "max_steps": 1, "eval_every": 9}]
+)
+def test_weights_that_leave_all_bounds_are_not_saved(tmp_path: Path, options: dict[str, Any]):
+    with pytest.raises(TrainingError, match=r"step 1: the weights are not finite, at .*; nothing was saved"):
+        run(make_config(tmp_path, warmup_epochs=0, **options))
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path: Path):
+    class Doomed(TinyModel):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (1 if self.training else torch.nan)
+
+    with pytest.raises(TrainingError, match="step 5: the validation loss is nan"):
+        run(make_config(tmp_path), Doomed())
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

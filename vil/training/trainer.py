@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def fit(
 
     Raises:
         ConfigError: before the first step, for an option that this model or device cannot follow.
-        TrainingError: the loss is no longer finite, or a checkpoint cannot be written.
+        TrainingError: loss, gradient or weights are no longer finite, or a file cannot be written.
     """
     began = time.perf_counter()
     trainer = _Trainer(model, loaders, config, process, evaluate, mix, state)
@@ -193,6 +193,7 @@ class _Trainer:
         self.choose_neighbors(epoch)
         self.epoch_loss = torch.zeros((), device=self.process.device)
         self.epoch_began = time.perf_counter()
+        self.bad_step = torch.full((), torch.inf, device=self.process.device)
         batches = iter(self.loaders.train.epoch(epoch, start))
         self.clock.reset()
         with self.log.bar(epoch + 1, start, self.steps_per_epoch) as bar:
@@ -205,13 +206,13 @@ class _Trainer:
                         images, targets = next(batches)
                     loss += self.accumulate(images, targets, epoch, part)
                 # Nothing above or below waits for the device, except in a step that is logged.
-                is_logged = self.is_logged(self.step + 1)
-                grad_norm = self.update_weights(measure=is_logged)
+                grad_norm = self.update_weights()
                 self.step += 1
+                self.watch(grad_norm)
                 self.epoch_loss += loss / steps
                 self.clock.steps += 1
                 bar.update()
-                if is_logged:
+                if self.is_logged(self.step):
                     bar.set_postfix(loss=f"{self.log_step(epoch, loss, grad_norm):.4f}")
 
     def accumulate(self, images: torch.Tensor, targets: torch.Tensor, epoch: int, part: int) -> torch.Tensor:
@@ -235,14 +236,14 @@ class _Trainer:
         is_last = part == self.config.schedule.accumulation - 1
         return nullcontext() if is_last or self.process.world_size == 1 else self.network.no_sync()  # type: ignore[operator]
 
-    def update_weights(self, measure: bool) -> torch.Tensor | None:
-        """One step of the optimiser and of the average; the norm of the gradient before clipping if asked."""
+    def update_weights(self) -> torch.Tensor:
+        """One step of the optimiser and of the average; returns the norm of the gradient before clipping."""
         schedule = self.config.schedule
         self.scaler.unscale_(self.optimizer)
-        norm = None
-        if measure:
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if schedule.clip_grad is not None:
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if schedule.clip_grad is not None and schedule.clip_mode == "norm":
+            nn.utils.clip_grads_with_norm_(self.clipped, schedule.clip_grad, norm)
+        elif schedule.clip_grad is not None:
             dispatch_clip_grad(self.clipped, schedule.clip_grad, schedule.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -250,6 +251,15 @@ class _Trainer:
         if self.ema is not None:
             self.ema.update(self.model, step=self.step + 1)
         return norm
+
+    def watch(self, grad_norm: torch.Tensor) -> None:
+        """Remembers, on the device, the first step whose gradient is not finite; `mean_over_ranks` looks.
+
+        float16 is left out: its scaler skips such steps, and lowers the scale.
+        """
+        if not self.scaler.is_enabled():
+            is_bad = ~grad_norm.isfinite() & self.bad_step.isinf()
+            self.bad_step = self.bad_step.masked_fill(is_bad, self.step)
 
     def finish_epoch(self) -> None:
         """Evaluates, saves and says so."""
@@ -259,6 +269,7 @@ class _Trainer:
         if self.has_batch_norm and self.process.world_size > 1:
             for model in filter(None, (self.model, self.ema and self.ema.module)):
                 distribute_bn(model, self.process.world_size, reduce=True)
+        self.check_weights()
         line = f"epoch {epoch:3}/{self.config.schedule.epochs}   loss {loss:.4f}"
         if epoch % self.config.eval_every == 0 or self.step == self.last_step:
             results = self.evaluate_and_save()
@@ -298,6 +309,8 @@ class _Trainer:
                 precision=self.precision,
                 progress=self.log.shows_bars,
             )
+            if not math.isfinite(accuracy.loss):
+                self.stop(self.step, f"the validation loss is {accuracy.loss}")
             results |= {f"{prefix}{name}": getattr(accuracy, name) for name in ("top1", "top5", "loss")}
             results["images"] = accuracy.images
         results["seconds"] = time.perf_counter() - began
@@ -362,7 +375,7 @@ class _Trainer:
         """Whether the step that makes `count` finished steps is logged."""
         return count % self.config.log_every == 0 or count in (1, self.last_step)
 
-    def log_step(self, epoch: int, loss: torch.Tensor, grad_norm: torch.Tensor | None) -> float:
+    def log_step(self, epoch: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> float:
         """Logs the step just finished; returns the mean loss of its global batch."""
         mean = self.mean_over_ranks(loss, "the loss")
         times = self.clock.averages()
@@ -372,21 +385,42 @@ class _Trainer:
             epoch + 1,
             loss=mean,
             lr=self.learning_rate(),
-            grad_norm=float(grad_norm) if grad_norm is not None else math.nan,
+            grad_norm=float(grad_norm),
             **times,
             images_per_second=self.config.schedule.batch_size / times["step_time"],
         )
         return mean
 
     def mean_over_ranks(self, loss: torch.Tensor, what: str) -> float:
-        """The mean of a loss over all ranks. Raises TrainingError on every rank when it is not finite."""
-        mean = float(all_reduce_sum(loss.clone())) / self.process.world_size
-        if not math.isfinite(mean):
-            saved = self.folder / checkpoint.LAST
-            kept = f"{saved} holds the last epoch" if saved.exists() else "nothing was saved yet"
-            rate = self.learning_rate()
-            raise TrainingError(f"step {self.step}: {what} is {mean}, at learning rate {rate:.2e}; {kept}")
+        """The mean of a loss over all ranks.
+
+        Raises:
+            TrainingError: on every rank, when it is not finite, or a gradient of this epoch was not.
+        """
+        both = all_reduce_sum(torch.stack([loss, self.bad_step.isfinite().to(loss.dtype)]))
+        total, bad_ranks = both.tolist()
+        mean = total / self.process.world_size
+        bad_step = int(min(float(self.bad_step), self.step)) if bad_ranks else self.step
+        if not math.isfinite(mean) and bad_step == self.step:
+            self.stop(self.step, f"{what} is {mean}")
+        if bad_ranks:
+            self.stop(bad_step, "the gradient is not finite")
         return mean
+
+    def check_weights(self) -> None:
+        """Raises TrainingError on every rank when weights are not finite, or too large for their squares."""
+        for model in filter(None, (self.model, self.ema and self.ema.module)):
+            values = [value.float() for value in model.state_dict().values() if value.is_floating_point()]
+            if not math.isfinite(all_reduce_sum(nn.utils.get_total_norm(values))):
+                self.stop(self.step, "the weights are not finite")
+
+    def stop(self, step: int, problem: str) -> NoReturn:
+        """Raises TrainingError for what went wrong in the step that made `step` finished steps."""
+        saved = self.folder / checkpoint.LAST
+        kept = f"{saved} holds the last epoch" if saved.exists() else "nothing was saved yet"
+        self.scheduler.step_update(step - 1)  # the rate of that step, which may be an earlier one
+        rate = self.learning_rate()
+        raise TrainingError(f"step {step}: {problem}, at learning rate {rate:.2e}; {kept}")
 
     def learning_rate(self) -> float:
         """The rate of the step just taken, without layer decay."""
