@@ -1,8 +1,11 @@
 """A full citizen of timm: what timm's own tests demand of its models, and what detectors do with them."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.models import create_feature_extractor, get_pretrained_cfg
 from torch import nn
 from torchvision.models.detection import MaskRCNN
@@ -10,6 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 import vil
+from vil.models.released import read_config
 
 NAME = "vil_tiny"
 
@@ -50,6 +54,31 @@ def test_checkpoint_path(tmp_path):
     torch.save(model.state_dict(), tmp_path / "model.pt")
     loaded = timm.create_model(NAME, num_classes=4, img_size=64, checkpoint_path=str(tmp_path / "model.pt"))
     assert torch.equal(loaded.eval()(images()), model.eval()(images()))
+
+
+PUBLISHED = Path(__file__).parents[1] / "fixtures" / "parity" / "vil_rpe_chunk"
+
+
+def published_model(**options):
+    """The model of a published checkpoint, by timm, and its expected outputs."""
+    config = read_config(PUBLISHED / "config.yaml").model
+    model = timm.create_model("vil", stages=config.stages, num_classes=10, img_size=64, **options)
+    return model.eval(), load_file(PUBLISHED / "expected.safetensors")
+
+
+def test_published_checkpoints_by_checkpoint_path():
+    model, expected = published_model(checkpoint_path=str(PUBLISHED / "model_best.pth"))
+    torch.testing.assert_close(model(expected["input"]), expected["logits"], atol=2e-5, rtol=2e-5)
+
+
+def test_published_checkpoints_as_pretrained_weights():
+    """By `checkpoint_filter_fn`, with another number of classes, as timm users fine-tune."""
+    overlay = {"file": str(PUBLISHED / "model_best.pth"), "num_classes": 10}
+    model, expected = published_model(pretrained=True, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(model(expected["input"]), expected["logits"], atol=2e-5, rtol=2e-5)
+    weights = torch.load(PUBLISHED / "model_best.pth", weights_only=True)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({"net": {k: v for k, v in weights["net"].items() if "head" not in k}})
 
 
 def test_forward_features_and_head_make_the_forward_pass():

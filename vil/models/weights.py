@@ -40,7 +40,7 @@ def load_file(
     if isinstance(model, MultiScaleViT):
         if file.origin == "published":
             weights = convert_weights(model, weights)
-        weights = _resized(model, weights)
+        weights = resized(model, weights)
     weights = _with_head(model, weights, new_head)
     if before != image_size:
         model.set_input_size((before, before))  # type: ignore[operator]  # exists, as looked up above
@@ -68,11 +68,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         ("unexpected", [name for name in weights if name not in expected]),
     ):
         if names:
-            problems.append(f"{len(names)} {kind}: {', '.join(names)}")
+            problems.append(f"{len(names)} {kind}: {', '.join(map(str, names))}")
     problems += [
         f"{name} is {tuple(weights[name].shape)}, the model's {tuple(expected[name].shape)}"
         for name in expected
         if name in weights and weights[name].shape != expected[name].shape
+    ]
+    problems += [
+        f"{name} is of {weights[name].dtype}, the model's of {expected[name].dtype}"
+        for name in expected
+        if name in weights and weights[name].is_floating_point() != expected[name].is_floating_point()
     ]
     if problems:
         raise ConfigError(
@@ -81,7 +86,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     model.load_state_dict(weights)
 
 
-def _resized(model: MultiScaleViT, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def resized(model: MultiScaleViT, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Row and column embeddings and the bias tables of full attention, for the maps of the model."""
     expected = model.state_dict()
     result = dict(weights)
@@ -89,6 +94,8 @@ def _resized(model: MultiScaleViT, weights: Mapping[str, Tensor]) -> dict[str, T
         target = expected.get(name)
         if target is None or value.shape == target.shape or value.dim() != target.dim():
             continue
+        if not value.numel() or not value.is_floating_point():
+            continue  # nothing to resize, as load_weights will say
         module, _, _ = name.rpartition(".")
         if name.endswith((".position.rows", ".position.columns")) and value.shape[1] == target.shape[1]:
             fitted = resize_embedding(value, target.shape[0])
@@ -114,7 +121,10 @@ def _with_head(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool) 
         given = {name: weights[name] for name in names if name in weights}
         if {n: v.shape for n, v in own.items()} == {n: v.shape for n, v in given.items()}:
             continue
-        rows = {name: (value[: len(own[name])] if name in own else value) for name, value in given.items()}
+        rows = {
+            name: (value[: len(own[name])] if name in own and value.dim() else value)
+            for name, value in given.items()
+        }
         if own and {n: v.shape for n, v in rows.items()} == {n: v.shape for n, v in own.items()}:
             change = "cut to its first rows"
         elif new_head or not own:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,8 @@ from torch import nn
 from vil import weight_files
 from vil.config import AttentionName, ConfigError, ModelConfig, StageConfig
 from vil.models.multiscale_vit import MultiScaleViT
-from vil.models.weights import load_file
+from vil.models.released_names import convert_weights
+from vil.models.weights import load_file, resized
 from vil.weight_files import NO_MODEL, WeightsFile
 
 Position = Literal["relative", "absolute"]
@@ -332,6 +333,31 @@ def _zoo_stages(size: Size) -> list[StageConfig]:
     return stages
 
 
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint holds → the state dict of `model`, as timm asks of its models.
+
+    Args:
+        state_dict: a state dict of ours, one with the paper's published names, or a whole published
+            checkpoint, with its weights under `net`.
+        model: the model; embeddings and bias tables are resized to its image size.
+    """
+    content = state_dict.get("net", state_dict)
+    weights = {str(key).removeprefix("module."): value for key, value in content.items()}
+    if not isinstance(model, MultiScaleViT):  # a wrapper, as for features_only: its names are not ours
+        return weights
+    if any(key.startswith("layer1.") for key in weights):
+        weights = convert_weights(model, weights)
+    return resized(model, weights)
+
+
+def _accept_published(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets `load_state_dict`, and so timm's `checkpoint_path`, take published checkpoints as they are."""
+    if not prefix and ("net" in state_dict or any(key.startswith("layer1.") for key in state_dict)):
+        weights = checkpoint_filter_fn(state_dict, model)
+        state_dict.clear()
+        state_dict.update(weights)
+
+
 _STAGE_OPTIONS = (
     "attention", "blocks", "position", "window", "global_tokens",
     "projected_tokens", "random_features", "reduction", "stages",
@@ -358,6 +384,7 @@ def _build(name: str, pretrained: bool = False, **options: Any) -> MultiScaleViT
         MultiScaleViT,
         name,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": tuple(range(len(stages))), "feature_cls": "getter"},
         stages=stages,
         **options,
@@ -365,6 +392,8 @@ def _build(name: str, pretrained: bool = False, **options: Any) -> MultiScaleViT
     if "stages" in changes:
         changes["stages"] = [dataclasses.asdict(stage) for stage in changes["stages"]]
     kept |= changes
+    if isinstance(model, MultiScaleViT):
+        model.register_load_state_dict_pre_hook(_accept_published)
     model._model_args = kept  # what timm writes beside the weights for the hub
     return model
 
