@@ -9,9 +9,15 @@ from vil.training import checkpoint
 
 
 def make_state(value: float = 1.0) -> dict:
-    return dict.fromkeys(checkpoint.KEYS) | {
+    return {
         "model": {"weight": torch.full((1000,), value)},
+        "ema": None,
+        "optimizer": {"state": {}, "param_groups": []},
+        "scaler": {},
         "step": 7,
+        "epoch": 1,
+        "best": {"top1": 50.0, "weights": "raw", "epoch": 1},
+        "class_names": ["cat", "dog"],
         "config": {"betas": (0.9, 0.999), "name": None},
         "versions": checkpoint.versions(),
     }
@@ -44,6 +50,38 @@ def test_a_failure_while_saving_leaves_the_old_file(
         checkpoint.save(path, make_state(2.0))
     assert checkpoint.load(path)["model"]["weight"][0] == 1.0
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+MALFORMED = [
+    ("model", None),
+    ("model", {1: torch.zeros(1)}),
+    ("model", {"weight": "text"}),
+    ("ema", 3),
+    ("optimizer", None),
+    ("scaler", {"scale": None}),
+    ("step", -1),
+    ("step", 1.0),
+    ("step", True),
+    ("epoch", None),
+    ("best", [97.0]),
+    ("best", {"top1": 97.0, "epoch": 1}),
+    ("best", {"top1": None, "weights": "raw", "epoch": 1}),
+    ("best", {"top1": 97.0, "weights": "mean", "epoch": 1}),
+    ("config", "text"),
+    ("config", {"model": torch.zeros(1)}),
+    ("class_names", None),
+    ("class_names", ["cat", 3]),
+    ("versions", None),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), MALFORMED)
+def test_a_value_of_another_type_is_named(tmp_path: Path, key: str, value: object):
+    checkpoint.save(tmp_path / "last.pt", make_state() | {key: value})
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.load(tmp_path / "last.pt")
+    assert str(caught.value).startswith(f"checkpoint: {tmp_path}/last.pt: damaged: {key} is not ")
+    assert "\n" not in str(caught.value)
 
 
 class _Evil:

@@ -8,7 +8,7 @@ import torch
 from tiny_run import CLASSES, SIZE, STEPS, TinyModel, make_batch, make_config, make_loaders, run
 from torch import nn
 
-from vil.config import ConfigError, ModelConfig
+from vil.config import ConfigError, DataConfig, ModelConfig
 from vil.evaluation.accuracy import evaluate
 from vil.training import checkpoint
 from vil.training.distributed import Process
@@ -391,6 +391,35 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
     state = checkpoint.load(tmp_path / checkpoint.LAST)
     with pytest.raises(ConfigError, match=r"does not fit: .*norm\.running_mean"):
         run(make_config(tmp_path), TinyModel(norm=nn.BatchNorm2d), state=state)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {},
+        {"state": {}, "param_groups": 3},
+        {"state": None, "param_groups": []},
+        {"state": {}, "param_groups": [None, None]},
+        {"state": {}, "param_groups": [{}, {}]},
+    ],
+)
+def test_a_malformed_state_of_the_optimizer_is_refused(tmp_path: Path, optimizer: dict[str, Any]):
+    run(make_config(tmp_path, max_steps=1))
+    state = checkpoint.load(tmp_path / checkpoint.LAST) | {"optimizer": optimizer}
+    with pytest.raises(ConfigError, match=r"output: the checkpoint in .* does not fit: "):
+        run(make_config(tmp_path), state=state)
+
+
+@pytest.mark.parametrize(("source", "key"), [("folder", "data.root"), ("digits", "data.source")])
+def test_other_classes_than_the_run_has_are_refused(tmp_path: Path, source: str, key: str):
+    run(make_config(tmp_path, max_steps=1))
+    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    names = state["class_names"]
+    for others, words in ((names[:1] + names[:0:-1], "'none' as class 1"), (names[:3], "has 3 classes")):
+        config = make_config(tmp_path, data=DataConfig(source=source))
+        with pytest.raises(ConfigError, match=f"other classes than the run in .*{words}") as caught:
+            run(config, state=state | {"class_names": others})
+        assert caught.value.key == key
 
 
 def test_a_run_that_is_over_returns_at_once(tmp_path: Path):

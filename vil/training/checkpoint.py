@@ -15,8 +15,10 @@ code in it can run:
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +30,48 @@ from vil.weight_files import BEST, LAST, read_pickle
 
 __all__ = ["BEST", "KEYS", "LAST", "load", "save", "versions"]
 
-KEYS = (
-    "model",
-    "ema",
-    "optimizer",
-    "scaler",
-    "step",
-    "epoch",
-    "best",
-    "config",
-    "class_names",
-    "versions",
-)
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_mapping(value: Any, of: type | tuple[type, ...] = object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(key, str) and isinstance(item, of) for key, item in value.items()
+    )
+
+
+def _is_config(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return _is_mapping(value)
+
+
+def _is_best(value: Any) -> bool:
+    return _is_mapping(value) and (
+        isinstance(value.get("top1"), int | float)
+        and value.get("weights") in ("raw", "ema")
+        and _is_count(value.get("epoch"))
+    )
+
+
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda x: _is_mapping(x, torch.Tensor), "a mapping of names to tensors"),
+    "ema": (lambda x: x is None or _is_mapping(x, torch.Tensor), "a mapping of names to tensors, or None"),
+    "optimizer": (_is_mapping, "a mapping of names to values"),
+    "scaler": (lambda x: _is_mapping(x, (int, float)), "a mapping of names to numbers"),
+    "step": (_is_count, "a whole number, 0 or more"),
+    "epoch": (_is_count, "a whole number, 0 or more"),
+    "best": (lambda x: x is None or _is_best(x), "None, or top1, weights (raw or ema) and epoch"),
+    "config": (_is_config, "a mapping of names to plain values"),
+    "class_names": (lambda x: isinstance(x, list) and all(isinstance(n, str) for n in x), "a list of names"),
+    "versions": (_is_mapping, "a mapping of names to versions"),
+}
+"""What the value of each key must be, so that nobody who reads a checkpoint needs to ask."""
+
+KEYS = tuple(_FORMS)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -72,6 +104,9 @@ def load(path: str | Path) -> dict[str, Any]:
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
     if missing:
         raise ConfigError("checkpoint", f"{path}: not a checkpoint of train.py: lacks {', '.join(missing)}")
+    for key, (fits, words) in _FORMS.items():
+        if not fits(state[key]):
+            raise ConfigError("checkpoint", f"{path}: damaged: {key} is not {words}")
     return state
 
 

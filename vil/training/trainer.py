@@ -342,20 +342,34 @@ class _Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up where `state` stands; options of the optimiser are those of the configuration."""
+        self.check_class_names(state["class_names"])
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["ema"] or state["model"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError("output", f"the checkpoint in {self.folder} does not fit: {reason}") from error
         for group, own in zip(self.optimizer.param_groups, options):
             group.update(own)
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
         self.step, self.best = state["step"], state["best"]
+
+    def check_class_names(self, before: list[str]) -> None:
+        """Raises ConfigError where the classes are not those of the run, in the order of the head."""
+        now = list(self.loaders.class_names)
+        if now == before:
+            return
+        key = "data.root" if self.config.data.source == "folder" else "data.source"
+        if len(now) != len(before):
+            reason = f"{len(before)} classes, the data has {len(now)}"
+        else:
+            number = next(i for i, (name, other) in enumerate(zip(now, before)) if name != other)
+            reason = f"{before[number]!r} as class {number}, the data has {now[number]!r}"
+        raise ConfigError(key, f"other classes than the run in {self.folder}, which has {reason}")
 
     def choose_neighbors(self, epoch: int) -> None:
         """Random shift: one random neighbour until `random_shift_until` of the epochs, then all eight."""
