@@ -177,7 +177,18 @@ def test_truncated_files(tmp_path: Path) -> None:
         ({"class_names": 3}, "damaged"),
         ({"config": {}}, "damaged"),
         ({"config": {"model": {"depth": 3}, "data": {}}}, "stored configuration: model.depth: unknown key"),
-        ({"config": {"model": {"window": "x"}, "data": {}}}, "stored configuration: model: "),
+        (
+            {"config": {"model": {"window": "x"}, "data": {}}},
+            "stored configuration: model.window: expected int. Given value: x",
+        ),
+        (
+            {"config": {"model": {"stages": [{"dim": "x", "heads": 2}]}, "data": {}}},
+            "model.stages: dim: expected int. Got value: x",
+        ),
+        (
+            {"config": {"model": {"stages": [{"depth": 2}]}, "data": {}}},
+            "model.stages: Option 'depth' is not accepted",
+        ),
         ({"config": {"model": 3, "data": {}}}, "stored configuration: model: expected a mapping"),
     ],
 )
@@ -187,6 +198,42 @@ def test_what_is_wrong_inside_a_checkpoint(tmp_path: Path, changes: dict, messag
         assert read(tmp_path / "x.pt").kind == "raw"
     else:
         assert message in refusal(tmp_path / "x.pt")
+
+
+ODD = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "compressed": lambda: torch.eye(3).to_sparse_csr(),
+    "meta": lambda: torch.empty(3, device="meta"),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "complex": lambda: torch.ones(3, dtype=torch.complex64),
+    "repeated": lambda: torch.ones(1).expand(10**13),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, about the kinds of tensors that it is about to give up
+def test_tensors_that_no_model_has(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.pt"
+    for content in (run_state(ema={"w": ODD[kind]()}), {"net": {"w": ODD[kind]()}}):
+        torch.save(content, path)
+        assert ": w is " in refusal(path) or "w has no values" in refusal(path) or kind == "quantised"
+
+
+@pytest.mark.parametrize("name", [3, None, (1, 2), 1.5, b"w", "a\nb", "\x1b[2J"])
+def test_names_that_are_no_text(tmp_path: Path, name: object) -> None:
+    path = tmp_path / "x.pt"
+    for content in (run_state(ema={name: torch.ones(1)}), {"net": {name: torch.ones(1)}}):
+        torch.save(content, path)
+        assert "is no name of a weight" in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.bool])
+def test_numbers_of_other_kinds_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save(
+        {"net": {"w": torch.ones(2).to(dtype), "p": torch.nn.Parameter(torch.ones(1))}}, tmp_path / "x"
+    )
+    assert read(tmp_path / "x").weights["w"].dtype == dtype
 
 
 def test_a_dictionary_of_others(tmp_path: Path) -> None:

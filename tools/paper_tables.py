@@ -37,7 +37,7 @@ from vil.evaluation import report
 from vil.evaluation.benchmark import measure_memory
 from vil.evaluation.complexity import measure_complexity
 from vil.models import MultiScaleViT
-from vil.models.released import _ATTENTIONS, parse_arch
+from vil.models.released import ATTENTION_NAMES, parse_arch
 from vil.models.zoo import stages_of
 from vil.training import distributed
 from vil.training.precision import autocast, grad_scaler
@@ -194,7 +194,7 @@ def released(paper: Mapping[str, Any]) -> Iterator[Row]:
     """The published models: the chunk mask with w = 7 in every stage."""
     for printed in paper["released_models"]:
         name, _, words = printed["attention"].partition(",")
-        attention = "global_only" if "only global" in words else _ATTENTIONS[name]
+        attention = "global_only" if "only global" in words else ATTENTION_NAMES[name]
         if printed["arch"] is not None:
             stages, assumed = parse_arch(printed["arch"], attention), ""
         else:
@@ -238,7 +238,7 @@ def assumed_stages(
     )
     stages = [
         dataclasses.replace(stage, position=printed["position"])
-        for stage in parse_arch(twin["arch"], _ATTENTIONS[printed["attention"]])
+        for stage in parse_arch(twin["arch"], ATTENTION_NAMES[printed["attention"]])
     ]
     return stages, f"the stages of {twin['name']} with {twin['position']} position at the same image size"
 

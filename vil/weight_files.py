@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from vil.config import ConfigError, DataConfig, ModelConfig
 
@@ -34,6 +35,12 @@ TRANSFORM = ("crop_pct", "interpolation", "mean", "std")
 
 NO_MODEL = "does not hold its model; add the configuration published with it, or name the model"
 """What is wrong with a file whose `WeightsFile.model` is None, where one is needed."""
+
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
+"""What a weight may be; whether it must be a floating-point number is the model's to say."""
 
 Choice = Literal["auto", "raw", "ema"]
 
@@ -81,11 +88,28 @@ def read(path: str | Path, which: Literal["best", "last"] = "best", weights: Cho
     if not found.weights:
         raise ConfigError(str(file), "holds no weights")
     for name, value in found.weights.items():
-        if not isinstance(value, Tensor):
-            raise ConfigError(str(file), f"not a checkpoint: {name} is not a tensor")
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ConfigError(str(file), f"{name} holds values that are not finite")
+        if problem := _unusable(name, value):
+            raise ConfigError(str(file), problem)
     return found
+
+
+def _unusable(name: Any, value: Any) -> str | None:
+    """What keeps a pair of a name and a tensor, as a stranger's file may hold it, from being a weight."""
+    if not isinstance(name, str) or not name.isprintable():
+        return f"not a checkpoint: {_shown(repr(name))} is no name of a weight"
+    if not isinstance(value, Tensor):
+        return f"not a checkpoint: {name} is not a tensor"
+    if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_nested:
+        return f"{name} is no plain tensor but a {type(value).__name__} of layout {value.layout}"
+    if value.device.type != "cpu":
+        return f"{name} has no values: it was saved from the device {value.device.type}"
+    if value.is_quantized or value.dtype not in _DTYPES:
+        return f"{name} is of {value.dtype}, which is not supported; convert it to torch.float32"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"{name} is of shape {tuple(value.shape)}, of which the file holds a part only"
+    if value.is_floating_point() and not value.isfinite().all():
+        return f"{name} holds values that are not finite"
+    return None
 
 
 def find_checkpoint(path: str | Path, which: Literal["best", "last"] = "best") -> Path:
@@ -201,14 +225,28 @@ def model_section(values: Any) -> ModelConfig:
     parser.add_class_arguments(ModelConfig, None)
     try:
         return ModelConfig(**vars(parser.instantiate(parser.parse_object(dict(values)))))
-    except (ArgumentError, TypeError, ValueError, RecursionError) as error:
+    except ArgumentError as error:
+        raise ConfigError("stored configuration", f"model.{_explained(str(error))}") from None
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError("stored configuration", f"model: {_first_line(error)}") from None
+
+
+def _explained(message: str) -> str:
+    """The many lines of jsonargparse on one: the keys down to the bad one, what is expected and given."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    about = ("Does not validate", "Subtypes:", "Errors:", "Problem with given", "Given value type:")
+    told = [line for line in lines if not line.startswith(about) and "NoneType" not in line]
+    text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(told))
+    return _shown(re.sub(r"Expected (?:a )?<class '(\w+)'>\.?", r"expected \1.", text))
 
 
 def _read_checkpoint(path: Path, weights: Choice) -> WeightsFile:
     content = read_pickle(path)
     if isinstance(content, Mapping) and isinstance(content.get("net"), Mapping):
-        named = {str(key).removeprefix("module."): value for key, value in content["net"].items()}
+        named = {
+            key.removeprefix("module.") if isinstance(key, str) else key: value
+            for key, value in content["net"].items()
+        }
         return WeightsFile(str(path), "published", "raw", named)
     lacking = {"model", "ema", "best", "config", "class_names"}
     if isinstance(content, Mapping):
@@ -277,6 +315,11 @@ def _of_file(path: Path, values: Any) -> ModelConfig:
 def transform_of(data: DataConfig) -> dict[str, Any]:
     """The options of a data section that belong to a model."""
     return {key: getattr(data, key) for key in TRANSFORM}
+
+
+def _shown(text: str, most: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _first_line(error: BaseException) -> str:

@@ -242,3 +242,17 @@ def test_published_configurations_are_read_as_strictly_as_ours(tmp_path, line):
         read_config(path)
     assert str(error.value).startswith(f"{path}: ")
     assert "line" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["layer0.1.attn.proj.weight", f"layer{'9' * 5000}.0.proj.weight", f"layer1.{'9' * 5000}.norm.bias",
+     "layer01.0.proj.bias", "layer1.00.proj.bias", "layer².0.proj.bias", "layer-1.0.proj.bias"],
+)  # fmt: skip
+def test_names_with_numbers_that_no_layer_has(tmp_path, name):
+    content = torch.load(CASES[0] / "model_best.pth", weights_only=True)
+    content["net"][name] = torch.zeros(8)
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(ConfigError) as error:
+        load_released(CASES[0] / "config.yaml", tmp_path / "model.pth")
+    assert f"1 unexpected: {name}" in str(error.value)

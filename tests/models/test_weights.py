@@ -182,3 +182,33 @@ def test_published_weights_of_odd_shapes_are_named(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "x.pth")
         with pytest.raises(ConfigError, match="bias_table"):
             load_released(case / "config.yaml", tmp_path / "x.pth")
+
+
+def test_integers_are_no_weights_and_half_precision_is() -> None:
+    model = nn.BatchNorm1d(2)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    load_weights(model, {**weights, "weight": torch.tensor([0.5, 2.0], dtype=torch.bfloat16)}, "x.pt")
+    assert model.weight.tolist() == [0.5, 2.0]
+    changed = {**weights, "weight": weights["weight"].int(), "num_batches_tracked": torch.tensor(0.5)}
+    with pytest.raises(ConfigError) as caught:
+        load_weights(model, changed, "x.pt")
+    assert "weight is of torch.int32, the model's of torch.float32" in str(caught.value)
+    assert "num_batches_tracked is of torch.float32, the model's of torch.int64" in str(caught.value)
+
+
+def test_names_that_are_no_text_are_reported() -> None:
+    with pytest.raises(ConfigError, match="1 unexpected: 3"):
+        load_weights(nn.Identity(), {3: torch.ones(1)}, "x.pt")  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 16), (3, 0), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+@pytest.mark.parametrize(
+    "name",
+    ["head.weight", "head.bias", "stages.1.position.rows", "stages.2.blocks.0.attn.bias_table"],
+)
+def test_weights_of_odd_shapes_are_named(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    file = file_of(CONFIG)
+    changed = dataclasses.replace(file, weights={**file.weights, name: torch.zeros(shape, dtype=dtype)})
+    with pytest.raises(ConfigError, match=name.replace(".", r"\.") + " is "):
+        model_from_file(changed, num_classes=4)

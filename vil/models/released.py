@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.VIT.MSVIT.SW_EXACT": 0,
     "MODEL.VIT.MSVIT.MODE": 0,
 }
-_ATTENTIONS = {
+ATTENTION_NAMES = {
     "full": "full",
     "longformerhand": "vision_longformer",
     "longformerauto": "vision_longformer",
@@ -48,6 +48,7 @@ _ATTENTIONS = {
     "srformer": "spatial_reduction",
     "performer": "performer",
 }
+"""ATTN_TYPE of that code → our names."""
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 _MASKS = {0: "chunk", 1: "exact", -1: "cyclic"}
 _NEIGHBORS = {0: "all", 1: "random", -1: "self"}
@@ -158,7 +159,7 @@ def _interpret(tree: Any) -> ReleasedConfig:
     if "MODEL.VIT.MSVIT.ARCH" not in values:
         raise ConfigError("MODEL.VIT.MSVIT.ARCH", "is missing: not a published ViL configuration")
     name = str(values["MODEL.VIT.MSVIT.ATTN_TYPE"])
-    attention = _choice("MODEL.VIT.MSVIT.ATTN_TYPE", name, _ATTENTIONS)
+    attention = _choice("MODEL.VIT.MSVIT.ATTN_TYPE", name, ATTENTION_NAMES)
     if values["MODEL.VIT.MSVIT.ONLY_GLOBAL"] and attention == "vision_longformer":
         attention = "global_only"
     stages = parse_arch(str(values["MODEL.VIT.MSVIT.ARCH"]), attention)

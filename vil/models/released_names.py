@@ -30,7 +30,7 @@ def convert_weights(model: MultiScaleViT, published: Mapping[str, Tensor]) -> di
 
 def _renamed(model: MultiScaleViT, key: str, value: Tensor) -> list[tuple[str, Tensor]]:
     """One published weight as (name, value) pairs of this model: two for a stacked one, none for a copy."""
-    match = re.fullmatch(r"layer(\d+)\.(\d+)\.(.+)", key)
+    match = re.fullmatch(r"layer([1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})\.(.+)", key)
     if not match:
         return [(key, value)]
     number, place, rest = int(match[1]) - 1, int(match[2]), match[3]
