@@ -78,6 +78,8 @@ def test_collectives(worlds: dict[int, Path]):
         assert result["object"] == {"from": 0}
         assert result["main"] == 0
         assert result["error"] == "data.root: there is nothing"
+    assert found(worlds[2], 0)["failure"] == "OSError: [Errno 28] No space left on device"
+    assert found(worlds[2], 1)["failure"].startswith("RuntimeError: rank 0 failed: OSError(28, ")
 
 
 def test_one_process_needs_no_group():

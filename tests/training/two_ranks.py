@@ -65,6 +65,10 @@ def fail_on_main() -> None:
     raise ConfigError("data.root", "there is nothing")
 
 
+def break_on_main() -> None:
+    raise OSError(28, "No space left on device")
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with distributed.start("cpu") as process:
@@ -82,6 +86,10 @@ def main(folder: Path) -> None:
             from_main(fail_on_main)
         except ConfigError as error:
             found["error"] = str(error)
+        try:
+            from_main(break_on_main)
+        except (OSError, RuntimeError) as error:
+            found["failure"] = f"{type(error).__name__}: {error}"
         distributed.barrier()
         (folder / f"rank{process.rank}.json").write_text(json.dumps(found))
 

@@ -131,14 +131,23 @@ def from_main(function: Callable[[], Result]) -> Result:
 
     Raises:
         ConfigError: on every rank, when `function` raises it on rank 0.
+        RuntimeError: on the others, when it raises anything else, which goes on its way on rank 0.
     """
     outcome: Any = None
+    failure: Exception | None = None
     if not is_distributed() or dist.get_rank() == 0:
         try:
             outcome = (function(), None)
         except ConfigError as error:
             outcome = (None, (error.key, error.reason))
+        except Exception as error:  # the others wait: they must hear of it, whatever it is
+            failure = error
+            outcome = (None, repr(error))
     result, problem = broadcast_object(outcome)
+    if failure is not None:
+        raise failure
+    if isinstance(problem, str):
+        raise RuntimeError(f"rank 0 failed: {problem}")
     if problem is not None:
         raise ConfigError(*problem)
     return result
