@@ -65,6 +65,26 @@ def test_step_drops_every_decay_epochs():
     assert rates(schedule, 2) == pytest.approx([1.0] * 4 + [0.5] * 4 + [0.25] * 4)
 
 
+@pytest.mark.parametrize("scheduler", ["cosine", "poly"])
+@pytest.mark.parametrize(
+    ("steps", "warmup", "expected"),
+    [(1, 0, [1.0]), (2, 0, [1.0, 0.0]), (2, 1, [0.0, 1.0]), (3, 1, [0.0, 1.0, 0.0]), (2, 4, [0.0, 0.25])],
+)
+def test_shortest_runs_without_a_warning(
+    scheduler: str, steps: int, warmup: int, expected: list[float], caplog: pytest.LogCaptureFixture
+):
+    schedule = ScheduleConfig(
+        scheduler=scheduler,  # type: ignore[arg-type]
+        epochs=steps,
+        lr=1.0,
+        min_lr=0.0,
+        warmup_epochs=warmup,
+        warmup_factor=0.0,
+    )
+    assert rates(schedule, steps_per_epoch=1) == pytest.approx(expected)
+    assert caplog.records == []
+
+
 def test_constant_after_warmup():
     schedule = ScheduleConfig(scheduler="constant", epochs=3, lr=1.0, warmup_epochs=1, warmup_factor=0.0)
     assert rates(schedule, 2) == pytest.approx([0.0, 0.5, 1, 1, 1, 1])

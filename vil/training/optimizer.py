@@ -158,8 +158,11 @@ def build_scheduler(
         decay_t = schedule.decay_epochs * steps_per_epoch
         rate = schedule.decay_rate
         return StepLRScheduler(optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=False, **options)
-    # Where the warm-up outlasts the run, one step remains, which is never reached.
-    remaining = max(schedule.epochs * steps_per_epoch - 1 - warmup, 1)
+    remaining = schedule.epochs * steps_per_epoch - 1 - warmup
+    # Where the warm-up outlasts the run, nothing remains, and any length does. timm warns of the length 1, as
+    # if the rate would then stay; half a step is over after one step just so.
+    if remaining <= 0 or remaining == 1:
+        remaining = 0.5
     options |= {"t_initial": remaining, "lr_min": schedule.min_lr, "warmup_prefix": True}
     if schedule.scheduler == "poly":
         return PolyLRScheduler(optimizer, power=1.0, **options)
