@@ -103,6 +103,29 @@ def test_finished_runs(tmp_path: Path):
     assert run_folder.finished_top1(tmp_path, state, config) is None
 
 
+def test_a_run_that_goes_on_is_no_longer_finished(tmp_path: Path):
+    """Killed before it reports, it must not claim the old accuracy for ever."""
+    start(tmp_path)
+    (tmp_path / run_folder.SUMMARY).write_text(json.dumps([{"top1": 97.5}]))
+    longer = make_config(tmp_path, max_steps=6)
+    run(longer, state=checkpoint.load(tmp_path / checkpoint.LAST))
+    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    assert state["step"] == 6
+    assert run_folder.finished_top1(tmp_path, state, longer) is None
+
+
+def test_a_configuration_that_cannot_be_written_is_one_line(tmp_path: Path):
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"^output: .* cannot be written: Is a directory$"):
+        run(make_config(tmp_path))
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"^output: the log cannot be written to .*: Is a directory$"):
+        run(make_config(tmp_path))
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path):
     config = start(tmp_path)
     (tmp_path / checkpoint.LAST).write_bytes(b"damage")

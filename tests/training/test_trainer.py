@@ -12,7 +12,7 @@ from vil.config import ConfigError, DataConfig, ModelConfig
 from vil.evaluation.accuracy import evaluate
 from vil.training import checkpoint
 from vil.training.distributed import Process
-from vil.training.logging import TIMING_FIELDS
+from vil.training.logging import TIMING_FIELDS, RunLog
 from vil.training.trainer import TrainingError, fit, seed_generators
 
 
@@ -374,6 +374,18 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(tmp_path: Path, monke
 
     monkeypatch.setattr(checkpoint, "save", fail)
     with pytest.raises(TrainingError, match=r"step 5: .*No space left on device"):
+        run(make_config(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_log_that_cannot_be_written_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fill_disk(log: RunLog, *arguments: Any) -> None:
+        original(log, *arguments)
+        log._file = Path("/dev/full").open("w")  # noqa: SIM115 (the log closes it)
+
+    original = RunLog.__init__
+    monkeypatch.setattr(RunLog, "__init__", fill_disk)
+    with pytest.raises(TrainingError, match=r"step 1: the log cannot be written to .*: No space left on dev"):
         run(make_config(tmp_path))
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from vil.config import TrainConfig
+from vil.config import ConfigError, TrainConfig
 
 METRICS = "metrics.jsonl"
 
@@ -35,6 +36,9 @@ class RunLog:
         config: the resolved configuration.
         step: finished optimiser steps of the checkpoint that the run continues from. What was logged after it
             is cut off, so that no step stands twice.
+
+    Raises:
+        ConfigError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path | None, config: TrainConfig, step: int) -> None:
@@ -44,18 +48,26 @@ class RunLog:
         self._writer: Any = None
         if folder is None:
             return
-        cut_metrics(folder / METRICS, step)
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
+        try:
+            cut_metrics(folder / METRICS, step)
+            self._file = (folder / METRICS).open("a", encoding="utf-8")
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-            if step == 0:
-                text = yaml.safe_dump(plain(config), sort_keys=False)
-                self._writer.add_text("config", f"```yaml\n{text}```", 0)
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        except OSError as error:
+            reason = f"the log cannot be written to {folder}: {error.strerror or error}"
+            raise ConfigError("output", reason) from None
+        if self._writer is not None and step == 0:
+            text = yaml.safe_dump(plain(config), sort_keys=False)
+            self._writer.add_text("config", f"```yaml\n{text}```", 0)
 
     def write(self, kind: str, step: int, epoch: int, **values: float | int) -> None:
-        """One line of metrics.jsonl, flushed, and the same as TensorBoard scalars; epochs count from 1."""
+        """One line of metrics.jsonl, flushed, and the same as TensorBoard scalars; epochs count from 1.
+
+        Raises:
+            OSError: the disk is full.
+        """
         if not self.enabled:
             return
         record = {"kind": kind, "step": step, "epoch": epoch, **values, "time": round(time.time(), 3)}
@@ -96,10 +108,13 @@ class RunLog:
 
     def close(self) -> None:
         """Flushes and closes all files."""
+        # Whatever a full disk leaves unwritten here was missed by `write` already, which said so.
         if self.enabled:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
 
 
 def cut_metrics(path: Path, step: int) -> None:

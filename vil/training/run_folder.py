@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,22 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     """Writes the resolved configuration to config.yaml, as --config reads it; whoever loads it, continues."""
     content = plain(dataclasses.replace(config, resume="auto"))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    temporary = folder / f"{CONFIG}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / CONFIG)
+
+
+def begin(folder: Path, config: TrainConfig) -> None:
+    """Makes `folder` that of a run in progress: it has a configuration, and no summary of an earlier end.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    try:
+        (folder / SUMMARY).unlink(missing_ok=True)
+        write_config(folder, config)
+    except OSError as error:
+        raise ConfigError("output", f"{folder} cannot be written: {error.strerror}") from None
 
 
 def finished_top1(folder: Path, state: dict[str, Any], config: TrainConfig) -> float | None:

@@ -25,12 +25,12 @@ from torch import nn
 
 from vil.config import ConfigError, TrainConfig
 from vil.training import checkpoint
-from vil.training.distributed import Process, all_reduce_sum, data_parallel
+from vil.training.distributed import Process, all_reduce_sum, data_parallel, from_main
 from vil.training.logging import RunLog
 from vil.training.loss import build_loss
 from vil.training.optimizer import build_optimizer, build_scheduler, clipped_parameters
 from vil.training.precision import autocast, check_precision, grad_scaler
-from vil.training.run_folder import write_config
+from vil.training.run_folder import begin
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -108,9 +108,9 @@ def fit(
     """
     began = time.perf_counter()
     trainer = _Trainer(model, loaders, config, process, evaluate, mix, state)
-    if process.is_main:  # not before everything is known to fit: a folder with a config.yaml holds a run
-        write_config(trainer.folder, config)
     try:
+        # Not before everything is known to fit: a folder with a config.yaml holds a run.
+        from_main(lambda: begin(trainer.folder, config))
         while trainer.step < trainer.last_step:
             trainer.train_epoch()
             trainer.finish_epoch()
@@ -223,7 +223,8 @@ class _Trainer:
         if self.mix is not None:
             images, targets = self.mix(images, targets, epoch=epoch, **place)
         if self.step == part == 0:
-            self.log.images(images)
+            with self.writing("the log"):
+                self.log.images(images)
         seed_generators(self.config.seed, "forward", *place.values())
         with self.synchronization(part):
             with autocast(self.precision, self.process.device):
@@ -314,7 +315,8 @@ class _Trainer:
             results |= {f"{prefix}{name}": getattr(accuracy, name) for name in ("top1", "top5", "loss")}
             results["images"] = accuracy.images
         results["seconds"] = time.perf_counter() - began
-        self.log.write("validation", self.step, self.epoch_in_progress(), **results)
+        with self.writing("the log"):
+            self.log.write("validation", self.step, self.epoch_in_progress(), **results)
         return results
 
     def save(self, is_best: bool) -> None:
@@ -333,12 +335,18 @@ class _Trainer:
             "class_names": list(self.loaders.class_names),
             "versions": checkpoint.versions(),
         }
-        try:
+        with self.writing("the checkpoint"):
             for path in (checkpoint.BEST, checkpoint.LAST) if is_best else (checkpoint.LAST,):
                 checkpoint.save(self.folder / path, state)
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Makes an OSError inside a TrainingError."""
+        try:
+            yield
         except OSError as error:
-            reason = f"the checkpoint cannot be written to {self.folder}: {error.strerror}"
-            raise TrainingError(f"step {self.step}: {reason}; the one before stands") from error
+            reason = f"{what} cannot be written to {self.folder}: {error.strerror or error}"
+            raise TrainingError(f"step {self.step}: {reason}; the last checkpoint stands") from error
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up where `state` stands; options of the optimiser are those of the configuration."""
@@ -393,16 +401,17 @@ class _Trainer:
         """Logs the step just finished; returns the mean loss of its global batch."""
         mean = self.mean_over_ranks(loss, "the loss")
         times = self.clock.averages()
-        self.log.write(
-            "train",
-            self.step,
-            epoch + 1,
-            loss=mean,
-            lr=self.learning_rate(),
-            grad_norm=float(grad_norm),
-            **times,
-            images_per_second=self.config.schedule.batch_size / times["step_time"],
-        )
+        with self.writing("the log"):
+            self.log.write(
+                "train",
+                self.step,
+                epoch + 1,
+                loss=mean,
+                lr=self.learning_rate(),
+                grad_norm=float(grad_norm),
+                **times,
+                images_per_second=self.config.schedule.batch_size / times["step_time"],
+            )
         return mean
 
     def mean_over_ranks(self, loss: torch.Tensor, what: str) -> float:
