@@ -52,6 +52,27 @@ def test_a_failure_while_saving_leaves_the_old_file(
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_linked_checkpoint_keeps_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+):
+    def fail(*arguments: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if not has_links:
+        monkeypatch.setattr(checkpoint.os, "link", fail)
+    best, last = tmp_path / "best.pt", tmp_path / "last.pt"
+    checkpoint.save(last, make_state(1.0))
+    checkpoint.save(best, make_state(2.0))
+    for _ in range(2):
+        checkpoint.link(best, last)
+        assert checkpoint.load(last)["model"]["weight"][0] == 2.0
+    assert best.samefile(last) == has_links
+    checkpoint.save(last, make_state(3.0))
+    assert checkpoint.load(best)["model"]["weight"][0] == 2.0
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "last.pt"}
+
+
 MALFORMED = [
     ("model", None),
     ("model", {1: torch.zeros(1)}),

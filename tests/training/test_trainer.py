@@ -1,3 +1,4 @@
+import functools
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -289,6 +290,24 @@ def test_compile_trains_what_is_compiled(tmp_path: Path, monkeypatch: pytest.Mon
     assert compiled == [model]
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-5)
     assert "stem.weight" in checkpoint.load(tmp_path / "compiled" / checkpoint.LAST)["model"]
+
+
+def test_compiled_gradients_are_those_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Traces forward and backward passes as the default backend does; only no code is generated."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for compiled in (True, False):
+        run(make_config(tmp_path / str(compiled), epochs=2, accumulation=2, compile=compiled))
+    assert len(losses(tmp_path / "True")) == 2 * STEPS
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-5)
+
+
+def test_a_checkpoint_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writing takes seconds: the best checkpoint and the last are one file."""
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: (saved.append(path.name), save(path, state)))
+    run(make_config(tmp_path, max_steps=1))
+    assert saved == ["best.pt"]
+    assert same(*(checkpoint.load(tmp_path / path) for path in (checkpoint.BEST, checkpoint.LAST)))
 
 
 def test_mixing_is_told_the_place_and_its_targets_are_used(tmp_path: Path):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,29 @@ def save(path: Path, state: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def link(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`, as atomically as `save`; a copy where links are unknown.
+
+    Files that `save` wrote are only ever replaced, so that neither name changes with the other.
+
+    Raises:
+        OSError: the disk is full or the folder is gone; the old target is untouched.
+    """
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:  # also where both are one file already, when replacing does nothing
+        temporary.unlink(missing_ok=True)
+    _sync_folder(target.parent)
 
 
 def load(path: str | Path) -> dict[str, Any]:

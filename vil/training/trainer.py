@@ -336,8 +336,11 @@ class _Trainer:
             "versions": checkpoint.versions(),
         }
         with self.writing("the checkpoint"):
-            for path in (checkpoint.BEST, checkpoint.LAST) if is_best else (checkpoint.LAST,):
-                checkpoint.save(self.folder / path, state)
+            if is_best:
+                checkpoint.save(self.folder / checkpoint.BEST, state)
+                checkpoint.link(self.folder / checkpoint.BEST, self.folder / checkpoint.LAST)
+            else:
+                checkpoint.save(self.folder / checkpoint.LAST, state)
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
