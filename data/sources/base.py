@@ -41,7 +41,10 @@ def root_folder(data: DataConfig) -> Path:
     """`data.root`, which the source needs. Raises ConfigError where it is not given."""
     if not data.root:
         raise ConfigError("data.root", f"the source {data.source} needs the folder of the data set")
-    return Path(data.root).expanduser()
+    try:
+        return Path(data.root).expanduser()
+    except RuntimeError as error:
+        raise ConfigError("data.root", f"{data.root}: {error}") from None
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -83,12 +83,16 @@ def open_timm(data: DataConfig, split: Split, mode: Mode) -> Source:
     if source in SPLIT_IS_FLAG and name not in FLAG_SPLITS:
         known = ", ".join(FLAG_SPLITS)
         raise ConfigError(f"data.{split}_split", f"unknown split {name!r}; known are {known}")
-    if root is not None and data.download:
-        root.mkdir(parents=True, exist_ok=True)
     required = [root, root / name if source in SPLIT_IS_PATH else root] if root else []
-    for path in required:
-        if not path.exists():
-            raise ConfigError("data.root", f"{path}: no such file or folder")
+    try:
+        if root is not None and data.download:
+            root.mkdir(parents=True, exist_ok=True)
+        lacking = [path for path in required if not path.exists()]
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError("data.root", f"{root} cannot be used: {reason}") from None
+    if lacking:
+        raise ConfigError("data.root", f"{lacking[0]}: no such file or folder")
     try:
         with _one_at_a_time(root if data.download else None):
             dataset = create_dataset(

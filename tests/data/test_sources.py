@@ -144,6 +144,18 @@ def test_folder_errors_name_the_key_and_the_folder(tmp_path, image_folder):
 # ----------------------------------------------------------------------------------------------- timm
 
 
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("root", ["file/x", "nul\0", "l" * 300])
+def test_a_root_that_cannot_be_a_folder(tmp_path, root, download):
+    (tmp_path / "file").touch()
+    error = error_of(DataConfig(source="torch/cifar10", root=str(tmp_path / root), download=download))
+    assert error.key == "data.root"
+
+
+def test_a_home_folder_of_nobody():
+    assert error_of(DataConfig(source="folder", root="~nobody-of-this-name/x")).key == "data.root"
+
+
 def test_unknown_sources_are_named_with_the_known_ones():
     error = error_of(DataConfig(source="cifar10"))
     assert error.key == "data.source"
