@@ -30,11 +30,14 @@ class Mixing:
 
     def __init__(self, augment: AugmentConfig, num_classes: int, label_smoothing: float, seed: int) -> None:
         for field in ("mixup", "cutmix"):
-            if getattr(augment, field) < 0:
-                raise ConfigError(f"schedule.augment.{field}", "expected a positive number, or 0 for off")
+            alpha = getattr(augment, field)
+            if alpha != 0 and not 1e-6 <= alpha <= 1e6:  # beyond, the Beta distribution draws nan
+                raise ConfigError(f"schedule.augment.{field}", "expected 1e-6 to 1e6, or 0 for off")
         for field in ("mixup_prob", "mixup_switch_prob"):
             if not 0 <= getattr(augment, field) <= 1:
                 raise ConfigError(f"schedule.augment.{field}", "expected a probability in [0, 1]")
+        if augment.mixup_until is not None and augment.mixup_until < 0:
+            raise ConfigError("schedule.augment.mixup_until", "expected an epoch, at least 0, or null")
         self.enabled = mixes(augment)
         self.until = augment.mixup_until
         self.seed = seed

@@ -7,6 +7,7 @@ timm has not, and mends one operation.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +64,7 @@ def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) ->
     """The transform of evaluation images: short side to image_size / crop_pct, centre crop, normalisation.
 
     Raises:
-        ConfigError: crop_pct or std is out of range.
+        ConfigError: crop_pct, mean or std is out of range.
     """
     if not 0 < data.crop_pct <= 1:
         raise ConfigError("data.crop_pct", f"expected a fraction in (0, 1], got {data.crop_pct}")
@@ -75,8 +76,10 @@ def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) ->
 
 def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel; for grey images the averages over red, green and blue."""
-    if min(data.std) <= 0:
+    if not all(0 < value < math.inf for value in data.std):
         raise ConfigError("data.std", f"expected positive numbers, got {list(data.std)}")
+    if not all(map(math.isfinite, data.mean)):
+        raise ConfigError("data.mean", f"expected finite numbers, got {list(data.mean)}")
     if in_chans == 1:
         return (sum(data.mean) / 3,), (sum(data.std) / 3,)
     return data.mean, data.std
@@ -115,13 +118,16 @@ def _mend_posterize(policy: Any) -> None:
             operation.aug_fn = _posterize
 
 
-_INTEGER, _NUMBER = r"\d+", r"\d+(\.\d+)?"
+_INTEGER, _NUMBER = "[0-9]{1,4}", r"[0-9]{1,4}(\.[0-9]{1,6})?"
+_ALPHA = r"[1-9][0-9]{0,3}(\.[0-9]{1,6})?|0\.[1-9][0-9]{0,5}"  # below 0.1 a Dirichlet distribution draws nan
 _SECTIONS = {  # timm's grammar: what may follow each policy's name, as in rand-m9-mstd0.5-inc1
     "rand": {
-        "m": _INTEGER, "n": "[1-9]", "p": _NUMBER, "mstd": _NUMBER, "mmax": r"[1-9]\d*", "inc": "[01]",
+        "m": _INTEGER, "n": "[1-9]", "p": _NUMBER, "mstd": _NUMBER, "mmax": "[1-9][0-9]{0,3}", "inc": "[01]",
         "t": "weights|3aw|3a",
     },
-    "augmix": {"m": _INTEGER, "w": r"[1-9]\d*", "d": _INTEGER, "a": _NUMBER, "b": "[01]", "mstd": _NUMBER},
+    "augmix": {
+        "m": _INTEGER, "w": "[1-9][0-9]?", "d": "[0-9]{1,2}", "a": _ALPHA, "b": "[01]", "mstd": _NUMBER,
+    },
     **{name: {"mstd": _NUMBER} for name in ("original", "originalr", "v0", "v0r", "3a")},
 }  # fmt: skip
 
@@ -139,7 +145,8 @@ def _check_policy(policy: str | None) -> None:
         if not any(re.fullmatch(f"{letter}({value})", section) for letter, value in grammar.items()):
             known = ", ".join(grammar)
             raise ConfigError(
-                key, f"cannot read {section!r} in {policy!r}; known are {known}, each with a value"
+                key,
+                f"cannot read {section!r} in {policy!r}; known are {known}, each with a value of its kind",
             )
 
 
@@ -151,8 +158,10 @@ def _check_ranges(augment: AugmentConfig) -> None:
     if not 0 < smallest <= largest <= 1:
         raise ConfigError("schedule.augment.scale", "expected two rising fractions of the image in (0, 1]")
     narrowest, widest = augment.ratio
-    if not 0 < narrowest <= widest:
-        raise ConfigError("schedule.augment.ratio", "expected two rising positive numbers")
-    for field, least in (("pad", 0), ("color_jitter", 0), ("random_erasing_count", 1)):
+    if not 1e-3 <= narrowest <= widest <= 1e3:
+        raise ConfigError("schedule.augment.ratio", "expected two rising numbers from 0.001 to 1000")
+    if not 0 <= augment.color_jitter <= 100:
+        raise ConfigError("schedule.augment.color_jitter", "expected a strength in [0, 100]")
+    for field, least in (("pad", 0), ("random_erasing_count", 1)):
         if getattr(augment, field) < least:
             raise ConfigError(f"schedule.augment.{field}", f"expected at least {least}")

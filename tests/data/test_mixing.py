@@ -122,6 +122,17 @@ def test_alpha_is_the_parameter_of_the_beta_distribution():
     assert larger_weight(50) < 0.6  # near the middle
 
 
+@pytest.mark.parametrize("alpha", [1e-6, 1e6])
+def test_the_widest_alphas_mix_finitely(alpha):
+    augment = AugmentConfig(mixup=alpha, cutmix=alpha)
+    for step in range(200):
+        assert all(value.isfinite().all() for value in mix(augment, step=step))
+
+
+def test_mixup_until_zero_is_off_from_the_start():
+    assert mix(AugmentConfig(mixup=1.0, mixup_until=0), epoch=0)[1].ndim == 1
+
+
 def test_an_odd_batch_is_refused():
     with pytest.raises(ConfigError) as error:
         mix(AugmentConfig(mixup=0.8), size=7)
@@ -129,7 +140,13 @@ def test_an_odd_batch_is_refused():
 
 
 @pytest.mark.parametrize(
-    "options", [{"mixup": -1.0}, {"cutmix": -0.1}, {"mixup_prob": 1.1}, {"mixup_switch_prob": -0.1}]
+    "options",
+    [{"mixup": -1.0}, {"cutmix": -0.1}, {"mixup_prob": 1.1}, {"mixup_switch_prob": -0.1}, {"mixup_until": -1}]
+    + [
+        {field: value}
+        for field in ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")
+        for value in (float("nan"), float("inf"), float("-inf"))
+    ],
 )
 def test_values_out_of_range_are_refused(options):
     with pytest.raises(ConfigError) as error:

@@ -27,6 +27,9 @@ POLICIES = [
 POLICIES += ["originalr-mstd0.5", "v0", "v0r", "3a"]
 
 
+ODD = [float("nan"), float("inf"), float("-inf")]
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
     path = tmp_path_factory.mktemp("image") / "a.png"
@@ -216,7 +219,24 @@ def test_timm_itself_is_left_alone(image):
 
 @pytest.mark.parametrize(
     "policy",
-    ["randaugment", "rand-m9-foo1", "rand-m9-inc", "augmix-n3", "rand-mx", "rand-m9-tnone", "v1", ""],
+    [
+        "randaugment",
+        "rand-m9-foo1",
+        "rand-m9-inc",
+        "augmix-n3",
+        "rand-mx",
+        "rand-m9-tnone",
+        "v1",
+        "",
+        "augmix-m9-a0",
+        "augmix-m9-a0.0",
+        "augmix-a0.01",
+        "augmix-w0",
+        "augmix-w1000000",
+        "rand-m" + "9" * 5000,
+        "rand-m9-mstd" + "9" * 400,
+        "rand-m³",
+    ],
 )
 def test_unknown_policies_are_refused(policy):
     with pytest.raises(ConfigError) as error:
@@ -235,6 +255,13 @@ def test_unknown_policies_are_refused(policy):
         ("ratio", (2.0, 1.0)),
         ("pad", -1),
         ("color_jitter", -0.4),
+        *[("color_jitter", value) for value in ODD],
+        *[("scale", (0.1, value)) for value in ODD],
+        *[("scale", (value, 1.0)) for value in ODD],
+        *[("ratio", (1.0, value)) for value in ODD],
+        *[("ratio", (value, 1.0)) for value in ODD],
+        ("ratio", (1e-320, 1.0)),
+        *[(field, value) for field in ("hflip", "vflip", "random_erasing") for value in ODD],
         ("random_erasing_count", 0),
     ],
 )
@@ -272,7 +299,12 @@ def test_grey_images_take_the_average_statistics(image):
     assert torch.allclose(out, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("field", "value"), [("crop_pct", 0.0), ("crop_pct", 1.5), ("std", (1.0, 0.0, 1.0))])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("crop_pct", 0.0), ("crop_pct", 1.5), ("std", (1.0, 0.0, 1.0))]
+    + [("crop_pct", value) for value in ODD]
+    + [(field, (1.0, value, 1.0)) for field in ("mean", "std") for value in ODD],
+)
 def test_evaluation_values_out_of_range_are_refused(field, value):
     with pytest.raises(ConfigError) as error:
         evaluation_transform(DataConfig(**{field: value}), image_size=32, in_chans=3)
