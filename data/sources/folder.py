@@ -62,9 +62,10 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     """The sorted names of the class folders, but hidden ones. Raises ConfigError where there are none."""
     try:
         entries = list(os.scandir(folder))
-    except OSError as error:
-        reason = "no such folder" if isinstance(error, FileNotFoundError) else str(error.strerror)
-        with suppress(OSError):
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        missing = isinstance(error, FileNotFoundError)
+        reason = "no such folder" if missing else str(getattr(error, "strerror", None) or error)
+        with suppress(OSError, ValueError):
             reason += f"; {folder.parent} holds {listed(sorted(os.listdir(folder.parent)), 6) or 'nothing'}"
         raise ConfigError("data.root", f"{folder}: {reason}") from None
     names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -81,5 +82,5 @@ def open_folder(data: DataConfig, split: Split, mode: Mode) -> Source:
     root = root_folder(data)
     folder = root / split_name(data, split)
     training = root / data.train_split
-    named_by = training if split == "train" or training.is_dir() else folder
+    named_by = training if split == "train" or os.path.isdir(training) else folder
     return Folder(folder, class_folders(named_by), mode)

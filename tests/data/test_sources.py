@@ -148,6 +148,8 @@ def test_folder_errors_name_the_key_and_the_folder(tmp_path, image_folder):
 @pytest.mark.parametrize("root", ["file/x", "nul\0", "l" * 300])
 def test_a_root_that_cannot_be_a_folder(tmp_path, root, download):
     (tmp_path / "file").touch()
+    for split in ("train", "val"):
+        assert error_of(DataConfig(source="folder", root=str(tmp_path / root)), split).key == "data.root"
     error = error_of(DataConfig(source="torch/cifar10", root=str(tmp_path / root), download=download))
     assert error.key == "data.root"
 
