@@ -149,3 +149,12 @@ def test_every_precision_and_option_of_a_run(tmp_path):
         call("train.py", "--output", folder, *words, *SHORT)
         assert len(losses(folder)) == 1
         assert not (folder / "tensorboard").exists()
+
+
+def test_a_run_that_leaves_all_bounds_fails_in_one_line_and_saves_nothing(tmp_path):
+    words = ["--schedule.lr", "1e30", "--schedule.max_steps", 1, "--data.workers", 0]
+    _, err = call("train.py", "--output", tmp_path, *words, *SHORT, status=1)
+    assert err.startswith("error: step 1: the weights are not finite, at learning rate ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "summary.json").exists()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
