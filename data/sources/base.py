@@ -40,7 +40,7 @@ def split_name(data: DataConfig, split: Split) -> str:
 def root_folder(data: DataConfig) -> Path:
     """`data.root`, which the source needs. Raises ConfigError where it is not given."""
     if not data.root:
-        raise ConfigError("data.root", f"the source {data.source} needs the folder of the data set")
+        raise ConfigError("data.root", f"is needed for source {data.source}: the folder of the data set")
     try:
         return Path(data.root).expanduser()
     except RuntimeError as error:
