@@ -121,3 +121,5 @@ def test_any_number_of_ranks_counts_each_image_once(tmp_path: Path) -> None:
         assert len({(result["top1"], result["top5"]) for result in results}) == 1
         assert [result["loss"] for result in results] == pytest.approx([results[0]["loss"]] * 6, rel=1e-6)
     assert len(found) == 12
+    refused = [path.read_text() for path in sorted(tmp_path.glob("*.refused"))]
+    assert refused == ["model.num_classes: the model has 12 classes, the data has 13"] * 3
