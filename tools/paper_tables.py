@@ -34,7 +34,7 @@ import vil
 from vil import command_line
 from vil.config import ConfigError, Precision, StageConfig
 from vil.evaluation import report
-from vil.evaluation.benchmark import measure_memory
+from vil.evaluation.benchmark import halved_until_it_fits, measure_memory
 from vil.evaluation.complexity import measure_complexity
 from vil.models import MultiScaleViT
 from vil.models.released import ATTENTION_NAMES, parse_arch
@@ -405,7 +405,7 @@ def measure(row: Row, device: torch.device, batch_size: int) -> None:
         model, row.image_size, 3, device=device, batch_size=batch_size,
         train_precision=precision, eval_precision=precision,
     )  # fmt: skip
-    row.memory_mb = memory.train / 1e6
+    row.memory_mb = None if memory.train is None else memory.train / 1e6
     if device.type == "cuda":
         row.images_per_second = training_images_per_second(
             model, row.image_size, device, precision, batch_size
@@ -414,8 +414,11 @@ def measure(row: Row, device: torch.device, batch_size: int) -> None:
 
 def training_images_per_second(
     model: nn.Module, image_size: int, device: torch.device, precision: Precision, batch_size: int
-) -> float:
-    """Images per second of training steps: forward, backward and AdamW; the weights of `model` change."""
+) -> float | None:
+    """Images per second of training steps: forward, backward and AdamW; the weights of `model` change.
+
+    The batch is halved until the GPU's memory holds it; None where it does not hold one image.
+    """
     from torch.utils.benchmark import Timer  # imported here: it warns on machines without a GPU
 
     model.train()
@@ -430,18 +433,14 @@ def training_images_per_second(
         scaler.update()
         optimizer.zero_grad()
 
-    while True:
-        images = torch.zeros(batch_size, 3, image_size, image_size, device=device)
-        targets = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    def speed(batch: int) -> float:
+        optimizer.zero_grad()  # of a larger batch that failed half-way
+        images = torch.zeros(batch, 3, image_size, image_size, device=device)
+        targets = torch.zeros(batch, dtype=torch.int64, device=device)
         timer = Timer("step(images, targets)", globals={"step": step, "images": images, "targets": targets})
-        try:
-            return batch_size / timer.blocked_autorange(min_run_time=1.0).median
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-        optimizer.zero_grad()
-        batch_size //= 2
-        torch.cuda.empty_cache()
+        return batch / timer.blocked_autorange(min_run_time=1.0).median
+
+    return halved_until_it_fits(speed, batch_size)
 
 
 # --- The page -----------------------------------------------------------------------------------------------
@@ -480,7 +479,8 @@ def show_table1(sizes: Sequence[Mapping[str, Any]]) -> str:
 
 def show_rows(rows: Iterable[Row], memory: str = "") -> str:
     """Table 2 or the published models; `memory` heads the column of ours, which is left out without it."""
-    lines = []
+    rows, lines = list(rows), []
+    timed = any(row.images_per_second is not None for row in rows)
     for row in rows:
         printed = row.paper
         line = {"model": row.model + (" ¹" if row.assumed else "")}
@@ -500,8 +500,9 @@ def show_rows(rows: Iterable[Row], memory: str = "") -> str:
             line["MB, paper"] = str(printed["memory_mb"])
         if memory:
             line[memory] = "–" if row.memory_mb is None else f"{row.memory_mb:.1f}"
-        if row.images_per_second is not None:
-            line["images/s"] = f"{row.images_per_second:.0f}"
+        if timed:
+            speed = row.images_per_second
+            line["images/s"] = "–" if speed is None else f"{speed:.0f}"
         top1 = printed["top1"] if isinstance(printed["top1"], list) else [printed["top1"]]
         line["Top-1 %, paper only"] = " / ".join("–" if value is None else str(value) for value in top1)
         lines.append(line)

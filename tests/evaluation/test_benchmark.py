@@ -153,8 +153,30 @@ def test_measured_peak_halves_the_batch_until_it_fits(monkeypatch: pytest.Monkey
     )
     assert benchmark._measured(step, 32, CPU) == per_image
     assert steps == [32, 16, 8, 8]
-    with pytest.raises(torch.OutOfMemoryError):
-        benchmark._measured(lambda _: step(100), 4, CPU)
+    assert benchmark._measured(lambda _: step(100), 4, CPU) is None
+
+
+class Hungry(nn.Flatten):
+    """Fits into memory with at most `most` images."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.seen = most, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError
+        return super().forward(x)
+
+
+def test_speed_is_that_of_the_largest_half_that_fits() -> None:
+    options = {"device": CPU, "precision": "float32", "batch_size": 24, "seconds": 0}
+    model = Hungry(most=7).train()
+    assert images_per_second(model, 4, 3, **options) > 0
+    assert model.seen == [24, 12, 6, 6, 6, 6]
+    assert images_per_second(Hungry(most=0), 4, 3, **options) is None
+    assert model.training
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

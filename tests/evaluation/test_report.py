@@ -13,6 +13,7 @@ from torch import nn
 
 from vil.config import ConfigError
 from vil.evaluation import report
+from vil.evaluation.benchmark import Memory
 
 CPU = torch.device("cpu")
 CONTRACT = {
@@ -48,6 +49,21 @@ def test_without_images_there_is_no_accuracy() -> None:
     result = result_of(None)
     assert [result[key] for key in ("top1", "top5", "loss", "images")] == [None] * 4
     assert result["flops"] == 120
+
+
+def test_a_cost_that_no_memory_holds_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "measure_memory", lambda *_, **options: Memory(None, 5e6, "measured peak"))
+    monkeypatch.setattr(report, "images_per_second", lambda *_, **options: None)
+    result = result_of(None)
+    assert (result["train_memory_mb"], result["eval_memory_mb"], result["images_per_second"]) == (
+        None,
+        5,
+        None,
+    )
+    report.write_json(tmp_path / "out.json", [result])
+    assert json.loads((tmp_path / "out.json").read_text()) == [result]
+    fitting = {**result, "train_memory_mb": 7.0}
+    assert report.table([result, fitting]).splitlines()[1].split()[-2:] == ["-", "5.0"]
 
 
 def test_batch_size_must_be_positive() -> None:

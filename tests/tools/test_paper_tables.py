@@ -255,8 +255,16 @@ def test_speed_halves_a_batch_that_does_not_fit(monkeypatch):
     assert paper_tables.training_images_per_second(model, 16, torch.device("cpu"), "float32", 10) > 0
     assert sorted(set(seen)) == [2, 5, 10]
     model.forward = lambda images: (_ for _ in ()).throw(torch.OutOfMemoryError("always"))
-    with pytest.raises(torch.OutOfMemoryError):
-        paper_tables.training_images_per_second(model, 16, torch.device("cpu"), "float32", 2)
+    assert paper_tables.training_images_per_second(model, 16, torch.device("cpu"), "float32", 2) is None
+
+
+def test_a_model_that_does_not_fit_has_no_speed_beside_those_that_do(rows):
+    timed = [dataclasses.replace(row, memory_mb=12.34, images_per_second=567.8) for row in rows[:2]]
+    shown = paper_tables.show_rows([dataclasses.replace(timed[0], images_per_second=None), timed[1]], "MB")
+    heading, _, first, second = ([cell.strip() for cell in line.split("|")] for line in shown.splitlines())
+    column = heading.index("images/s")
+    assert (first[column], second[column]) == ("–", "568")
+    assert len(first) == len(second) == len(heading)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from vil.config import Precision
 from vil.evaluation.modes import mode
 from vil.training.precision import autocast
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -34,10 +36,12 @@ class Memory:
         train: of a forward and backward pass in train mode.
         eval: of a forward pass in eval mode, without gradients.
         kind: how both were found.
+
+    On a GPU that cannot hold one image, the figure is None.
     """
 
-    train: float
-    eval: float
+    train: float | None
+    eval: float | None
     kind: Literal["measured peak", "counted bytes"]
 
 
@@ -91,20 +95,31 @@ def measure_memory(
         return Memory(train_bytes, eval_bytes, "counted bytes")
 
 
-def _measured(step: Callable[[int], Any], batch_size: int, device: torch.device) -> float:
-    """Bytes per image that `step` adds at its peak on a GPU."""
-    while True:
+def halved_until_it_fits(function: Callable[[int], Result], batch_size: int) -> Result | None:
+    """What `function` returns for `batch_size` images, or for half, a quarter, ... of them: what memory holds.
+
+    None where it does not hold a single image.
+    """
+    while batch_size > 0:
         try:
-            step(batch_size)  # allocates what stays: gradients, workspaces of libraries
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            step(batch_size)
-            return (torch.cuda.max_memory_allocated(device) - before) / batch_size
+            return function(batch_size)
         except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-        batch_size //= 2
-        torch.cuda.empty_cache()
+            batch_size //= 2
+        torch.cuda.empty_cache()  # after the except clause, which keeps the tensors of the failed call alive
+    return None
+
+
+def _measured(step: Callable[[int], Any], batch_size: int, device: torch.device) -> float | None:
+    """Bytes per image that `step` adds at its peak on a GPU; None where one image does not fit."""
+
+    def peak(batch: int) -> float:
+        step(batch)  # allocates what stays: gradients, workspaces of libraries
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step(batch)
+        return (torch.cuda.max_memory_allocated(device) - before) / batch
+
+    return halved_until_it_fits(peak, batch_size)
 
 
 def _counted(count: Callable[[int], int]) -> float:
@@ -212,25 +227,30 @@ def images_per_second(
     precision: Precision,
     batch_size: int,
     seconds: float = 3.0,
-) -> float:
+) -> float | None:
     """Images per second of inference: the median over batches of one size, after warm-up.
 
-    At least three batches are timed, then further ones for up to `seconds`.
+    At least three batches are timed, then further ones for up to `seconds`. Their size is halved until the
+    GPU's memory holds them; None where it does not hold one image.
     """
-    images = torch.zeros(batch_size, in_chans, image_size, image_size, device=device)
 
-    def timed_batch() -> float:
-        start = time.perf_counter()
-        with autocast(precision, device):
-            model(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+    def speed(batch: int) -> float:
+        images = torch.zeros(batch, in_chans, image_size, image_size, device=device)
 
-    with mode(model, training=False):
+        def timed_batch() -> float:
+            start = time.perf_counter()
+            with autocast(precision, device):
+                model(images)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - start
+
         for _ in range(3 if device.type == "cuda" else 1):
             timed_batch()
         durations: list[float] = []
         while len(durations) < 3 or (len(durations) < 50 and sum(durations) < seconds):
             durations.append(timed_batch())
-    return batch_size / statistics.median(durations)
+        return batch / statistics.median(durations)
+
+    with mode(model, training=False):
+        return halved_until_it_fits(speed, batch_size)

@@ -77,8 +77,8 @@ def evaluate_model(
     Returns:
         top1, top5 (per cent), loss (nats) and images, all None without a loader; params; flops
         (multiply-adds of one image); train_memory_mb and eval_memory_mb (10^6 bytes per image) and memory,
-        how they were found; images_per_second of inference; device, precision, train_precision, image_size,
-        model, checkpoint, weights, data.
+        how they were found; images_per_second of inference (each None where a GPU cannot hold one image);
+        device, precision, train_precision, image_size, model, checkpoint, weights, data.
 
     Raises:
         ConfigError: as `evaluate`, or a batch size below 1.
@@ -134,12 +134,16 @@ def _cost(
     return {
         "params": complexity.params,
         "flops": complexity.flops,
-        "train_memory_mb": memory.train / 1e6,
-        "eval_memory_mb": memory.eval / 1e6,
+        "train_memory_mb": _megabytes(memory.train),
+        "eval_memory_mb": _megabytes(memory.eval),
         "memory": memory.kind,
         "train_precision": train_precision,
         "images_per_second": speed,
     }
+
+
+def _megabytes(size: float | None) -> float | None:
+    return None if size is None else size / 1e6
 
 
 def table(results: Sequence[Result]) -> str:
