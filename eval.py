@@ -63,12 +63,16 @@ class Subject:
 
 def evaluate(words: Sequence[str]) -> None:
     """Parses, loads everything, so that what cannot be used is found first, then evaluates and reports."""
+    words, printing = command_line.without_print_config(words)
     command = command_line.parse(EvalConfig, words, prog="eval.py")
     config = command.config
-    if not (config.checkpoint or config.released_config or command.sets("model")):
+    if not (printing or config.checkpoint or config.released_config or command.sets("model")):
         raise ConfigError(
             "checkpoint", "nothing to evaluate: give --checkpoint RUN, --model FILE or --model.name"
         )
+    for key in ("weights", "which"):
+        if key in command.origins and not config.checkpoint:
+            raise command.locate(ConfigError(key, "goes with --checkpoint, whose weights it chooses"))
     for key in ("model.init_from", "model.init_released_config"):
         if key in command.origins and getattr(config.model, key.removeprefix("model.")):
             raise command.locate(ConfigError(key, "is for training; evaluate weights with --checkpoint"))
@@ -78,25 +82,26 @@ def evaluate(words: Sequence[str]) -> None:
                 from_main(lambda: report.check_writable(output))
             paths: Sequence[str | None] = config.checkpoint or [None]
             precision = check_precision(config.precision, process.device)
-            subjects = [prepare(path, words, command, process) for path in paths]
-            results = [
-                report.evaluate_model(
-                    subject.model.to(process.device),
-                    subject.loader,
-                    image_size=subject.config.model.image_size,
-                    in_chans=subject.config.model.in_chans,
-                    device=process.device,
-                    precision=precision,
-                    checkpoint=subject.path,
-                    model_name=subject.config.model.name,
-                    weights=subject.weights,
-                    data=None if config.complexity else describe(subject.config.data),
-                    batch_size=config.batch_size,
-                    class_count=subject.classes,
-                    progress=config.progress and process.is_main,
-                )
-                for subject in subjects
-            ]
+            subjects = [prepare(path, [*words, *printing], command, process) for path in paths]
+            with command_line.reading_images():
+                results = [
+                    report.evaluate_model(
+                        subject.model.to(process.device),
+                        subject.loader,
+                        image_size=subject.config.model.image_size,
+                        in_chans=subject.config.model.in_chans,
+                        device=process.device,
+                        precision=precision,
+                        checkpoint=subject.path,
+                        model_name=subject.config.model.name,
+                        weights=subject.weights,
+                        data=None if config.complexity else describe(subject.config.data),
+                        batch_size=config.batch_size,
+                        class_count=subject.classes,
+                        progress=config.progress and process.is_main,
+                    )
+                    for subject in subjects
+                ]
             if process.is_main:
                 print(report.table(results))
                 if output:
@@ -108,7 +113,10 @@ def evaluate(words: Sequence[str]) -> None:
 def prepare(
     path: str | None, words: Sequence[str], command: CommandLine[EvalConfig], process: Process
 ) -> Subject:
-    """The model of a checkpoint, or an untrained one of the command line, and its validation images."""
+    """The model of a checkpoint, or an untrained one of the command line, and its validation images.
+
+    With --print_config among the words, the configuration of this subject is printed instead.
+    """
     file: WeightsFile | None = None
     config = command.config
     released = None
@@ -126,6 +134,8 @@ def prepare(
             command = over_stored(file.model, {}, file.data, words, command)
     elif released is not None:
         command = over_stored(released.model, {}, transform_of(released.data), words, command)
+    else:
+        command = over_stored(None, {}, {}, words, command)
     config = command.config
     loader, classes = None, None
     if not config.complexity:

@@ -55,19 +55,35 @@ def configure(words: Sequence[str]) -> CommandLine[TrainConfig]:
     Where it says what to start from and names no model, the model is the one that is started from.
     """
     given = {word.partition("=")[0] for word in words}
-    command = command_line.parse(TrainConfig, words, DEMO, prog="train.py")
+    words, printing = command_line.without_print_config(words)
+    files = demo_files(command_line.parse(TrainConfig, words, prog="train.py"))
+    command = command_line.parse(TrainConfig, words, files, prog="train.py")
     folder = Path(command.config.output or default_output(command.config.data))
     stored = folder / run_folder.CONFIG
-    if stored.exists() and not given & {"--model", "--schedule", "--data", "--config"}:
-        command = command_line.parse(TrainConfig, ["--config", str(stored), *words], prog="train.py")
-    elif command.config.model.init_from or command.config.model.init_released_config:
-        files = {section: path for section, path in DEMO.items() if section != "model"}
-        command = command_line.parse(TrainConfig, words, files, prog="train.py")
-        if not command.origins.keys() & {"model.name", "model.stages"}:
-            model = stored_model(stored) if stored.exists() else initial_model(command)
-            command = command_line.parse(TrainConfig, words, files, {"model": model}, prog="train.py")
+    values: dict[str, Any] = {}
+    try:
+        if stored.exists() and not given & {"--model", "--schedule", "--data", "--config"}:
+            words, files = ["--config", str(stored), *words], {}
+        elif command.config.model.init_from or command.config.model.init_released_config:
+            files.pop("model", None)
+            command = command_line.parse(TrainConfig, words, files, prog="train.py")
+            if not command.origins.keys() & {"model.name", "model.stages"}:
+                values["model"] = stored_model(stored) if stored.exists() else initial_model(command)
+        command = command_line.parse(TrainConfig, [*words, *printing], files, values, prog="train.py")
+    except ConfigError as error:
+        raise command.locate(error) from error
     command.config.output = str(folder)
     return command
+
+
+def demo_files(line: CommandLine[TrainConfig]) -> dict[str, Path]:
+    """The demo's files that may lie under a line: none of a model or of images other than the demo's."""
+    files = dict(DEMO)
+    if "model.name" in line.origins:
+        del files["model"]
+    if line.config.data.source != DataConfig.source:
+        del files["data"]
+    return files
 
 
 def stored_model(path: Path) -> dict[str, Any]:
@@ -80,7 +96,7 @@ def initial_model(command: CommandLine[TrainConfig]) -> dict[str, Any]:
     file = initial_weights(command.config.model)
     if file.model is None:
         reason = f"{file.path}: {NO_MODEL}: model.init_released_config"
-        raise command.locate(ConfigError("model.init_from", reason))
+        raise ConfigError("model.init_from", reason)
     changes = {"num_classes": None, "init_from": None, "init_released_config": None}
     return {**dataclasses.asdict(file.model), **changes}
 
@@ -100,17 +116,19 @@ def initial_weights(model: ModelConfig) -> WeightsFile:
 def default_output(data: DataConfig) -> Path:
     """runs/digits, runs/cifar10 for torch/cifar10, runs/imagenet for a folder …/imagenet."""
     name = data.root if data.source == "folder" and data.root else data.source
-    return Path("runs") / Path(name).name
+    # Not resolve(), which would name the run after what a link points to.
+    return Path("runs") / (os.path.basename(os.path.abspath(name)) or "data")
 
 
 def train(words: Sequence[str]) -> None:
     """Parses, builds, fits, and reports the best model."""
     command = configure(words)
-    config = command.config
-    folder = Path(config.output or "")
     try:
-        check_limits(config)
-        with distributed.start(config.device) as process:
+        check_limits(command.config)
+        with distributed.start(command.config.device) as process:
+            # Machines without a common disk may hold other runs, or none: rank 0's is the one that goes on.
+            config = from_main(lambda: command.config)
+            folder = Path(config.output or "")
             config.precision = check_precision(config.precision, process.device)
             state = from_main(lambda: run_folder.open_run(folder, config))
             if state is not None:
@@ -119,8 +137,9 @@ def train(words: Sequence[str]) -> None:
                     return say(process, f"{folder} is finished: Top-1 {top1:.2f} %")
                 announce(process, state, config)
             loaders, model, mix = build(config, process, new=state is None)
-            summary = fit(model, loaders, config, process, evaluate=evaluate, mix=mix, state=state)
-            report(model, loaders, summary, config, process)
+            with command_line.reading_images():
+                summary = fit(model, loaders, config, process, evaluate=evaluate, mix=mix, state=state)
+                report(model, loaders, summary, config, process)
     except ConfigError as error:
         raise command.locate(error) from error
 

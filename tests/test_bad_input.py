@@ -1,5 +1,6 @@
 """Every kind of unusable input: one line that names the key (and the file), status 2, nothing written."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -10,8 +11,7 @@ from PIL import Image
 import eval as eval_program
 import train as train_program
 from vil import command_line
-from vil.config import ConfigError
-from vil.training import precision
+from vil.training import distributed
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "models" / "vil_tiny.yaml")
@@ -85,10 +85,18 @@ def test_options_that_cannot_be_used(refused, words, message):
 
 def test_bfloat16_where_the_device_lacks_it(refused, monkeypatch):
     """A GPU before Ampere, as the precision check sees it."""
+
+    @contextlib.contextmanager
+    def old_gpu(device):
+        yield distributed.Process(0, 0, 1, torch.device("cuda"))
+
+    monkeypatch.setattr(distributed, "start", old_gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
-    with pytest.raises(ConfigError, match=r"precision: .*bfloat16"):
-        precision.check_precision("bfloat16", torch.device("cuda"))
+    line = refused(train_program.main, "--precision", "bfloat16")
+    assert line.startswith("error: command line: precision: ")
+    assert "bfloat16" in line
+    assert "an old GPU" in line
 
 
 def test_unknown_key_in_a_file_is_named_with_the_nearest_one(refused, tmp_path):
@@ -141,6 +149,9 @@ def test_output_that_cannot_be_written(refused, tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         ([], "nothing to evaluate"),
+        (["--checkpoint"], "error: command line: --checkpoint: expected a value\n"),
+        (["--model", TINY, "--complexity", "--weights", "ema"], "weights: goes with --checkpoint"),
+        (["--model", TINY, "--complexity", "--which", "last"], "which: goes with --checkpoint"),
         (["--checkpoint", "absent"], "absent"),
         (["--checkpoint", "."], "checkpoint"),
         (["--model", TINY, "--complexity", "--json", "/dev/null/out.json"], "json"),

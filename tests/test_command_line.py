@@ -64,6 +64,10 @@ def test_an_error_is_located_where_its_key_was_set(write):
     assert str(line.locate(ConfigError("model.window", "must be 1"))) == "file.yaml: model.window: must be 1"
     assert str(line.locate(ConfigError("seed", "too small"))) == "command line: seed: too small"
     assert str(line.locate(ConfigError("device", "none"))) == "device: none"
+    stages = parse(TrainConfig, ["--model", write("stages: []\n", "stages.yaml")])
+    assert str(stages.locate(ConfigError("model.stages", "none"))) == "stages.yaml: model.stages: none"
+    of_one = stages.locate(ConfigError("model.stages[0].dim", "odd"))
+    assert str(of_one) == "stages.yaml: model.stages[0].dim: odd"
     of_a_stage = line.locate(ConfigError("model.stages[1].window", "must be 1"))
     assert str(of_a_stage) == "file.yaml: model.window: must be 1"
     with (
@@ -123,7 +127,7 @@ def test_what_is_wrong_with_a_file(write, option, text, message):
         (["--model.windw", "3"], "command line: --model.windw: unknown option; did you mean --model.window?"),
         (["--model.window", "x"], "command line: --model.window: expected an integer or null, got x"),
         (["--model.blocks", "1,2"], "command line: --model.blocks: expected a list of integers, as [1, 2]"),
-        (["--device"], "command line: --device: expected one argument"),
+        (["--device"], "command line: --device: expected a value"),
         (["word"], "command line: word: unknown option"),
     ],
 )

@@ -18,6 +18,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import getitem
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, TypeVar
@@ -63,7 +64,7 @@ class CommandLine(Generic[Config]):
             shown_as |= {for_all: for_all, "model.stages": error.key}
         for key, shown in shown_as.items():
             if key in self.origins:
-                return ConfigError("", f"{self.origins[key]}: {shown}: {error.reason}")
+                return type(error)("", f"{self.origins[key]}: {shown}: {error.reason}")
         return error
 
 
@@ -128,26 +129,45 @@ def without_print_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if word not in printing], printing
 
 
+class OneRankError(ConfigError):
+    """A ConfigError of which the other ranks may know nothing."""
+
+
+@contextmanager
+def reading_images() -> Iterator[None]:
+    """Makes what is raised inside about the data an `OneRankError`: each rank reads images of its own."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.key.startswith("data."):
+            raise OneRankError(error.key, error.reason) from error
+        raise
+
+
 def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs `program` with the words of the command line, and ends the process as every program here does.
 
     Exit status 2 and one line on standard error for a ConfigError, 130 for Ctrl-C. Of several processes that
-    torchrun starts on one machine, the first one speaks. What the package logs meanwhile is printed.
+    torchrun starts on one machine, the first one speaks, and each one of what it alone may know. What the
+    package logs meanwhile is printed.
     """
     status, line = 0, None
+    rank, speaks = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
     screen, logger = _Screen(), logging.getLogger("vil")
-    if os.environ.get("RANK", "0") == "0":
+    if rank == "0":
         logger.addHandler(screen)
         logger.setLevel(logging.INFO)
     try:
         program(sys.argv[1:])
     except ConfigError as error:
         status, line = 2, f"error: {error}"
+        if isinstance(error, OneRankError) and rank != "0":
+            speaks, line = True, f"[rank {rank}] {line}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted"
     finally:
         logger.removeHandler(screen)
-    if line is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+    if line is not None and speaks:
         print(" ".join(line.split()), file=sys.stderr)
     raise SystemExit(status)
 
@@ -277,7 +297,8 @@ def _explained(message: str, config_class: type, parser: ArgumentParser) -> Conf
         known = [option for action in parser._actions for option in action.option_strings]
         return ConfigError(f"command line: {word}", f"unknown option{_nearest(word, known, '')}")
     if match := re.match(r"argument (\S+): (.*)", message):
-        return ConfigError(f"command line: {match[1]}", match[2])
+        option = match[1].partition("/")[0]  # a list is also known as --name+
+        return ConfigError(f"command line: {option}", match[2].replace("one argument", "a value"))
     return ConfigError("command line", message.splitlines()[0])
 
 

@@ -1,0 +1,156 @@
+"""train.py before the first step: what lies under its line, where a run goes, and which rank speaks."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import eval as eval_program
+import train as program
+from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from vil.training import run_folder
+from vil.training.distributed import Process
+
+ROOT = Path(__file__).parents[1]
+VIL_32 = str(ROOT / "configs" / "models" / "vil_32.yaml")
+DIGITS = str(ROOT / "configs" / "data" / "digits.yaml")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working folder without runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def configure(*words):
+    return program.configure([*map(str, words)]).config
+
+
+def ranks(*words):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
+    return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+
+
+def test_a_named_model_does_not_lie_over_the_demos(folder):
+    config = configure("--model.name", "timm/resnet10t")
+    assert config.model == ModelConfig(name="timm/resnet10t")
+    assert config.schedule.epochs == configure().schedule.epochs == 25
+    (folder / "tiny.yaml").write_text("model: {name: vil_tiny}\n")
+    assert configure("--config", "tiny.yaml").model == ModelConfig(name="vil_tiny")
+    assert configure("--model", VIL_32, "--model.name", "vil").model.stages is not None
+    assert configure("--model.window", "3").model.stages is not None
+
+
+def test_a_named_data_set_does_not_lie_over_the_digits():
+    given, plain = ["--data.source", "folder", "--data.root", "x"], DataConfig(source="folder", root="x")
+    assert configure(*given).data == plain
+    assert configure("--data", DIGITS, *given).data.mean == (0.309, 0.309, 0.309)
+    assert configure("--data.source", "digits").data.mean == (0.309, 0.309, 0.309)
+
+
+@pytest.mark.parametrize("name", ["timm/resnet10t", "vil_tiny"])
+def test_any_model_of_the_zoo_and_of_timm_is_built_from_its_name(name):
+    config = configure("--model.name", name, "--model.image_size", "64", "--data.workers", "0")
+    _, model, _ = program.build(config, Process(0, 0, 1, torch.device("cpu")), new=True)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+
+
+def test_what_a_run_starts_from_is_named_with_its_file(folder):
+    (folder / "model.yaml").write_text("init_from: nowhere\n")
+    with pytest.raises(ConfigError, match=r"^model\.yaml: model\.init_from: nowhere"):
+        configure("--model", "model.yaml")
+    (folder / "model.yaml").write_text("init_released_config: x.yaml\n")
+    with pytest.raises(ConfigError, match=r"^model\.yaml: model\.init_released_config: "):
+        configure("--model", "model.yaml")
+
+
+def printed(main, *words):
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen), pytest.raises(SystemExit) as exit_:
+        main([*map(str, words)])
+    assert exit_.value.code in (0, None)
+    return yaml.safe_load(screen.getvalue())
+
+
+@pytest.mark.parametrize("option", ["--print_config", "--print_config=skip_default"])
+def test_the_printed_configuration_is_the_one_that_would_run(folder, option):
+    (folder / "run").mkdir()
+    run_folder.write_config(folder / "run", TrainConfig(seed=77))
+    assert printed(program.main, "--output", "run", option)["seed"] == 77
+    assert printed(program.main, option, "--output", "new", "--seed", "5")["seed"] == 5
+    found = printed(eval_program.evaluate, option, "--model.name", "timm/resnet10t", "--device", "cpu")
+    assert found["model"]["name"] == "timm/resnet10t"
+
+
+@pytest.mark.parametrize(
+    ("root", "name"),
+    [
+        ("imagenet/", "imagenet"),
+        (".", "here"),
+        ("..", "above"),
+        ("x/..", "here"),
+        ("/", "data"),
+        ("link", "link"),
+    ],
+)
+def test_the_output_is_named_after_the_data(folder, monkeypatch, root, name):
+    (folder / "above" / "here").mkdir(parents=True)
+    (folder / "above" / "here" / "link").symlink_to("/")
+    monkeypatch.chdir(folder / "above" / "here")
+    assert program.default_output(DataConfig(source="folder", root=root)) == Path("runs") / name
+    assert program.default_output(DataConfig(source="torch/cifar10", root=root)) == Path("runs/cifar10")
+
+
+def test_all_machines_follow_the_run_that_rank_0_continues(folder):
+    """Each rank works in a folder of its own, as on machines without a common disk."""
+    for rank, seed in (("0", 77), ("1", 5)):
+        (folder / rank / "run").mkdir(parents=True)
+        run_folder.write_config(folder / rank / "run", TrainConfig(seed=seed, device="cpu"))
+    (folder / "machine.py").write_text(
+        "import os, pathlib, train\n"
+        "os.chdir(os.environ['RANK'])\n"
+        "def build(config, process, new):\n"
+        "    pathlib.Path('seed').write_text(str(config.seed))\n"
+        "    raise SystemExit(0)\n"
+        "train.build = build\n"
+        "train.main(['--output', 'run'])\n"
+    )
+    ended = ranks("machine.py")
+    assert ended.returncode == 0, ended.stderr
+    assert [(folder / rank / "seed").read_text() for rank in "01"] == ["77", "77"]
+
+
+def test_the_rank_that_cannot_read_its_image_says_so(folder):
+    """Validation images go to the ranks in turn: the second one is rank 1's."""
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (32, 32)).save(folder / split / name / f"{number}.png")
+    (folder / "val" / "a" / "1.png").write_bytes(b"damaged")
+    words = [
+        "--data.source", "folder", "--data.root", ".", "--device", "cpu", "--progress", "false",
+        "--data.workers", "0",
+    ]  # fmt: skip
+    model = ["--model", VIL_32]
+    train = ["--schedule.batch_size", "2", "--schedule.epochs", "1", "--schedule.warmup_epochs", "0"]
+    for line in (
+        [str(ROOT / "eval.py"), *model, *words],
+        [str(ROOT / "train.py"), *model, *words, *train, "--tensorboard", "false"],
+    ):
+        ended = ranks(*line)
+        assert ended.returncode != 0
+        named = [text for text in ended.stderr.splitlines() if "1.png" in text]
+        assert len(named) == 1, ended.stderr
+        assert named[0].startswith("[rank 1] error: command line: data.root: ")
+    ended = ranks(str(ROOT / "eval.py"), *model, "--data.source", "folder", "--data.root", "none")
+    assert ended.stderr.count("error: ") == ended.stderr.count("error: command line: data.root: ") == 1
