@@ -134,7 +134,10 @@ def train(words: Sequence[str]) -> None:
             if state is not None:
                 top1 = from_main(lambda: run_folder.finished_top1(folder, state, config))
                 if top1 is not None:
-                    return say(process, f"{folder} is finished: Top-1 {top1:.2f} %")
+                    return say(
+                        process,
+                        f"{folder} is finished: Top-1 {top1:.2f} %; name another --output to train again",
+                    )
                 announce(process, state, config)
             loaders, model, mix = build(config, process, new=state is None)
             with command_line.reading_images():
