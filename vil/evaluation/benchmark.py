@@ -96,7 +96,7 @@ def measure_memory(
 
 
 def halved_until_it_fits(function: Callable[[int], Result], batch_size: int) -> Result | None:
-    """What `function` returns for `batch_size` images, or for half, a quarter, ... of them: what memory holds.
+    """What `function` returns for the first of `batch_size`, its half, its quarter, ... that memory holds.
 
     None where it does not hold a single image.
     """
