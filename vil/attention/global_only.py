@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,6 +63,7 @@ class GlobalMemoryAttention(Attention):
         local = self.projection(self.merge_heads(local))
         return self.output_dropout(torch.cat([memory, local], dim=1))
 
+    @abstractmethod
     def attend_local(
         self,
         query: Tensor,
@@ -71,11 +74,10 @@ class GlobalMemoryAttention(Attention):
         size: tuple[int, int],
     ) -> Tensor:
         """The local tokens' attention: (B, h, N, D) queries, keys, values and (B, h, G, D) global ones."""
-        raise NotImplementedError
 
+    @abstractmethod
     def local_keys(self) -> int:
         """Local keys that a local query sees, as the paper counts them."""
-        raise NotImplementedError
 
     def multiply_adds(self, size: tuple[int, int]) -> int:
         """See `Attention.multiply_adds`. Scores and sums of local queries: 2·N·(local keys + G)·C."""
