@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vil.attention.base import AttentionOptions
 from vil.attention.global_only import GlobalMemoryAttention
-from vil.attention.local import BACKENDS, Neighbors, keys_per_query, local_attention
+from vil.attention.local import Neighbors, forced_backend, keys_per_query, local_attention
 from vil.config import ConfigError
 
 
@@ -32,8 +32,7 @@ class VisionLongformerAttention(GlobalMemoryAttention):
             raise ConfigError("window", f"must be at least 1, got {options.window}")
         if options.mask == "exact" and options.neighbors != "all":
             raise ConfigError("neighbors", "the exact mask is defined for all neighbors only")
-        if options.backend not in ("auto", *BACKENDS):
-            raise ConfigError("attention_backend", f"must be auto, {', '.join(BACKENDS)}")
+        forced_backend(options.backend)  # raises here and not in the first step
         self.window = options.window
         self.mask = options.mask
         self.neighbors: Literal["all", "self", "random"] | int = options.neighbors

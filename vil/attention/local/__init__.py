@@ -2,22 +2,39 @@
 
 The map of H × W local tokens is cut into chunks of w × w tokens. A query sees the global tokens, its own
 chunk and the chunks around it, in one softmax (Zhang et al., "Multi-Scale Vision Longformer", ICCV 2021,
-section 3.2). `dense.py` is the definition; every other backend equals it.
+section 3.2). `dense.py` is the definition; every other backend equals it. `choose` says which one runs.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from vil.attention.local.chunked import chunked_attention
 from vil.attention.local.dense import dense_attention
+from vil.attention.local.gathered import gathered_attention
+from vil.attention.local.geometry import Inputs, Mask, Window, keys_per_query
+from vil.config import ConfigError
 
-Mask = Literal["chunk", "exact", "cyclic"]
 Neighbors = Literal["all", "self"] | int | Tensor
-BACKENDS: dict[str, Callable[..., Tensor]] = {"dense": dense_attention, "chunked": chunked_attention}
+Backend = Callable[[Inputs, Window], Tensor]
+BACKENDS: dict[str, Backend] = {"dense": dense_attention, "chunked": chunked_attention}
+ENVIRONMENT = "VIL_ATTENTION_BACKEND"
+"""Variable that names a backend for every local attention whose own is `auto`."""
+
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT",
+    "Mask",
+    "Neighbors",
+    "forced_backend",
+    "keys_per_query",
+    "local_attention",
+]
 
 
 def local_attention(
@@ -38,6 +55,9 @@ def local_attention(
 ) -> Tensor:
     """Attention of every local token to the global tokens and to the local tokens in its window.
 
+    Under autocast, queries, keys and values are cast to its precision. Scores of the half precisions are kept
+    in float32.
+
     Args:
         query, key, value: (B, heads, H·W, D), row by row over the map. The query is scaled by D^−½ here.
         global_key, global_value: (B, heads, G, D); G may be 0.
@@ -55,21 +75,24 @@ def local_attention(
             columns]; a chunk seen over the edge counts from where it appears, not from where it is.
         global_bias: (heads, G), added to the scores of the global keys.
         dropout: probability of dropping an attention weight.
-        backend: `auto`, or a name in `BACKENDS`.
+        backend: a name in `BACKENDS`, or `auto`: what the environment's VIL_ATTENTION_BACKEND names, and
+            without it the fastest that can do it (see `choose`).
 
     Returns:
         (B, heads, H·W, D).
 
     Raises:
-        ValueError: an argument is none of the above, or shapes do not fit; the text says what is allowed.
+        ValueError: an argument is none of the above, shapes or devices do not fit, or the backend that is
+            asked for by name cannot do it; the text says what is allowed.
     """
-    heads, tokens = query.shape[1], query.shape[2]
+    _check_tensors(query, key, value, global_key, global_value, size)
+    heads = query.shape[1]
     if mask not in get_args(Mask):
         raise ValueError(f"mask must be one of {', '.join(get_args(Mask))}, got {mask!r}")
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    if size[0] * size[1] != tokens:
-        raise ValueError(f"a {size[0]}×{size[1]} map has {size[0] * size[1]} tokens, the query has {tokens}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a probability from 0 to 1, got {dropout}")
     if isinstance(neighbors, str) and neighbors not in ("all", "self"):
         raise ValueError(f"neighbors must be all, self or a number from 0 to 7, got {neighbors!r}")
     if isinstance(neighbors, int) and not 0 <= neighbors <= 7:
@@ -82,22 +105,73 @@ def local_attention(
     if global_bias is not None and global_bias.shape != (heads, global_key.shape[2]):
         shape = (heads, global_key.shape[2])
         raise ValueError(f"global_bias must be {shape}, got {tuple(global_bias.shape)}")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    attend = BACKENDS["chunked" if backend == "auto" else backend]
-    return attend(
-        query, key, value, global_key, global_value,
-        size=size, window=window, mask=mask, neighbors=neighbors,
-        bias_table=bias_table, global_bias=global_bias, dropout=dropout,
-    )  # fmt: skip
+
+    if _autocasts(query):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        global_key, global_value = global_key.to(dtype), global_value.to(dtype)
+    one = None if isinstance(neighbors, str) else torch.as_tensor(neighbors, device=query.device)
+    inputs = Inputs(query, key, value, global_key, global_value, bias_table, global_bias, one)
+    problem = Window(size, window, mask, neighbors if isinstance(neighbors, str) else "one", dropout)
+    return choose(inputs, problem, backend)(inputs, problem)
 
 
-def keys_per_query(
-    window: int, mask: Mask = "chunk", neighbors: Neighbors | Literal["random"] = "all"
-) -> int:
-    """Local keys that a query far from the edges sees, as the paper counts them: 9w² for the chunk mask."""
-    if mask == "exact":
-        return (2 * window + 1) ** 2
-    if isinstance(neighbors, str):
-        return {"all": 9, "self": 1, "random": 2}[neighbors] * window**2
-    return 2 * window**2
+def choose(inputs: Inputs, window: Window, backend: str = "auto") -> Backend:
+    """The backend for a call: the one that is asked for by name, here or by the environment; or by this rule.
+
+    1. While a graph is written down for use elsewhere (torch.export, ONNX, torch.jit.trace): plain operators.
+    2. `chunked`.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot do this.
+    """
+    name = forced_backend(backend)
+    if name is not None:
+        return BACKENDS[name]
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return gathered_attention
+    return chunked_attention
+
+
+def forced_backend(backend: str) -> str | None:
+    """The backend that is asked for by name, or by the environment for `auto`; None where the choice is free.
+
+    Raises:
+        ValueError: there is none of that name; a `ConfigError` that names the option or the variable.
+    """
+    key = "attention_backend"
+    if backend == "auto":
+        key, backend = ENVIRONMENT, os.environ.get(ENVIRONMENT) or "auto"
+    if backend == "auto":
+        return None
+    if backend not in BACKENDS:
+        raise ConfigError(key, f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def _check_tensors(
+    query: Tensor, key: Tensor, value: Tensor, global_key: Tensor, global_value: Tensor, size: tuple[int, int]
+) -> None:
+    if query.ndim != 4:
+        raise ValueError(f"the query must be (batch, heads, tokens, head width), got {tuple(query.shape)}")
+    batch, heads, tokens, width = query.shape
+    if size[0] * size[1] != tokens:
+        raise ValueError(f"a {size[0]}×{size[1]} map has {size[0] * size[1]} tokens, the query has {tokens}")
+    memory = (batch, heads, global_key.shape[2] if global_key.ndim == 4 else "global tokens", width)
+    for name, tensor, shape in (
+        ("key", key, tuple(query.shape)),
+        ("value", value, tuple(query.shape)),
+        ("global_key", global_key, memory),
+        ("global_value", global_value, memory),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be ({', '.join(map(str, shape))}), got {tuple(tensor.shape)}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on {query.device} as the query, is on {tensor.device}")
+        if tensor.dtype != query.dtype and not _autocasts(query):
+            raise ValueError(f"{name} must be {query.dtype} as the query, is {tensor.dtype}")
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
