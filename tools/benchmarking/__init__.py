@@ -1,0 +1,1 @@
+"""The parts of tools/benchmark.py: problems, methods, measuring, and the tables that come of it."""
