@@ -123,8 +123,8 @@ class ModelConfig:
     """Performer: random features per head, in every stage."""
     reduction: int | None = None
     """Spatial reduction: stride of the convolution, in every stage."""
-    attention_backend: Literal["auto", "dense", "chunked"] = "auto"
-    """Implementation of the local attention."""
+    attention_backend: Literal["auto", "dense", "chunked", "fused"] = "auto"
+    """Implementation of the local attention; auto takes the fastest, see docs/attention.md."""
     drop_path: float = 0.0
     """Stochastic depth: rate at the last block, rising linearly from 0 at the first."""
     dropout: float = 0.0

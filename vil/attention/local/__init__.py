@@ -20,9 +20,23 @@ from vil.attention.local.gathered import gathered_attention
 from vil.attention.local.geometry import Inputs, Mask, Window, keys_per_query
 from vil.config import ConfigError
 
+try:
+    from vil.attention.local.fused import fused_attention, unsupported
+except ImportError:  # Triton is made for Linux alone
+    fused_attention = chunked_attention  # never called: `unsupported` is asked first
+
+    def unsupported(inputs: Inputs, window: Window) -> str | None:
+        """Why the kernels cannot be used."""
+        return "needs the package triton, which is not installed"
+
+
 Neighbors = Literal["all", "self"] | int | Tensor
 Backend = Callable[[Inputs, Window], Tensor]
-BACKENDS: dict[str, Backend] = {"dense": dense_attention, "chunked": chunked_attention}
+BACKENDS: dict[str, Backend] = {
+    "dense": dense_attention,
+    "chunked": chunked_attention,
+    "fused": fused_attention,
+}
 ENVIRONMENT = "VIL_ATTENTION_BACKEND"
 """Variable that names a backend for every local attention whose own is `auto`."""
 
@@ -120,16 +134,24 @@ def choose(inputs: Inputs, window: Window, backend: str = "auto") -> Backend:
     """The backend for a call: the one that is asked for by name, here or by the environment; or by this rule.
 
     1. While a graph is written down for use elsewhere (torch.export, ONNX, torch.jit.trace): plain operators.
-    2. `chunked`.
+    2. On a GPU, for what the kernels support (float32, bfloat16 and float16, head width up to 128, up to 256
+       global tokens, no dropout of attention weights): `fused`.
+    3. Else `chunked`. `dense` is never the fastest (docs/attention.md has the measurements).
 
     Raises:
         ValueError: there is none of that name, or it cannot do this.
     """
     name = forced_backend(backend)
+    if name == "fused":
+        reason = unsupported(inputs, window)
+        if reason:
+            raise ConfigError("attention_backend", f"the fused backend {reason}")
     if name is not None:
         return BACKENDS[name]
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return gathered_attention
+    if inputs.query.is_cuda and unsupported(inputs, window) is None:
+        return fused_attention
     return chunked_attention
 
 

@@ -1,0 +1,159 @@
+"""The Triton kernels against the definition: values, all gradients, what is kept, and what they refuse.
+
+On a machine without a GPU they run in Triton's interpreter, which is slow: maps are small.
+"""
+
+import itertools
+import re
+
+import pytest
+import torch
+from local_inputs import make_inputs, run
+from torch.utils.deterministic import fill_uninitialized_memory
+
+from vil.attention.local import local_attention
+from vil.attention.local.fused import INTERPRETED
+from vil.evaluation.benchmark import saved_bytes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU and no interpreter")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Memory that nobody wrote is NaN, so that an element that a kernel leaves out is found."""
+    assert fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def compare(
+    size, window, global_tokens, bias, head_dim, *, mask="chunk", neighbors="all", dtype=torch.float32, **rest
+):
+    """Largest difference of output or gradient between fused and the definition in float64, relative to 1."""
+    options = {"size": size, "window": window, "mask": mask, "neighbors": neighbors}
+    inputs = make_inputs(size, window, global_tokens, bias, head_dim=head_dim, batch=1, device=DEVICE, **rest)
+    expected = run(inputs, **options, backend="dense")
+    narrow = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in inputs.items()}
+    worst = 0.0
+    for ours, its in zip(run(narrow, **options, backend="fused"), expected):
+        assert ours.isfinite().all()
+        if its.numel():
+            worst = max(worst, ((ours.double() - its).abs() / its.abs().clamp(min=1)).max().item())
+    return worst
+
+
+MASKS_AND_NEIGHBORS = [("exact", "all"), *itertools.product(["chunk", "cyclic"], ["all", "self", 0, 6])]
+
+
+@pytest.mark.parametrize(("mask", "neighbors"), MASKS_AND_NEIGHBORS)
+@pytest.mark.parametrize(
+    ("size", "window", "global_tokens", "bias"),
+    [((5, 7), 3, 1, True), ((2, 3), 4, 0, True), ((9, 4), 2, 3, False)],
+)
+def test_masks_neighbors_and_odd_sizes(mask, neighbors, size, window, global_tokens, bias):
+    assert compare(size, window, global_tokens, bias, 8, mask=mask, neighbors=neighbors) < 1e-4
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 48, 64, 96, 128])
+def test_head_widths(head_dim):
+    assert compare((3, 4), 2, 1, True, head_dim, heads=1) < 1e-4
+
+
+@pytest.mark.parametrize(("size", "window"), [((3, 2), 1), ((1, 1), 5), ((6, 11), 5), ((3, 12), 9)])
+def test_windows(size, window):
+    """A window of 9 has 81 tokens, more than a block of queries."""
+    assert compare(size, window, 1, True, 8, heads=1) < 1e-4
+
+
+@pytest.mark.parametrize("global_tokens", [0, 1, 16, 17, 100, 256])
+def test_global_tokens(global_tokens):
+    assert compare((3, 4), 2, global_tokens, True, 8, heads=1) < 1e-4
+
+
+@pytest.mark.parametrize("bias", ["bias_table", "global_bias"])
+def test_one_bias_without_the_other(bias):
+    inputs = make_inputs((3, 4), 2, 2, True, head_dim=8, batch=1, device=DEVICE, dtype=torch.float32)
+    del inputs[bias]
+    options = {"size": (3, 4), "window": 2}
+    for ours, its in zip(run(inputs, **options, backend="fused"), run(inputs, **options, backend="dense")):
+        torch.testing.assert_close(ours, its, atol=1e-4, rtol=1e-4)
+
+
+def test_a_neighbor_drawn_on_the_device_is_not_read_by_the_host():
+    neighbor = torch.tensor([5], device=DEVICE)
+    assert compare((7, 5), 3, 1, True, 8, neighbors=neighbor) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        pytest.param(
+            torch.bfloat16, marks=pytest.mark.skipif(INTERPRETED, reason="the interpreter has no bfloat16")
+        ),
+    ],
+)
+def test_half_precision(dtype):
+    """Sums are float32: the error is that of rounded inputs and outputs."""
+    bound = {torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    assert compare((5, 7), 3, 1, True, 16, dtype=dtype) < bound
+
+
+def test_heads_inside_tokens_as_projections_leave_them():
+    """(B, N, h, D) in memory, keys and values in one tensor; and a gradient without unit strides."""
+    inputs = make_inputs((3, 2), 2, 1, False, head_dim=8, dtype=torch.float32, device=DEVICE)
+    inputs["query"] = inputs["query"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    both = torch.stack([inputs["key"], inputs["value"]], dim=-1).detach()  # strides of 2 along the width
+    inputs["key"], inputs["value"] = (x.requires_grad_() for x in both.unbind(-1))
+    options = {"size": (3, 2), "window": 2}
+    expected = run(inputs, **options, backend="dense")
+    for ours, its in zip(run(inputs, **options, backend="fused"), expected):
+        torch.testing.assert_close(ours, its, atol=1e-4, rtol=1e-4)
+    output = local_attention(**inputs, **options, backend="fused")
+    assert output.transpose(1, 2).is_contiguous()  # heads merge without a copy
+    output.sum().backward()  # a gradient whose strides are all 0
+    assert inputs["value"].grad.isfinite().all()
+
+
+def test_gradients_are_the_same_every_time():
+    inputs = make_inputs((5, 3), 3, 1, True, head_dim=8, dtype=torch.float32, device=DEVICE)
+    first, second = (run(inputs, size=(5, 3), window=3, backend="fused") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("backend", ["chunked", "fused"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_kept_for_the_backward_pass(backend, bias):
+    """The inputs; with fused also the output and one number per query and head."""
+    inputs = make_inputs((9, 8), 3, 2, bias, head_dim=8, dtype=torch.float32, device=DEVICE)
+    kept = saved_bytes(lambda: local_attention(**inputs, size=(9, 8), window=3, backend=backend))
+    expected = sum(tensor.numel() for tensor in inputs.values()) * 4
+    if backend == "fused":
+        expected += (inputs["query"].numel() + inputs["query"].numel() // 8) * 4
+    assert kept == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 136}, "head width of 128 at most, got 136"),
+        ({"global_tokens": 257}, "256 global tokens at most, got 257"),
+        ({"dtype": torch.float64}, "the query is torch.float64"),
+    ],
+)
+def test_unsupported_raises_by_name_and_falls_back_under_auto(change, message):
+    arguments = {"head_dim": 8, "global_tokens": 1, "dtype": torch.float32, **change}
+    inputs = make_inputs((2, 2), 2, bias=False, device=DEVICE, **arguments)
+    with pytest.raises(ValueError, match="fused backend.*" + re.escape(message)):
+        local_attention(**inputs, size=(2, 2), window=2, backend="fused")
+    assert local_attention(**inputs, size=(2, 2), window=2).isfinite().all()
+
+
+def test_no_dropout_in_the_kernel():
+    inputs = make_inputs((2, 2), 2, 1, False, dtype=torch.float32, device=DEVICE)
+    with pytest.raises(ValueError, match="fused backend has no dropout, got 0.1"):
+        local_attention(**inputs, size=(2, 2), window=2, dropout=0.1, backend="fused")
+    assert local_attention(**inputs, size=(2, 2), window=2, dropout=0.1).isfinite().all()
