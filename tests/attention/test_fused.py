@@ -147,13 +147,13 @@ def test_kept_for_the_backward_pass(backend, bias):
 def test_unsupported_raises_by_name_and_falls_back_under_auto(change, message):
     arguments = {"head_dim": 8, "global_tokens": 1, "dtype": torch.float32, **change}
     inputs = make_inputs((2, 2), 2, bias=False, device=DEVICE, **arguments)
-    with pytest.raises(ValueError, match="fused backend.*" + re.escape(message)):
+    with pytest.raises(ValueError, match=rf"fused backend.*{re.escape(message)}"):
         local_attention(**inputs, size=(2, 2), window=2, backend="fused")
     assert local_attention(**inputs, size=(2, 2), window=2).isfinite().all()
 
 
 def test_no_dropout_in_the_kernel():
     inputs = make_inputs((2, 2), 2, 1, False, dtype=torch.float32, device=DEVICE)
-    with pytest.raises(ValueError, match="fused backend has no dropout, got 0.1"):
+    with pytest.raises(ValueError, match=r"fused backend has no dropout, got 0\.1"):
         local_attention(**inputs, size=(2, 2), window=2, dropout=0.1, backend="fused")
     assert local_attention(**inputs, size=(2, 2), window=2, dropout=0.1).isfinite().all()
