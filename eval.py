@@ -36,7 +36,7 @@ from vil.config import ConfigError, DataConfig, EvalConfig, ModelConfig, in_sect
 from vil.evaluation import report
 from vil.models.released import read_config, read_weights
 from vil.models.weights import load_file
-from vil.models.zoo import model_from_config
+from vil.models.zoo import check_device, model_from_config
 from vil.training import distributed
 from vil.training.distributed import Process, from_main
 from vil.training.precision import check_precision
@@ -154,6 +154,7 @@ def prepare(
     seed_generators(0, "weights")  # an untrained model is the same on every rank
     with in_section("model"):
         model = model_from_config(config.model, classes or IMAGENET_CLASSES)
+        check_device(model, process.device)
     if file is None:
         return Subject(config, model, loader, classes, None, "untrained")
     with of_option("checkpoint"):

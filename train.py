@@ -32,7 +32,7 @@ from vil.evaluation.accuracy import evaluate
 from vil.evaluation.report import evaluate_model, write_json
 from vil.models.released import read_config, read_weights
 from vil.models.weights import load_file, load_weights
-from vil.models.zoo import model_from_config
+from vil.models.zoo import check_device, model_from_config
 from vil.training import checkpoint, distributed, run_folder
 from vil.training.distributed import Process, from_main
 from vil.training.limits import check_limits
@@ -171,6 +171,7 @@ def build(config: TrainConfig, process: Process, new: bool) -> tuple[Loaders, to
     seed_generators(config.seed, "weights")
     with in_section("model"):
         model = model_from_config(config.model)
+        check_device(model, process.device)
     if new and (config.model.init_from or config.model.init_released_config):
         file = initial_weights(config.model)
         with of_option("model.init_from"):

@@ -71,6 +71,11 @@ def write(path, text):
         (["--schedule.optimizer", "adamm"], "schedule.optimizer: "),
         (["--schedule.augment.auto_augment", "best"], "schedule.augment.auto_augment: "),
         (["--schedule.lr", "-1"], "schedule.lr: expected more than 0"),
+        (["--model.attention_backend", "fast"], "model.attention_backend: "),
+        (
+            ["--model.attention_backend", "fused", "--model.attention_dropout", "0.1"],
+            "model.attention_backend: the fused backend has no dropout of attention weights, got 0.1",
+        ),
         (["--device", "cuda"], "device: "),
         (["--device", "toaster"], "device: "),
         (["--schedule.augment.mixup", "0.8", "--schedule.batch_size", "63"], "schedule.batch_size: "),
@@ -81,6 +86,20 @@ def test_options_that_cannot_be_used(refused, words, message):
     if words == ["--device", "cuda"] and torch.cuda.is_available():
         words = ["--device", "cuda:99"]
     assert message in refused(train_program.main, *words)
+
+
+def test_a_backend_that_the_device_lacks(refused, monkeypatch):
+    monkeypatch.setattr("vil.attention.local.fused.INTERPRETED", False)
+    message = "model.attention_backend: the fused backend needs a GPU, this is cpu"
+    words = ["--model.attention_backend", "fused"]
+    assert message in refused(train_program.main, "--device", "cpu", *words)
+    assert message in refused(
+        eval_program.evaluate, "--device", "cpu", "--model.name", "vil_tiny", *words, "--complexity"
+    )
+    monkeypatch.setenv("VIL_ATTENTION_BACKEND", "fused")
+    assert message in refused(train_program.main, "--device", "cpu")
+    monkeypatch.setenv("VIL_ATTENTION_BACKEND", "fast")
+    assert "VIL_ATTENTION_BACKEND: backend must be one of auto, " in refused(train_program.main)
 
 
 def test_bfloat16_where_the_device_lacks_it(refused, monkeypatch):

@@ -154,6 +154,6 @@ def test_unsupported_raises_by_name_and_falls_back_under_auto(change, message):
 
 def test_no_dropout_in_the_kernel():
     inputs = make_inputs((2, 2), 2, 1, False, dtype=torch.float32, device=DEVICE)
-    with pytest.raises(ValueError, match=r"fused backend has no dropout, got 0\.1"):
+    with pytest.raises(ValueError, match=r"fused backend has no dropout of attention weights, got 0\.1"):
         local_attention(**inputs, size=(2, 2), window=2, dropout=0.1, backend="fused")
     assert local_attention(**inputs, size=(2, 2), window=2, dropout=0.1).isfinite().all()

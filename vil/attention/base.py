@@ -101,6 +101,9 @@ class Attention(nn.Module, ABC):
     def check_resize(self, size: tuple[int, int]) -> None:
         """Raises ConfigError where the module cannot be built for a map of another size."""
 
+    def check_device(self, device: torch.device) -> None:
+        """Raises ConfigError where an implementation was asked for by name that cannot run there."""
+
     def resize(self, size: tuple[int, int]) -> None:
         """Builds the module for a map of another size. Raises ConfigError as `check_resize`."""
         self.check_resize(size)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vil.attention.base import AttentionOptions
 from vil.attention.global_only import GlobalMemoryAttention
-from vil.attention.local import Neighbors, forced_backend, keys_per_query, local_attention
+from vil.attention.local import Neighbors, check_backend, forced_backend, keys_per_query, local_attention
 from vil.config import ConfigError
 
 
@@ -83,6 +83,14 @@ class VisionLongformerAttention(GlobalMemoryAttention):
         if self.mask == "exact" and neighbors != "all":
             raise ValueError("the exact window is defined for all neighbors only")
         self.neighbors = neighbors
+
+    def check_device(self, device: torch.device) -> None:
+        """See `Attention.check_device`."""
+        backend = forced_backend(self.backend)
+        if backend is not None:
+            check_backend(
+                backend, device, torch.float32, self.head_dim, self.global_tokens, self.attention_dropout
+            )
 
     def local_keys(self) -> int:
         """9w² for the chunk and cyclic masks, (2w+1)² for exact; w² where only the own chunk is seen."""

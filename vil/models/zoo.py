@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from vil import weight_files
+from vil.attention import Attention
 from vil.config import AttentionName, ConfigError, ModelConfig, StageConfig
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.released_names import convert_weights
@@ -179,6 +181,13 @@ def model_from_file(
     model = model_from_config(config)
     load_file(model, file, config.image_size)
     return model
+
+
+def check_device(model: nn.Module, device: torch.device) -> None:
+    """Raises ConfigError where the model asks for an implementation of attention that cannot run there."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.check_device(device)
 
 
 def model_from_config(config: ModelConfig, num_classes: int | None = None) -> nn.Module:

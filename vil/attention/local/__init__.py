@@ -25,7 +25,9 @@ try:
 except ImportError:  # Triton is made for Linux alone
     fused_attention = chunked_attention  # never called: `unsupported` is asked first
 
-    def unsupported(inputs: Inputs, window: Window) -> str | None:
+    def unsupported(
+        device: torch.device, dtype: torch.dtype, head_width: int, globals_: int, dropout: float
+    ) -> str | None:
         """Why the kernels cannot be used."""
         return "needs the package triton, which is not installed"
 
@@ -45,6 +47,8 @@ __all__ = [
     "ENVIRONMENT",
     "Mask",
     "Neighbors",
+    "check_backend",
+    "choose",
     "forced_backend",
     "keys_per_query",
     "local_attention",
@@ -141,16 +145,15 @@ def choose(inputs: Inputs, window: Window, backend: str = "auto") -> Backend:
     Raises:
         ValueError: there is none of that name, or it cannot do this.
     """
+    query, globals_ = inputs.query, inputs.global_key.shape[2]
+    limits = (query.device, query.dtype, query.shape[3], globals_, window.dropout)
     name = forced_backend(backend)
-    if name == "fused":
-        reason = unsupported(inputs, window)
-        if reason:
-            raise ConfigError("attention_backend", f"the fused backend {reason}")
     if name is not None:
+        check_backend(name, *limits)
         return BACKENDS[name]
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return gathered_attention
-    if inputs.query.is_cuda and unsupported(inputs, window) is None:
+    if query.is_cuda and unsupported(*limits) is None:
         return fused_attention
     return chunked_attention
 
@@ -159,16 +162,26 @@ def forced_backend(backend: str) -> str | None:
     """The backend that is asked for by name, or by the environment for `auto`; None where the choice is free.
 
     Raises:
-        ValueError: there is none of that name; a `ConfigError` that names the option or the variable.
+        ConfigError: there is none of that name.
     """
-    key = "attention_backend"
+    source = ""
     if backend == "auto":
-        key, backend = ENVIRONMENT, os.environ.get(ENVIRONMENT) or "auto"
+        source, backend = f"{ENVIRONMENT}: ", os.environ.get(ENVIRONMENT) or "auto"
     if backend == "auto":
         return None
     if backend not in BACKENDS:
-        raise ConfigError(key, f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+        reason = f"{source}backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}"
+        raise ConfigError("attention_backend", reason)
     return backend
+
+
+def check_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_width: int, globals_: int, dropout: float
+) -> None:
+    """Raises ConfigError where the backend of that name cannot do this."""
+    reason = unsupported(device, dtype, head_width, globals_, dropout) if name == "fused" else None
+    if reason:
+        raise ConfigError("attention_backend", f"the fused backend {reason}")
 
 
 def _check_tensors(

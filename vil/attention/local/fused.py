@@ -479,21 +479,22 @@ INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
 """TRITON_INTERPRET=1: the kernels run on the CPU, for tests."""
 
 
-def unsupported(inputs: Inputs, window: Window) -> str | None:
+def unsupported(
+    device: torch.device, dtype: torch.dtype, head_width: int, globals_: int, dropout: float
+) -> str | None:
     """Why the kernels cannot do this, or None."""
-    query, globals_ = inputs.query, inputs.global_key.shape[2]
-    if not query.is_cuda and not INTERPRETED:
-        return f"needs a GPU, the query is on {query.device}"
-    if query.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if device.type != "cuda" and not INTERPRETED:
+        return f"needs a GPU, this is {device}"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or higher"
-    if query.dtype not in DTYPES:
-        return f"computes in {', '.join(map(str, DTYPES))}, the query is {query.dtype}"
-    if query.shape[3] > MAX_HEAD_WIDTH:
-        return f"has a head width of {MAX_HEAD_WIDTH} at most, got {query.shape[3]}"
+    if dtype not in DTYPES:
+        return f"computes in {', '.join(map(str, DTYPES))}, the query is {dtype}"
+    if head_width > MAX_HEAD_WIDTH:
+        return f"has a head width of {MAX_HEAD_WIDTH} at most, got {head_width}"
     if globals_ > MAX_GLOBAL_TOKENS:
         return f"has {MAX_GLOBAL_TOKENS} global tokens at most, got {globals_}"
-    if window.dropout:
-        return f"has no dropout, got {window.dropout}"
+    if dropout:
+        return f"has no dropout of attention weights, got {dropout}"
     return None
 
 
