@@ -251,6 +251,9 @@ class ScheduleConfig:
     """Start the average with a small decay that grows to ema_decay."""
     random_shift_until: float = 0.75
     """neighbors: random switches to all eight neighbours after this fraction of the epochs."""
+    sizes: list[tuple[float, int]] | None = None
+    """Side of the training images in the course of a run, as [[0, 160], [0.6, 224]]: from which fraction of
+    the epochs on, and how many pixels; null is image_size throughout. Evaluation always uses image_size."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Augmentation of the training images."""
 
@@ -280,6 +283,9 @@ class DataConfig:
     """Mean of the channels, for values in 0..1."""
     std: Color3 = (0.229, 0.224, 0.225)
     """Standard deviation of the channels, for values in 0..1."""
+    real_labels: str | None = None
+    """Evaluation on ImageNet's validation images: the file real.json of their reassessed labels (ReaL,
+    https://github.com/google-research/reassessed-imagenet), for an accuracy of its own beside Top-1."""
 
 
 @dataclass
@@ -333,6 +339,9 @@ class EvalConfig:
     """Report parameters, FLOPs and memory only; needs no data."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    sets: list[str] | None = None
+    """Several data sets, in the place of data's own: folders of class folders (ImageNet's val, -V2, -A, -R,
+    -Sketch, -C or one of its corruptions), or YAML files for the section data."""
     batch_size: int = 128
     """Images per forward pass and rank."""
     json: str | None = None
