@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from tools.benchmarking import attention, measure, models
+from tools.benchmarking.check import check
 from tools.benchmarking.methods import BASELINE
 from tools.benchmarking.output import Figure, check_writable, write_csv, write_png
 from vil.attention.local import BACKENDS
@@ -48,7 +49,7 @@ def benchmark(words: Sequence[str]) -> None:
     if arguments.what == "model":
         of_models(arguments, device, precision, head)
     elif arguments.check:
-        attention.check(arguments, device, getattr(torch, precision), head)
+        check(arguments, device, getattr(torch, precision), head)
     else:
         of_attention(arguments, device, precision, head)
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tools.benchmarking import measure
 from tools.benchmarking.measure import Missing, attempt, interleaved
-from tools.benchmarking.methods import BASELINE, METHODS, Prepared, UnavailableError, bytes_needed
+from tools.benchmarking.methods import BASELINE, METHODS, Prepared, bytes_needed
 from tools.benchmarking.output import Cell, Figure, amount, factor, percent, sheet
-from tools.benchmarking.problem import Problem, Rates, equal_shapes_once, leaves_of, shown_precision
-from vil.attention.local import BACKENDS
+from tools.benchmarking.problem import Problem, Rates, equal_shapes_once, heading, shown_precision
 from vil.attention.local.geometry import Inputs, Mask
 from vil.command_line import COMMAND_LINE
 from vil.config import ConfigError
@@ -30,6 +28,7 @@ STAGES_OF = ("vil_tiny", "vil_small", "vil_base_deep", "vil_base_wide")
 TOKENS = {"cpu": 8 * 28**2, "cuda": 128 * 56**2}
 """Local tokens of a batch, where its size is not given, per kind of device."""
 LARGEST_BATCH = {"cpu": 8, "cuda": 128}
+CHECKED_BATCH = 2
 Neighbors = Literal["all", "self", "0", "1", "2", "3", "4", "5", "6", "7"]
 
 
@@ -51,20 +50,6 @@ class Row:
         return any(isinstance(x, Missing) and x.failed for x in (self.forward, self.training, self.memory))
 
 
-@dataclass
-class Comparison:
-    """Relative errors of a method's output and gradients, by name, as far as it came; and what stopped it."""
-
-    method: str
-    errors: dict[str, float]
-    missing: Missing | None
-
-    def wrong(self, tolerance: float) -> bool:
-        """Whether an error is larger (or no number), or the method broke down."""
-        too_large = any(not error <= tolerance for error in self.errors.values())
-        return too_large or (self.missing is not None and self.missing.failed)
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `attention`, beside those of every benchmark."""
     parser.add_argument("--shapes", choices=("all", "grid", "stages"), default="all",
@@ -72,7 +57,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES, metavar="N", help="maps of the grid")
     parser.add_argument("--heads", type=int, default=3, help="heads in the grid")
     parser.add_argument("--head_width", type=int, default=32, help="head width in the grid")
-    parser.add_argument("--batch", type=int, help="images; default: by the map, so that it is quick")
+    parser.add_argument(
+        "--batch", type=int, help="images; default: by the map, so that it is quick, and 2 for --check"
+    )
     parser.add_argument("--window", type=int, help="side of a chunk; default: the zoo's")
     parser.add_argument("--global_tokens", type=int, help="default: the zoo's")
     parser.add_argument("--mask", choices=get_args(Mask), default="chunk")
@@ -115,9 +102,12 @@ def problems_of(arguments: argparse.Namespace, device: torch.device, dtype: torc
     def problem(
         label: str, size: tuple[int, int], heads: int, width: int, stage: Any, **about: Any
     ) -> Problem:
-        fitting = TOKENS[device.type] // (size[0] * size[1])
+        batch = arguments.batch or CHECKED_BATCH
+        if not arguments.batch and not arguments.check:
+            fitting = TOKENS[device.type] // (size[0] * size[1])
+            batch = max(1, min(LARGEST_BATCH[device.type], fitting))
         return Problem(
-            label, arguments.batch or max(1, min(LARGEST_BATCH[device.type], fitting)), heads, width, size,
+            label, batch, heads, width, size,
             window=arguments.window or stage.window,
             global_tokens=stage.global_tokens if arguments.global_tokens is None else arguments.global_tokens,
             mask=arguments.mask,
@@ -139,7 +129,7 @@ def problems_of(arguments: argparse.Namespace, device: torch.device, dtype: torc
                 if stage.attention == "vision_longformer":
                     label, width = f"{name} stage {number}", stage.dim // stage.heads
                     of_zoo.append(problem(label, size, stage.heads, width, stage))
-    return [*found, *equal_shapes_once(of_zoo)]
+    return [*dict.fromkeys(found), *equal_shapes_once(of_zoo)]
 
 
 # --- Timing -------------------------------------------------------------------------------------------------
@@ -222,96 +212,7 @@ def _memory(method: Prepared, training: Callable[[], Any], device: torch.device)
     return attempt(lambda: float(saved_bytes(method.forward)), device)
 
 
-# --- Checking -----------------------------------------------------------------------------------------------
-
-
-def check_problem(problem: Problem, methods: Sequence[str], seed: int) -> list[Comparison]:
-    """Relative errors ‖x − y‖ / ‖y‖ of output and gradients against the dense definition in float64."""
-    inputs = problem.inputs(seed)
-    exact = Inputs._make(_as_float64(x) for x in inputs)
-    reference = METHODS["dense"](replace(problem, dtype=torch.float64), exact)
-    expected = reference.forward()
-    gradient = problem.output_gradient(expected, seed + 1)
-    gradients = torch.autograd.grad(expected, reference.leaves, gradient, allow_unused=True)
-    names = [name for name, x in zip(Inputs._fields, inputs) if x is not None and x.requires_grad]
-
-    def compare(name: str, errors: dict[str, float]) -> None:
-        method = METHODS[name](problem, inputs)
-        if method.restored is None:
-            raise UnavailableError("computes another attention")
-        same_leaves = [id(x) for x in method.leaves] == [id(x) for x in leaves_of(inputs)]
-        with torch.set_grad_enabled(same_leaves):  # a method with tokens in an order of its own: values alone
-            output = method.restored(method.forward())
-        errors["output"] = _error(output, expected)
-        if not same_leaves:
-            return
-        found = torch.autograd.grad(output, method.leaves, gradient.to(output.dtype), allow_unused=True)
-        for leaf, ours, theirs in zip(names, found, gradients):
-            if theirs is not None and theirs.numel():
-                errors[leaf] = _error(torch.zeros_like(theirs) if ours is None else ours, theirs)
-
-    results = []
-    for name in methods:
-        errors: dict[str, float] = {}
-        missing = attempt(partial(compare, name, errors), problem.device)
-        results.append(Comparison(name, errors, missing))
-    return results
-
-
-def _as_float64(x: Tensor | None) -> Tensor | None:
-    if x is None or not x.is_floating_point():
-        return x
-    return x.detach().double().requires_grad_()
-
-
-def _error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours.double() - theirs).norm() / theirs.norm()).item()
-
-
-def check(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype, head: str) -> None:
-    """Prints the errors of every method on every problem. Exit status 1 where one is too large."""
-    methods = arguments.methods or [*BACKENDS, "auto"]
-    tolerance, wrong, lines = (1e-4 if dtype == torch.float32 else 1e-2), 0, []
-    limit = arguments.skip_memory_above or measure.default_memory(device)
-    seed = torch.seed() % 2**31
-    for problem in tqdm(problems_of(arguments, device, dtype), unit="shape", leave=False, disable=None):
-        needed = 8 // dtype.itemsize * bytes_needed("dense", problem)
-        if needed > limit:
-            lines.append(f"{heading(problem)}: n/a: the definition would need {needed / 1e9:.1f} GB")
-            continue
-        lines.append(heading(problem))
-        for found in check_problem(problem, methods, seed):
-            failed = found.wrong(tolerance)
-            wrong += failed
-            shown = [f"{key} {error:.1e}" for key, error in found.errors.items()]
-            if found.missing:
-                shown.append(found.missing.reason)
-            verdict = "WRONG" if failed else "n/a" if found.missing else "ok"
-            lines.append(f"  {found.method:14} {verdict:5} {', '.join(shown)}")
-    print(
-        head, f"Relative errors ‖x − y‖ / ‖y‖ against the dense definition in float64; seed {seed}.", sep="\n"
-    )
-    print(*lines, sep="\n")
-    print(f"{wrong} wrong, tolerance {tolerance:.0e}")
-    if wrong:
-        raise SystemExit(1)
-
-
 # --- Tables and figures -------------------------------------------------------------------------------------
-
-
-def heading(problem: Problem) -> str:
-    """A problem in words."""
-    neighbors = problem.neighbors
-    if isinstance(neighbors, int):
-        neighbors = f"own chunk and neighbour {neighbors}"
-    return (
-        f"{problem.label}: {problem.size[0]}×{problem.size[1]}, "
-        f"{problem.heads} head{'s' if problem.heads > 1 else ''} × {problem.head_width}, "
-        f"window {problem.window}, {problem.global_tokens} global, batch {problem.batch}, "
-        f"mask {problem.mask}, neighbors {neighbors}, "
-        f"{'relative' if problem.relative else 'absolute'} position"
-    )
 
 
 def records(rows: Sequence[Row], memory: str) -> list[dict[str, Any]]:
@@ -384,6 +285,18 @@ def run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     rates = measure.rates(device, dtype)
     methods = arguments.methods or list(METHODS)
     rows: list[Row] = []
-    for problem in tqdm(problems, unit="shape", leave=False, disable=None):
-        rows += measure_problem(problem, methods, rates, arguments)
+    for problem in problems:
+        found = measure_problem(problem, methods, rates, arguments)
+        print(_brief(problem, found), file=sys.stderr, flush=True)
+        rows += found
     return rows, rates
+
+
+def _brief(problem: Problem, rows: Sequence[Row]) -> str:
+    """What is left of a run that is stopped half-way: milliseconds of both passes, by method."""
+
+    def shown(seconds: float | Missing) -> str:
+        return "n/a" if isinstance(seconds, Missing) else f"{1e3 * seconds:.3f}"
+
+    found = ", ".join(f"{row.method} {shown(row.forward)} {shown(row.training)}" for row in rows)
+    return f"{heading(problem)}: {found}"

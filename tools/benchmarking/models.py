@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import vil
 from tools.benchmarking import measure
@@ -166,8 +166,9 @@ def run(arguments: argparse.Namespace, device: torch.device, precision: Precisio
     candidates = [Candidate(name, arguments, device, precision) for name in dict.fromkeys(arguments.models)]
     batches: dict[str, int | Missing] = {}
     functions: dict[tuple[str, str], Callable[[], Any]] = {}
-    for candidate in tqdm(candidates, desc="warm-up", leave=False, disable=None):
+    for candidate in candidates:
         fitting = batches[candidate.name] = attempt(partial(candidate.fitting, batch), device)
+        print(f"{candidate.name}: batch {fitting}", file=sys.stderr, flush=True)
         if not isinstance(fitting, Missing):
             images, targets = candidate.images(fitting)
             functions[candidate.name, "training"] = partial(candidate.train, images, targets)

@@ -97,6 +97,9 @@ def write_png(path: str, figures: Sequence[Figure], title: str) -> None:
             for name, points in figure.lines.items():
                 x, y = zip(*sorted(points))
                 axes.loglog(x, y, marker="o", label=name, color=colors[name])
+            ticks = sorted({x for points in figure.lines.values() for x, _ in points})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
             axes.set_xlabel(figure.x)
             axes.grid(which="both", alpha=0.3)
             if figure.lines:

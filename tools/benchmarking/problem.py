@@ -169,6 +169,20 @@ def shown_precision(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def heading(problem: Problem) -> str:
+    """A problem in words."""
+    neighbors = problem.neighbors
+    if isinstance(neighbors, int):
+        neighbors = f"own chunk and neighbour {neighbors}"
+    return (
+        f"{problem.label}: {problem.size[0]}×{problem.size[1]}, "
+        f"{problem.heads} head{'s' if problem.heads > 1 else ''} × {problem.head_width}, "
+        f"window {problem.window}, {problem.global_tokens} global, batch {problem.batch}, "
+        f"mask {problem.mask}, neighbors {neighbors}, "
+        f"{'relative' if problem.relative else 'absolute'} position"
+    )
+
+
 def equal_shapes_once(problems: Sequence[Problem]) -> list[Problem]:
     """The problems without those that differ from an earlier one in their label alone; labels are joined."""
     found: dict[Problem, list[str]] = {}
