@@ -65,7 +65,7 @@ def of_attention(arguments: Namespace, device: torch.device, precision: Precisio
         f"- ×: how many times better than {BASELINE}. roofline: the least time, of bytes moved once and of "
         f"multiply-adds at these rates, as a share of the time.\n"
         "- forward: without gradients; forward+backward: with all gradients, of biases too. "
-        f"Medians of up to {arguments.repeats} rounds; caches are not flushed in between.{kernels}\n"
+        f"{_rounds(arguments).capitalize()}; caches are not flushed in between.{kernels}\n"
         "- full: attention to all tokens, no bias; natten: another window, without bias. "
         "flex: tokens stand chunk by chunk beforehand."
     )
@@ -83,13 +83,17 @@ def of_models(arguments: Namespace, device: torch.device, precision: Precision, 
     compiled = "with torch.compile" if arguments.compile else "without torch.compile"
     head += (
         f"\n- {arguments.image_size}² pixels, {compiled}, autocast to {precision}. training: forward, loss, "
-        f"backward, AdamW; medians of up to {arguments.repeats} rounds.\n"
+        f"backward, AdamW; {_rounds(arguments)}.\n"
         f"- ×: how many times better than the model with +{BASELINE}. MB: 10⁶ bytes, without weights, their "
         "gradients and the optimiser's state"
         + ("." if device.type == "cuda" else "; counted without torch.compile.")
     )
     found = models.records(rows, memory, precision)
     _write(arguments, head, models.table(found, memory), found, models.figures(found, memory))
+
+
+def _rounds(arguments: Namespace) -> str:
+    return f"{'the fastest' if arguments.fastest else 'medians'} of up to {arguments.repeats} rounds"
 
 
 def header(words: Sequence[str], device: torch.device, precision: Precision) -> str:
@@ -132,6 +136,8 @@ def _parser() -> ToolParser:
         program.add_argument("--repeats", type=int, default=15, help="rounds at most")
         program.add_argument("--seconds", type=float, default=10.0,
                              help="time after which a method takes no further part")  # fmt: skip
+        program.add_argument("--fastest", action="store_true",
+                             help="the fastest round in place of the median, for a busy machine")  # fmt: skip
         program.add_argument("--csv", metavar="FILE", help="write the figures to this file")
         program.add_argument("--png", metavar="FILE", help="draw them into this file")
         program.add_argument("--markdown", metavar="FILE", help="write what is printed to this file")

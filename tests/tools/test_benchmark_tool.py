@@ -249,10 +249,13 @@ def test_functions_take_turns(clock):
     assert "".join(turns) == warm_up + "".join(rounds)
 
 
-def test_the_median_counts(clock):
-    durations = iter([9.0] * 3 + [5.0, 1.0, 2.0, 8.0, 3.0])
-    found = measure.interleaved({"a": lambda: next(durations)}, device=CPU, repeats=5, seconds=100.0)
-    assert found == {"a": 3.0}
+def test_the_median_or_the_fastest_counts(clock):
+    for fastest, expected in ((False, 3.0), (True, 1.0)):
+        durations = iter([9.0] * 3 + [5.0, 1.0, 2.0, 8.0, 3.0])
+        found = measure.interleaved(
+            {"a": partial(next, durations)}, device=CPU, repeats=5, seconds=100.0, fastest=fastest
+        )
+        assert found == {"a": expected}
 
 
 def raising(error):

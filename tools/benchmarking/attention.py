@@ -150,7 +150,10 @@ def measure_problem(
     timed = functions
     if arguments.cuda_graphs:
         timed = {key: _graphed_later(function) for key, function in functions.items()}
-    times = interleaved(timed, device=device, repeats=arguments.repeats, seconds=arguments.seconds)
+    times = interleaved(
+        timed, device=device, repeats=arguments.repeats, seconds=arguments.seconds,
+        fastest=arguments.fastest,
+    )  # fmt: skip
     rows = []
     for name, method in prepared.items():
         if isinstance(method, Missing):

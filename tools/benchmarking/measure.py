@@ -76,9 +76,14 @@ def seconds_of(function: Callable[[], Any], calls: int, device: torch.device) ->
 
 
 def interleaved(
-    functions: Mapping[Key, Callable[[], Any]], *, device: torch.device, repeats: int, seconds: float
+    functions: Mapping[Key, Callable[[], Any]],
+    *,
+    device: torch.device,
+    repeats: int,
+    seconds: float,
+    fastest: bool = False,
 ) -> dict[Key, float | Missing]:
-    """Median seconds of each function, after a warm-up.
+    """Median (or, with `fastest`, least) seconds of each function, after a warm-up.
 
     In each of `repeats` rounds all functions take turns, so that the noise of the machine hits all alike. A
     function takes part until it has run for `seconds` altogether, and at least once.
@@ -100,7 +105,8 @@ def interleaved(
         for key, durations in samples.items():
             if not durations or sum(durations) * calls[key] < seconds:
                 durations.append(seconds_of(functions[key], calls[key], device))
-    found |= {key: statistics.median(durations) for key, durations in samples.items()}
+    summary = min if fastest else statistics.median
+    found |= {key: summary(durations) for key, durations in samples.items()}
     return {key: found[key] for key in functions}
 
 

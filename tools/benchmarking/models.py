@@ -173,7 +173,10 @@ def run(arguments: argparse.Namespace, device: torch.device, precision: Precisio
             images, targets = candidate.images(fitting)
             functions[candidate.name, "training"] = partial(candidate.train, images, targets)
             functions[candidate.name, "inference"] = partial(candidate.infer, images)
-    times = interleaved(functions, device=device, repeats=arguments.repeats, seconds=arguments.seconds)
+    times = interleaved(
+        functions, device=device, repeats=arguments.repeats, seconds=arguments.seconds,
+        fastest=arguments.fastest,
+    )  # fmt: skip
     rows = []
     for candidate in candidates:
         name, fitting = candidate.name, batches[candidate.name]
