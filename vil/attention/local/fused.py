@@ -517,7 +517,7 @@ class _Call:
         # Kernels that have none still take a pointer.
         self.bias = self.query if bias is None else bias
         self.global_bias = self.query if inputs.global_bias is None else inputs.global_bias
-        self.block_m, self.block_k, self.warps = _blocks(
+        self.block_m, self.block_k, self.stages = _blocks(
             self.per_chunk, self.keys, self.width, self.query.dtype
         )
 
@@ -547,7 +547,8 @@ class _Call:
             "D": self.width,
             "BLOCK_D": max(16, triton.next_power_of_2(self.width)),
             "PRECISION": _precision(),
-            "num_warps": self.warps,
+            "num_warps": 4,
+            "num_stages": self.stages,
         }
 
     def of_window(self) -> dict[str, Any]:
@@ -568,7 +569,7 @@ class _Call:
         return {
             "GLOBALS": self.globals_,
             "HAS_GLOBAL_BIAS": self.has_global_bias,
-            "BLOCK_G": min(64, max(16, triton.next_power_of_2(self.globals_))),
+            "BLOCK_G": min(self.block_k, max(16, triton.next_power_of_2(self.globals_))),
         }
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
@@ -640,7 +641,7 @@ def _differentiate_globals(
     arguments = call.of_globals()
     blocks = triton.cdiv(call.globals_, arguments["BLOCK_G"])
     parts = _parts(call.batch * call.heads * blocks, triton.cdiv(call.tokens, 256))
-    tokens_of_part = triton.cdiv(triton.cdiv(call.tokens, parts), 64) * 64
+    tokens_of_part = triton.cdiv(triton.cdiv(call.tokens, parts), call.block_m) * call.block_m  # whole blocks
     shape = (call.batch, call.heads, parts, call.globals_)
     of_bias = sums.new_empty(shape)
     of_key, of_value = sums.new_empty(*shape, call.width), sums.new_empty(*shape, call.width)
@@ -649,7 +650,7 @@ def _differentiate_globals(
         *tensors, call.global_bias, sums, delta, gradient, of_key, of_value, of_bias,
         *_strides(*tensors, gradient),
         call.heads, call.tokens, tokens_of_part, call.scale, call.width**-0.5,
-        BLOCK_M=64, **arguments, **call.common(),
+        BLOCK_M=call.block_m, **arguments, **call.common(),
     )  # fmt: skip
     gradients[3].copy_(of_key.sum(dim=2))
     gradients[4].copy_(of_value.sum(dim=2))
@@ -669,7 +670,7 @@ def _differentiate_table(call: _Call, sums: Tensor, delta: Tensor, gradient: Ten
         *tensors, call.bias, call.inputs.neighbor, sums, delta, gradient, of_places,
         *_strides(*tensors, gradient),
         call.bias_stride, call.heads, call.batch, *call.window.size, call.rows, call.columns, call.scale,
-        **call.of_window(),
+        **(call.of_window() | {"num_warps": 8}),  # the sum of a block's scores takes many registers
     )  # fmt: skip
     side = call.window.side
     by_place = of_places.sum(dim=0)[..., : call.window.places]
@@ -682,10 +683,19 @@ def _parts(programs: int, most: int) -> int:
 
 
 def _blocks(per_chunk: int, keys: int, width: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Queries and keys of a block, and warps of a program."""
-    wide = width > 64 or dtype == torch.float32
-    queries = min(64, max(16, triton.next_power_of_2(per_chunk)))
-    return queries, min(32 if wide else 64, max(16, triton.next_power_of_2(keys))), 4
+    """Queries and keys of a block, and how many blocks are on their way from memory at a time.
+
+    By what a program's blocks take of the shared memory: less than 100 kB, which every GPU has.
+    """
+    row = triton.next_power_of_2(width) * dtype.itemsize  # bytes
+    queries, local, stages = (64, 64, 3) if row <= 128 else (64, 32, 2) if row <= 256 else (32, 16, 1)
+    if dtype == torch.float32:  # whose products keep parts of their factors
+        local, stages = min(local, 32), min(stages, 3 if row <= 128 else 1)
+    return (
+        min(queries, max(16, triton.next_power_of_2(per_chunk))),
+        min(local, max(16, triton.next_power_of_2(keys))),
+        stages,
+    )
 
 
 def _precision() -> str:
