@@ -162,6 +162,7 @@ def build(config: TrainConfig, process: Process, new: bool) -> tuple[Loaders, to
         world_size=process.world_size,
         device=process.device,
         channels_last=config.channels_last,
+        folder=Path(config.output or ""),
     )
     if config.model.num_classes is None:
         config.model.num_classes = loaders.num_classes

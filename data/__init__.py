@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from data.bad_images import BadImages
 from data.loaders import EvaluationImages, TrainingViews, TrainLoader, ValidationLoader
 from data.mixing import Mixing, check_pairs, mixes
+from data.real_labels import ForeignImagesError, RelabelledImages
 from data.samplers import MicroBatches
 from data.sources import Source, open_source
+from data.subsets import chosen
 from data.transforms import evaluation_transform, train_transform
 from vil.config import AugmentConfig, ConfigError, DataConfig
 
-__all__ = ["Loaders", "Mixing", "Validation", "build_loaders", "build_validation"]
+__all__ = ["ForeignImagesError", "Loaders", "Mixing", "Validation", "build_loaders", "build_validation"]
 
 
 @dataclass
@@ -48,6 +52,7 @@ def build_loaders(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     channels_last: bool = False,
+    folder: Path | None = None,
 ) -> Loaders:
     """Opens both splits of a data set and builds their loaders.
 
@@ -64,13 +69,14 @@ def build_loaders(
         world_size: number of processes.
         device: where the batches are wanted.
         channels_last: lay the images out channels-last.
+        folder: of the run, for its list of images that cannot be read.
 
     Raises:
         ConfigError: something of it cannot be, or the data set is not as the configuration says.
     """
     device = torch.device(device)
     transform = train_transform(augment, data, image_size=image_size, in_chans=in_chans)
-    source = open_source(data, "train", in_chans)
+    source = chosen(open_source(data, "train", in_chans), data)
     micro_batches = MicroBatches(
         len(source), batch_size, accumulation, seed, augment.repeats, rank, world_size
     )
@@ -88,9 +94,16 @@ def build_loaders(
     )
     if validation.class_names != source.class_names:
         raise ConfigError("data.val_split", _difference(source.class_names, validation.class_names))
-    views = TrainingViews(source, transform, seed)
+    views = TrainingViews(source, transform, seed, data.on_error)
     return Loaders(
-        TrainLoader(views, micro_batches, data.workers, device, channels_last),
+        TrainLoader(
+            views,
+            micro_batches,
+            data.workers,
+            device,
+            channels_last,
+            BadImages(len(source), data.max_bad, folder),
+        ),
         validation.loader,
         validation.num_classes,
         validation.class_names,
@@ -130,8 +143,17 @@ def build_validation(
     transform = evaluation_transform(data, image_size=image_size, in_chans=in_chans)
     source: Source = open_source(data, "val", in_chans)
     images = EvaluationImages(source, transform)
+    if data.real_labels is not None:
+        images = RelabelledImages(images, data.real_labels)
     loader = ValidationLoader(
-        images, batch_size, data.workers, torch.device(device), channels_last, rank, world_size
+        images,
+        batch_size,
+        data.workers,
+        torch.device(device),
+        channels_last,
+        rank,
+        world_size,
+        data.on_error,
     )
     return Validation(loader, len(source.class_names), source.class_names)
 

@@ -2,57 +2,100 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from data.bad_images import BadImages
+from data.decoding import UnreadableImageError, decoding
 from data.prefetch import Batch, to_device
 from data.randomness import seeded
-from data.samplers import Key, MicroBatches
+from data.samplers import Key, MicroBatches, following
 from data.sources import Source
 from data.transforms import Transform
 from vil.config import ConfigError
 
+OnError = Literal["fail", "skip"]
+_logger = logging.getLogger("vil.data")  # a child of vil, whose records are shown
+
 
 @dataclass
 class Unreadable:
-    """Stands in a batch for an image that could not be decoded, on its way from a worker."""
+    """Stands for an image that could not be decoded, on its way from a worker."""
 
     image: str
     reason: str
 
 
-class TrainingViews(Dataset[Any]):
-    """Augmented views of images. A view is a function of the seed and its key (epoch, index, view)."""
+@dataclass
+class Replaced:
+    """A sample that took the place of others."""
 
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+    sample: tuple[Tensor, int]
+    unreadable: list[Unreadable]
+
+
+class TrainingViews(Dataset[Any]):
+    """Augmented views of images. A view is a function of the seed and its key (epoch, index, view).
+
+    Args:
+        source: the images.
+        transform: their augmentation.
+        seed: the run's seed.
+        on_error: skip replaces an image that cannot be read by the next one in the order of the epoch; its
+            augmentation is that of the place, so that it is not the same view twice.
+        normalised: normalise and erase; else the views are bytes, (C, H, W) uint8, for `Transform.finish`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        seed: int,
+        on_error: OnError = "fail",
+        normalised: bool = True,
+    ) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
+        self.on_error = on_error
+        self.normalised = normalised
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | Unreadable:
-        loaded = _load(self.source, key[1])
-        if isinstance(loaded, Unreadable):
-            return loaded
-        image, target = loaded
+    def __getitem__(self, key: Key) -> tuple[Tensor, int] | Replaced | Unreadable:
+        epoch, index, _ = key
+        sample = self._view(index, key)
+        if not isinstance(sample, Unreadable) or self.on_error == "fail":
+            return sample
+        unreadable = [sample]
+        for other in following(self.seed, epoch, len(self.source), index):
+            sample = self._view(other, key)
+            if not isinstance(sample, Unreadable):
+                return Replaced(sample, unreadable)
+            unreadable.append(sample)
+        return unreadable[0]
+
+    def _view(self, index: int, key: Key) -> tuple[Tensor, int] | Unreadable:
         with seeded(self.seed, "augmentation", *key):
-            return self.transform(image), target
+            transform = self.transform if self.normalised else self.transform.pixels
+            return _sample(self.source, index, transform)
 
 
 class EvaluationImages(Dataset[Any]):
     """Images as they are evaluated."""
 
-    def __init__(self, source: Source, transform: Transform) -> None:
+    def __init__(self, source: Source, transform: Transform, normalised: bool = True) -> None:
         self.source = source
         self.transform = transform
+        self.normalised = normalised
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
-        loaded = _load(self.source, index)
-        return loaded if isinstance(loaded, Unreadable) else (self.transform(loaded[0]), loaded[1])
+        return _sample(self.source, index, self.transform if self.normalised else self.transform.pixels)
 
 
 class TrainLoader:
@@ -64,6 +107,7 @@ class TrainLoader:
         workers: processes that load images; the batches are the same for any number.
         device: where the batches are wanted.
         channels_last: lay the images out channels-last.
+        bad_images: where to note images that were replaced.
     """
 
     def __init__(
@@ -73,12 +117,15 @@ class TrainLoader:
         workers: int,
         device: torch.device,
         channels_last: bool,
+        bad_images: BadImages,
     ) -> None:
         self.steps_per_epoch = micro_batches.steps_per_epoch
+        self.num_images = micro_batches.num_images
         self._micro_batches = micro_batches
         self._loader = _loader(dataset, workers, device, batch_sampler=micro_batches)
         self._device = device
         self._channels_last = channels_last
+        self._bad_images = bad_images
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Micro-batches of one epoch, `accumulation` per step, from step `start` on; none before it is read.
@@ -89,10 +136,18 @@ class TrainLoader:
             (images (B, C, H, W) float32, targets (B,) int64) of this rank.
 
         Raises:
-            ConfigError: from the iterator, naming an image that cannot be decoded.
+            ConfigError: from the iterator, naming an image that cannot be decoded; or too many cannot.
         """
         self._micro_batches.choose(epoch, start)
-        return to_device(_readable(iter(self._loader)), self._device, self._channels_last)
+        return to_device(self._readable(iter(self._loader)), self._device, self._channels_last)
+
+    def _readable(self, collated: Iterable[Collated]) -> Iterator[Batch]:
+        for batch, unreadable in collated:
+            if batch is None or len(batch[1]) < self._micro_batches.micro_batch_size:
+                raise _error(unreadable[0])
+            for image in unreadable:
+                self._bad_images.add(image.image, image.reason)
+            yield batch
 
 
 class ValidationLoader:
@@ -106,9 +161,11 @@ class ValidationLoader:
         channels_last: lay the images out channels-last.
         rank: of this process.
         world_size: number of processes.
+        on_error: skip leaves out images that cannot be read, counts and names them.
 
     Attributes:
         num_images: size of the whole set, all ranks together.
+        unreadable: how many of this rank's could not be read, in the last pass.
     """
 
     def __init__(
@@ -120,19 +177,37 @@ class ValidationLoader:
         channels_last: bool,
         rank: int,
         world_size: int,
+        on_error: OnError = "fail",
     ) -> None:
         self.num_images = len(dataset.source)
+        self.unreadable = 0
         share = range(rank, self.num_images, world_size)
         self._loader = _loader(dataset, workers, device, batch_size=batch_size, sampler=share)
         self._device = device
         self._channels_last = channels_last
+        self._on_error = on_error
 
     def __len__(self) -> int:
         """Number of batches of this rank."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        return to_device(_readable(iter(self._loader)), self._device, self._channels_last)
+        return to_device(self._readable(iter(self._loader)), self._device, self._channels_last)
+
+    def _readable(self, collated: Iterable[Collated]) -> Iterator[Batch]:
+        self.unreadable = 0
+        for batch, unreadable in collated:
+            if unreadable and self._on_error == "fail":
+                raise _error(unreadable[0])
+            self.unreadable += len(unreadable)
+            for image in unreadable:
+                _logger.warning("not evaluated: %s, which cannot be read: %s", image.image, image.reason)
+            if batch is not None:
+                yield batch
+
+
+Collated = tuple["Batch | None", list[Unreadable]]
+"""A batch, None where no image of it could be read, and the images that could not."""
 
 
 def _loader(dataset: Dataset[Any], workers: int, device: torch.device, **order: Any) -> DataLoader[Any]:
@@ -148,25 +223,30 @@ def _loader(dataset: Dataset[Any], workers: int, device: torch.device, **order: 
     )
 
 
-def _load(source: Source, index: int) -> Any:
+def _sample(source: Source, index: int, transform: Any) -> tuple[Tensor, int] | Unreadable:
     try:
-        return source.load(index)
-    except (
-        Exception
-    ) as error:  # decoders raise anything on damaged files: OSError, SyntaxError, struct.error ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return Unreadable(source.describe(index), reason)
+        with decoding():
+            picture = source.picture(index)
+        return transform(picture), int(source.targets[index])
+    except UnreadableImageError as error:
+        return Unreadable(source.describe(index), str(error))
 
 
-def _collate(samples: list[Any]) -> Any:
-    damaged = [sample for sample in samples if isinstance(sample, Unreadable)]
-    return damaged[0] if damaged else default_collate(samples)
+def _collate(samples: list[Any]) -> Collated:
+    """Batches what could be read; bytes stay in the order (B, H, W, C) in memory, which is faster."""
+    unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
+    unreadable += chain.from_iterable(sample.unreadable for sample in samples if isinstance(sample, Replaced))
+    pairs = [sample.sample if isinstance(sample, Replaced) else sample for sample in samples]
+    pairs = [pair for pair in pairs if not isinstance(pair, Unreadable)]
+    if not pairs:
+        return None, unreadable
+    if pairs[0][0].dtype != torch.uint8:
+        images, targets = default_collate(pairs)
+        return (images, targets), unreadable
+    images, targets = default_collate([(image.permute(1, 2, 0), target) for image, target in pairs])
+    return (images.permute(0, 3, 1, 2), targets), unreadable
 
 
-def _readable(batches: Iterable[Any]) -> Iterator[Batch]:
-    """Raises here, where it can be shown on one line, what a worker could not read."""
-    for batch in batches:
-        if isinstance(batch, Unreadable):
-            raise ConfigError("data.root", f"{batch.image}: cannot be read: {batch.reason}")
-        images, targets = batch
-        yield images, targets
+def _error(unreadable: Unreadable) -> ConfigError:
+    """What a worker could not read, here, where it can be shown on one line."""
+    return ConfigError("data.root", f"{unreadable.image}: cannot be read: {unreadable.reason}")

@@ -115,7 +115,19 @@ class MicroBatches(Sampler[list[Key]]):
 
 def epoch_order(seed: int, epoch: int, num_images: int, repeats: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Indices and views of an epoch, each (num_images,), in the order in which steps take them."""
-    rng = np.random.default_rng(seed_sequence(seed, "order", epoch))
     images_seen = -(-num_images // repeats)
-    indices = rng.permutation(num_images)[:images_seen].repeat(repeats)[:num_images]
+    indices = shuffled(seed, epoch, num_images)[:images_seen].repeat(repeats)[:num_images]
     return indices, np.arange(num_images) % repeats
+
+
+def shuffled(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """All indices, (num_images,), in the order of an epoch."""
+    return np.random.default_rng(seed_sequence(seed, "order", epoch)).permutation(num_images)
+
+
+def following(seed: int, epoch: int, num_images: int, index: int) -> Iterator[int]:
+    """The indices after `index` in the order of an epoch, around its end, each of the others once."""
+    order = shuffled(seed, epoch, num_images)
+    place = int(np.flatnonzero(order == index)[0])
+    yield from order[place + 1 :].tolist()
+    yield from order[:place].tolist()

@@ -1,26 +1,144 @@
-"""From a decoded image to a normalised tensor: the recipe's augmentation in training, resize and crop in
-evaluation.
+"""From an image to a normalised tensor: the recipe's augmentation in training, resize and crop in evaluation.
 
 The steps are timm's and torchvision's. This module chooses them from the configuration, adds the crops that
-timm has not, and mends one operation.
+timm has not, and mends one operation. What comes after the pixels, normalisation and erasing, stands apart
+(`finish`), so that a GPU can do it for whole batches.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from data.decoding import Mode, Picture, covering_scale
 from vil.config import AugmentConfig, ConfigError, DataConfig
 
-Transform = Callable[[Image.Image], Tensor]
+Box = tuple[int, int, int, int]
+"""Top, left, height and width of a crop, in pixels."""
+
+TRIVIAL = "trivial"
+"""The policy that is torchvision's TrivialAugmentWide and not one of timm's."""
+
+
+class Transform:
+    """An image becomes pixels, uint8, and these a normalised tensor, float32.
+
+    Args:
+        crop: brings an image to the model's size.
+        augment: what changes its pixels after that.
+        mean: of the channels, for values in 0..1.
+        std: of the channels, for values in 0..1.
+        erasing: erases parts of a normalised tensor.
+    """
+
+    def __init__(
+        self,
+        crop: Callable[[Picture], Image.Image],
+        augment: Sequence[Callable[[Image.Image], Image.Image]],
+        mean: Sequence[float],
+        std: Sequence[float],
+        erasing: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.crop = crop
+        self.augment = list(augment)
+        self.erasing = erasing
+        self._mode: Mode = "RGB" if len(mean) == 3 else "L"
+        self._mean = torch.tensor(mean)[:, None, None]
+        self._std = torch.tensor(std)[:, None, None]
+
+    def __call__(self, image: Picture | Image.Image) -> Tensor:
+        """(C, H, W), normalised."""
+        return self.finish(self.pixels(image))
+
+    def pixels(self, image: Picture | Image.Image) -> Tensor:
+        """The first part: (C, H, W), uint8, its memory in the order (H, W, C)."""
+        changed = self.crop(Picture(image, self._mode) if isinstance(image, Image.Image) else image)
+        for step in self.augment:
+            changed = step(changed)
+        array = np.array(changed)  # a copy: the image's own memory must not be written to
+        return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        """The second part: (C, H, W), normalised and erased."""
+        normalised = pixels.contiguous().float().div_(255).sub_(self._mean).div_(self._std)
+        return normalised if self.erasing is None else self.erasing(normalised)
+
+
+class RandomResizedCrop:
+    """The Inception crop, drawn as timm draws it, from the size that the header tells.
+
+    So the image is decoded at the smallest scale that covers the crop: resized afterwards, always with
+    antialiasing, by PyTorch's vectorised resize of bytes. It differs from Pillow's by rounding.
+
+    Args:
+        size: side of the result, in pixels.
+        scale: smallest and largest area, as a fraction of the image.
+        ratio: smallest and largest aspect ratio.
+        interpolation: bilinear, bicubic, or random for one of both.
+    """
+
+    def __init__(
+        self, size: int, scale: tuple[float, float], ratio: tuple[float, float], interpolation: str
+    ) -> None:
+        self.size, self.scale, self.ratio = size, scale, ratio
+        self.interpolations = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+
+    def __call__(self, picture: Picture) -> Image.Image:
+        """The crop, size × size."""
+        width, height = picture.size
+        (top, left, rows, columns), interpolation = self.draw(width, height)
+        pixels = picture.pixels(covering_scale((columns, rows), self.size))
+        vertical = _scaled(top, top + rows, height, pixels.shape[0])
+        horizontal = _scaled(left, left + columns, width, pixels.shape[1])
+        return Image.fromarray(resize(pixels[vertical, horizontal], self.size, interpolation))
+
+    def draw(self, width: int, height: int) -> tuple[Box, str]:
+        """The box and the interpolation for an image of that size, from Python's global generator."""
+        drawn_from = _OnlySize(width, height)
+        box = RandomResizedCropAndInterpolation.get_params(drawn_from, self.scale, self.ratio)
+        return box, random.choice(self.interpolations)  # noqa: S311
+
+
+class _OnlySize(Image.Image):
+    """What timm's draw of a crop looks at: an image without pixels."""
+
+    def __init__(self, width: int, height: int) -> None:
+        super().__init__()
+        self._size = (width, height)
+        self._mode = "RGB"
+
+
+def _scaled(first: int, end: int, side: int, decoded: int) -> slice:
+    """Positions first:end of a side, on that side as it was decoded; at least one of them."""
+    if decoded == side:
+        return slice(first, end)
+    start = min(round(first * decoded / side), decoded - 1)
+    return slice(start, max(round(end * decoded / side), start + 1))
+
+
+def resize(pixels: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+    """Resizes bytes (H, W[, 3]) to (size, size[, 3]), with antialiasing."""
+    if pixels.shape[:2] == (size, size):
+        return np.ascontiguousarray(pixels)
+    if not pixels.flags.writeable:  # bytes of Pillow, which PyTorch does not share
+        pixels = pixels.copy()
+    channels_first = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)[None]
+    resized = F.interpolate(channels_first, (size, size), mode=interpolation, antialias=True)
+    return resized[0].permute(1, 2, 0).reshape(size, size, *pixels.shape[2:]).numpy()
 
 
 def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int, in_chans: int) -> Transform:
@@ -30,34 +148,43 @@ def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int
     global generators of Python, NumPy and PyTorch.
 
     Raises:
-        ConfigError: a value of `augment` or `data` is out of range, or timm does not know the policy.
+        ConfigError: a value of `augment` or `data` is out of range, or the policy is unknown.
     """
     _check_ranges(augment)
     _check_policy(augment.auto_augment)
     mean, std = channel_statistics(data, in_chans)
+    trivial = augment.auto_augment == TRIVIAL
     color_jitter: Any = augment.color_jitter or None
-    primary, secondary, final = create_transform(
+    primary, secondary, _ = create_transform(
         image_size,
         is_training=True,
         separate=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
         hflip=augment.hflip,
         vflip=augment.vflip,
         color_jitter=color_jitter,
-        auto_augment=augment.auto_augment,
+        auto_augment=None if trivial else augment.auto_augment,
         interpolation=augment.interpolation,
         mean=mean,
         std=std,
-        re_prob=augment.random_erasing,
-        re_mode=augment.random_erasing_mode,
-        re_count=augment.random_erasing_count,
     )
-    random_resized_crop, *flips = primary.transforms
-    crop = [random_resized_crop] if augment.crop == "random_resized" else _crop(augment, image_size)
-    for step in secondary.transforms:
+    _, *flips = primary.transforms
+    policy = [transforms.TrivialAugmentWide()] if trivial else secondary.transforms
+    for step in policy:
         _mend_posterize(step)
-    return transforms.Compose([*crop, *flips, *secondary.transforms, *final.transforms])
+    return Transform(_crop(augment, image_size), [*flips, *policy], mean, std, random_erasing(augment))
+
+
+def random_erasing(augment: AugmentConfig, device: str = "cpu") -> RandomErasing | None:
+    """timm's random erasing, of a normalised tensor (C, H, W), or of each of a batch; None without it."""
+    if augment.random_erasing == 0:
+        return None
+    return RandomErasing(
+        augment.random_erasing,
+        mode=augment.random_erasing_mode,
+        max_count=augment.random_erasing_count,
+        num_splits=0,
+        device=device,
+    )
 
 
 def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) -> Transform:
@@ -69,9 +196,10 @@ def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) ->
     if not 0 < data.crop_pct <= 1:
         raise ConfigError("data.crop_pct", f"expected a fraction in (0, 1], got {data.crop_pct}")
     mean, std = channel_statistics(data, in_chans)
-    return create_transform(
+    timms = create_transform(
         image_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std
     )
+    return Transform(_OfWhole(timms.transforms[:2]), [], mean, std)  # resize and centre crop
 
 
 def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -85,19 +213,36 @@ def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ..
     return data.mean, data.std
 
 
-def _crop(augment: AugmentConfig, image_size: int) -> list[Any]:
-    """The crops other than the Inception crop; all resize the short side to image_size first."""
+class _OfWhole:
+    """Crops that see the whole image."""
+
+    def __init__(self, steps: list[Any]) -> None:
+        self.steps = steps
+
+    def __call__(self, picture: Picture) -> Image.Image:
+        image = picture.image()
+        for step in self.steps:
+            image = step(image)
+        return image
+
+
+def _crop(augment: AugmentConfig, image_size: int) -> Callable[[Picture], Image.Image]:
+    """The crop of a recipe; all but the Inception crop resize the short side to image_size first."""
+    if augment.crop == "random_resized":
+        return RandomResizedCrop(image_size, augment.scale, augment.ratio, augment.interpolation)
     drawn = ("bilinear", "bicubic") if augment.interpolation == "random" else (augment.interpolation,)
-    resize = transforms.RandomChoice(
+    resize_short_side = transforms.RandomChoice(
         [transforms.Resize(image_size, InterpolationMode(interpolation)) for interpolation in drawn]
     )
     centre = transforms.CenterCrop(image_size)
     if augment.crop == "none":
-        return [resize, centre]
+        return _OfWhole([resize_short_side, centre])
     if augment.crop == "pad_random":  # as is usual for CIFAR
-        return [resize, centre, transforms.RandomCrop(image_size, padding=augment.pad)]
+        shifted = transforms.RandomCrop(image_size, padding=augment.pad)
+        return _OfWhole([resize_short_side, centre, shifted])
     # resize_random: the simple random crop of DeiT III (https://arxiv.org/abs/2204.07118, section 3)
-    return [resize, transforms.RandomCrop(image_size, padding=augment.pad, padding_mode="reflect")]
+    anywhere = transforms.RandomCrop(image_size, padding=augment.pad, padding_mode="reflect")
+    return _OfWhole([resize_short_side, anywhere])
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
@@ -120,7 +265,8 @@ def _mend_posterize(policy: Any) -> None:
 
 _INTEGER, _NUMBER = "[0-9]{1,4}", r"[0-9]{1,4}(\.[0-9]{1,6})?"
 _ALPHA = r"[1-9][0-9]{0,3}(\.[0-9]{1,6})?|0\.[1-9][0-9]{0,5}"  # below 0.1 a Dirichlet distribution draws nan
-_SECTIONS = {  # timm's grammar: what may follow each policy's name, as in rand-m9-mstd0.5-inc1
+# timm's grammar: what may follow each policy's name, as in rand-m9-mstd0.5-inc1
+_SECTIONS: dict[str, dict[str, str]] = {
     "rand": {
         "m": _INTEGER, "n": "[1-9]", "p": _NUMBER, "mstd": _NUMBER, "mmax": "[1-9][0-9]{0,3}", "inc": "[01]",
         "t": "weights|3aw|3a",
@@ -129,6 +275,7 @@ _SECTIONS = {  # timm's grammar: what may follow each policy's name, as in rand-
         "m": _INTEGER, "w": "[1-9][0-9]?", "d": "[0-9]{1,2}", "a": _ALPHA, "b": "[01]", "mstd": _NUMBER,
     },
     **{name: {"mstd": _NUMBER} for name in ("original", "originalr", "v0", "v0r", "3a")},
+    TRIVIAL: {},
 }  # fmt: skip
 
 

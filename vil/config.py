@@ -263,8 +263,8 @@ class DataConfig:
     """Which images, and how they are brought to the model's size."""
 
     source: str = "digits"
-    """digits (bundled), folder (root/train/<class>/..., root/val/...), or a timm data set: torch/cifar10,
-    hfds/..."""
+    """digits (bundled), folder (root/train/<class>/..., root/val/...), zip (root/train.zip and
+    train_map.txt), tar, wds (WebDataset shards), or a timm data set: torch/cifar10, hfds/..."""
     root: str | None = None
     """Folder of the data set."""
     train_split: str = "train"
@@ -275,6 +275,17 @@ class DataConfig:
     """Let a timm data set download what is missing."""
     workers: int = 4
     """Processes that load images, per rank; 0 loads in the training process."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """An image that cannot be read ends the program, or is skipped: in training the next of the epoch takes
+    its place, and bad_images.txt in the run's folder lists it; in evaluation it is counted and reported."""
+    max_bad: float = 0.001
+    """on_error skip: the largest share of the training images that may be unreadable; more stop the run."""
+    train_fraction: float = 1.0
+    """Train on this share of each class; a larger share holds the images of a smaller one."""
+    images_per_class: int | None = None
+    """Train on at most so many images of each class; null is all."""
+    list_file: str | None = None
+    """Train on the images named in this text file, one a line: paths below the split, or plain file names."""
     crop_pct: float = 0.875
     """Evaluation: image_size / crop_pct is the short side before the centre crop."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from data.sources.base import Mode, Source, Split, split_name
+from data.decoding import Mode, Picture
+from data.sources.base import Source, Split, split_name
 from vil.config import ConfigError, DataConfig
 
 SPLIT_SEED = 20210515  # a constant: which digits are held out never depends on the run
 SIZE = 32
 
 
-class Digits:
+class Digits(Source):
     """1,797 handwritten digits (8×8, 17 grey levels) as 32×32 images.
 
     The split is fixed: 1,437 for training and 360 for validation, each with its share of every class.
@@ -31,18 +32,15 @@ class Digits:
 
         digits = load_digits()
         self._indices = split_indices(digits.target)[split]
-        self._targets = digits.target[self._indices]
+        self.targets = digits.target[self._indices].astype(np.int64)
         self._mode = mode
         levels = np.rint(digits.images[self._indices] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
         enlarged = [Image.fromarray(level).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for level in levels]
         self._images = np.stack([np.asarray(image) for image in enlarged])  # (N, 32, 32)
 
-    def __len__(self) -> int:
-        return len(self._targets)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The digit, white on black, and its value."""
-        return Image.fromarray(self._images[index]).convert(self._mode), int(self._targets[index])
+    def picture(self, index: int) -> Picture:
+        """The digit, white on black."""
+        return Picture(Image.fromarray(self._images[index]), self._mode)
 
     def describe(self, index: int) -> str:
         """Its place among scikit-learn's 1,797."""

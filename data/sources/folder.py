@@ -7,14 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.sources.base import Mode, Source, Split, listed, root_folder, split_name
+from data.decoding import Mode, Picture
+from data.sources.base import Source, Split, listed, root_folder, split_name
 from vil.config import ConfigError, DataConfig
 
 
-class Folder:
+class Folder(Source):
     """The images below a folder with one folder per class, in the order of their sorted paths.
 
     Args:
@@ -33,29 +33,48 @@ class Folder:
             reason = f"class folders that the training split lacks: {listed(unknown)}"
             raise ConfigError("data.root", f"{folder}: {reason}")
         class_to_index = {name: index for index, name in enumerate(class_names)}
-        samples = make_dataset(str(folder), class_to_index, extensions=IMG_EXTENSIONS, allow_empty=True)
+        samples = [(path, class_to_index[name]) for name in present for path in image_files(folder / name)]
         # Arrays, not lists: reading a list changes the reference counts of its elements, and so copies its
         # memory, page by page, into every forked worker.
         self._paths = np.array([os.fsencode(path) for path, _ in samples], dtype=np.bytes_)
-        self._targets = np.array([target for _, target in samples], dtype=np.int64)
-        empty = sorted(set(present) - {class_names[index] for index in np.unique(self._targets)})
+        self.targets = np.array([target for _, target in samples], dtype=np.int64)
+        empty = sorted(set(present) - {class_names[index] for index in np.unique(self.targets)})
         if empty:
             reason = f"class folders without images ({', '.join(IMG_EXTENSIONS)}): {listed(empty)}"
             raise ConfigError("data.root", f"{folder}: {reason}")
         self.class_names = class_names
+        self._folder = folder
         self._mode = mode
 
-    def __len__(self) -> int:
-        return len(self._targets)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The image and the index of its class."""
-        with Image.open(self.describe(index)) as image:
-            return image.convert(self._mode), int(self._targets[index])
+    def picture(self, index: int) -> Picture:
+        """The image's file, read."""
+        with open(self.describe(index), "rb") as file:
+            return Picture(file.read(), self._mode)
 
     def describe(self, index: int) -> str:
         """The image's path."""
         return os.fsdecode(self._paths[index])
+
+    def name(self, index: int) -> str:
+        """The image's path below the split's folder."""
+        return os.path.relpath(self.describe(index), self._folder)
+
+
+def image_files(folder: Path) -> list[str]:
+    """The paths of all images below a folder, in the order in which torchvision's ImageFolder finds them.
+
+    Broken links are among them, and also folders without images that are named like an image: what was meant
+    to be an image and cannot be read is the business of `data.on_error`, not passed over here.
+    """
+    found: list[str] = []
+    for parent, folders, files in sorted(os.walk(folder, followlinks=True)):
+        meant = [name for name in folders if _named_like_image(name) and not image_files(Path(parent, name))]
+        found += [os.path.join(parent, name) for name in sorted([*filter(_named_like_image, files), *meant])]
+    return found
+
+
+def _named_like_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:

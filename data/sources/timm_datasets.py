@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
 from timm.data import create_dataset
 
-from data.sources.base import Mode, Source, Split, root_folder, split_name
+from data.decoding import Mode, Picture
+from data.sources.base import Source, Split, root_folder, split_name
 from vil.config import ConfigError, DataConfig
 
 # Two ways in which timm answers a misspelt split with other images instead of an error. These data sets of
@@ -24,7 +25,7 @@ FLAG_SPLITS = ("train", "training", "val", "valid", "validation", "test")
 SPLIT_IS_PATH = ("tar", "torch/folder", "torch/image_folder")
 
 
-class TimmDataset:
+class TimmDataset(Source):
     """A data set of timm with an index.
 
     Args:
@@ -40,18 +41,15 @@ class TimmDataset:
         self._name = name
         self._mode = mode
         self.class_names = _class_names(self._reader or dataset, name)
+        self.targets = _targets(self._reader or dataset, name)
 
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The image and its class."""
+    def picture(self, index: int) -> Picture:
+        """The image: of torchvision's data sets decoded already."""
         if self._reader is None:
-            image, target = self._dataset[index]
-            return image.convert(self._mode), int(target)
-        file, target = self._reader[index]
-        with file, Image.open(file) as image:
-            return image.convert(self._mode), int(target)
+            return Picture(self._dataset[index][0], self._mode)
+        file, _ = self._reader[index]
+        with file:
+            return Picture(file.read(), self._mode)
 
     def describe(self, index: int) -> str:
         """The image's file where it has one."""
@@ -59,6 +57,24 @@ class TimmDataset:
             return str(self._reader.filename(index, absolute=True))
         samples = getattr(self._dataset, "samples", None)
         return str(samples[index][0]) if samples else f"image {index} of {self._name}"
+
+
+def _targets(dataset: Any, name: str) -> np.ndarray:
+    """(images,), the class of each, without decoding one where the data set tells."""
+    if hasattr(dataset, "iter_targets"):  # timm's readers
+        targets = list(dataset.iter_targets())
+    elif (
+        known := next((a for a in ("targets", "labels", "_labels") if hasattr(dataset, a)), None)
+    ) is not None:
+        targets = [int(target) for target in getattr(dataset, known)]
+    else:
+        samples = getattr(dataset, "index", None)  # iNaturalist's list; of others the images have to be read
+        samples = samples if isinstance(samples, list) else (dataset[index] for index in range(len(dataset)))
+        targets = [next(part for part in sample if isinstance(part, int)) for sample in samples]
+    try:
+        return np.array(targets, dtype=np.int64).reshape(len(dataset))
+    except (TypeError, ValueError):
+        raise ConfigError("data.source", f"{name}: expected one class for each image") from None
 
 
 def _class_names(dataset: Any, name: str) -> tuple[str, ...]:

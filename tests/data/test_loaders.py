@@ -78,8 +78,8 @@ def test_start_is_the_tail_of_the_epoch_and_loads_nothing_before_it(folder_data,
     whole = list(loaders.train.epoch(5))
     read = []
     source = loaders.train._loader.dataset.source
-    load_image = source.load
-    monkeypatch.setattr(source, "load", lambda index: read.append(index) or load_image(index))
+    read_image = source.picture
+    monkeypatch.setattr(source, "picture", lambda index: read.append(index) or read_image(index))
     assert equal(whole[4:], loaders.train.epoch(5, start=2))
     assert len(read) == 4
     assert list(loaders.train.epoch(5, start=3)) == []

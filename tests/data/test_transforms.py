@@ -24,7 +24,7 @@ POLICIES = [
     "augmix-m5-w4-d2-b1",
     "original",
 ]
-POLICIES += ["originalr-mstd0.5", "v0", "v0r", "3a"]
+POLICIES += ["originalr-mstd0.5", "v0", "v0r", "3a", "trivial"]
 
 
 ODD = [float("nan"), float("inf"), float("-inf")]
@@ -177,7 +177,7 @@ def test_randaugment_runs_thousands_of_times(image, policy):
         return mended(picture, bits_to_keep, **options)
 
     step = next(
-        s for s in transform.transforms if isinstance(s, (auto_augment.RandAugment, auto_augment.AutoAugment))
+        s for s in transform.augment if isinstance(s, (auto_augment.RandAugment, auto_augment.AutoAugment))
     )
     sub_policies = getattr(step, "policy", None) or [step.ops]
     posterizes = [op for ops in sub_policies for op in ops if op.name.startswith("Posterize")]

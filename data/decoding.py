@@ -1,0 +1,140 @@
+"""Encoded images, decoded when their pixels are asked for, and only at the scale at which they are.
+
+Pixels are those of Pillow's `Image.open(file).convert(mode)`, which is what torchvision's ImageFolder gives:
+grey, CMYK, palette and 16-bit images become RGB (or grey) as Pillow converts them, transparency is dropped,
+and an orientation in EXIF is not applied. Ordinary JPEGs are decoded by simplejpeg where it is installed:
+the same libjpeg-turbo, hence the same pixels, in three quarters of the time. Whatever it refuses is Pillow's
+to decode or to refuse.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this machine: Pillow decodes everything
+    simplejpeg = None
+
+Mode = Literal["RGB", "L"]
+
+SCALES = (8, 4, 2, 1)
+"""Divisors at which libjpeg-turbo decodes a JPEG directly, by smaller and fast transforms."""
+
+
+class UnreadableImageError(Exception):
+    """An image that cannot be decoded; the text is one line that says why."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(" ".join(str(error).split()) or type(error).__name__)
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Makes whatever is raised inside an UnreadableImageError.
+
+    Decoders raise anything on damaged files: OSError, SyntaxError, struct.error, ...
+    """
+    try:
+        yield
+    except UnreadableImageError:
+        raise
+    except Exception as error:
+        raise UnreadableImageError(error) from error
+
+
+class Picture:
+    """An image whose size is known and whose pixels are not decoded yet.
+
+    Args:
+        content: an encoded image of any format that Pillow reads, or an image.
+        mode: RGB or L (grey): what it is converted to.
+    """
+
+    def __init__(self, content: bytes | Image.Image, mode: Mode) -> None:
+        self._content = content
+        self._mode = mode
+        self._jpeg_size = None if isinstance(content, Image.Image) else _jpeg_size(content)
+        self._image = content if isinstance(content, Image.Image) else None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, from the header. Raises UnreadableImageError where there is none."""
+        if self._jpeg_size is not None:
+            return self._jpeg_size
+        with decoding():
+            return self._opened().size
+
+    def pixels(self, scale: int = 1) -> np.ndarray:
+        """The pixels, (H, W, 3) or, for grey, (H, W), uint8.
+
+        Args:
+            scale: one of `SCALES`. H and W are those of the image divided by it, rounded up, if the format
+                can be decoded so; else those of the image.
+
+        Raises:
+            UnreadableImageError: the image is damaged.
+        """
+        if self._jpeg_size is not None and self._mode == "RGB":
+            width, height = (-(-side // scale) for side in self._jpeg_size)
+            try:
+                decoded = simplejpeg.decode_jpeg(
+                    self._content, "RGB", min_height=height, min_width=width, min_factor=scale
+                )
+                if decoded.shape == (height, width, 3):
+                    return decoded
+            except ValueError:
+                pass  # Pillow is more lenient, and says more about what is wrong
+        with decoding():
+            image = self._opened()
+            if scale > 1:
+                image.draft(None, (image.width // scale, image.height // scale))
+            return np.asarray(_converted(image, self._mode))
+
+    def image(self) -> Image.Image:
+        """The whole image. Raises UnreadableImageError where it is damaged."""
+        if self._jpeg_size is not None and self._mode == "RGB":
+            return Image.fromarray(self.pixels())
+        with decoding():
+            return _converted(self._opened(), self._mode)
+
+    def _opened(self) -> Image.Image:
+        if self._image is not None:
+            return self._image
+        assert isinstance(self._content, bytes)
+        with warnings.catch_warnings():
+            # Above 89 megapixels Pillow warns, above 179 it refuses: the first is no news to a training run.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(self._content))
+
+
+def covering_scale(box: tuple[int, int], size: int) -> int:
+    """The greatest of `SCALES` at which a box of (width, height) keeps `size` pixels on both sides."""
+    return next((scale for scale in SCALES if min(box) >= size * scale), 1)
+
+
+def _jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """(Width, height) of a JPEG that simplejpeg decodes as Pillow does; None for all that Pillow reads."""
+    if simplejpeg is None or content[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    limit = Image.MAX_IMAGE_PIXELS
+    bomb = limit is not None and width * height > 2 * limit
+    return None if bomb or colorspace not in ("YCbCr", "Gray") else (width, height)
+
+
+def _converted(image: Image.Image, mode: Mode) -> Image.Image:
+    with warnings.catch_warnings():
+        # "Palette images with transparency should be converted to RGBA": nothing here looks through an image.
+        warnings.filterwarnings("ignore", message="Palette images with Transparency")
+        return image.convert(mode)
