@@ -88,6 +88,10 @@ class MicroBatches(Sampler[list[Key]]):
         """Images of one micro-batch of one rank."""
         return self.batch_size // self.parts
 
+    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and views of an epoch, each (num_images,), over all ranks."""
+        return epoch_order(self.seed, epoch, self.num_images, self.repeats)
+
     def choose(self, epoch: int, start: int = 0) -> None:
         """Sets what the next iteration yields: `epoch`, from its step `start` on."""
         if not 0 <= start <= self.steps_per_epoch:
@@ -103,7 +107,7 @@ class MicroBatches(Sampler[list[Key]]):
         return self._micro_batches(self.epoch, self.start)  # reads the choice now, not at the first draw
 
     def _micro_batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
-        indices, views = epoch_order(self.seed, epoch, self.num_images, self.repeats)
+        indices, views = self.order(epoch)
         for step in range(start, self.steps_per_epoch):
             for micro_batch in range(self.accumulation):
                 first = step * self.batch_size + micro_batch * self.world_size + self.rank

@@ -45,6 +45,15 @@ class Subset(Source):
         return self._source.name(int(self._indices[index]))
 
 
+def origin(source: Source) -> tuple[Source, np.ndarray]:
+    """The source of which `source` is a part, or itself, and which of its images that part holds."""
+    indices = np.arange(len(source))
+    while isinstance(source, Subset):
+        indices = source._indices[indices]
+        source = source._source
+    return source, indices
+
+
 def chosen(source: Source, data: DataConfig) -> Source:
     """The part of a training set that `data` asks for: of those in list_file, the share, of these the number.
 

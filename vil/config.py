@@ -286,6 +286,9 @@ class DataConfig:
     """Train on at most so many images of each class; null is all."""
     list_file: str | None = None
     """Train on the images named in this text file, one a line: paths below the split, or plain file names."""
+    ffcv_order: Literal["random", "quasi_random"] = "random"
+    """source ffcv: the order of an epoch. quasi_random reads neighbouring pages of the file together, for files
+    that are larger than the memory."""
     crop_pct: float = 0.875
     """Evaluation: image_size / crop_pct is the short side before the centre crop."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"

@@ -6,6 +6,7 @@ To add a source, write a file with a function (data, split, mode) -> Source and 
 from __future__ import annotations
 
 from data.sources.base import Mode, Opener, Source, Split
+from data.sources.beton import open_beton
 from data.sources.digits import open_digits
 from data.sources.folder import open_folder
 from data.sources.timm_datasets import open_timm, refuse_stream
@@ -16,6 +17,7 @@ __all__ = ["SOURCES", "Source", "Split", "open_source"]
 SOURCES: dict[str, Opener] = {
     "digits": open_digits,
     "folder": open_folder,
+    "ffcv": open_beton,
     "tar": open_timm,
     "torch/": open_timm,
     "hfds/": open_timm,
