@@ -11,7 +11,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,8 +38,9 @@ class Transform:
     """An image becomes pixels, uint8, and these a normalised tensor, float32.
 
     Args:
-        crop: brings an image to the model's size.
-        augment: what changes its pixels after that.
+        crop: brings an image to the model's size: (H, W, 3), or (H, W) where it is grey.
+        flips: change these pixels.
+        augment: what changes them after that.
         mean: of the channels, for values in 0..1.
         std: of the channels, for values in 0..1.
         erasing: erases parts of a normalised tensor.
@@ -47,18 +48,20 @@ class Transform:
 
     def __init__(
         self,
-        crop: Callable[[Picture], Image.Image],
-        augment: Sequence[Callable[[Image.Image], Image.Image]],
+        crop: Callable[[Picture], np.ndarray],
         mean: Sequence[float],
         std: Sequence[float],
+        flips: Sequence[RandomFlip] = (),
+        augment: Sequence[Callable[[Image.Image], Image.Image]] = (),
         erasing: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.crop = crop
+        self.flips = list(flips)
         self.augment = list(augment)
         self.erasing = erasing
         self._mode: Mode = "RGB" if len(mean) == 3 else "L"
-        self._mean = torch.tensor(mean)[:, None, None]
-        self._std = torch.tensor(std)[:, None, None]
+        self.mean = torch.tensor(mean)[:, None, None]
+        self.std = torch.tensor(std)[:, None, None]
 
     def __call__(self, image: Picture | Image.Image) -> Tensor:
         """(C, H, W), normalised."""
@@ -66,16 +69,49 @@ class Transform:
 
     def pixels(self, image: Picture | Image.Image) -> Tensor:
         """The first part: (C, H, W), uint8, its memory in the order (H, W, C)."""
-        changed = self.crop(Picture(image, self._mode) if isinstance(image, Image.Image) else image)
-        for step in self.augment:
-            changed = step(changed)
-        array = np.array(changed)  # a copy: the image's own memory must not be written to
-        return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
+        array = self.crop(Picture(image, self._mode) if isinstance(image, Image.Image) else image)
+        for flip in self.flips:
+            array = flip(array)
+        if self.augment:
+            changed = Image.fromarray(array)
+            for step in self.augment:
+                changed = step(changed)
+            array = np.asarray(changed)
+        return torch.from_numpy(own(array.reshape(*array.shape[:2], -1))).permute(2, 0, 1)
 
     def finish(self, pixels: Tensor) -> Tensor:
         """The second part: (C, H, W), normalised and erased."""
-        normalised = pixels.contiguous().float().div_(255).sub_(self._mean).div_(self._std)
+        normalised = pixels.contiguous().float().div_(255).sub_(self.mean).div_(self.std)
         return normalised if self.erasing is None else self.erasing(normalised)
+
+
+class RandomFlip:
+    """A flip of pixels (H, W[, 3]) along an axis, with a probability, drawn as torchvision draws it."""
+
+    def __init__(self, probability: float, axis: int) -> None:
+        self.probability, self.axis = probability, axis
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """The pixels, or their mirror image."""
+        if torch.rand(1) >= self.probability:
+            return pixels
+        return torch.from_numpy(own(pixels)).flip(self.axis).numpy()  # NumPy's takes ten times as long
+
+
+def own(pixels: np.ndarray) -> np.ndarray:
+    """The pixels in memory of their own order that may be written to, copied where they are not."""
+    return pixels if pixels.flags.carray else pixels.copy()
+
+
+class Encoded(Protocol):
+    """An image of which a part can be decoded at a smaller scale, as `Picture`."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, in pixels."""
+
+    def pixels(self, scale: int = 1) -> np.ndarray:
+        """(H, W[, 3]), uint8, where H and W are the size, or the size divided by `scale` and rounded up."""
 
 
 class RandomResizedCrop:
@@ -97,14 +133,18 @@ class RandomResizedCrop:
         self.size, self.scale, self.ratio = size, scale, ratio
         self.interpolations = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
 
-    def __call__(self, picture: Picture) -> Image.Image:
+    def __call__(self, picture: Picture) -> np.ndarray:
         """The crop, size × size."""
+        return self.cut(picture, *self.draw(*picture.size))
+
+    def cut(self, picture: Encoded, box: Box, interpolation: str) -> np.ndarray:
+        """The crop that was drawn, (size, size[, 3]) uint8."""
         width, height = picture.size
-        (top, left, rows, columns), interpolation = self.draw(width, height)
+        top, left, rows, columns = box
         pixels = picture.pixels(covering_scale((columns, rows), self.size))
         vertical = _scaled(top, top + rows, height, pixels.shape[0])
         horizontal = _scaled(left, left + columns, width, pixels.shape[1])
-        return Image.fromarray(resize(pixels[vertical, horizontal], self.size, interpolation))
+        return resize(pixels[vertical, horizontal], self.size, interpolation)
 
     def draw(self, width: int, height: int) -> tuple[Box, str]:
         """The box and the interpolation for an image of that size, from Python's global generator."""
@@ -133,11 +173,12 @@ def _scaled(first: int, end: int, side: int, decoded: int) -> slice:
 def resize(pixels: np.ndarray, size: int, interpolation: str) -> np.ndarray:
     """Resizes bytes (H, W[, 3]) to (size, size[, 3]), with antialiasing."""
     if pixels.shape[:2] == (size, size):
-        return np.ascontiguousarray(pixels)
-    if not pixels.flags.writeable:  # bytes of Pillow, which PyTorch does not share
-        pixels = pixels.copy()
-    channels_first = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)[None]
-    resized = F.interpolate(channels_first, (size, size), mode=interpolation, antialias=True)
+        return pixels
+    # A batch of one that PyTorch sees as channels-last: twice as fast, and so is what comes out. For that the
+    # stride of the batch must be that of a whole image, as unsqueeze makes it.
+    tensor = torch.from_numpy(own(pixels.reshape(*pixels.shape[:2], -1)))
+    images = tensor.unsqueeze(0).permute(0, 3, 1, 2)  # (H, W, C) -> (1, H, W, C) -> (1, C, H, W)
+    resized = F.interpolate(images, (size, size), mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0).reshape(size, size, *pixels.shape[2:]).numpy()
 
 
@@ -155,23 +196,22 @@ def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int
     mean, std = channel_statistics(data, in_chans)
     trivial = augment.auto_augment == TRIVIAL
     color_jitter: Any = augment.color_jitter or None
-    primary, secondary, _ = create_transform(
+    _, secondary, _ = create_transform(
         image_size,
         is_training=True,
         separate=True,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
         color_jitter=color_jitter,
         auto_augment=None if trivial else augment.auto_augment,
         interpolation=augment.interpolation,
         mean=mean,
         std=std,
     )
-    _, *flips = primary.transforms
+    flips = [RandomFlip(p, axis) for p, axis in ((augment.hflip, 1), (augment.vflip, 0)) if p > 0]
     policy = [transforms.TrivialAugmentWide()] if trivial else secondary.transforms
     for step in policy:
         _mend_posterize(step)
-    return Transform(_crop(augment, image_size), [*flips, *policy], mean, std, random_erasing(augment))
+    crop = _crop(augment, image_size)
+    return Transform(crop, mean, std, flips, policy, random_erasing(augment))
 
 
 def random_erasing(augment: AugmentConfig, device: str = "cpu") -> RandomErasing | None:
@@ -199,7 +239,7 @@ def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) ->
     timms = create_transform(
         image_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std
     )
-    return Transform(_OfWhole(timms.transforms[:2]), [], mean, std)  # resize and centre crop
+    return Transform(_OfWhole(timms.transforms[:2]), mean, std)  # resize and centre crop
 
 
 def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -219,14 +259,14 @@ class _OfWhole:
     def __init__(self, steps: list[Any]) -> None:
         self.steps = steps
 
-    def __call__(self, picture: Picture) -> Image.Image:
+    def __call__(self, picture: Picture) -> np.ndarray:
         image = picture.image()
         for step in self.steps:
             image = step(image)
-        return image
+        return np.asarray(image)
 
 
-def _crop(augment: AugmentConfig, image_size: int) -> Callable[[Picture], Image.Image]:
+def _crop(augment: AugmentConfig, image_size: int) -> Callable[[Picture], np.ndarray]:
     """The crop of a recipe; all but the Inception crop resize the short side to image_size first."""
     if augment.crop == "random_resized":
         return RandomResizedCrop(image_size, augment.scale, augment.ratio, augment.interpolation)
