@@ -2,13 +2,15 @@
 
     python eval.py --checkpoint runs/digits                            the best model of a run, on its data
     python eval.py --checkpoint runs/a runs/b --data … --json out.json several, on other data
+    python eval.py --checkpoint runs/a --sets imagenet/val imagenet-a imagenet-c    several data sets
     python eval.py --checkpoint model_best.pth --released-config config.yaml --data …   as published
     python eval.py --model configs/models/vil_tiny.yaml --complexity   no weights, no data
 
 Alone or as one of the processes that torchrun starts. A run's checkpoint brings its model and its data; any
-option on the line goes over them. A published or a converted checkpoint brings its model and how images are
-brought to it, over which the words of the line go, but no file of --data. Every option of `EvalConfig` in
-vil/config.py can be given; --help lists them.
+option on the line goes over them. With --sets, the folders or files named there take the place of the data;
+of a data set that holds a part of the model's classes, the other logits are left out. A published or a
+converted checkpoint brings its model and how images are brought to it, over which the words of the line go,
+but no file of --data. Every option of `EvalConfig` in vil/config.py can be given; --help lists them.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ from typing import Any
 
 from torch import nn
 
-from data import build_validation
+from data import ForeignImagesError, Validation, build_validation
 from data.loaders import ValidationLoader
 from vil import command_line
 from vil.command_line import COMMAND_LINE, CommandLine
-from vil.config import ConfigError, DataConfig, EvalConfig, ModelConfig, in_section, of_option
+from vil.config import ConfigError, DataConfig, EvalConfig, ModelConfig, Precision, in_section, of_option
 from vil.evaluation import report
+from vil.evaluation.classes import find_rows
+from vil.evaluation.corruptions import corrupted_sets, with_summaries
 from vil.models.released import read_config, read_weights
 from vil.models.weights import load_file
 from vil.models.zoo import check_device, model_from_config
@@ -50,13 +54,22 @@ IMAGENET_CLASSES = 1000
 
 
 @dataclass
+class DataSet:
+    """Images to evaluate on, and the rows of the head that their classes are; None for rows 0, 1, ..."""
+
+    name: str | None
+    loader: ValidationLoader | None
+    num_classes: int | None
+    rows: list[int] | None
+
+
+@dataclass
 class Subject:
-    """A model with its weights, and the images to evaluate it on, unless its cost alone is asked for."""
+    """A model with its weights, and the data sets to evaluate it on, unless its cost alone is asked for."""
 
     config: EvalConfig
     model: nn.Module
-    loader: ValidationLoader | None
-    classes: int | None
+    sets: list[DataSet]
     path: str | None
     weights: str
 
@@ -85,23 +98,9 @@ def evaluate(words: Sequence[str]) -> None:
             subjects = [prepare(path, [*words, *printing], command, process) for path in paths]
             with command_line.reading_images():
                 results = [
-                    report.evaluate_model(
-                        subject.model.to(process.device),
-                        subject.loader,
-                        image_size=subject.config.model.image_size,
-                        in_chans=subject.config.model.in_chans,
-                        device=process.device,
-                        precision=precision,
-                        checkpoint=subject.path,
-                        model_name=subject.config.model.name,
-                        weights=subject.weights,
-                        data=None if config.complexity else describe(subject.config.data),
-                        batch_size=config.batch_size,
-                        class_count=subject.classes,
-                        progress=config.progress and process.is_main,
-                    )
-                    for subject in subjects
+                    result for subject in subjects for result in evaluate_subject(subject, precision, process)
                 ]
+            results = with_summaries(results)
             if process.is_main:
                 print(report.table(results))
                 if output:
@@ -110,56 +109,141 @@ def evaluate(words: Sequence[str]) -> None:
         raise command.locate(error) from error
 
 
+def evaluate_subject(subject: Subject, precision: Precision, process: Process) -> list[report.Result]:
+    """One result per data set; what the model costs is measured once."""
+    config = subject.config
+    results: list[report.Result] = []
+    model = subject.model.to(process.device)
+    nothing = DataSet(None, None, None, None)
+    for data_set in subject.sets or [nothing]:
+        result = report.evaluate_model(
+            model,
+            data_set.loader,
+            image_size=config.model.image_size,
+            in_chans=config.model.in_chans,
+            device=process.device,
+            precision=precision,
+            checkpoint=subject.path,
+            model_name=config.model.name,
+            weights=subject.weights,
+            data=data_set.name,
+            batch_size=config.batch_size,
+            class_count=data_set.num_classes,
+            class_rows=data_set.rows,
+            progress=config.progress and process.is_main,
+            cost=results[0] if results else None,
+        )
+        results.append(result)
+    return results
+
+
 def prepare(
     path: str | None, words: Sequence[str], command: CommandLine[EvalConfig], process: Process
 ) -> Subject:
     """The model of a checkpoint, or an untrained one of the command line, and its validation images.
 
-    With --print_config among the words, the configuration of this subject is printed instead.
+    With --print_config among the words, the configuration of this subject is printed instead, on its first
+    data set.
     """
     file: WeightsFile | None = None
     config = command.config
+    model: ModelConfig | None = None
+    data: Mapping[str, Any] = {}
+    transform: Mapping[str, Any] = {}
     released = None
     if config.released_config is not None:
         with of_option("released_config"):
             released = read_config(config.released_config)
+            model, transform = released.model, transform_of(released.data)
     if path is not None:
         with of_option("checkpoint"):
             file = read_weights(path, released, config.which, config.weights)
             if file.model is None and "model.name" not in command.origins:
                 raise ConfigError(file.path, f"{NO_MODEL}: --released_config")
-        if file.origin == "run":
-            command = over_stored(file.model, file.data, {}, words, command)
-        else:
-            command = over_stored(file.model, {}, file.data, words, command)
-    elif released is not None:
-        command = over_stored(released.model, {}, transform_of(released.data), words, command)
-    else:
-        command = over_stored(None, {}, {}, words, command)
-    config = command.config
-    loader, classes = None, None
-    if not config.complexity:
-        validation = build_validation(
-            config.data,
-            image_size=config.model.image_size,
-            in_chans=config.model.in_chans,
-            batch_size=config.batch_size,
-            rank=process.rank,
-            world_size=process.world_size,
-            device=process.device,
-        )
-        loader, classes = validation.loader, validation.num_classes
-        if file is not None and file.class_names is not None:
-            check_classes(validation.class_names, file.class_names)
+        model = file.model
+        data, transform = (file.data, {}) if file.origin == "run" else ({}, file.data)
+    lines = [
+        over_stored(model, data, transform, set_words, command_line.parse(EvalConfig, set_words))
+        for set_words in words_of_sets(config.sets, words)
+    ]
+    config = lines[0].config
+    validations = [] if config.complexity else open_sets(lines, process)
+    classes = validations[0].num_classes if validations else IMAGENET_CLASSES
     seed_generators(0, "weights")  # an untrained model is the same on every rank
     with in_section("model"):
-        model = model_from_config(config.model, classes or IMAGENET_CLASSES)
-        check_device(model, process.device)
+        network = model_from_config(config.model, classes)
+        check_device(network, process.device)
+    if file is not None:
+        trained = file.class_names
+    else:
+        trained = validations[0].class_names if validations and config.model.num_classes is None else None
+    rows = config.model.num_classes or getattr(network, "num_classes", None)
+    sets = [
+        DataSet(
+            describe(line.config.data),
+            validation.loader,
+            validation.num_classes,
+            find_rows(validation.class_names, trained, rows),
+        )
+        for line, validation in zip(lines, validations)
+    ]
     if file is None:
-        return Subject(config, model, loader, classes, None, "untrained")
+        return Subject(config, network, sets, None, "untrained")
     with of_option("checkpoint"):
-        load_file(model, file, config.model.image_size)
-    return Subject(config, model, loader, classes, file.path, file.kind)
+        load_file(network, file, config.model.image_size)
+    return Subject(config, network, sets, file.path, file.kind)
+
+
+def words_of_sets(sets: Sequence[str] | None, words: Sequence[str]) -> list[list[str]]:
+    """The words of the line for each data set, as if the line named this one alone.
+
+    A YAML file goes over the one that --data names, and under the words that follow it.
+    """
+    if sets is None:
+        return [list(words)]
+    files = [place for place, word in enumerate(words) if word.partition("=")[0] == "--data"]
+    after = 0 if not files else files[-1] + (1 if "=" in words[files[-1]] else 2)
+    found = []
+    for name in sets:
+        if name.endswith((".yaml", ".yml")):
+            found.append([*words[:after], "--data", name, *words[after:]])
+            continue
+        with of_option("sets"):
+            folders = corrupted_sets(name)
+        for folder in folders:
+            choice = ["--data.source=folder", f"--data.root={folder}", "--data.val_split=."]
+            found.append([*words, *choice])
+    if not found:
+        raise ConfigError("sets", "expected at least one folder or YAML file")
+    return found
+
+
+def open_sets(lines: Sequence[CommandLine[EvalConfig]], process: Process) -> list[Validation]:
+    """The images of every data set. Of several, ReaL labels are for those that are ImageNet's own."""
+    found: list[Validation] = []
+    foreign: list[ForeignImagesError] = []
+    for line in lines:
+        config = line.config
+
+        def build(data: DataConfig, config: EvalConfig = config) -> Validation:
+            return build_validation(
+                data,
+                image_size=config.model.image_size,
+                in_chans=config.model.in_chans,
+                batch_size=config.batch_size,
+                rank=process.rank,
+                world_size=process.world_size,
+                device=process.device,
+            )
+
+        try:
+            found.append(build(config.data))
+        except ForeignImagesError as error:
+            foreign.append(error)
+            if len(foreign) == len(lines):
+                raise
+            found.append(build(dataclasses.replace(config.data, real_labels=None)))
+    return found
 
 
 def over_stored(
@@ -186,20 +270,11 @@ def over_stored(
     return command_line.parse(EvalConfig, words, base_values=stored, prog="eval.py")
 
 
-def check_classes(names: tuple[str, ...], trained: tuple[str, ...]) -> None:
-    """Raises ConfigError where the labels of the data cannot mean what the model has learned."""
-    if len(names) != len(trained):
-        reason = f"the data has {len(names)} classes, the checkpoint was trained on {len(trained)}"
-        raise ConfigError("data.source", reason)
-    if names != trained and set(names) == set(trained):
-        place = next(i for i, pair in enumerate(zip(names, trained)) if pair[0] != pair[1])
-        reason = f"class {place} is {names[place]!r} in the data, {trained[place]!r} in the checkpoint"
-        raise ConfigError("data.source", f"the classes have another order: {reason}")
-
-
 def describe(data: DataConfig) -> str:
     """A data set in one word: digits, torch/cifar10, or the folder."""
-    return f"{data.root}/{data.val_split}" if data.source == "folder" else data.source
+    if data.source != "folder":
+        return data.source
+    return os.path.normpath(f"{data.root}/{data.val_split}")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,61 @@ def test_forward_pass_runs_in_the_precision() -> None:
     assert kinds == [torch.bfloat16, torch.float32]
 
 
+def test_calibration_error_by_its_definition() -> None:
+    # Two classes, so that a logit is the log-odds of the confidence: 4 images at 0.8, 2 at 0.6.
+    confidence = torch.tensor([0.8, 0.8, 0.8, 0.8, 0.6, 0.6], dtype=torch.float64)
+    logits = torch.stack([(confidence / (1 - confidence)).log(), torch.zeros(6)], dim=1)
+    targets = torch.tensor([0, 0, 1, 1, 0, 0])  # half of the first four are correct, and both others
+    found = evaluate(AS_GIVEN, [(logits, targets)], device=CPU, precision="float32")
+    assert found.ece == pytest.approx(100 * (4 / 6 * abs(0.5 - 0.8) + 2 / 6 * abs(1 - 0.6)), rel=1e-6)
+
+
+def test_calibration_error_against_plain_loops() -> None:
+    logits, targets = drawn(500, 10)
+    probability = (3 * logits.double()).softmax(dim=1).numpy()
+    confidence, correct = probability.max(axis=1), probability.argmax(axis=1) == targets.numpy()
+    expected = 0.0
+    for edge in range(15):
+        inside = (confidence > edge / 15) & (confidence <= (edge + 1) / 15)
+        if inside.any():
+            expected += inside.sum() / 500 * abs(correct[inside].mean() - confidence[inside].mean())
+    loader = zip((3 * logits).split(7), targets.split(7))
+    found = evaluate(AS_GIVEN, loader, device=CPU, precision="float32")
+    assert found.ece == pytest.approx(100 * expected, rel=1e-6)
+
+
+def test_only_the_logits_of_the_classes_are_compared() -> None:
+    logits = torch.tensor([[9.0, 1.0, 2.0, 0.0], [9.0, 0.0, 1.0, 5.0]])
+    found = evaluate(
+        AS_GIVEN, [(logits, torch.tensor([0, 0]))], device=CPU, precision="float32", class_rows=[2, 1]
+    )
+    rest = evaluate(AS_GIVEN, [(logits[:, [2, 1]], torch.tensor([0, 0]))], device=CPU, precision="float32")
+    assert found == rest
+    assert found.top1 == 100
+    with pytest.raises(ConfigError, match="the model has 4 classes, the data has 6"):
+        evaluate(AS_GIVEN, [drawn(4, 4)], device=CPU, precision="float32", class_rows=[2, 5])
+
+
+def test_real_labels_count_images_that_have_any() -> None:
+    logits = torch.eye(4)
+    targets = torch.tensor([[0, 0, 3], [0, 2, 1], [3, -1, -1], [3, 2, -1]])  # class, then ReaL labels
+    found = evaluate(AS_GIVEN, [(logits, targets)], device=CPU, precision="float32")
+    assert found.top1 == 50
+    assert found.real_top1 == pytest.approx(100 * 2 / 3)
+    broken = evaluate(AS_GIVEN, [(logits * math.nan, targets)], device=CPU, precision="float32")
+    assert broken.real_top1 == 0
+
+
+def test_unreadable_images_are_counted() -> None:
+    class Loader(list[tuple[torch.Tensor, torch.Tensor]]):
+        unreadable = 3
+
+    found = evaluate(AS_GIVEN, Loader([drawn(4, 4)]), device=CPU, precision="float32")
+    assert (found.images, found.unreadable) == (4, 3)
+    with pytest.raises(ConfigError, match="none of the 3 images can be read"):
+        evaluate(AS_GIVEN, Loader([]), device=CPU, precision="float32")
+
+
 def test_no_image_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no image"):
         evaluate(AS_GIVEN, [], device=CPU, precision="float32")
@@ -119,7 +174,8 @@ def test_any_number_of_ranks_counts_each_image_once(tmp_path: Path) -> None:
         results = [result for result in found if result["images"] == images]
         assert len(results) == 1 + 2 + 3
         assert len({(result["top1"], result["top5"]) for result in results}) == 1
-        assert [result["loss"] for result in results] == pytest.approx([results[0]["loss"]] * 6, rel=1e-6)
+        for key in ("loss", "ece"):
+            assert [result[key] for result in results] == pytest.approx([results[0][key]] * 6, rel=1e-6)
     assert len(found) == 12
     refused = [path.read_text() for path in sorted(tmp_path.glob("*.refused"))]
     assert refused == ["model.num_classes: the model has 12 classes, the data has 13"] * 3

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import eval as program
 from data import build_validation
+from data.sources.digits import Digits
 from vil.config import ConfigError, DataConfig, ModelConfig, StageConfig, TrainConfig
 from vil.evaluation.accuracy import evaluate
 from vil.models.zoo import model_from_config
@@ -174,6 +176,82 @@ def test_data_of_other_classes(run: Path, tmp_path: Path) -> None:
     reordered = make_run(tmp_path / "reordered", class_names=list("1023456789"))
     message = refusal(["--checkpoint", str(reordered)])
     assert "another order: class 0 is '0' in the data, '1' in the checkpoint" in message
+
+
+def digits_as_folders(root: Path, classes: str) -> Path:
+    """The validation digits of some classes as images, in one folder for each class."""
+    source = Digits("val", "RGB")
+    for index in range(len(source)):
+        image, target = source.load(index)
+        if str(target) in classes:
+            (root / str(target)).mkdir(parents=True, exist_ok=True)
+            image.save(root / str(target) / f"{index}.png")
+    return root
+
+
+def test_several_data_sets_in_one_table(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = digits_as_folders(tmp_path / "all", "0123456789")
+    part = digits_as_folders(tmp_path / "part", "247")
+    other = tmp_path / "other.yaml"
+    other.write_text("mean: [0.9, 0.9, 0.9]\nworkers: 4\n")
+    words = ["--checkpoint", str(run), str(run / "checkpoints/last.pt"), "--data.workers", "0"]
+    found = results([*words, "--sets", str(everything), str(part), str(other)], tmp_path)
+    assert [r["data"] for r in found] == [str(everything), str(part), "digits"] * 2
+    assert [r["checkpoint"] for r in found] == [
+        str(run / "checkpoints" / n) for n in ["best.pt"] * 3 + ["last.pt"] * 3
+    ]
+    assert {key: found[0][key] for key in expected(2)} == pytest.approx(expected(2))
+    assert found[2]["loss"] != found[0]["loss"]
+    assert len({r["images_per_second"] for r in found}) == 2  # measured once for each checkpoint
+    screen = capsys.readouterr().out.splitlines()
+    assert sum("part" in line for line in screen) == 2
+    assert "ECE %" in screen[0]
+
+    # Of the part with three classes, three logits were compared.
+    model = model_from_config(MODEL)
+    model.load_state_dict(weights(2))
+    data = dataclasses.replace(DATA, source="folder", root=str(part), val_split=".")
+    images = build_validation(data, image_size=32, in_chans=3, batch_size=128).loader
+    three = nn.Sequential(model, Columns([2, 4, 7]))
+    alone = evaluate(three, images, device=CPU, precision="float32")
+    assert (found[1]["classes"], found[1]["images"]) == (3, alone.images)
+    assert (found[1]["top1"], found[1]["ece"]) == pytest.approx((alone.top1, alone.ece))
+    assert found[1]["top5"] == 100
+
+
+class Columns(nn.Module):
+    def __init__(self, columns: list[int]) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, self.columns]
+
+
+def test_data_sets_that_cannot_be(run: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", str(run), "--sets"]
+    assert "sets: " in refusal([*words, str(tmp_path / "none")])
+    assert "expected at least one" in refusal([*words, "[]"])
+    assert "no class folders in it" in refusal([*words, str(run / "checkpoints")])
+    assert "none.yaml: no such file" in refusal([*words, "none.yaml"])
+
+
+def test_real_labels_are_for_imagenets_own_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for place, name in enumerate(("n01440764", "n01443537")):
+        for folder, stem in (("val", f"ILSVRC2012_val_{place + 1:08d}"), ("sketch", "sketch_1")):
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40), (90 * place, 0, 0)).save(tmp_path / folder / name / f"{stem}.JPEG")
+    (tmp_path / "real.json").write_text("[[0, 1], []]")
+    model = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--model.num_classes", "1000"]
+    words = [*model, "--data.workers", "0", "--data.real_labels", str(tmp_path / "real.json")]
+    first, second = results([*words, "--sets", str(tmp_path / "val"), str(tmp_path / "sketch")], tmp_path)
+    assert (first["real_top1"], first["classes"]) == (100, 2)
+    assert second["real_top1"] is None
+    assert "sketch_1.JPEG is none of the 2 images" in refusal([*words, "--sets", str(tmp_path / "sketch")])
 
 
 def test_a_stored_configuration_with_an_unknown_key(tmp_path: Path) -> None:

@@ -29,16 +29,26 @@ _COLUMNS: dict[str, tuple[str, float | None, str]] = {  # heading: key, divisor 
     "weights": ("weights", None, ""),
     "data": ("data", None, ""),
     "size": ("image_size", 1, ".0f"),
+    "classes": ("classes", 1, ",.0f"),
     "images": ("images", 1, ",.0f"),
+    "unreadable": ("unreadable", 1, ",.0f"),
     "Top-1 %": ("top1", 1, ".2f"),
     "Top-5 %": ("top5", 1, ".2f"),
+    "ReaL %": ("real_top1", 1, ".2f"),
+    "mCE %": ("mce", 1, ".1f"),
     "loss": ("loss", 1, ".4f"),
+    "ECE %": ("ece", 1, ".2f"),
     "params M": ("params", 1e6, ".2f"),
     "FLOPs G": ("flops", 1e9, ".3f"),
     "train MB": ("train_memory_mb", 1, ".1f"),
     "eval MB": ("eval_memory_mb", 1, ".1f"),
     "images/s": ("images_per_second", 1, ".1f"),
 }
+
+_ACCURACY = ("top1", "top5", "loss", "images", "ece", "real_top1", "unreadable")
+_COST = (
+    "params", "flops", "train_memory_mb", "eval_memory_mb", "memory", "train_precision", "images_per_second"
+)  # fmt: skip
 
 
 def evaluate_model(
@@ -55,7 +65,9 @@ def evaluate_model(
     data: str | None = None,
     batch_size: int = 128,
     class_count: int | None = None,
+    class_rows: Sequence[int] | None = None,
     progress: bool = False,
+    cost: Result | None = None,
 ) -> Result:
     """Accuracy, parameters, FLOPs, memory and speed of `model`; every rank calls this and gets the same.
 
@@ -72,10 +84,13 @@ def evaluate_model(
         batch_size: images per pass when memory and speed are measured on a GPU; speed on a CPU takes 16 at
             most.
         class_count: number of classes of the data; the model may have more.
+        class_rows: the logits of these classes, where the others are to be left out.
         progress: show a bar; meant for rank 0 alone.
+        cost: an earlier result of this model, whose cost and speed are not measured again.
 
     Returns:
-        top1, top5 (per cent), loss (nats) and images, all None without a loader; params; flops
+        top1, top5, ece (per cent), loss (nats), images, unreadable, and real_top1 (per cent) with ReaL
+        labels, all None without a loader; classes, how many logits were compared, None for all; params; flops
         (multiply-adds of one image); train_memory_mb and eval_memory_mb (10^6 bytes per image) and memory,
         how they were found; images_per_second of inference (each None where a GPU cannot hold one image);
         device, precision, train_precision, image_size, model, checkpoint, weights, data.
@@ -85,14 +100,23 @@ def evaluate_model(
     """
     if batch_size < 1:
         raise ConfigError("batch_size", f"expected at least 1, got {batch_size}")
-    result: Result = dict.fromkeys(("top1", "top5", "loss", "images"))
+    result: Result = dict.fromkeys(_ACCURACY)
     if loader is not None:
         accuracy = evaluate(
-            model, loader, device=device, precision=precision, progress=progress, class_count=class_count
+            model,
+            loader,
+            device=device,
+            precision=precision,
+            progress=progress,
+            class_count=class_count,
+            class_rows=class_rows,
         )
-        result = {key: getattr(accuracy, key) for key in result}
-    result |= from_main(lambda: _cost(model, image_size, in_chans, device, precision, batch_size))
+        result = {key: getattr(accuracy, key) for key in _ACCURACY}
+    if cost is None:
+        cost = from_main(lambda: _cost(model, image_size, in_chans, device, precision, batch_size))
+    result |= {key: cost[key] for key in _COST}
     result |= {
+        "classes": None if class_rows is None else len(class_rows),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": precision,
         "image_size": image_size,
@@ -150,8 +174,8 @@ def table(results: Sequence[Result]) -> str:
     """The results as aligned text, without the columns that none of them fills, then machine and units."""
     columns = []
     for heading, (key, divisor, form) in _COLUMNS.items():
-        values = [result[key] for result in results]
-        if any(value is not None for value in values):
+        values = [result.get(key) for result in results]
+        if any(value is not None for value in values) and (key != "unreadable" or any(values)):
             cells = [heading, *(_cell(value, divisor, form) for value in values)]
             width = max(map(len, cells))
             columns.append([cell.rjust(width) if divisor else cell.ljust(width) for cell in cells])

@@ -1,0 +1,69 @@
+"""ReaL labels: matched by the number in an image's name, and mapped to the classes of the data."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sample_images import write_image
+
+from data import ForeignImagesError, build_validation
+from vil.config import ConfigError, DataConfig
+
+OPTIONS = {"image_size": 32, "in_chans": 3, "batch_size": 3}
+WNIDS = ["n01440764", "n01443537", "n01494475"]  # classes 0, 1 and 4
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Five validation images of three classes; of class 7, which two labels name, there is no folder."""
+    for number, wnid in zip((3, 1, 5, 2, 4), [WNIDS[0], WNIDS[0], WNIDS[1], WNIDS[2], WNIDS[2]]):
+        write_image(tmp_path / "val" / wnid / f"ILSVRC2012_val_{number:08d}.png", number)
+    (tmp_path / "real.json").write_text(json.dumps([[0], [], [4, 7], [0, 1, 4], [7]]))
+    return DataConfig("folder", str(tmp_path), workers=0, real_labels=str(tmp_path / "real.json"))
+
+
+def test_labels_follow_the_class(data):
+    targets = torch.cat([targets for _, targets in build_validation(data, **OPTIONS).loader])
+    assert targets.dtype == torch.int64
+    # in the order of the paths: images 1, 3 | 5 | 2, 4
+    assert targets.tolist() == [
+        [0, 0, -1, -1],
+        [0, 2, -1, -1],
+        [1, -1, -1, -1],
+        [2, -1, -1, -1],
+        [2, 0, 1, 2],
+    ]
+
+
+def test_images_are_what_they_are_without(data):
+    plain = build_validation(dataclasses.replace(data, real_labels=None), **OPTIONS).loader
+    for (images, targets), (same, labelled) in zip(plain, build_validation(data, **OPTIONS).loader):
+        assert torch.equal(images, same)
+        assert torch.equal(targets, labelled[:, 0])
+
+
+def test_images_of_another_name_are_refused(data):
+    write_image(Path(data.root) / "val" / WNIDS[0] / "0.png", 1)
+    with pytest.raises(ForeignImagesError, match=r"0\.png is none of the 5 images with such labels"):
+        build_validation(data, **OPTIONS)
+
+
+def test_other_classes_are_refused(folder_data, tmp_path):
+    (tmp_path / "real.json").write_text("[[0]]")
+    labelled = dataclasses.replace(folder_data, real_labels=str(tmp_path / "real.json"))
+    with pytest.raises(ForeignImagesError, match="must be named by WordNet ids, not 'ant'"):
+        build_validation(labelled, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", "[[1000]]", "[[-1]]", "[[true]]", '[["0"]]', "[" * 100_000]
+)
+def test_a_file_that_is_something_else(data, text):
+    with open(data.real_labels, "w") as file:
+        file.write(text)
+    with pytest.raises(ConfigError) as error:
+        build_validation(data, **OPTIONS)
+    assert error.value.key == "data.real_labels"
+    assert "\n" not in str(error.value)
