@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from data.bad_images import BadImages
+from data.ffcv_pipeline import FFCVTrainLoader, build_micro_batches, reads_ffcv
 from data.loaders import EvaluationImages, TrainingViews, TrainLoader, ValidationLoader
 from data.mixing import Mixing, check_pairs, mixes
 from data.real_labels import ForeignImagesError, RelabelledImages
-from data.samplers import MicroBatches
 from data.sources import Source, open_source
 from data.subsets import chosen
 from data.transforms import evaluation_transform, train_transform
@@ -33,7 +33,7 @@ class Validation:
 class Loaders:
     """What training needs: both loaders and the classes, in the order of their indices."""
 
-    train: TrainLoader
+    train: TrainLoader | FFCVTrainLoader
     validation: ValidationLoader
     num_classes: int
     class_names: tuple[str, ...]
@@ -77,9 +77,8 @@ def build_loaders(
     device = torch.device(device)
     transform = train_transform(augment, data, image_size=image_size, in_chans=in_chans)
     source = chosen(open_source(data, "train", in_chans), data)
-    micro_batches = MicroBatches(
-        len(source), batch_size, accumulation, seed, augment.repeats, rank, world_size
-    )
+    parts = (batch_size, accumulation, seed, augment.repeats, rank, world_size)
+    micro_batches = build_micro_batches(source, data.ffcv_order, *parts)
     if mixes(augment):
         check_pairs(micro_batches.micro_batch_size)
     validation = build_validation(
@@ -95,15 +94,10 @@ def build_loaders(
     if validation.class_names != source.class_names:
         raise ConfigError("data.val_split", _difference(source.class_names, validation.class_names))
     views = TrainingViews(source, transform, seed, data.on_error)
+    bad_images = BadImages(len(source), data.max_bad, folder)
+    build = FFCVTrainLoader if reads_ffcv(views) else TrainLoader
     return Loaders(
-        TrainLoader(
-            views,
-            micro_batches,
-            data.workers,
-            device,
-            channels_last,
-            BadImages(len(source), data.max_bad, folder),
-        ),
+        build(views, micro_batches, data.workers, device, channels_last, bad_images),
         validation.loader,
         validation.num_classes,
         validation.class_names,
@@ -142,7 +136,7 @@ def build_validation(
         raise ConfigError("data.workers", f"expected 0 or more, got {data.workers}")
     transform = evaluation_transform(data, image_size=image_size, in_chans=in_chans)
     source: Source = open_source(data, "val", in_chans)
-    images = EvaluationImages(source, transform)
+    images: EvaluationImages = EvaluationImages(source, transform)
     if data.real_labels is not None:
         images = RelabelledImages(images, data.real_labels)
     loader = ValidationLoader(

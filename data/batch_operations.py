@@ -104,8 +104,8 @@ def gaussian_blur(images: Tensor, radius: Tensor) -> Tensor:
             padding = (reach, reach, 0, 0) if axis == 3 else (0, 0, reach, reach)
             padded = F.pad(x, padding, mode="replicate")
             shifted = (padded.narrow(axis, place, x.shape[axis]) for place in range(2 * reach + 1))
-            blurred = sum(_per_image(taps[:, place]) * view for place, view in enumerate(shifted))
-            x = torch.floor(blurred + 0.5)
+            blurred = [_per_image(taps[:, place]) * view for place, view in enumerate(shifted)]
+            x = torch.stack(blurred).sum(0).add_(0.5).floor_()
     return x.clamp(0, 255).to(torch.uint8)
 
 
@@ -114,8 +114,8 @@ def affine(images: Tensor, coefficients: Tensor, *, filter: str, fill: Tensor, m
 
     Args:
         images: (B, 3, H, W), uint8.
-        coefficients: (B, 6), the (a, b, c, d, e, f) of Pillow: pixel (x, y) of the result is the image's value
-            at (ax + by + c, dx + ey + f), where the centre of the first pixel is (0.5, 0.5).
+        coefficients: (B, 6), the (a, b, c, d, e, f) of Pillow: pixel (x, y) of the result is the image's
+            value at (ax + by + c, dx + ey + f), where the centre of the first pixel is (0.5, 0.5).
         filter: nearest, bilinear or bicubic.
         fill: (3,), uint8, the colour of what comes from outside the image.
         moves: horizontal or vertical where the map leaves the other coordinate alone, which is faster; else

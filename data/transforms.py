@@ -93,8 +93,14 @@ class RandomFlip:
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """The pixels, or their mirror image."""
-        if torch.rand(1) >= self.probability:
-            return pixels
+        return self.mirrored(pixels) if self.drawn() else pixels
+
+    def drawn(self) -> bool:
+        """Whether to flip."""
+        return bool(torch.rand(1) < self.probability)
+
+    def mirrored(self, pixels: np.ndarray) -> np.ndarray:
+        """The mirror image."""
         return torch.from_numpy(own(pixels)).flip(self.axis).numpy()  # NumPy's takes ten times as long
 
 

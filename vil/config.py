@@ -264,7 +264,8 @@ class DataConfig:
 
     source: str = "digits"
     """digits (bundled), folder (root/train/<class>/..., root/val/...), zip (root/train.zip and
-    train_map.txt), tar, wds (WebDataset shards), or a timm data set: torch/cifar10, hfds/..."""
+    train_map.txt), ffcv (root/train.beton, by tools/write_ffcv.py), tar, wds (WebDataset shards), or a timm data
+    set: torch/cifar10, hfds/..."""
     root: str | None = None
     """Folder of the data set."""
     train_split: str = "train"
