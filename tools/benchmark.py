@@ -1,4 +1,4 @@
-"""Times local attention against what else there is, and whole models against each other.
+"""Times local attention against what else there is, whole models against each other, and loaders.
 
     python tools/benchmark.py attention                              every backend and baseline, many maps
     python tools/benchmark.py attention --sides 56 --batch 8 --methods auto sliding_chunk full
@@ -6,6 +6,7 @@
     python tools/benchmark.py attention --check --device cuda        correct? against float64; status 1 if not
     python tools/benchmark.py model                                  training and inference of ViL, Swin, DeiT
     python tools/benchmark.py model --device cuda --compile
+    python tools/benchmark.py loader --sources folder=/datasets/imagenet     images/s beside timm's loader
 
 Methods take turns, round after round, so that noise hits all alike; medians are shown, the tables last. Exit
 status 1 where a backend of ours breaks down; that one cannot do something is no failure and noted as n/a.
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from tools.benchmarking import attention, measure, models
+from tools.benchmarking import attention, loader, measure, models
 from tools.benchmarking.check import check
 from tools.benchmarking.methods import BASELINE
 from tools.benchmarking.output import Figure, check_writable, write_csv, write_png
@@ -44,6 +45,9 @@ def benchmark(words: Sequence[str]) -> None:
     check_writable(csv=arguments.csv, png=arguments.png, markdown=arguments.markdown)
     with distributed.start(arguments.device) as process:
         device = process.device
+    if arguments.what == "loader":
+        of_loaders(arguments, device, header(words, device))
+        return
     precision = check_precision(arguments.precision, device)
     head = header(words, device, precision)
     if arguments.what == "model":
@@ -92,14 +96,34 @@ def of_models(arguments: Namespace, device: torch.device, precision: Precision, 
     _write(arguments, head, models.table(found, memory), found, models.figures(found, memory))
 
 
+def of_loaders(arguments: Namespace, device: torch.device, head: str) -> None:
+    """The third program."""
+    rows = loader.run(arguments, device)
+    folders = [
+        root for source, _, root in (s.partition("=") for s in arguments.sources) if source == "folder"
+    ]
+    head += "".join(f"\n- folder: {loader.mean_size(root)} on average." for root in folders)
+    head += (
+        f"\n- {arguments.workers} workers, batches of {arguments.batch}, {arguments.image_size}² pixels; "
+        f"{_rounds(arguments)}, of an epoch each.\n"
+        "- crop: random-resized crop, flip; full: and rand-m9-mstd0.5-inc1, random erasing 0.25.\n"
+        "- decoding: libjpeg-turbo alone, all pixels of the JPEGs as stored, from memory, in as many threads."
+    )
+    found = loader.records(rows)
+    _write(arguments, head, loader.tables(found), found, loader.figures(found))
+    if any(isinstance(row.seconds, measure.Missing) and row.seconds.failed for row in rows):
+        raise SystemExit(1)
+
+
 def _rounds(arguments: Namespace) -> str:
     return f"{'the fastest' if arguments.fastest else 'medians'} of up to {arguments.repeats} rounds"
 
 
-def header(words: Sequence[str], device: torch.device, precision: Precision) -> str:
+def header(words: Sequence[str], device: torch.device, precision: Precision | None = None) -> str:
     """What the figures depend on: machine, versions, precision and command."""
+    of_precision = f"; {precision}" if precision else ""
     return (
-        f"- {measure.machine(device)}; {measure.versions()}; {precision}\n"
+        f"- {measure.machine(device)}; {measure.versions()}{of_precision}\n"
         f"- `python tools/benchmark.py {shlex.join(words)}`"
     )
 
@@ -127,12 +151,14 @@ def _parser() -> ToolParser:
     for name, add_options, about in (
         ("attention", attention.add_options, "local attention: time and memory of every method, or --check"),
         ("model", models.add_options, "whole models: images per second and memory"),
+        ("loader", loader.add_options, "loaders: images per second of every source and recipe"),
     ):
         program = programs.add_parser(name, help=about, description=about)
         add_options(program)
         program.add_argument("--device", default="auto", help="auto, cpu or cuda")
-        program.add_argument("--precision", choices=get_args(Precision),
-                             help="default: bfloat16 on a GPU that has it, else float32")  # fmt: skip
+        if name != "loader":
+            program.add_argument("--precision", choices=get_args(Precision),
+                                 help="default: bfloat16 on a GPU that has it, else float32")  # fmt: skip
         program.add_argument("--repeats", type=int, default=15, help="rounds at most")
         program.add_argument("--seconds", type=float, default=10.0,
                              help="time after which a method takes no further part")  # fmt: skip
