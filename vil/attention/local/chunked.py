@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -40,25 +40,43 @@ class _Tile:
     keys: tuple[Rectangle, ...]
     """Local keys of the first chunk."""
 
-    @property
-    def queries(self) -> int:
-        """Queries of one chunk."""
-        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
-
     def moved(self, by: int) -> _Tile:
         """The tile so many columns to the right."""
         keys = tuple((rows, run._replace(start=run.start + by)) for rows, run in self.keys)
         return replace(self, columns=slice(self.columns.start + by, self.columns.stop + by), keys=keys)
 
+    @cached_property
+    def places(self) -> tuple[tuple[Rectangle, slice], ...]:
+        """Where each rectangle of keys stands among the local keys of a chunk."""
+        ends = list(itertools.accumulate((r.length * c.length for r, c in self.keys), initial=0))
+        return tuple((rectangle, slice(*ends[i : i + 2])) for i, rectangle in enumerate(self.keys))
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows and columns of queries of a chunk, and its local keys."""
+        rows, columns = self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+        return rows, columns, self.places[-1][1].stop
+
+    @cached_property
+    def signature(self) -> tuple[object, ...]:
+        """The same for tiles whose scores have the same biases."""
+        return (*self.shape, *[(r.length, r.place, c.length, c.place) for r, c in self.keys])
+
 
 def _forward(inputs: Inputs, window: Window, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     work = _Work(inputs, window, seed)
     output = like_tokens(inputs.query)
-    grid = work.grid(output)
-    for tile, images in work.tiles():
-        query, key, value = work.load(tile, images)
-        weights, _ = work.drop(work.weights(tile, query, key))
-        work.store(grid[images], tile, work.product("output", weights.to(value.dtype), value))
+    for images in work.slices():
+        query, key, value, memory, memory_value = work.of_images(images)
+        (grid,) = work.grids(output[images])
+        for tile in work.tiles:
+            queries = work.load_queries("query", query, tile, work.scale)
+            keys, values = (
+                work.load_keys("key", key, memory, tile),
+                work.load_keys("value", value, memory_value, tile),
+            )
+            weights, _ = work.drop(work.weights(tile, queries, keys))
+            work.store(grid, tile, work.product("output", weights.to(values.dtype), values))
     return output, inputs.query.new_empty(0, dtype=torch.float32)
 
 
@@ -73,37 +91,38 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     work = _Work(inputs, window, seed)
     gradients = empty_gradients(inputs, of_biases)
-    of_query = work.grid(gradients[0])
     # Sums over tiles, in float32 for the half precisions.
-    of_key, of_value, of_global_key, of_global_value = sums = [
-        torch.zeros_like(x, dtype=inputs.score_dtype) for x in gradients[1:5]
-    ]
+    sums = [torch.zeros_like(x, dtype=inputs.score_dtype) for x in gradients[1:5]]
     window_sum, global_sum = work.bias_sums()
-    output_gradient = work.grid(gradient)
-    for tile, images in work.tiles():
-        query, key, value = work.load(tile, images)
-        upstream = work.load_queries("upstream", output_gradient[images], tile)  # (B·h·c, t, D)
-        weights = work.weights(tile, query, key)  # (B·h·c, t, k)
-        dropped, kept = work.drop(weights)
-        of_weights = work.product("of_weights", upstream, value.transpose(1, 2)).to(weights.dtype)
-        if kept is not None:
-            of_weights *= kept
-        of_scores = work.buffer(
-            "scores", *weights.shape, dtype=weights.dtype
-        )  # the scores are not needed again
-        torch.ops.aten._softmax_backward_data.out(
-            of_weights, weights, -1, weights.dtype, grad_input=of_scores
+    for images in work.slices():
+        query, key, value, memory, memory_value = work.of_images(images)
+        of_query, of_key, of_value, upstream_grid = work.grids(
+            *[x[images] for x in (gradients[0], *sums[:2], gradient)]
         )
-        if of_biases:
-            work.add_biases(window_sum, global_sum, tile, of_scores)
-        of_scores = of_scores.to(query.dtype)
-        work.store(of_query[images], tile, work.product("output", of_scores, key).mul_(work.scale))
-        for grid, memory, weight, vector in (
-            (of_key, of_global_key, of_scores, query),
-            (of_value, of_global_value, dropped.to(upstream.dtype), upstream),
-        ):
-            of_keys = work.product("of_keys", weight.transpose(1, 2), vector)
-            work.add_keys(work.grid(grid)[images], memory[images], tile, of_keys)
+        of_memory, of_memory_value = sums[2][images], sums[3][images]
+        for tile in work.tiles:
+            queries = work.load_queries("query", query, tile, work.scale)  # (B·h·c, t, D)
+            keys, values = (
+                work.load_keys("key", key, memory, tile),
+                work.load_keys("value", value, memory_value, tile),
+            )
+            upstream = work.load_queries("upstream", upstream_grid, tile)
+            weights = work.weights(tile, queries, keys)  # (B·h·c, t, k)
+            dropped, kept = work.drop(weights)
+            of_weights = work.product("of_weights", upstream, values.transpose(1, 2)).to(weights.dtype)
+            if kept is not None:
+                of_weights *= kept
+            of_scores = torch.ops.aten._softmax_backward_data.out(
+                of_weights, weights, -1, weights.dtype, grad_input=of_weights
+            )
+            if of_biases:
+                work.add_biases(window_sum, global_sum, tile, of_scores)
+            of_scores, dropped = of_scores.to(queries.dtype), dropped.to(queries.dtype)
+            work.store(of_query, tile, work.product("output", of_scores, keys).mul_(work.scale))
+            of_keys = work.product("of_keys", of_scores.transpose(1, 2), queries)
+            work.add_keys(of_key, of_memory, tile, of_keys)
+            of_values = work.product("of_keys", dropped.transpose(1, 2), upstream)
+            work.add_keys(of_value, of_memory_value, tile, of_values)
     for place, total in zip(gradients[1:5], sums):
         place.copy_(total)
     if gradients[5].numel():
@@ -127,30 +146,24 @@ class _Work:
         self.generator: torch.Generator | None = None
         if seed is not None:
             self.generator = torch.Generator(inputs.query.device).manual_seed(int(seed))
+        seen = window.seen(None if inputs.neighbor is None else int(inputs.neighbor))
+        self.per_chunk = self.heads * window.side**2 * (self.globals_ + len(seen) * window.side**2)
+        self.tiles = _tiles(window, seen, max(1, SCORES_PER_TILE // (self.batch * self.per_chunk)))
 
-    def tiles(self) -> Iterator[tuple[_Tile, slice]]:
-        """Every tile, and a slice of images so short that their scores stay in cache."""
-        neighbor = None if self.inputs.neighbor is None else int(self.inputs.neighbor)
-        seen = self.window.seen(neighbor)
-        per_chunk = self.heads * self.window.side**2 * (self.globals_ + len(seen) * self.window.side**2)
-        most = max(1, SCORES_PER_TILE // (self.batch * per_chunk))
-        images = max(1, SCORES_PER_TILE // per_chunk)
-        for tile in _tiles(self.window, seen, most):
-            for first in range(0, self.batch, images):
-                yield tile, slice(first, first + images)
+    def slices(self) -> Iterator[slice]:
+        """All images, so many at a time that the scores of a tile stay in cache."""
+        images = max(1, SCORES_PER_TILE // self.per_chunk)
+        for first in range(0, self.batch, images):
+            yield slice(first, first + images)
 
-    def grid(self, tokens: Tensor) -> Tensor:
+    def of_images(self, images: slice) -> tuple[Tensor, ...]:
+        """Grids of queries, keys and values, and global keys and values."""
+        query, key, value, *memory = (tensor[images] for tensor in self.inputs[:5])
+        return (*self.grids(query, key, value), *memory)
+
+    def grids(self, *tokens: Tensor) -> tuple[Tensor, ...]:
         """(B, h, H·W, D) → (B, h, H, W, D)."""
-        return tokens.unflatten(2, self.window.size)
-
-    def load(self, tile: _Tile, images: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled queries (B·h·c, t, D), and keys and values (B·h·c, k, D) of a tile."""
-        inputs = self.inputs
-        return (
-            self.load_queries("query", self.grid(inputs.query[images]), tile).mul_(self.scale),
-            self._load_keys("key", self.grid(inputs.key[images]), inputs.global_key[images], tile),
-            self._load_keys("value", self.grid(inputs.value[images]), inputs.global_value[images], tile),
-        )
+        return tuple(tensor.unflatten(2, self.window.size) for tensor in tokens)
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory of that name, used again for every tile: fresh memory costs more than the work on it."""
@@ -163,50 +176,52 @@ class _Work:
         """(n, a, b) and (n, b, c) → (n, a, c), in the buffer of that name."""
         return torch.bmm(left, right, out=self.buffer(name, *left.shape[:2], right.shape[2]))
 
-    def load_queries(self, name: str, grid: Tensor, tile: _Tile) -> Tensor:
-        """What stands at a tile's queries: (B, h, H, W, D) → (B·h·c, t, D)."""
+    def load_queries(self, name: str, grid: Tensor, tile: _Tile, factor: float = 1.0) -> Tensor:
+        """What stands at a tile's queries, times a factor: (B, h, H, W, D) → (B·h·c, t, D)."""
         source = self._chunks(grid, tile.rows, tile.columns, tile.chunks)
-        return self.buffer(name, *source.shape).copy_(source).flatten(3, 4).flatten(0, 2)
+        copy = torch.mul(source, factor, out=self.buffer(name, *source.shape))
+        return copy.view(-1, tile.shape[0] * tile.shape[1], self.width)
 
     def store(self, grid: Tensor, tile: _Tile, values: Tensor) -> None:
         """The inverse of `load_queries`."""
         place = self._chunks(grid, tile.rows, tile.columns, tile.chunks)
         place.copy_(values.view(place.shape))
 
-    def _load_keys(self, name: str, grid: Tensor, memory: Tensor, tile: _Tile) -> Tensor:
-        """(B, h, H, W, D) and (B, h, G, D) → (B·h·c, k, D)."""
-        count = self.globals_ + sum(rows.length * columns.length for rows, columns in tile.keys)
+    def load_keys(self, name: str, grid: Tensor, memory: Tensor, tile: _Tile) -> Tensor:
+        """The keys of a tile, global ones first: (B, h, H, W, D) and (B, h, G, D) → (B·h·c, k, D)."""
+        count = self.globals_ + tile.shape[2]
         keys = self.buffer(name, *grid.shape[:2], tile.chunks, count, self.width)
-        keys[:, :, :, : self.globals_] = memory[:, :, None]
-        for (rows, columns), place in self._places(tile):
+        if self.globals_:
+            keys[:, :, :, : self.globals_] = memory[:, :, None]
+        local = keys[:, :, :, self.globals_ :]
+        for (rows, columns), place in tile.places:
             if rows.start < 0 or columns.start < 0:
-                keys[:, :, :, place] = 0
+                local[:, :, :, place] = 0
             else:
-                target = keys[:, :, :, place].unflatten(3, (rows.length, columns.length))
+                target = local[:, :, :, place].unflatten(3, (rows.length, columns.length))
                 target.copy_(self._chunks(grid, _slice(rows), _slice(columns), tile.chunks))
-        return keys.flatten(0, 2)
+        return keys.view(-1, count, self.width)
 
     def add_keys(self, grid: Tensor, memory: Tensor, tile: _Tile, values: Tensor) -> None:
-        """Adds (B·h·c, k, D) to where `_load_keys` took keys from."""
+        """Adds (B·h·c, k, D) to where `load_keys` took keys from."""
         values = values.view(*grid.shape[:2], tile.chunks, -1, self.width)  # (B, h, c, k, D)
-        memory += values[:, :, :, : self.globals_].sum(dim=2)
-        for (rows, columns), place in self._places(tile):
+        if self.globals_:
+            memory += values[:, :, :, : self.globals_].sum(dim=2)
+        local = values[:, :, :, self.globals_ :]
+        for (rows, columns), place in tile.places:
             if rows.start < 0 or columns.start < 0:
                 continue
             shape = (rows.length, columns.length)
-            for chunk, part in enumerate(values[:, :, :, place].unflatten(3, shape).unbind(2)):
+            for chunk, part in enumerate(local[:, :, :, place].unflatten(3, shape).unbind(2)):
                 grid[:, :, _slice(rows), _slice(columns, chunk * self.window.side)] += part
 
     def weights(self, tile: _Tile, query: Tensor, key: Tensor) -> Tensor:
         """Attention weights (B·h·c, t, k)."""
-        dtype = self.inputs.score_dtype
-        scores = self.product("scores" if dtype == query.dtype else "product", query, key.transpose(1, 2)).to(
-            dtype
-        )
+        scores = self.product("scores", query, key.transpose(1, 2)).to(self.inputs.score_dtype)
         bias = self._bias(tile)
         if bias is not None:
             scores.view(-1, self.heads, tile.chunks, *scores.shape[1:]).add_(bias[:, None])
-        return torch.softmax(scores, -1, out=self.buffer("weights", *scores.shape, dtype=dtype))
+        return torch.softmax(scores, -1, out=scores)
 
     def drop(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weights after dropout, and what each was multiplied by. Call it once per tile, in order."""
@@ -217,22 +232,22 @@ class _Work:
         return weights * kept, kept
 
     def _bias(self, tile: _Tile) -> Tensor | None:
-        """(h, t, k): what is added to scores; the same for all tiles that see keys at the same places."""
+        """(h, t, k): what is added to scores; the same for all tiles of one signature."""
         if self.window_bias is None and self.inputs.global_bias is None:
             return None
-        signature = (tile.queries, *[(r.length, r.place, c.length, c.place) for r, c in tile.keys])
-        if signature not in self.biases:
-            places = self._places(tile)
-            count = places[-1][1].stop
-            bias = self.inputs.query.new_zeros(self.heads, tile.queries, count, dtype=self.inputs.score_dtype)
+        if tile.signature not in self.biases:
+            rows, columns, count = tile.shape
+            bias = self.inputs.query.new_zeros(
+                self.heads, rows * columns, self.globals_ + count, dtype=self.inputs.score_dtype
+            )
             if self.inputs.global_bias is not None:
                 bias[:, :, : self.globals_] = self.inputs.global_bias[:, None]
             if self.window_bias is not None:
-                for rectangle, place in places:
+                for rectangle, place in tile.places:
                     part = self._part(self.window_bias, tile, rectangle)
-                    bias[:, :, place].view(self.heads, *part.shape[1:]).copy_(part)
-            self.biases[signature] = bias
-        return self.biases[signature]
+                    bias[:, :, self.globals_ :][:, :, place].view(self.heads, *part.shape[1:]).copy_(part)
+            self.biases[tile.signature] = bias
+        return self.biases[tile.signature]
 
     def bias_sums(self) -> tuple[Tensor, Tensor]:
         """Zeros for the sums of gradients by place (h, w, w, 3w, 3w), and of the global keys (h, G)."""
@@ -247,19 +262,14 @@ class _Work:
         by_image = of_scores.view(-1, self.heads, tile.chunks, *of_scores.shape[1:])  # (B, h, c, t, k)
         total = by_image.sum(dim=0).sum(dim=1)  # (h, t, k); one sum over both dimensions is many times slower
         global_sum += total[:, :, : self.globals_].sum(dim=1)
-        for rectangle, place in self._places(tile):
+        for rectangle, place in tile.places:
             part = self._part(window_sum, tile, rectangle)
-            part += total[:, :, place].reshape(part.shape)
-
-    def _places(self, tile: _Tile) -> list[tuple[Rectangle, slice]]:
-        """Where each rectangle of keys stands among the k keys of a tile."""
-        ends = list(itertools.accumulate((r.length * c.length for r, c in tile.keys), initial=self.globals_))
-        return [(rectangle, slice(*ends[i : i + 2])) for i, rectangle in enumerate(tile.keys)]
+            part += total[:, :, self.globals_ :][:, :, place].reshape(part.shape)
 
     @staticmethod
     def _part(by_place: Tensor, tile: _Tile, rectangle: Rectangle) -> Tensor:
         """The part of (h, w, w, 3w, 3w) for a tile's queries and a rectangle of its keys."""
-        queries = [slice(side.stop - side.start) for side in (tile.rows, tile.columns)]
+        queries = [slice(length) for length in tile.shape[:2]]
         keys = [slice(run.place, run.place + run.length) for run in rectangle]
         at = (slice(None), *queries, *keys)
         return by_place[at]
