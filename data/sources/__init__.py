@@ -9,7 +9,9 @@ from data.sources.base import Mode, Opener, Source, Split
 from data.sources.beton import open_beton
 from data.sources.digits import open_digits
 from data.sources.folder import open_folder
+from data.sources.tarred import open_shards, open_tar
 from data.sources.timm_datasets import open_timm, refuse_stream
+from data.sources.zipped import open_zip
 from vil.config import ConfigError, DataConfig
 
 __all__ = ["SOURCES", "Source", "Split", "open_source"]
@@ -18,7 +20,9 @@ SOURCES: dict[str, Opener] = {
     "digits": open_digits,
     "folder": open_folder,
     "ffcv": open_beton,
-    "tar": open_timm,
+    "zip": open_zip,
+    "tar": open_tar,
+    "wds": open_shards,
     "torch/": open_timm,
     "hfds/": open_timm,
     "hfids/": refuse_stream,

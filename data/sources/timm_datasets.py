@@ -1,4 +1,4 @@
-"""Data sets of timm.data.create_dataset: torchvision's, tar files, Hugging Face's."""
+"""Data sets of timm.data.create_dataset: torchvision's and Hugging Face's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPLIT_IS_FLAG = tuple(
 )
 FLAG_SPLITS = ("train", "training", "val", "valid", "validation", "test")
 # ... and these read the root itself, with all splits in it, where root/<split> does not exist.
-SPLIT_IS_PATH = ("tar", "torch/folder", "torch/image_folder")
+SPLIT_IS_PATH = ("torch/folder", "torch/image_folder")
 
 
 class TimmDataset(Source):
@@ -129,7 +129,7 @@ def refuse_stream(data: DataConfig, split: Split, mode: Mode) -> Source:
     raise ConfigError(
         "data.source",
         f"{data.source} is a stream of samples without an index, which is not supported; "
-        "hfds/... reads Hugging Face data sets with one",
+        "hfds/... reads Hugging Face data sets with one, and wds the WebDataset shards of a folder",
     )
 
 
