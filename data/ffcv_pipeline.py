@@ -217,7 +217,7 @@ class FFCVTrainLoader:
         self._micro_batches = micro_batches
         self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="ffcv")
         self._device = device
-        self._on_gpu = device.type == "cuda"
+        self._on_gpu = self._on_batches = device.type == "cuda"
         self._channels_last = channels_last
         self._bad_images = bad_images
         self._mean, self._std = transform.mean.to(device), transform.std.to(device)
@@ -275,7 +275,7 @@ class FFCVTrainLoader:
                 continue
             for flip in plan.flips:
                 pixels = flip.mirrored(pixels)
-            if plan.steps and not self._on_gpu:
+            if plan.steps and not self._on_batches:
                 pixels = np.asarray(on_image(Image.fromarray(pixels), plan.steps))
             images[place] = pixels
         return unreadable
@@ -307,8 +307,9 @@ class FFCVTrainLoader:
         """The rest of the recipe, on the device."""
         images = batch.images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
         if self._on_gpu:
-            images = on_batch(images.contiguous(), [plan.steps for plan in batch.plans])
             targets = targets.pin_memory().to(self._device, non_blocking=True)
+        if self._on_batches:
+            images = on_batch(images.contiguous(), [plan.steps for plan in batch.plans])
         layout = torch.channels_last if self._channels_last else torch.contiguous_format
         images = images.contiguous(memory_format=layout)
         return finished(images, [plan.patches for plan in batch.plans], self._mean, self._std), targets

@@ -1,0 +1,297 @@
+"""FFCV's files: the same views as from a folder, each image once, one line for what is wrong."""
+
+import collections
+import importlib.util
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from beton_files import PAGE, as_jpeg, convert_folder, write_beton
+from PIL import Image
+from sample_images import write_image
+from test_loaders import equal, load
+
+from data import build_validation, ffcv_pipeline
+from data.beton import Beton
+from data.ffcv_pipeline import FFCVTrainLoader, QuasiRandomBatches
+from data.loaders import TrainLoader
+from data.sources import open_source
+from vil.config import AugmentConfig, ConfigError, DataConfig
+
+POLICIES = {
+    "crop": {},
+    "recipe": {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.5, "vflip": 0.3},
+    "three": {"auto_augment": "3a", "color_jitter": 0.3},
+    "trivial": {"auto_augment": "trivial", "random_erasing": 0.5, "random_erasing_count": 3},
+    "jitter": {"color_jitter": 0.4, "interpolation": "bicubic"},
+}
+needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same images as folders, as pixels in .beton files, and as JPEGs in folders and .beton files."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 12), ("val", 7)):
+        for place, name in enumerate(("bear", "cat", "ant")):
+            for number in range(count):
+                seed, size = 100 * place + number, (40 + 9 * number, 96 - 5 * number)
+                write_image(root / "png" / split / name / f"{number:02}.png", seed, size)
+        source = open_source(DataConfig(source="folder", root=str(root / "png")), split, 3)
+        convert_folder(source, root / "raw" / f"{split}.beton")
+        jpegs = convert_folder(source, root / "jpeg" / f"{split}.beton", jpeg=True)
+        for index, (_, content) in enumerate(jpegs):
+            path = root / "jpg" / source.name(index).replace(".png", ".jpg")
+            path = root / "jpg" / split / path.parent.name / path.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return root
+
+
+def configured(folders, name, **options):
+    source = "folder" if name in ("png", "jpg") else "ffcv"
+    return DataConfig(**{"source": source, "root": str(folders / name), "workers": 0, **options})
+
+
+@needs_ffcv
+@pytest.mark.parametrize("policy", POLICIES)
+def test_pixels_give_the_very_views_of_the_folder(folders, policy):
+    augment, options = AugmentConfig(**POLICIES[policy]), {"batch_size": 12, "accumulation": 2}
+    of_folder = load(configured(folders, "png"), augment, **options).train
+    for threads in (1, 2):
+        of_beton = load(configured(folders, "raw", workers=threads), augment, **options).train
+        assert isinstance(of_beton, FFCVTrainLoader)
+        assert of_beton.steps_per_epoch == of_folder.steps_per_epoch == 3
+        for epoch, start in ((0, 0), (1, 2), (0, 1)):
+            assert equal(of_beton.epoch(epoch, start), of_folder.epoch(epoch, start))
+
+
+@needs_ffcv
+@pytest.mark.parametrize("policy", POLICIES)
+def test_on_batches_the_views_are_nearly_the_same(folders, policy):
+    """As on a GPU, where the policy is carried out on whole batches."""
+    augment = AugmentConfig(**POLICIES[policy])
+    of_folder = load(configured(folders, "png"), augment, batch_size=12).train
+    of_beton = load(configured(folders, "raw"), augment, batch_size=12).train
+    of_beton._on_batches = True
+    for (images, targets), (others, other_targets) in zip(of_folder.epoch(3), of_beton.epoch(3)):
+        assert torch.equal(targets, other_targets)
+        assert (images - others).abs().mean() < 0.3 / 255 / 0.225
+
+
+@needs_ffcv
+def test_jpegs_give_nearly_the_views_of_the_folder(folders):
+    """FFCV's decoder uses a faster, less exact transform."""
+    options = {"batch_size": 12, "image_size": 16}
+    batches = [
+        list(load(configured(folders, name), AugmentConfig(), **options).train.epoch(0))
+        for name in ("jpg", "jpeg")
+    ]
+    for (images, targets), (others, other_targets) in zip(*batches):
+        assert torch.equal(targets, other_targets)
+        assert (images - others).abs().mean() < 2 / 255 / 0.225
+
+
+@needs_ffcv
+def test_an_epoch_that_was_left_leaves_nothing_behind(folders):
+    train = load(configured(folders, "raw"), AugmentConfig(), batch_size=4).train
+    second = list(train.epoch(1))
+    for _ in range(3):
+        assert len(list(itertools.islice(train.epoch(0), 2))) == 2
+    assert equal(train.epoch(1), second)
+    assert list(train.epoch(0, start=train.steps_per_epoch)) == []
+
+
+@needs_ffcv
+def test_batches_stay_as_they_were_given(folders):
+    batches = list(load(configured(folders, "raw"), AugmentConfig(), batch_size=4).train.epoch(0))
+    copies = [(images.clone(), targets.clone()) for images, targets in batches]
+    assert equal(batches, copies)
+    assert len({images.data_ptr() for images, _ in batches}) == len(batches)
+
+
+@needs_ffcv
+def test_channels_last(folders):
+    train = load(configured(folders, "raw"), AugmentConfig(), batch_size=4, channels_last=True).train
+    images, _ = next(train.epoch(0))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    plain, _ = next(load(configured(folders, "raw"), AugmentConfig(), batch_size=4).train.epoch(0))
+    assert plain.is_contiguous()
+    assert torch.equal(images, plain)
+
+
+@needs_ffcv
+@pytest.mark.parametrize("order", ["random", "quasi_random"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_an_epoch(folders, world_size, order):
+    seen = collections.Counter()
+    for rank in range(world_size):
+        data = configured(folders, "raw", ffcv_order=order)
+        train = load(data, AugmentConfig(), batch_size=12, rank=rank, world_size=world_size).train
+        for keys in train._micro_batches:
+            assert len(keys) == 12 // world_size
+            seen.update(index for _, index, _ in keys)
+    assert seen == dict.fromkeys(range(36), 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_is_that_of_the_folder(folders, world_size):
+    """Each image once, without padding, the same to the bit; FFCV itself is not needed."""
+    for name, other in (("png", "raw"), ("jpg", "jpeg")):
+        images, targets = [], []
+        for rank in range(world_size):
+            options = {"image_size": 32, "in_chans": 3, "batch_size": 4}
+            options |= {"rank": rank, "world_size": world_size}
+            of_folder = build_validation(configured(folders, name), **options)
+            of_beton = build_validation(configured(folders, other), **options)
+            assert of_beton.class_names == of_folder.class_names == ("ant", "bear", "cat")
+            assert of_beton.loader.num_images == 21
+            assert equal(of_beton.loader, of_folder.loader)
+            for batch in of_beton.loader:
+                images.append(batch[0])
+                targets += batch[1].tolist()
+        assert len(torch.unique(torch.cat(images), dim=0)) == 21
+        assert collections.Counter(targets) == {0: 7, 1: 7, 2: 7}
+
+
+def test_workers_read_the_same_file(folders):
+    """Grey images, AugMix and other crops are not for threads."""
+    for options, in_chans in (({}, 1), ({"auto_augment": "augmix-m3-w2"}, 3), ({"crop": "pad_random"}, 3)):
+        augment, settings = AugmentConfig(**options), {"batch_size": 12, "in_chans": in_chans}
+        train = load(configured(folders, "raw", workers=2), augment, **settings).train
+        assert isinstance(train, TrainLoader)
+        assert equal(train.epoch(0), load(configured(folders, "png"), augment, **settings).train.epoch(0))
+
+
+@needs_ffcv
+def test_subsets(folders):
+    data = {"train_fraction": 0.5, "images_per_class": 4}
+    batches = [
+        list(load(configured(folders, name, **data), AugmentConfig(), batch_size=6).train.epoch(0))
+        for name in ("png", "raw")
+    ]
+    assert equal(*batches)
+    assert sum(len(targets) for _, targets in batches[0]) == 12
+
+
+@needs_ffcv
+def test_repeated_augmentation(folders):
+    augment = AugmentConfig(repeats=3)
+    batches = [
+        list(load(configured(folders, name), augment, batch_size=12).train.epoch(2))
+        for name in ("png", "raw")
+    ]
+    assert equal(*batches)
+
+
+def test_quasi_random_order_reads_neighbouring_pages_together():
+    pages = np.repeat(np.arange(40), 16)
+    options = (2, 1, 0, 1)  # batches of 2: the images of a page are shuffled with few others
+    batches = QuasiRandomBatches(pages, 640, *options)
+    orders = [batches.order(epoch)[0] for epoch in (0, 1, 0)]
+    assert np.array_equal(orders[0], orders[2])
+    assert not np.array_equal(orders[0], orders[1])
+    for order in orders:
+        assert sorted(order) == list(range(640))
+        groups = pages[order].reshape(40, 16)
+        assert all(len(np.unique(group)) <= 2 for group in groups)
+        assert not np.array_equal(groups[:, 0], np.sort(groups[:, 0]))
+    repeated, views = QuasiRandomBatches(pages, 640, 8, 1, 0, 2).order(0)
+    assert np.array_equal(repeated[::2], repeated[1::2])
+    assert views[:4].tolist() == [0, 1, 0, 1]
+
+
+def test_quasi_random_is_for_ffcv_alone(folders):
+    with pytest.raises(ConfigError, match=r"^data\.ffcv_order: .*data\.source ffcv"):
+        load(configured(folders, "png", ffcv_order="quasi_random"), AugmentConfig(), batch_size=4)
+
+
+@needs_ffcv
+def test_damaged_images(folders, tmp_path):
+    """`fail` names the first of them; `skip` takes the next one of the epoch and lists them."""
+    source = open_source(configured(folders, "png"), "train", 3)
+    images = [source.load(index)[0] for index in range(len(source))]
+    contents = [(image.size, as_jpeg(image)) for image in images]
+    for index in (3, 8):
+        contents[index] = (contents[index][0], contents[index][1][: 200 if index == 3 else -100])
+    write_beton(tmp_path / "train.beton", contents, source.targets, source.class_names)
+    convert_folder(open_source(configured(folders, "png"), "val", 3), tmp_path / "val.beton")
+    data = {"source": "ffcv", "root": str(tmp_path), "workers": 2}
+    with pytest.raises(ConfigError, match=r"^data\.root: image (3|8) of .*train\.beton: cannot be read: "):
+        list(load(DataConfig(**data), AugmentConfig(), batch_size=12).train.epoch(0))
+    skipping = DataConfig(**data, on_error="skip", max_bad=0.2)
+    train = load(skipping, AugmentConfig(), batch_size=12, folder=tmp_path).train
+    assert sum(len(targets) for _, targets in train.epoch(0)) == 36
+    listed = (tmp_path / "bad_images.txt").read_text().splitlines()
+    assert sorted(listed) == [f"image {index} of {tmp_path / 'train.beton'}" for index in (3, 8)]
+
+
+@needs_ffcv
+def test_what_ffcv_refuses_pillow_may_read(folders, tmp_path):
+    source = open_source(configured(folders, "png"), "train", 3)
+    images = [source.load(index)[0].convert("CMYK") for index in range(8)]
+    contents = [(image.size, as_jpeg(image)) for image in images]
+    for split in ("train", "val"):
+        write_beton(tmp_path / f"{split}.beton", contents, range(8))
+    train = load(
+        DataConfig(source="ffcv", root=str(tmp_path), workers=0), AugmentConfig(), batch_size=8
+    ).train
+    ((batch, targets),) = train.epoch(0)
+    assert sorted(targets.tolist()) == list(range(8))
+    assert batch.isfinite().all()
+
+
+def test_without_ffcv_one_line_says_how_to_install_it(folders, monkeypatch):
+    find_spec = importlib.util.find_spec
+    missing = lambda name, *rest: None if name == "ffcv" else find_spec(name, *rest)  # noqa: E731
+    monkeypatch.setattr(ffcv_pipeline.importlib.util, "find_spec", missing)
+    ffcv_pipeline.decoder.cache_clear()
+    with pytest.raises(ConfigError, match=r"^data\.source: ffcv needs .* pip install ffcv$"):
+        load(configured(folders, "raw"), AugmentConfig(), batch_size=4)
+    ffcv_pipeline.decoder.cache_clear()
+
+
+def test_files_that_are_none(folders, tmp_path):
+    def refusal():
+        with pytest.raises(ConfigError) as caught:
+            open_source(DataConfig(source="ffcv", root=str(tmp_path)), "train", 3)
+        assert len(str(caught.value).splitlines()) == 1
+        return str(caught.value)
+
+    path = tmp_path / "train.beton"
+    assert (
+        refusal() == f"data.root: {path}: no such file; tools/write_ffcv.py writes it from any other source"
+    )
+    whole = (folders / "raw" / "train.beton").read_bytes()
+    unfinished = bytearray(whole)
+    unfinished[16:24] = bytes(8)  # where the table of allocations is, which the writer sets last
+    for content in (b"", b"x" * 5000, whole[:100], whole[:3000], whole[:-500], unfinished):
+        path.write_bytes(content)
+        assert refusal() == f"data.root: {path}: not an FFCV file, or not written to its end"
+    path.write_bytes(whole)
+    description = path.with_suffix(".json")
+    for text in ("{", "[]", "{}", '{"class_names": 3}'):
+        description.write_text(text)
+        assert refusal() == f"data.root: {description}: no list class_names can be read from it"
+    description.write_text('{"class_names": ["ant"]}')
+    assert refusal() == f"data.root: {description}: 1 classes, but {path} has class 2"
+    description.unlink()
+    assert open_source(DataConfig(source="ffcv", root=str(tmp_path)), "train", 3).class_names == (*"012",)
+    with pytest.raises(ConfigError, match=r"^data\.download: "):
+        open_source(DataConfig(source="ffcv", root=str(tmp_path), download=True), "train", 3)
+
+
+def test_a_file_is_mapped_anew_in_another_process(folders):
+    beton = Beton(folders / "raw" / "train.beton")
+    stored = beton.stored(3)
+    pickled = pickle.dumps(beton)
+    assert len(pickled) < 20_000 < (folders / "raw" / "train.beton").stat().st_size
+    assert np.array_equal(pickle.loads(pickled).stored(3), stored)
+    assert len(np.unique(beton.pages)) > 1
+    assert (np.diff(beton.pages) >= 0).all()
+    assert PAGE == 1 << 14
+    assert isinstance(Image.fromarray(stored), Image.Image)
+    assert json.loads((folders / "raw" / "train.json").read_text())["class_names"] == ["ant", "bear", "cat"]
