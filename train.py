@@ -29,6 +29,7 @@ from vil import command_line
 from vil.command_line import CommandLine
 from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig, in_section, of_option
 from vil.evaluation.accuracy import evaluate
+from vil.evaluation.modes import mode
 from vil.evaluation.report import evaluate_model, write_json
 from vil.models.released import read_config, read_weights
 from vil.models.weights import load_file, load_weights
@@ -163,6 +164,8 @@ def build(config: TrainConfig, process: Process, new: bool) -> tuple[Loaders, to
         device=process.device,
         channels_last=config.channels_last,
         folder=Path(config.output or ""),
+        sizes=schedule.sizes,
+        epochs=schedule.epochs,
     )
     if config.model.num_classes is None:
         config.model.num_classes = loaders.num_classes
@@ -173,6 +176,7 @@ def build(config: TrainConfig, process: Process, new: bool) -> tuple[Loaders, to
     with in_section("model"):
         model = model_from_config(config.model)
         check_device(model, process.device)
+    check_sizes(model, schedule.sizes or [], config.model.in_chans)
     if new and (config.model.init_from or config.model.init_released_config):
         file = initial_weights(config.model)
         with of_option("model.init_from"):
@@ -184,6 +188,18 @@ def build(config: TrainConfig, process: Process, new: bool) -> tuple[Loaders, to
     length = f"{schedule.epochs} epochs of {loaders.train.steps_per_epoch} × {schedule.batch_size} images"
     say(process, f"{config.model.name}, {parameters:.2f} M parameters · {where} · {length}")
     return loaders, model, mix
+
+
+def check_sizes(model: torch.nn.Module, sizes: Sequence[tuple[float, int]], in_chans: int) -> None:
+    """Raises ConfigError where the model cannot take images of one of the sizes."""
+    side = 0
+    try:
+        with torch.no_grad(), mode(model, training=False):
+            for _, side in sizes:
+                model(torch.zeros(1, in_chans, side, side))
+    except Exception as error:  # models of timm raise of any kind
+        reason = f"{type(model).__name__} takes no images of {side}×{side}: {' '.join(str(error).split())}"
+        raise ConfigError("schedule.sizes", reason) from error
 
 
 def report(

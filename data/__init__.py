@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from data.ffcv_pipeline import FFCVTrainLoader, build_micro_batches, reads_ffcv
 from data.loaders import EvaluationImages, TrainingViews, TrainLoader, ValidationLoader
 from data.mixing import Mixing, check_pairs, mixes
 from data.real_labels import ForeignImagesError, RelabelledImages
+from data.sizes import EpochLoader, SizedLoader
 from data.sources import Source, open_source
 from data.subsets import chosen
 from data.transforms import evaluation_transform, train_transform
@@ -33,7 +35,7 @@ class Validation:
 class Loaders:
     """What training needs: both loaders and the classes, in the order of their indices."""
 
-    train: TrainLoader | FFCVTrainLoader
+    train: EpochLoader
     validation: ValidationLoader
     num_classes: int
     class_names: tuple[str, ...]
@@ -53,6 +55,8 @@ def build_loaders(
     device: torch.device | str = "cpu",
     channels_last: bool = False,
     folder: Path | None = None,
+    sizes: Sequence[tuple[float, int]] | None = None,
+    epochs: int = 1,
 ) -> Loaders:
     """Opens both splits of a data set and builds their loaders.
 
@@ -70,12 +74,13 @@ def build_loaders(
         device: where the batches are wanted.
         channels_last: lay the images out channels-last.
         folder: of the run, for its list of images that cannot be read.
+        sizes: (fraction of the epochs, side of the training images in pixels), in place of image_size.
+        epochs: length of the run.
 
     Raises:
         ConfigError: something of it cannot be, or the data set is not as the configuration says.
     """
     device = torch.device(device)
-    transform = train_transform(augment, data, image_size=image_size, in_chans=in_chans)
     source = chosen(open_source(data, "train", in_chans), data)
     parts = (batch_size, accumulation, seed, augment.repeats, rank, world_size)
     micro_batches = build_micro_batches(source, data.ffcv_order, *parts)
@@ -93,11 +98,17 @@ def build_loaders(
     )
     if validation.class_names != source.class_names:
         raise ConfigError("data.val_split", _difference(source.class_names, validation.class_names))
-    views = TrainingViews(source, transform, seed, data.on_error)
     bad_images = BadImages(len(source), data.max_bad, folder)
-    build = FFCVTrainLoader if reads_ffcv(views) else TrainLoader
+
+    def build(side: int) -> EpochLoader:
+        transform = train_transform(augment, data, image_size=side, in_chans=in_chans)
+        on_gpu = device.type == "cuda"  # which normalises and erases for the workers
+        views = TrainingViews(source, transform, seed, data.on_error, normalised=not on_gpu, planned=on_gpu)
+        kind = FFCVTrainLoader if reads_ffcv(views) else TrainLoader
+        return kind(views, micro_batches, data.workers, device, channels_last, bad_images)
+
     return Loaders(
-        build(views, micro_batches, data.workers, device, channels_last, bad_images),
+        build(image_size) if sizes is None else SizedLoader(build, sizes, epochs),
         validation.loader,
         validation.num_classes,
         validation.class_names,
@@ -136,7 +147,8 @@ def build_validation(
         raise ConfigError("data.workers", f"expected 0 or more, got {data.workers}")
     transform = evaluation_transform(data, image_size=image_size, in_chans=in_chans)
     source: Source = open_source(data, "val", in_chans)
-    images: EvaluationImages = EvaluationImages(source, transform)
+    on_gpu = torch.device(device).type == "cuda"
+    images: EvaluationImages = EvaluationImages(source, transform, normalised=not on_gpu)
     if data.real_labels is not None:
         images = RelabelledImages(images, data.real_labels)
     loader = ValidationLoader(

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.bad_images import BadImages
 from data.decoding import UnreadableImageError, decoding
-from data.prefetch import Batch, to_device
+from data.prefetch import Batch, ErasingPlan, Finish, erasures, to_device
 from data.randomness import seeded
 from data.samplers import Key, MicroBatches, following
 from data.sources import Source
@@ -37,7 +37,7 @@ class Unreadable:
 class Replaced:
     """A sample that took the place of others."""
 
-    sample: tuple[Tensor, int]
+    sample: tuple[Any, ...]
     unreadable: list[Unreadable]
 
 
@@ -51,6 +51,7 @@ class TrainingViews(Dataset[Any]):
         on_error: skip replaces an image that cannot be read by the next one in the order of the epoch; its
             augmentation is that of the place, so that it is not the same view twice.
         normalised: normalise and erase; else the views are bytes, (C, H, W) uint8, for `Transform.finish`.
+        planned: beside bytes, a view has the plan of its erasing, for `data.prefetch.Finish`.
     """
 
     def __init__(
@@ -60,14 +61,16 @@ class TrainingViews(Dataset[Any]):
         seed: int,
         on_error: OnError = "fail",
         normalised: bool = True,
+        planned: bool = False,
     ) -> None:
         self.source = source
         self.transform = transform
+        self.planned = planned
         self.seed = seed
         self.on_error = on_error
         self.normalised = normalised
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | Replaced | Unreadable:
+    def __getitem__(self, key: Key) -> tuple[Any, ...] | Replaced | Unreadable:
         epoch, index, _ = key
         sample = self._view(index, key)
         if not isinstance(sample, Unreadable) or self.on_error == "fail":
@@ -80,10 +83,13 @@ class TrainingViews(Dataset[Any]):
             unreadable.append(sample)
         return unreadable[0]
 
-    def _view(self, index: int, key: Key) -> tuple[Tensor, int] | Unreadable:
+    def _view(self, index: int, key: Key) -> tuple[Any, ...] | Unreadable:
         with seeded(self.seed, "augmentation", *key):
             transform = self.transform if self.normalised else self.transform.pixels
-            return _sample(self.source, index, transform)
+            sample = _sample(self.source, index, transform)
+            if self.planned and not isinstance(sample, Unreadable):
+                return *sample, ErasingPlan.draw(self.transform.erasing, sample[0].shape)
+            return sample
 
 
 class EvaluationImages(Dataset[Any]):
@@ -125,6 +131,7 @@ class TrainLoader:
         self._loader = _loader(dataset, workers, device, batch_sampler=micro_batches)
         self._device = device
         self._channels_last = channels_last
+        self._finish = _finish(dataset, device)
         self._bad_images = bad_images
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -139,9 +146,10 @@ class TrainLoader:
             ConfigError: from the iterator, naming an image that cannot be decoded; or too many cannot.
         """
         self._micro_batches.choose(epoch, start)
-        return to_device(self._readable(iter(self._loader)), self._device, self._channels_last)
+        batches = self._readable(iter(self._loader))
+        return to_device(batches, self._device, self._channels_last, self._finish)
 
-    def _readable(self, collated: Iterable[Collated]) -> Iterator[Batch]:
+    def _readable(self, collated: Iterable[Collated]) -> Iterator[tuple[Any, ...]]:
         for batch, unreadable in collated:
             if batch is None or len(batch[1]) < self._micro_batches.micro_batch_size:
                 raise _error(unreadable[0])
@@ -185,6 +193,7 @@ class ValidationLoader:
         self._loader = _loader(dataset, workers, device, batch_size=batch_size, sampler=share)
         self._device = device
         self._channels_last = channels_last
+        self._finish = _finish(dataset, device)
         self._on_error = on_error
 
     def __len__(self) -> int:
@@ -192,9 +201,10 @@ class ValidationLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        return to_device(self._readable(iter(self._loader)), self._device, self._channels_last)
+        batches = self._readable(iter(self._loader))
+        return to_device(batches, self._device, self._channels_last, self._finish)
 
-    def _readable(self, collated: Iterable[Collated]) -> Iterator[Batch]:
+    def _readable(self, collated: Iterable[Collated]) -> Iterator[tuple[Any, ...]]:
         self.unreadable = 0
         for batch, unreadable in collated:
             if unreadable and self._on_error == "fail":
@@ -206,8 +216,9 @@ class ValidationLoader:
                 yield batch
 
 
-Collated = tuple["Batch | None", list[Unreadable]]
-"""A batch, None where no image of it could be read, and the images that could not."""
+Collated = tuple["tuple[Any, ...] | None", list[Unreadable]]
+"""A batch, in bytes with its `Erasures` where it is to be finished on the device, None where no image of it
+could be read; and the images that could not."""
 
 
 def _loader(dataset: Dataset[Any], workers: int, device: torch.device, **order: Any) -> DataLoader[Any]:
@@ -221,6 +232,12 @@ def _loader(dataset: Dataset[Any], workers: int, device: torch.device, **order: 
         generator=torch.Generator(),
         **order,
     )
+
+
+def _finish(dataset: TrainingViews | EvaluationImages, device: torch.device) -> Finish | None:
+    if dataset.normalised:
+        return None
+    return Finish(dataset.transform.mean, dataset.transform.std, device)
 
 
 def _sample(source: Source, index: int, transform: Any) -> tuple[Tensor, int] | Unreadable:
@@ -243,8 +260,10 @@ def _collate(samples: list[Any]) -> Collated:
     if pairs[0][0].dtype != torch.uint8:
         images, targets = default_collate(pairs)
         return (images, targets), unreadable
-    images, targets = default_collate([(image.permute(1, 2, 0), target) for image, target in pairs])
-    return (images.permute(0, 3, 1, 2), targets), unreadable
+    images, targets = default_collate([(image.permute(1, 2, 0), target) for image, target, *_ in pairs])
+    plans = [plan for _, _, *of_one in pairs for plan in of_one]
+    more = [erasures(plans)] if plans else []
+    return (images.permute(0, 3, 1, 2), targets, *more), unreadable
 
 
 def _error(unreadable: Unreadable) -> ConfigError:
