@@ -33,11 +33,13 @@ class ErasingPlan:
         self.values: list[Tensor] = []
 
     @classmethod
-    def draw(cls, erasing: RandomErasing | None, shape: Sequence[int]) -> ErasingPlan:
+    def draw(cls, erasing: Callable[[Tensor], Tensor] | None, shape: Sequence[int]) -> ErasingPlan:
         """The erasing of one image of `shape` (C, H, W), from the global generators."""
         plan = cls()
         if erasing is not None:
-            erasing._erase(plan, *shape, torch.float32)
+            assert isinstance(erasing, RandomErasing)
+            channels, height, width = shape
+            erasing._erase(plan, channels, height, width, torch.float32)
         return plan
 
     def __setitem__(self, place: tuple[slice, slice, slice], values: Tensor) -> None:

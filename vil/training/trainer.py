@@ -26,6 +26,7 @@ from torch import nn
 from vil.config import ConfigError, TrainConfig
 from vil.training import checkpoint
 from vil.training.distributed import Process, all_reduce_sum, data_parallel, from_main
+from vil.training.input_wait import InputWait, input_bound_warning
 from vil.training.logging import RunLog
 from vil.training.loss import build_loss
 from vil.training.optimizer import build_optimizer, build_scheduler, clipped_parameters
@@ -183,6 +184,7 @@ class _Trainer:
             self.network = torch.compile(self.network)  # type: ignore[assignment]
         self.log = RunLog(self.folder if process.is_main else None, config, self.step)
         self.clock = _StepClock()
+        self.has_warned = False
 
     def train_epoch(self) -> None:
         """Trains to the end of the epoch that `step` lies in, or to the last step of the run."""
@@ -196,6 +198,7 @@ class _Trainer:
         self.bad_step = torch.full((), torch.inf, device=self.process.device)
         batches = iter(self.loaders.train.epoch(epoch, start))
         self.clock.reset()
+        self.clock.epoch.begin()
         with self.log.bar(epoch + 1, start, self.steps_per_epoch) as bar:
             while self.step < end:
                 self.scheduler.step_update(self.step)
@@ -210,7 +213,7 @@ class _Trainer:
                 self.step += 1
                 self.watch(grad_norm)
                 self.epoch_loss += loss / steps
-                self.clock.steps += 1
+                self.clock.step()
                 bar.update()
                 if self.is_logged(self.step):
                     bar.set_postfix(loss=f"{self.log_step(epoch, loss, grad_norm):.4f}")
@@ -267,6 +270,10 @@ class _Trainer:
         epoch = self.epoch_in_progress()
         loss = self.mean_over_ranks(self.epoch_loss, "the mean loss of the epoch")
         seconds = time.perf_counter() - self.epoch_began
+        warning = input_bound_warning(self.clock.epoch.share(), self.config.data)
+        if warning and not self.has_warned:
+            self.has_warned = True
+            self.log.say(warning)
         if self.has_batch_norm and self.process.world_size > 1:
             for model in filter(None, (self.model, self.ema and self.ema.module)):
                 distribute_bn(model, self.process.world_size, reduce=True)
@@ -312,8 +319,12 @@ class _Trainer:
             )
             if not math.isfinite(accuracy.loss):
                 self.stop(self.step, f"the validation loss is {accuracy.loss}")
-            results |= {f"{prefix}{name}": getattr(accuracy, name) for name in ("top1", "top5", "loss")}
-            results["images"] = accuracy.images
+            results |= {
+                f"{prefix}{name}": getattr(accuracy, name) for name in ("top1", "top5", "loss", "ece")
+            }
+            if accuracy.real_top1 is not None:
+                results[f"{prefix}real_top1"] = accuracy.real_top1
+            results |= {"images": accuracy.images, "unreadable": accuracy.unreadable}
         results["seconds"] = time.perf_counter() - began
         with self.writing("the log"):
             self.log.write("validation", self.step, self.epoch_in_progress(), **results)
@@ -465,6 +476,7 @@ class _StepClock:
     """Seconds per step, and what of them was spent waiting for images."""
 
     def __init__(self) -> None:
+        self.epoch = InputWait()
         self.reset()
 
     def reset(self) -> None:
@@ -474,7 +486,13 @@ class _StepClock:
     def waiting(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.waited += seconds
+        self.epoch.add(seconds)
+
+    def step(self) -> None:
+        self.steps += 1
+        self.epoch.step()
 
     def averages(self) -> dict[str, float]:
         """Means over the steps since the last call."""
