@@ -1,0 +1,159 @@
+"""Zip archives with a map: the folder's images, from any process, and one line for whatever is wrong."""
+
+import os
+import pickle
+import zipfile
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+
+from data import build_loaders
+from data.sources import open_source
+from vil.config import AugmentConfig, ConfigError, DataConfig
+
+CLASSES = ("ant", "bear", "cat")
+
+
+def write_zip(root, images, split, method=zipfile.ZIP_STORED, lines=None):
+    """`root`/<split>.zip and its map, of the images in `images`/<split>."""
+    root.mkdir(exist_ok=True)
+    map_lines = []
+    with zipfile.ZipFile(root / f"{split}.zip", "w", method) as archive:
+        for path in sorted((images / split).rglob("*.png")):
+            inside = path.relative_to(images / split).as_posix()
+            archive.write(path, inside)
+            map_lines.append(f"{split}.zip@/{inside}\t{CLASSES.index(path.parent.name)}")
+    (root / f"{split}_map.txt").write_text("\n".join(map_lines if lines is None else lines) + "\n")
+
+
+@pytest.fixture(params=[zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def zip_data(request, image_folder, tmp_path):
+    for split in ("train", "val"):
+        write_zip(tmp_path / "zip", image_folder, split, request.param)
+    return DataConfig(source="zip", root=str(tmp_path / "zip"), workers=0)
+
+
+def refusal(data, split="train"):
+    with pytest.raises(ConfigError) as error:
+        open_source(data, split, 3)
+    assert error.value.key == "data.root"
+    assert "\n" not in str(error.value)
+    return error.value.reason
+
+
+def with_lines(zip_data, *lines):
+    """The same archive with these lines in its map."""
+    with open(os.path.join(zip_data.root, "train_map.txt"), "w", encoding="utf-8") as file:
+        file.write("\n".join(lines))
+    return zip_data
+
+
+def test_a_zip_holds_the_images_of_the_folder(zip_data, folder_data):
+    for split in ("train", "val"):
+        zipped, folder = open_source(zip_data, split, 3), open_source(folder_data, split, 3)
+        assert zipped.class_names == folder.class_names == CLASSES
+        assert zipped.targets.tolist() == folder.targets.tolist()
+        for index in range(len(folder)):
+            (image, target), (other, other_target) = zipped.load(index), folder.load(index)
+            assert (np.asarray(image) == np.asarray(other)).all()
+            assert target == other_target
+            assert zipped.name(index) == folder.name(index)
+    assert zipped.describe(0) == os.path.join(zip_data.root, "val.zip/ant/0.png")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_folders_also_from_the_middle_of_an_epoch(zip_data, folder_data, workers):
+    def batches(data, workers, start):
+        recipe = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
+        data.workers = workers
+        options = {"image_size": 24, "in_chans": 3, "batch_size": 4, "accumulation": 1, "seed": 3}
+        return list(build_loaders(data, recipe, **options).train.epoch(1, start))
+
+    for start in (0, 2):
+        pairs = list(zip(batches(zip_data, workers, start), batches(folder_data, 0, start), strict=True))
+        assert len(pairs) == 3 - start
+        assert all(torch.equal(a, b) and torch.equal(s, t) for (a, s), (b, t) in pairs)
+
+
+def _loaded(source, results):
+    results.put([np.asarray(source.load(index)[0]).tobytes() for index in range(len(source))])
+
+
+def test_a_source_in_use_goes_on_in_forked_processes(zip_data):
+    source = open_source(zip_data, "train", 3)
+    expected = [np.asarray(source.load(index)[0]).tobytes() for index in range(len(source))]
+    context = get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_loaded, args=(source, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == [expected] * 2
+    for process in processes:
+        process.join(60)
+
+
+def test_a_pickled_source_opens_its_own_files(zip_data):
+    source = open_source(zip_data, "train", 3)
+    source.load(0)
+    again = pickle.loads(pickle.dumps(source))
+    assert again._files == {}
+    assert (np.asarray(again.load(3)[0]) == np.asarray(source.load(3)[0])).all()
+
+
+def test_flat_archives_number_their_classes(zip_data, image_folder):
+    lines = [f"train.zip@/{name}/{i}.png\t{(i + k) % 3}" for k, name in enumerate(CLASSES) for i in range(4)]
+    assert open_source(with_lines(zip_data, *lines), "train", 3).class_names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("train.zip@/ant/0.png 0", "expected archive@/path"),
+        ("train.zip/ant/0.png\t0", "expected archive@/path"),
+        ("train.zip@/ant/0.png\t-1", "the class is no number"),
+        ("train.zip@/ant/0.png\tant", "the class is no number"),
+        ("train.zip@/ant/0.png\t" + "9" * 5000, "the class is no number"),
+        ("train.zip@/ant/../0.png\t0", "leads outside"),
+        ("../zip/train.zip@/ant/0.png\t0", "leads outside"),
+        ("/etc/train.zip@/ant/0.png\t0", "leads outside"),
+        ("train.zip@/ant/9.png\t0", "ant/9.png is not in train.zip"),
+    ],
+)
+def test_a_bad_line_is_named(zip_data, line, reason):
+    said = refusal(with_lines(zip_data, "train.zip@/ant/1.png\t0", "", line))
+    assert "train_map.txt, line 3: " in said
+    assert reason in said
+
+
+def test_missing_and_broken_files_are_named(zip_data):
+    root = zip_data.root
+    assert "no such file" in refusal(with_lines(zip_data, "other.zip@/ant/0.png\t0"))
+    assert "names no image" in refusal(with_lines(zip_data, ""))
+    with_lines(zip_data, "train.zip@/ant/0.png\t0")
+    assert "class 1, but train_map.txt has 1" in refusal(zip_data, "val")
+    with open(os.path.join(root, "train.zip"), "r+b") as file:
+        file.truncate(500)
+    assert "cannot be read as a zip" in refusal(zip_data)
+    os.remove(os.path.join(root, "val_map.txt"))
+    assert "val_map.txt: no such file" in refusal(zip_data, "val")
+    assert "is needed" in refusal(DataConfig(source="zip"))
+
+
+def test_other_compressions_are_refused(zip_data, image_folder, tmp_path):
+    write_zip(tmp_path / "zip", image_folder, "train", zipfile.ZIP_LZMA)
+    assert "neither stored nor deflated" in refusal(zip_data)
+
+
+def test_a_changed_byte_is_an_unreadable_image(zip_data, tmp_path):
+    source = open_source(zip_data, "train", 3)
+    _, offset, size, *_ = source._places[5].tolist()
+    with open(tmp_path / "zip/train.zip", "r+b") as file:
+        file.seek(offset + size)
+        byte = file.read(1)
+        file.seek(offset + size)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(Exception, match=r"checksum|invalid|incorrect|unknown"):
+        source.load(5)
+    source.load(4)
