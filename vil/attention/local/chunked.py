@@ -92,7 +92,7 @@ def _backward(
     work = _Work(inputs, window, seed)
     gradients = empty_gradients(inputs, of_biases)
     # Sums over tiles, in float32 for the half precisions.
-    sums = [torch.zeros_like(x, dtype=inputs.score_dtype) for x in gradients[1:5]]
+    sums = [x.new_zeros(x.shape, dtype=inputs.score_dtype) for x in gradients[1:5]]
     window_sum, global_sum = work.bias_sums()
     for images in work.slices():
         query, key, value, memory, memory_value = work.of_images(images)
@@ -157,8 +157,12 @@ class _Work:
             yield slice(first, first + images)
 
     def of_images(self, images: slice) -> tuple[Tensor, ...]:
-        """Grids of queries, keys and values, and global keys and values."""
+        """Grids of queries, keys and values, and global keys and values.
+
+        Keys and values are read nine times: from rows of the map that lie in one piece.
+        """
         query, key, value, *memory = (tensor[images] for tensor in self.inputs[:5])
+        key, value = key.contiguous(), value.contiguous()
         return (*self.grids(query, key, value), *memory)
 
     def grids(self, *tokens: Tensor) -> tuple[Tensor, ...]:
