@@ -213,20 +213,25 @@ def write_images(path: Path, samples: Samples, indices: np.ndarray, config: Writ
     writer = ffcv.writer.DatasetWriter(
         str(path), {"image": image, "label": IntField()}, samples.page_size, workers
     )
-    with watched():
+    with watched() as process_class:
+        ffcv.writer.Process = process_class
         writer.from_indexed_dataset(samples, indices, chunksize=min(100, -(-len(indices) // (4 * workers))))
 
 
 @contextmanager
-def watched() -> Iterator[None]:
-    """Ends what runs inside when a process of its own dies, for which FFCV's writer would wait for ever."""
+def watched() -> Iterator[type]:
+    """Yields a class of processes. When one dies, what runs inside ends; FFCV's writer would wait on."""
+    started: list[multiprocessing.Process] = []
     died, ended = threading.Event(), threading.Event()
 
+    class Watched(multiprocessing.Process):
+        def start(self) -> None:
+            super().start()
+            started.append(self)
+
     def watch() -> None:
-        seen: set[Any] = set()
         while not ended.wait(0.2):
-            seen.update(multiprocessing.active_children())
-            if any(process.exitcode for process in seen):
+            if any(process.exitcode for process in started):
                 died.set()
                 _thread.interrupt_main()
                 return
@@ -234,7 +239,7 @@ def watched() -> Iterator[None]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        yield Watched
     except KeyboardInterrupt:
         if not died.is_set():
             raise
@@ -244,8 +249,9 @@ def watched() -> Iterator[None]:
     finally:
         ended.set()
         watcher.join()
-        for process in multiprocessing.active_children():
+        for process in started:
             process.terminate()
+            process.join()
 
 
 def skipped(source: Source, unreadable: dict[int, str], config: WriteConfig) -> list[str]:
