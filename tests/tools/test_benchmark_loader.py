@@ -50,6 +50,7 @@ def test_every_source_and_recipe_is_measured(
     speed = float(folder["images_per_second"])
     assert float(folder["times_timm"]) == pytest.approx(speed / float(timm["images_per_second"]))
     assert float(folder["share_of_decoder"]) == pytest.approx(speed / float(decoder["images_per_second"]))
+    assert folder["share_of_originals"] == folder["share_of_decoder"]
     text = markdown.read_text()
     assert "16 images of 0.00 megapixels" in text
     assert text.strip() == capsys.readouterr().out.strip()

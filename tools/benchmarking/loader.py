@@ -62,23 +62,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, device: torch.device) -> list[Row]:
     """Measures every source with every recipe, the baseline and the decoders; they take turns."""
-    sources = dict(_source(text) for text in arguments.sources)
+    sources = [_source(text) for text in arguments.sources]
+    kinds = [source for source, _ in sources]
     for key in ("workers", "batch", "image_size"):
         if getattr(arguments, key) < 1:
             raise ConfigError(COMMAND_LINE, f"--{key} must be at least 1, got {getattr(arguments, key)}")
     if not 0 < arguments.fraction <= 1:
         raise ConfigError(COMMAND_LINE, f"--fraction must be above 0, up to 1, got {arguments.fraction}")
     passes: dict[tuple[str, str], Callable[[], int]] = {}
-    for source, root in sources.items():
+    for source, root in sources:
+        label = source if kinds.count(source) == 1 else f"{source} {Path(root).name}"
         data = DataConfig(
             source=source, root=root, workers=arguments.workers, train_fraction=arguments.fraction
         )
         for recipe in arguments.recipes:
-            passes[recipe, source] = _ours(data, RECIPES[recipe], arguments, device)
-            if source == "folder":
+            passes[recipe, label] = _ours(data, RECIPES[recipe], arguments, device)
+            if source == "folder" and (recipe, TIMM) not in passes:
                 passes[recipe, TIMM] = _timms(data, RECIPES[recipe], arguments, device)
         if source in ("folder", "ffcv"):
-            passes["decoding", f"{source}'s JPEGs"] = _decoder(data, arguments)
+            passes["decoding", f"{label}'s JPEGs"] = _decoder(data, arguments)
     counts: dict[tuple[str, str], int] = {}
 
     def counted(key: tuple[str, str]) -> Callable[[], None]:
@@ -165,7 +167,7 @@ def _decoder(data: DataConfig, arguments: argparse.Namespace) -> Callable[[], in
     if data.source == "ffcv":
         decoder()
         beton = Beton(Path(data.root or "") / f"{data.train_split}.beton")
-        images = [StoredImage(beton, index) for index in range(len(beton.targets))]
+        images = [StoredImage(beton, index) for index, raw in enumerate(beton.raw) if not raw]
     else:
         source = open_source(data, "train", 3)
         images = [Picture(Path(source.describe(i)).read_bytes(), "RGB") for i in range(len(source))]
@@ -188,6 +190,7 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "images": row.images,
             "images_per_second": _speed(row),
             "times_timm": factor(_speed(row), speeds.get((row.recipe, TIMM))),
+            "share_of_originals": factor(_speed(row), speeds.get(("decoding", "folder's JPEGs"))),
             "share_of_decoder": factor(_speed(row), speeds.get(("decoding", f"{row.method}'s JPEGs"))),
             "note": row.seconds.reason if isinstance(row.seconds, Missing) else None,
         }
@@ -203,7 +206,8 @@ COLUMNS: Mapping[str, Cell] = {
     "source": ("method", str),
     "images/s": ("images_per_second", "{:.0f}".format),
     "× timm": ("times_timm", "{:.2f}".format),
-    "of the decoder": ("share_of_decoder", "{:.2f}".format),
+    "of decoding the originals": ("share_of_originals", "{:.2f}".format),
+    "of decoding its own JPEGs": ("share_of_decoder", "{:.2f}".format),
 }
 
 

@@ -48,7 +48,7 @@ def input_bound_warning(share: float, data: DataConfig) -> str | None:
     if data.workers < cores:
         remedy = f"raise data.workers, now {data.workers}, up to {cores}, the cores of each rank"
     elif data.source == "ffcv":
-        remedy = "write smaller images with tools/write_ffcv.py --resolution, or take more cores"
+        remedy = "write smaller images with tools/write_ffcv.py --max_resolution, or take more cores"
     else:
         remedy = f"all {cores} cores of a rank load images: write them for data.source ffcv (docs/data.md)"
     return f"input-bound: {100 * share:.0f} % of the time went to waiting for images; {remedy}"
