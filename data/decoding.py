@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 try:
     import simplejpeg
@@ -33,7 +33,8 @@ class UnreadableImageError(Exception):
     """An image that cannot be decoded; the text is one line that says why."""
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__(" ".join(str(error).split()) or type(error).__name__)
+        reason = getattr(error, "strerror", None) or str(error)  # without the path, which is named anyway
+        super().__init__(" ".join(reason.split()) or type(error).__name__)
 
 
 @contextmanager
@@ -112,7 +113,11 @@ class Picture:
         with warnings.catch_warnings():
             # Above 89 megapixels Pillow warns, above 179 it refuses: the first is no news to a training run.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(self._content))
+            try:
+                return Image.open(io.BytesIO(self._content))
+            except UnidentifiedImageError:
+                reason = "no image of a format that Pillow knows" if self._content else "the file is empty"
+                raise OSError(reason) from None
 
 
 def covering_scale(box: tuple[int, int], size: int) -> int:

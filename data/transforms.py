@@ -147,9 +147,12 @@ class RandomResizedCrop:
         """The crop that was drawn, (size, size[, 3]) uint8."""
         width, height = picture.size
         top, left, rows, columns = box
-        pixels = picture.pixels(covering_scale((columns, rows), self.size))
-        vertical = _scaled(top, top + rows, height, pixels.shape[0])
-        horizontal = _scaled(left, left + columns, width, pixels.shape[1])
+        scale = covering_scale((columns, rows), self.size)
+        pixels = picture.pixels(scale)
+        if pixels.shape[:2] == (height, width):  # a format that has no scales
+            scale = 1
+        vertical = _scaled(top, top + rows, scale)
+        horizontal = _scaled(left, left + columns, scale)
         return resize(pixels[vertical, horizontal], self.size, interpolation)
 
     def draw(self, width: int, height: int) -> tuple[Box, str]:
@@ -168,12 +171,9 @@ class _OnlySize(Image.Image):
         self._mode = "RGB"
 
 
-def _scaled(first: int, end: int, side: int, decoded: int) -> slice:
-    """Positions first:end of a side, on that side as it was decoded; at least one of them."""
-    if decoded == side:
-        return slice(first, end)
-    start = min(round(first * decoded / side), decoded - 1)
-    return slice(start, max(round(end * decoded / side), start + 1))
+def _scaled(first: int, end: int, scale: int) -> slice:
+    """Positions first:end of a side, where it was decoded at a scale, to the nearest whole position."""
+    return slice(round(first / scale), round(end / scale))
 
 
 def resize(pixels: np.ndarray, size: int, interpolation: str) -> np.ndarray:

@@ -1,0 +1,177 @@
+"""Decoding: Pillow's pixels for every kind of image, and the scale that a crop needs."""
+
+import io
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
+
+from data import decoding
+from data.decoding import Picture, UnreadableImageError, covering_scale
+from data.randomness import seeded
+from data.transforms import RandomResizedCrop, evaluation_transform, train_transform
+from vil.config import AugmentConfig, DataConfig
+
+
+def smooth(size=(90, 70), mode="RGB"):
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(size).convert(mode)
+
+
+def encoded(image, kind="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def sixteen_bits():
+    return Image.fromarray((np.arange(70 * 90) * 10).astype(np.uint16).reshape(70, 90))
+
+
+def rotated():
+    """A JPEG whose EXIF asks for a quarter turn."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(smooth(), exif=exif)
+
+
+KINDS = {
+    "rgb": encoded(smooth()),
+    "progressive": encoded(smooth(), progressive=True),
+    "444": encoded(smooth(), subsampling=0),
+    "grey": encoded(smooth(mode="L")),
+    "cmyk": encoded(smooth(mode="CMYK")),
+    "rgb without YCbCr": encoded(smooth(), keep_rgb=True),
+    "exif": rotated(),
+    "tiny": encoded(smooth((1, 1))),
+    "narrow": encoded(smooth((3, 400))),
+    "png": encoded(smooth(), "PNG"),
+    "palette": encoded(smooth().quantize(16), "PNG"),
+    "palette, transparent": encoded(smooth().quantize(16), "PNG", transparency=b"\0\x80"),
+    "alpha": encoded(smooth().convert("RGBA"), "PNG"),
+    "grey and alpha": encoded(smooth(mode="L").convert("LA"), "PNG"),
+    "16 bits": encoded(sixteen_bits(), "PNG"),
+    "1 bit": encoded(smooth(mode="1"), "PNG"),
+    "gif": encoded(smooth(), "GIF"),
+    "webp": encoded(smooth(), "WEBP"),
+    "bmp": encoded(smooth(), "BMP"),
+    "tiff": encoded(smooth(), "TIFF"),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["simplejpeg", "pillow"])
+def either_decoder(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(decoding, "simplejpeg", None)
+    elif decoding.simplejpeg is None:
+        pytest.skip("simplejpeg is not installed")
+
+
+@pytest.mark.usefixtures("either_decoder")
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_are_those_of_torchvisions_loader(kind, mode):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = Image.open(io.BytesIO(KINDS[kind])).convert(mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = Picture(KINDS[kind], mode)
+        assert picture.size == expected.size
+        assert (picture.pixels() == np.asarray(expected)).all()
+        image = picture.image()
+    assert (image.mode, image.size) == (mode, expected.size)
+    assert (np.asarray(image) == np.asarray(expected)).all()
+    for crop in ("random_resized", "pad_random", "resize_random"):
+        channels = 3 if mode == "RGB" else 1
+        transform = train_transform(AugmentConfig(crop=crop), DataConfig(), image_size=16, in_chans=channels)
+        with seeded(0, "test", 0):
+            assert transform(picture).shape == (channels, 16, 16)
+
+
+@pytest.mark.usefixtures("either_decoder")
+@pytest.mark.parametrize("scale", decoding.SCALES)
+def test_a_jpeg_is_decoded_at_a_scale(scale):
+    picture = Picture(encoded(smooth((645, 483))), "RGB")
+    pixels = picture.pixels(scale)
+    assert pixels.shape == (-(-483 // scale), -(-645 // scale), 3)
+    reference = np.asarray(picture.image().reduce(scale))
+    assert np.abs(pixels.astype(int) - reference).mean() < 2
+
+
+def test_both_decoders_agree_at_every_scale(monkeypatch):
+    if decoding.simplejpeg is None:
+        pytest.skip("simplejpeg is not installed")
+    content = encoded(smooth((645, 483)))
+    fast = [Picture(content, "RGB").pixels(scale) for scale in decoding.SCALES]
+    monkeypatch.setattr(decoding, "simplejpeg", None)
+    for pixels, scale in zip(fast, decoding.SCALES):
+        assert (Picture(content, "RGB").pixels(scale) == pixels).all()
+
+
+@pytest.mark.parametrize(
+    ("box", "scale"), [((224, 224), 1), ((447, 900), 1), ((448, 448), 2), ((896, 2000), 4), ((9000, 9000), 8)]
+)
+def test_the_scale_covers_the_crop(box, scale):
+    assert covering_scale(box, 224) == scale
+
+
+@pytest.mark.parametrize(("size", "most", "mean"), [((220, 160), 2, 0.5), ((1300, 900), 12, 2)])
+def test_the_crop_is_timms_but_for_rounding_also_of_its_box_at_a_scale(size, most, mean):
+    picture = Picture(encoded(smooth(size), quality=95), "RGB")
+    for view in range(12):
+        interpolation = ("bilinear", "bicubic")[view % 2]
+        with seeded(0, "test", view):
+            ours = RandomResizedCrop(112, (0.08, 1.0), (3 / 4, 4 / 3), interpolation)(picture)
+        with seeded(0, "test", view):
+            timms = RandomResizedCropAndInterpolation(112, interpolation=interpolation)(picture.image())
+        difference = np.abs(ours.astype(int) - np.asarray(timms))
+        assert difference.max() <= most
+        assert difference.mean() < mean
+
+
+def test_a_photograph_of_100_megapixels_is_cropped_from_an_eighth_of_it(monkeypatch):
+    content = encoded(Image.new("RGB", (11600, 8700), (200, 100, 50)))
+    asked = []
+    pixels = Picture.pixels
+    monkeypatch.setattr(Picture, "pixels", lambda self, scale=1: asked.append(scale) or pixels(self, scale))
+    with warnings.catch_warnings(), seeded(0, "test", 0):
+        warnings.simplefilter("error")
+        crop = RandomResizedCrop(224, (0.5, 1.0), (3 / 4, 4 / 3), "bicubic")(Picture(content, "RGB"))
+    assert asked == [8]
+    assert np.abs(crop.astype(int) - (200, 100, 50)).max() <= 3
+
+
+@pytest.mark.usefixtures("either_decoder")
+def test_damaged_images_raise_one_error_of_one_line():
+    whole = KINDS["rgb"]
+    huge = bytearray(whole)
+    place = huge.index(b"\xff\xc0") + 5
+    huge[place : place + 4] = struct.pack(">HH", 65000, 65000)
+    png = KINDS["png"]
+    for content in (b"", b"text", whole[:20], whole[: len(whole) // 2], bytes(huge), png[:200], png[:40]):
+        for action in (Picture.image, Picture.pixels, lambda picture: picture.pixels(8)):
+            with pytest.raises(UnreadableImageError) as error:
+                action(Picture(content, "RGB"))
+            assert str(error.value)
+            assert "\n" not in str(error.value)
+
+
+def test_without_numbers_between_pixels_and_the_tensor():
+    """The two halves of a transform are the whole: what a GPU finishes is what a worker would have."""
+    picture = Picture(KINDS["rgb"], "RGB")
+    augment = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1")
+    for transform in (
+        train_transform(augment, DataConfig(), image_size=32, in_chans=3),
+        evaluation_transform(DataConfig(), image_size=32, in_chans=3),
+    ):
+        with seeded(0, "test", 1):
+            whole = transform(picture)
+        with seeded(0, "test", 1):
+            pixels = transform.pixels(picture)
+        assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 32, 32))
+        assert torch.equal(transform.finish(pixels), whole)
