@@ -119,7 +119,6 @@ def write(words: Sequence[str]) -> None:
 
 def check(config: WriteConfig) -> None:
     """Raises ConfigError for values that cannot be."""
-    import_ffcv()
     if not config.output:
         raise ConfigError("output", "is needed: the folder of the files")
     if config.max_resolution is not None and not 1 <= config.max_resolution <= LARGEST_SIDE:
@@ -142,6 +141,7 @@ def write_split(config: WriteConfig, split: Split) -> None:
     if path.exists():
         keep_or_refuse(path, described)
         return
+    import_ffcv()
     begun = time.perf_counter()
     partial = path.with_suffix(".partial")
     notes = path.with_suffix(".unreadable")
