@@ -1,0 +1,369 @@
+"""Draws the figures of docs/attention.md from the code that they explain.
+
+    python tools/draw_attention.py                      into docs/figures/, a few seconds
+    python tools/draw_attention.py --folder FOLDER      elsewhere
+
+Nothing is drawn by hand. Which keys a query sees is read from the definition, `vil/attention/local/dense.py`
+(where its bias is finite); order and blocks of keys from the kernels, `fused.py`; tiles from `chunked.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from vil.attention.local import chunked
+from vil.attention.local.dense import dense_bias
+from vil.attention.local.geometry import AROUND, Inputs, Mask, Window
+from vil.command_line import ToolParser, main
+from vil.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+Position = tuple[int, int]
+"""Row and column."""
+
+MASKS: tuple[Mask, ...] = ("chunk", "exact", "cyclic")
+LINES = "#343a40"
+FAINT = "#adb5bd"
+MARK = "#d7263d"
+BLOCKS = ("#a9d0ea", "#cfe8cf", "#f7dfb0", "#dcd0ee")
+"""Colours of blocks and tiles, one after the other."""
+
+
+class Cell(IntEnum):
+    """What a position of the padded map is to a query."""
+
+    HIDDEN = 0
+    SEEN = 1
+    OWN = 2
+    QUERY = 3
+    PADDING = 4
+    SEEN_PADDING = 5
+
+
+CELLS = {
+    Cell.QUERY: (MARK, "the query"),
+    Cell.OWN: ("#4a90c4", "keys of its own chunk"),
+    Cell.SEEN: ("#a9d0ea", "keys of other chunks"),
+    Cell.HIDDEN: ("#e9ecef", "not seen"),
+    Cell.PADDING: ("#ffffff", "padding, not seen"),
+    Cell.SEEN_PADDING: ("#fdcb8a", "padding, seen as keys and values of 0"),
+}
+"""Colour and meaning, in the order of the legend."""
+
+
+def draw(words: Sequence[str]) -> None:
+    """Draws every figure and writes its file."""
+    parser = ToolParser(prog="draw_attention.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "docs" / "figures", help="default: docs/figures"
+    )
+    folder = parser.parse_args(words).folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, make in FIGURES.items():
+            path = folder / f"{name}.png"
+            make().savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+            print(path)
+    except OSError as error:
+        raise ConfigError("--folder", f"cannot write there: {error}") from None
+
+
+def draw_masks() -> Figure:
+    """The three masks, for a query in the middle of a map, at a border and in a corner."""
+    queries = {"in the middle": (7, 7), "at a border": (7, 1), "in a corner": (0, 14)}
+    figure = _figure((8.2, 9.4))
+    grid = figure.subplots(len(MASKS), len(queries))
+    for mask, row in zip(MASKS, grid):
+        row[0].set_ylabel(mask, fontsize=14)
+        for (where, query), axes in zip(queries.items(), row):
+            seen = draw_map(axes, Window((15, 15), 3, mask), query)
+            axes.set_xlabel(f"{int(seen.sum())} keys")
+            if mask == MASKS[0]:
+                axes.set_title(where)
+    _legend(figure, (Cell.QUERY, Cell.OWN, Cell.SEEN, Cell.HIDDEN))
+    return figure
+
+
+def draw_neighbors() -> Figure:
+    """All neighbours, none, and each of the eight of the random shift."""
+    figure = _figure((10.5, 5.2))
+    window = Window((9, 9), 3)
+    views: list[tuple[str, Window, int | None]] = [
+        ("all", window, None),
+        ("self", window._replace(neighbors="self"), None),
+        *[(f"random: {n}", window._replace(neighbors="one"), n) for n in range(len(AROUND))],
+    ]
+    for (name, window, neighbor), axes in zip(views, figure.subplots(2, 5).flat):
+        seen = draw_map(axes, window, (4, 4), neighbor)
+        axes.set_title(name, fontsize=11)
+        axes.set_xlabel(f"{int(seen.sum())} keys")
+    _legend(figure, (Cell.QUERY, Cell.OWN, Cell.SEEN, Cell.HIDDEN))
+    return figure
+
+
+def draw_odd_map() -> Figure:
+    """A map of 13 × 10 tokens, which chunks of 4 × 4 do not divide, from three queries."""
+    queries = {"first token": (0, 0), "in the middle": (6, 5), "last token": (12, 9)}
+    figure = _figure((8.2, 11.4))
+    grid = figure.subplots(len(MASKS), len(queries))
+    for mask, row in zip(MASKS, grid):
+        row[0].set_ylabel(mask, fontsize=14)
+        for (where, query), axes in zip(queries.items(), row):
+            seen = draw_map(axes, Window((13, 10), 4, mask), query)
+            padding = int(seen[13:].sum() + seen[:13, 10:].sum())
+            keys = int(seen.sum()) - padding
+            axes.set_xlabel(f"{keys} keys" + (f", {padding} of padding" if padding else ""))
+            if mask == MASKS[0]:
+                axes.set_title(where)
+    _legend(figure, tuple(CELLS))
+    return figure
+
+
+def draw_kernel() -> Figure:
+    """How programs of the kernels share queries, and in which order they meet keys."""
+    figure = _figure((9.2, 9.8))
+    (queries, middle), (corner, shifted) = figure.subplots(2, 2)
+    blocks = query_blocks(15)
+    _draw_blocks(queries, blocks, 15)
+    _number_blocks(queries, blocks)
+    queries.set_ylim(15, -15 * 2.4 / 21)  # as high as the others
+    queries.set_title(f"w = 15: a chunk's 225 queries, in {int(blocks.max()) + 1} programs")
+    for axes, title, chunk, neighbor in (
+        (middle, "w = 7: 441 keys around a chunk", (4, 4), None),
+        (corner, "the same for the chunk in the upper left corner", (0, 0), None),
+        (shifted, "random shift, neighbour 2: 98 keys", (4, 4), 2),
+    ):
+        window = Window((56, 56), 7, "chunk", "all" if neighbor is None else "one")
+        blocks, on_map = key_blocks(window, chunk, neighbor)
+        _draw_blocks(axes, blocks, window.side)
+        axes.set_title(title)
+        for row, column in (~on_map & (blocks >= 0)).nonzero().tolist():
+            axes.add_patch(Rectangle((column, row), 1, 1, fc="white", ec=FAINT, hatch="////", lw=0))
+        _number_blocks(axes, blocks.where(on_map, -1))
+        axes.add_patch(Rectangle((7, 7), 7, 7, fill=False, ec=MARK, lw=2.5))
+        axes.add_patch(Rectangle((0, -2.2), 1, 1, fc="#f6bd60", ec=LINES, clip_on=False))
+        axes.text(1.5, -1.7, "first, in a block of their own: the global keys", va="center", fontsize=10)
+        axes.set_ylim(21, -2.4)
+    figure.legend(
+        handles=[
+            Patch(fill=False, ec=MARK, lw=2.5, label="the chunk of the queries"),
+            Patch(fc="white", ec=FAINT, hatch="////", label="off the map: read as 0, score −∞"),
+        ],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
+    return figure
+
+
+def draw_tiles() -> Figure:
+    """What `chunked` works on at a time, for a 56 × 56 map in stage 1 of ViL-Small and three batches."""
+    figure = _figure((11.5, 4.9))
+    for batch, axes in zip((1, 8, 128), figure.subplots(1, 3)):
+        found = tiles(batch)
+        images = found[0][1]
+        first = [tile for tile, part in found if part == images]
+        for number, tile in enumerate(first):
+            axes.add_patch(_rectangle(*_area(tile), fc=BLOCKS[number % len(BLOCKS)], ec="white", lw=2))
+            row, column = tile.rows.start + 3.5, tile.columns.start + 3.5
+            axes.text(column, row, str(tile.chunks), ha="center", va="center", fontsize=9)
+        _mark_tile(
+            axes, next(tile for tile in first if tile.rows.start == 28 and sum(_area(tile)[1::2]) > 14)
+        )
+        _frame(axes, (56, 56))
+        count, passes = min(images.stop, batch), len(found) // len(first)
+        axes.set_title(f"{batch} images, {count} at a time" if batch > 1 else "1 image")
+        axes.set_xlabel(f"{len(first)} tiles" + (f", {passes} times" if passes > 1 else ""))
+    figure.legend(
+        handles=[
+            Patch(fill=False, ec=MARK, lw=2.5, label="a tile"),
+            Patch(fill=False, ec=LINES, lw=1.5, label="keys of its first chunk"),
+            Patch(fill=False, ec=LINES, lw=1.5, ls="--", label="keys of its last chunk"),
+        ],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+    )
+    return figure
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "masks": draw_masks,
+    "neighbors": draw_neighbors,
+    "odd_map": draw_odd_map,
+    "kernel": draw_kernel,
+    "tiles": draw_tiles,
+}
+
+
+def visible(window: Window, query: Position, neighbor: int | None = None) -> Tensor:
+    """(P, Q): which positions of the padded map the query sees, as the definition has it."""
+    height, width = window.size
+    nothing = torch.empty(1, 1, height * width, 0)
+    number = None if neighbor is None else torch.tensor(neighbor)
+    inputs = Inputs(nothing, nothing, nothing, nothing, nothing, neighbor=number)
+    bias = dense_bias(inputs, window)[0, query[0] * width + query[1]]  # (P·Q,)
+    return bias.isfinite().view(-1, -(-width // window.side) * window.side)
+
+
+def draw_map(axes: Axes, window: Window, query: Position, neighbor: int | None = None) -> Tensor:
+    """Draws the padded map as `query` sees it, and returns what is visible, (P, Q)."""
+    seen = visible(window, query, neighbor)
+    (height, width), side = window.size, window.side
+    cells = torch.where(seen, Cell.SEEN, Cell.HIDDEN)
+    own = tuple(slice(q // side * side, q // side * side + side) for q in query)
+    cells[own] = torch.where(seen[own], Cell.OWN, Cell.HIDDEN)
+    cells[query] = Cell.QUERY
+    for padding in ((slice(height, None),), (slice(height), slice(width, None))):
+        cells[padding] = torch.where(seen[padding], Cell.SEEN_PADDING, Cell.PADDING)
+    colors = ListedColormap([CELLS[cell][0] for cell in Cell])
+    axes.pcolormesh(cells.numpy(), cmap=colors, vmin=-0.5, vmax=len(Cell) - 0.5, ec="white", lw=0.5)
+    for corner, rows, columns in (
+        ((height, 0), len(cells) - height, cells.shape[1]),
+        ((0, width), height, cells.shape[1] - width),
+    ):
+        if rows and columns:
+            axes.add_patch(_rectangle(*corner, rows, columns, fill=False, ec=FAINT, hatch="////", lw=0))
+    _draw_grid(axes, cells.shape, side)
+    axes.add_patch(_rectangle(0, 0, height, width, fill=False, ec="black", lw=2, clip_on=False))
+    _frame(axes, cells.shape)
+    return seen
+
+
+def query_blocks(side: int) -> Tensor:
+    """(w, w): the program that attends for each query of a chunk; head width 32, bfloat16."""
+    from_kernel = _kernels()
+    block = from_kernel._blocks(side**2, 9 * side**2, 32, torch.bfloat16)[0]
+    return (torch.arange(side**2) // block).view(side, side)
+
+
+def key_blocks(window: Window, chunk: Position, neighbor: int | None = None) -> tuple[Tensor, Tensor]:
+    """In which block a program of a chunk meets the keys around it; head width 32, bfloat16.
+
+    Returns:
+        (3w, 3w) the number of the block, −1 where it goes to none; and whether the place is on the map.
+    """
+    kernels, side = _kernels(), window.side
+    keys = len(window.seen(neighbor)) * side**2
+    n = torch.arange(keys)
+    step = (0, 0) if neighbor is None else window.seen(neighbor)[1]
+    row, column = kernels._place.fn(n, *step, side, window.neighbors)
+    numbers = torch.full((3 * side, 3 * side), -1)
+    numbers[row, column] = n // kernels._blocks(side**2, keys, 32, torch.bfloat16)[1]
+    inside = []
+    for length, number in zip(window.size, chunk):
+        position = (number - 1) * side + torch.arange(3 * side)
+        inside.append(kernels._on_map.fn(position, length, -(-length // side), side, False)[1])
+    return numbers, inside[0][:, None] & inside[1]
+
+
+def tiles(batch: int) -> list[tuple[Any, slice]]:
+    """Tiles and slices of images in stage 1 of ViL-Small: 56 × 56 tokens, 3 heads × 32, w = 7, G = 1."""
+    tokens = torch.empty(batch, 3, 56**2, 32, device="meta")
+    memory = torch.empty(batch, 3, 1, 32, device="meta")
+    inputs = Inputs(tokens, tokens, tokens, memory, memory)
+    work = chunked._Work(inputs, Window((56, 56), 7), None)
+    return [(tile, images) for images in work.slices() for tile in work.tiles]
+
+
+def _kernels() -> Any:
+    try:
+        from vil.attention.local import fused
+    except ImportError:
+        raise ConfigError("triton", "the figure of the kernels needs this package") from None
+    return fused
+
+
+def _figure(inches: tuple[float, float]) -> Figure:
+    return Figure(figsize=inches, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+
+
+def _draw_blocks(axes: Axes, blocks: Tensor, side: int) -> None:
+    """Positions in the colours of their blocks; those of no block are grey."""
+    colors = [CELLS[Cell.HIDDEN][0], *BLOCKS]
+    axes.pcolormesh(
+        torch.where(blocks < 0, 0, blocks % len(BLOCKS) + 1).numpy(),
+        cmap=ListedColormap(colors), vmin=-0.5, vmax=len(BLOCKS) + 0.5, ec="white", lw=0.5,
+    )  # fmt: skip
+    _draw_grid(axes, blocks.shape, side)
+    _frame(axes, blocks.shape)
+
+
+def _number_blocks(axes: Axes, blocks: Tensor) -> None:
+    """The number of each block, counted from 1, in the position next to its middle."""
+    for number in blocks[blocks >= 0].unique().tolist():
+        cells = (blocks == number).nonzero()
+        middle = cells.float().mean(dim=0)
+        row, column = cells[(cells - middle).square().sum(dim=1).argmin()].tolist()
+        axes.text(
+            column + 0.5, row + 0.5, str(number + 1), ha="center", va="center", fontsize=12, weight="bold"
+        )
+
+
+def _mark_tile(axes: Axes, tile: Any) -> None:
+    """Outlines a tile, and the keys of its first and last chunk."""
+    axes.add_patch(_rectangle(*_area(tile), fill=False, ec=MARK, lw=2.5))
+    rows, columns = tile.keys[0]
+    for chunk, style in {tile.chunks - 1: "--", 0: "-"}.items():
+        corner = (rows.start, columns.start + chunk * 7)
+        axes.add_patch(
+            _rectangle(*corner, rows.length, columns.length, fill=False, ec=LINES, ls=style, lw=1.5)
+        )
+
+
+def _draw_grid(axes: Axes, shape: Sequence[int], side: int) -> None:
+    """The chunks' edges."""
+    height, width = shape
+    axes.hlines(range(0, height + 1, side), 0, width, colors=LINES, lw=1)
+    axes.vlines(range(0, width + 1, side), 0, height, colors=LINES, lw=1)
+
+
+def _frame(axes: Axes, shape: Sequence[int]) -> None:
+    """Rows from the top, squares, no ticks."""
+    height, width = shape
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], aspect="equal")
+    axes.spines[:].set_visible(False)
+
+
+def _legend(figure: Figure, cells: Sequence[Cell]) -> None:
+    figure.legend(
+        handles=list(_handles(cells)),
+        loc="outside lower center",
+        ncols=3 if len(cells) > 4 else 4,
+        frameon=False,
+    )
+
+
+def _handles(cells: Sequence[Cell]) -> Iterator[Patch]:
+    for cell, (color, meaning) in CELLS.items():
+        if cell in cells:
+            hatch = "////" if cell in (Cell.PADDING, Cell.SEEN_PADDING) else None
+            yield Patch(fc=color, ec=FAINT, hatch=hatch, label=meaning)
+
+
+def _area(tile: Any) -> tuple[int, int, int, int]:
+    """First row and column, rows and columns of all chunks of a tile."""
+    width = tile.columns.stop - tile.columns.start
+    return tile.rows.start, tile.columns.start, tile.rows.stop - tile.rows.start, width * tile.chunks
+
+
+def _rectangle(row: float, column: float, rows: int, columns: int, **style: Any) -> Rectangle:
+    return Rectangle((column, row), columns, rows, **style)
+
+
+if __name__ == "__main__":
+    main(draw)
