@@ -186,7 +186,7 @@ def test_best_is_the_better_of_raw_and_average(tmp_path: Path):
 
     def judge(model: nn.Module, loader: Any, **options: Any) -> Any:
         return evaluate(model, loader, device=torch.device("cpu"), precision="float32").__class__(
-            next(figures), 100.0, 1.0, 30
+            next(figures), 100.0, 1.0, 30, 5.0
         )
 
     (tmp_path / "checkpoints").mkdir()
