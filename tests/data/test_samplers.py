@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.samplers import MicroBatches, epoch_order
+from data.samplers import MicroBatches, epoch_order, following
 from vil.config import ConfigError
 
 
@@ -114,3 +114,10 @@ def test_what_cannot_be_divided_is_refused(options, key):
 def test_the_error_names_the_nearest_batch_size():
     with pytest.raises(ConfigError, match="12 are"):
         MicroBatches(50, 13, 2, seed=0, world_size=2)
+
+
+def test_what_follows_an_image_is_the_rest_of_the_epoch_around_its_end():
+    order = epoch_order(5, 2, 20)[0].tolist()
+    for place in (0, 7, 19):
+        rest = list(following(5, 2, 20, order[place]))
+        assert rest == order[place + 1 :] + order[:place]
