@@ -1,4 +1,4 @@
-"""Tar archives and WebDataset shards: the folder's images in any order, disjoint shares, errors on one line."""
+"""Tar archives and WebDataset shards: the folder's images in any order, disjoint shares, one-line errors."""
 
 import dataclasses
 import io
