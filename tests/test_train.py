@@ -15,6 +15,7 @@ from PIL import Image
 import eval as eval_program
 import train as program
 from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from vil.models.zoo import model_from_config
 from vil.training import run_folder
 from vil.training.distributed import Process
 
@@ -154,3 +155,11 @@ def test_the_rank_that_cannot_read_its_image_says_so(folder):
         assert named[0].startswith("[rank 1] error: command line: data.root: ")
     ended = ranks(str(ROOT / "eval.py"), *model, "--data.source", "folder", "--data.root", "none")
     assert ended.stderr.count("error: ") == ended.stderr.count("error: command line: data.root: ") == 1
+
+
+def test_a_model_that_takes_one_size_only_is_refused_others():
+    options = ["--model.name", "timm/vit_tiny_patch16_224", "--model.image_size", "32"]
+    model = model_from_config(program.configure([*options, "--output", "x"]).config.model, 10)
+    program.check_sizes(model, [(0, 32)], 3)
+    with pytest.raises(ConfigError, match=r"schedule\.sizes: VisionTransformer takes no images of 16×16: "):
+        program.check_sizes(model, [(0, 16), (0.5, 32)], 3)
