@@ -42,7 +42,10 @@ from vil.config import ConfigError, DataConfig
 Split = Literal["train", "val"]
 PAGE = 8 << 20
 """Smallest page of a file, in bytes; an image lies within one."""
+LARGEST_PAGE = 1 << 31
 LARGEST_SIDE = 65_535
+TOO_LARGE = -1
+"""Stands for the index of an image in notes of images that are larger than a page, with their bytes."""
 COMPARED = 256
 
 
@@ -79,14 +82,21 @@ class Samples:
         index = int(index)
         try:
             pixels = self.pixels(index)
+            if pixels.nbytes > self.page_size:
+                self.note(TOO_LARGE, pixels.nbytes)
+                pixels = pixels[:1, :1]
         except Exception as error:  # decoders raise anything on damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
-            with open(self.notes, "a", encoding="utf-8") as notes:  # one write: lines of processes do not mix
-                notes.write(json.dumps([index, reason]) + "\n")
+            self.note(index, reason)
             pixels = np.zeros((1, 1, 3), np.uint8)
         # FFCV draws which images become JPEGs from the global generator, after it has asked for the image.
         np.random.seed(index)  # noqa: NPY002
         return pixels, int(self.source.targets[index])
+
+    def note(self, index: int, value: str | int) -> None:
+        """Adds a line, at once, so that those of several processes do not mix."""
+        with open(self.notes, "a", encoding="utf-8") as notes:
+            notes.write(json.dumps([index, value]) + "\n")
 
     def pixels(self, index: int) -> np.ndarray:
         """(H, W, 3): the image, reduced to the longest side that is allowed."""
@@ -98,7 +108,7 @@ class Samples:
         if max(image.size) > LARGEST_SIDE:
             raise ValueError(f"a side is longer than {LARGEST_SIDE} pixels; --max_resolution reduces images")
         pixels = np.asarray(image)
-        if pixels.nbytes > self.page_size:
+        if pixels.nbytes > LARGEST_PAGE:
             raise ValueError(
                 f"{image.width}×{image.height} pixels are larger than a page; --max_resolution reduces images"
             )
@@ -146,16 +156,19 @@ def write_split(config: WriteConfig, split: Split) -> None:
     partial = path.with_suffix(".partial")
     notes = path.with_suffix(".unreadable")
     indices = np.arange(len(source))
+    page = page_size(3 * (config.max_resolution or 0) ** 2)
     try:
-        for _ in range(2):  # once more without the images that turn out to be unreadable
+        while True:  # once more with larger pages, or without the images that turn out to be unreadable
             notes.unlink(missing_ok=True)
-            samples = Samples(source, config, page_size(config), notes)
+            samples = Samples(source, config, page, notes)
             write_images(partial, samples, indices, config)
-            unreadable = dict(map(json.loads, notes.read_text().splitlines())) if notes.exists() else {}
-            if not unreadable:
+            noted = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+            if not noted:
                 break
-            described["unreadable"] = skipped(source, unreadable, config)
-            indices = np.setdiff1d(indices, list(unreadable))
+            page = page_size(max([page, *(value for index, value in noted if index == TOO_LARGE)]))
+            if unreadable := {index: value for index, value in noted if index != TOO_LARGE}:
+                described["unreadable"] += skipped(source, unreadable, config)
+                indices = np.setdiff1d(indices, list(unreadable))
         compare(partial, samples, indices, config)
         description_file(path).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
@@ -191,10 +204,9 @@ def keep_or_refuse(path: Path, described: dict[str, Any]) -> None:
     raise ConfigError("output", f"{path} exists and was written otherwise; remove it, or name another folder")
 
 
-def page_size(config: WriteConfig) -> int:
-    """The smallest power of two that holds the pixels of every image; without a limit, of 90 megapixels."""
-    largest = 3 * config.max_resolution**2 if config.max_resolution else 1 << 28
-    return max(PAGE, 1 << (largest - 1).bit_length())
+def page_size(bytes_of_image: int) -> int:
+    """The smallest power of two that holds so many bytes; a file grows by as much per process that writes."""
+    return max(PAGE, 1 << max(0, bytes_of_image - 1).bit_length())
 
 
 def write_images(path: Path, samples: Samples, indices: np.ndarray, config: WriteConfig) -> None:

@@ -66,6 +66,7 @@ def test_without_loss(tool, folder, tmp_path):
         before, after = sources(folder, output, split)
         for index in range(len(before)):
             assert np.array_equal(before.load(index)[0], after.load(index)[0])
+    assert (output / "train.beton").stat().st_size <= 4 * tool.PAGE
     described = json.loads((output / "train.json").read_text())
     assert described["class_names"] == ["ant", "bear"]
     assert (described["source"], described["root"], described["images"]) == ("folder", str(folder), 12)
@@ -182,10 +183,27 @@ def test_values_that_cannot_be(tool, folder, tmp_path, options, message):
 
 
 def test_images_larger_than_a_page(tool, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "page_size", lambda config: 1 << 21)
-    Image.new("RGB", (2000, 1000)).save(folder / "val" / "ant" / "0.png")
-    with pytest.raises(ConfigError, match=r"0\.png: 2000×1000 pixels are larger than a page"):
-        tool.write(words(folder, tmp_path / "ffcv", "--max_resolution", "null", "--splits", "[val]"))
+    """Pages grow with the largest image, within what FFCV allows, and not without need."""
+    line = [
+        *words(folder, tmp_path / "ffcv"),
+        "--max_resolution",
+        "null",
+        "--jpeg_share",
+        "0",
+        "--splits",
+        "[val]",
+    ]
+    large = folder / "val" / "ant" / "0.png"
+    Image.new("RGB", (2000, 1500), (9, 8, 7)).save(large)
+    monkeypatch.setattr(tool, "LARGEST_PAGE", 1 << 23)
+    with pytest.raises(ConfigError, match=r"0\.png: 2000×1500 pixels are larger than a page"):
+        tool.write(line)
+    monkeypatch.undo()
+    tool.write(line)
+    before, after = sources(folder, tmp_path / "ffcv", "val")
+    for index in range(len(before)):
+        assert np.array_equal(before.load(index)[0], after.load(index)[0])
+    assert (tmp_path / "ffcv" / "val.beton").stat().st_size <= 4 * (1 << 24)
 
 
 def test_as_a_program(folder, tmp_path):
