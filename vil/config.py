@@ -264,8 +264,8 @@ class DataConfig:
 
     source: str = "digits"
     """digits (bundled), folder (root/train/<class>/..., root/val/...), zip (root/train.zip and
-    train_map.txt), ffcv (root/train.beton, by tools/write_ffcv.py), tar, wds (WebDataset shards), or a timm data
-    set: torch/cifar10, hfds/..."""
+    train_map.txt), ffcv (root/train.beton, by tools/write_ffcv.py), tar, wds (WebDataset shards), or a timm
+    data set: torch/cifar10, hfds/..."""
     root: str | None = None
     """Folder of the data set."""
     train_split: str = "train"
@@ -288,8 +288,8 @@ class DataConfig:
     list_file: str | None = None
     """Train on the images named in this text file, one a line: paths below the split, or plain file names."""
     ffcv_order: Literal["random", "quasi_random"] = "random"
-    """source ffcv: the order of an epoch. quasi_random reads neighbouring pages of the file together, for files
-    that are larger than the memory."""
+    """source ffcv: the order of an epoch. quasi_random reads neighbouring pages of the file together, for
+    files that are larger than the memory."""
     crop_pct: float = 0.875
     """Evaluation: image_size / crop_pct is the short side before the centre crop."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"

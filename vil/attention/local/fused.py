@@ -67,6 +67,18 @@ def _step(neighbor, NEIGHBORS: tl.constexpr):
 
 
 @triton.jit
+def _block(heads, rows, columns, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """What this program works on: numbers of tokens in a chunk, the chunk's row and column, image and head."""
+    blocks: tl.constexpr = (WINDOW * WINDOW + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    chunk = program // blocks % (rows * columns)
+    image_head = program // blocks // (rows * columns)
+    tokens = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    image = (image_head // heads).to(tl.int64)  # what it is multiplied by may exceed 32 bits
+    return tokens, chunk // columns, chunk % columns, image, image_head % heads
+
+
+@triton.jit
 def _place(n, row_step, column_step, WINDOW: tl.constexpr, NEIGHBORS: tl.constexpr):
     """Row and column, in the nine chunks, of the n-th token of those that are seen."""
     if NEIGHBORS == "all":
@@ -184,14 +196,7 @@ def _forward_kernel(
     BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and logarithm of the sum of exponentials, for a block of queries of one chunk."""
-    program = tl.program_id(0)
-    blocks: tl.constexpr = (WINDOW * WINDOW + BLOCK_M - 1) // BLOCK_M
-    m = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    chunk = program // blocks % (rows * columns)
-    row, column = chunk // columns, chunk % columns
-    head = program // blocks // (rows * columns)
-    image, head = (head // heads).to(tl.int64), head % heads
-
+    m, row, column, image, head = _block(heads, rows, columns, WINDOW, BLOCK_M)
     token, is_query = _queries(m, row, column, H, W, WINDOW)
     queries = _matrix(query + image * q_image + head * q_head, token, q_token, is_query, D, BLOCK_D)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -251,14 +256,7 @@ def _query_kernel(
     BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of queries; and `delta`, each query's sum of output × gradient, for the others."""
-    program = tl.program_id(0)
-    blocks: tl.constexpr = (WINDOW * WINDOW + BLOCK_M - 1) // BLOCK_M
-    m = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    chunk = program // blocks % (rows * columns)
-    row, column = chunk // columns, chunk % columns
-    head = program // blocks // (rows * columns)
-    image, head = (head // heads).to(tl.int64), head % heads
-
+    m, row, column, image, head = _block(heads, rows, columns, WINDOW, BLOCK_M)
     token, is_query = _queries(m, row, column, H, W, WINDOW)
     queries = _matrix(query + image * q_image + head * q_head, token, q_token, is_query, D, BLOCK_D)
     outputs = _matrix(output + image * o_image + head * o_head, token, o_token, is_query, D, BLOCK_D)
@@ -325,14 +323,7 @@ def _key_kernel(
     The queries that see them stand around the chunk as the keys of a query do; a query `step` chunks away
     sees them `−step` chunks away.
     """
-    program = tl.program_id(0)
-    blocks: tl.constexpr = (WINDOW * WINDOW + BLOCK_K - 1) // BLOCK_K
-    n = program % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    chunk = program // blocks % (rows * columns)
-    row, column = chunk // columns, chunk % columns
-    head = program // blocks // (rows * columns)
-    image, head = (head // heads).to(tl.int64), head % heads
-
+    n, row, column, image, head = _block(heads, rows, columns, WINDOW, BLOCK_K)
     token, is_key = _queries(n, row, column, H, W, WINDOW)
     keys = _matrix(key + image * k_image + head * k_head, token, k_token, is_key, D, BLOCK_D)
     values = _matrix(value + image * v_image + head * v_head, token, v_token, is_key, D, BLOCK_D)
