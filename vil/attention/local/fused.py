@@ -68,7 +68,7 @@ def _step(neighbor, NEIGHBORS: tl.constexpr):
 
 @triton.jit
 def _block(heads, rows, columns, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
-    """What this program works on: numbers of tokens in a chunk, the chunk's row and column, image and head."""
+    """What this program works on: numbers of tokens in a chunk, the chunk's row and column, image, head."""
     blocks: tl.constexpr = (WINDOW * WINDOW + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     chunk = program // blocks % (rows * columns)
