@@ -12,18 +12,17 @@ interruption.
 
 from __future__ import annotations
 
-import _thread
 import functools
 import json
 import multiprocessing
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -225,42 +224,34 @@ def write_images(path: Path, samples: Samples, indices: np.ndarray, config: Writ
     writer = ffcv.writer.DatasetWriter(
         str(path), {"image": image, "label": IntField()}, samples.page_size, workers
     )
-    with watched() as process_class:
-        ffcv.writer.Process = process_class
+    with watched(ffcv.writer):
         writer.from_indexed_dataset(samples, indices, chunksize=min(100, -(-len(indices) // (4 * workers))))
 
 
 @contextmanager
-def watched() -> Iterator[type]:
-    """Yields a class of processes. When one dies, what runs inside ends; FFCV's writer would wait on."""
+def watched(writer: ModuleType) -> Iterator[None]:
+    """Ends what runs inside when one of FFCV's processes dies: its writer looks at a count of images, sleeps,
+    and would do so for ever."""
     started: list[multiprocessing.Process] = []
-    died, ended = threading.Event(), threading.Event()
 
     class Watched(multiprocessing.Process):
         def start(self) -> None:
             super().start()
             started.append(self)
 
-    def watch() -> None:
-        while not ended.wait(0.2):
-            if any(process.exitcode for process in started):
-                died.set()
-                _thread.interrupt_main()
-                return
+    def sleep(seconds: float) -> None:
+        if any(process.exitcode for process in started):
+            raise ConfigError("output", "a process that wrote images died: memory or disk is full?")
+        time.sleep(seconds)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    own = writer.Process, writer.sleep
+    writer.Process, writer.sleep = Watched, sleep
     try:
-        yield Watched
-    except KeyboardInterrupt:
-        if not died.is_set():
-            raise
-        raise ConfigError("output", "a process that wrote images died: memory or disk is full?") from None
+        yield
     except OSError as error:
         raise ConfigError("output", f"cannot be written: {error.strerror or error}") from None
     finally:
-        ended.set()
-        watcher.join()
+        writer.Process, writer.sleep = own
         for process in started:
             process.terminate()
             process.join()
