@@ -134,6 +134,7 @@ def evaluate_subject(subject: Subject, precision: Precision, process: Process) -
             cost=results[0] if results else None,
         )
         results.append(result)
+        data_set.loader = None  # and with it the processes that loaded its images: ImageNet-C is 75 sets
     return results
 
 
@@ -211,8 +212,9 @@ def words_of_sets(sets: Sequence[str] | None, words: Sequence[str]) -> list[list
         with of_option("sets"):
             folders = corrupted_sets(name)
         for folder in folders:
-            choice = ["--data.source=folder", f"--data.root={folder}", "--data.val_split=."]
-            found.append([*words, *choice])
+            # The set is its own training split, or a class named train would be taken for one.
+            splits = ["--data.train_split=.", "--data.val_split=."]
+            found.append([*words, "--data.source=folder", f"--data.root={folder}", *splits])
     if not found:
         raise ConfigError("sets", "expected at least one folder or YAML file")
     return found

@@ -92,4 +92,8 @@ def _class_places(source: Source) -> Sequence[int]:
     if len(source.class_names) != len(names):
         reason = f"the classes must be named by WordNet ids, not {source.class_names[0]!r}"
         raise ForeignImagesError("data.real_labels", reason)
+    numbers = [str(number) for number in range(len(names))]
+    if set(source.class_names) == set(numbers):  # folders, which are sorted as text: 0, 1, 10, 100, ...
+        places = {name: place for place, name in enumerate(source.class_names)}
+        return [places[number] for number in numbers]
     return range(len(names))  # by their names in words, in the same order, as torch/imagenet has them

@@ -37,6 +37,16 @@ def test_labels_follow_the_class(data):
     ]
 
 
+def test_folders_that_are_named_by_number(tmp_path):
+    """They are sorted as text, so that class 2 stands behind 199."""
+    for number in range(1000):
+        write_image(tmp_path / "val" / str(number) / f"ILSVRC2012_val_{number + 1:08d}.png", number, (8, 8))
+    (tmp_path / "real.json").write_text(json.dumps([[number] for number in range(1000)]))
+    data = DataConfig("folder", str(tmp_path), workers=0, real_labels=str(tmp_path / "real.json"))
+    targets = torch.cat([targets for _, targets in build_validation(data, **OPTIONS).loader])
+    assert torch.equal(targets[:, 0], targets[:, 1])
+
+
 def test_images_are_what_they_are_without(data):
     plain = build_validation(dataclasses.replace(data, real_labels=None), **OPTIONS).loader
     for (images, targets), (same, labelled) in zip(plain, build_validation(data, **OPTIONS).loader):

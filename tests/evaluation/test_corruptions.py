@@ -41,7 +41,8 @@ def results(names: list[str], error: float, checkpoint: str = "a") -> list[dict[
         "ece": 2.0,
     }
     return [
-        {**fixed, "data": f"/x/c/{name}/{s}", "top1": 100 - error, "images": 10, "unreadable": 0}
+        {**fixed, "data": f"/x/c/{name}/{s}", "top1": 100 - error, "real_top1": 10.0 * int(s), "images": 10}
+        | {"unreadable": 0}
         for name in names
         for s in SEVERITIES
     ]
@@ -64,5 +65,5 @@ def test_a_part_has_means_but_no_mce() -> None:
     given = results(["fog"], 40.0)
     assert with_summaries(given[:4]) == given[:4]
     (summary,) = with_summaries(given)[5:]
-    assert (summary["top1"], summary["mce"]) == (60, None)
+    assert (summary["top1"], summary["real_top1"], summary["mce"]) == (60, 30, None)
     assert with_summaries([{"data": None}]) == [{"data": None}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import eval as program
@@ -228,6 +230,26 @@ class Columns(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x[:, self.columns]
+
+
+def test_the_processes_of_a_set_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a class may be named train, which is no training split."""
+    for name in ("train/a.png", "bus/b.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "set" / name)
+    alive = []
+    evaluate_model = program.report.evaluate_model
+
+    def counted(*arguments: Any, **options: Any) -> dict[str, Any]:
+        result = evaluate_model(*arguments, **options)
+        alive.append(len(multiprocessing.active_children()))
+        return result
+
+    monkeypatch.setattr(program.report, "evaluate_model", counted)
+    words = ["--model.name", "vil_tiny", "--model.image_size", "32", "--model.num_classes", "2"]
+    words += ["--model.attention", "full", "--device", "cpu", "--progress", "false", "--data.workers", "1"]
+    program.evaluate([*words, "--sets", *[str(tmp_path / "set")] * 3])
+    assert alive == [1, 1, 1]
 
 
 def test_data_sets_that_cannot_be(run: Path, tmp_path: Path) -> None:

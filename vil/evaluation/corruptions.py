@@ -72,6 +72,8 @@ def with_summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             summary[key] = sum(result[key] for result in group) / len(group)
         for key in ("images", "unreadable"):
             summary[key] = sum(result[key] for result in group)
+        real = [result["real_top1"] for result in group if result["real_top1"] is not None]
+        summary["real_top1"] = sum(real) / len(real) if real else None
         if set(ALEXNET_ERRORS) <= set(errors):
             relative = [sum(errors[c]) / len(SEVERITIES) / ALEXNET_ERRORS[c] for c in ALEXNET_ERRORS]
             summary["mce"] = sum(relative) / len(relative)
