@@ -174,6 +174,14 @@ def test_bad_arguments_are_named(change, message):
         local_attention(**{**inputs, "size": (4, 4), "window": 2, **change})
 
 
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_a_batch_of_no_images(backend):
+    tokens, memory = torch.zeros(0, 2, 49, 8, requires_grad=True), torch.zeros(0, 2, 1, 8)
+    output = local_attention(tokens, tokens, tokens, memory, memory, size=(7, 7), window=3, backend=backend)
+    output.sum().backward()
+    assert output.shape == tokens.shape == tokens.grad.shape
+
+
 def test_keys_per_query_are_the_papers():
     assert keys_per_query(7) == 441
     assert keys_per_query(7, "exact") == 225

@@ -148,7 +148,7 @@ class _Work:
             self.generator = torch.Generator(inputs.query.device).manual_seed(int(seed))
         seen = window.seen(None if inputs.neighbor is None else int(inputs.neighbor))
         self.per_chunk = self.heads * window.side**2 * (self.globals_ + len(seen) * window.side**2)
-        self.tiles = _tiles(window, seen, max(1, SCORES_PER_TILE // (self.batch * self.per_chunk)))
+        self.tiles = _tiles(window, seen, max(1, SCORES_PER_TILE // (max(1, self.batch) * self.per_chunk)))
 
     def slices(self) -> Iterator[slice]:
         """All images, so many at a time that the scores of a tile stay in cache."""
@@ -169,11 +169,11 @@ class _Work:
         """(B, h, H·W, D) → (B, h, H, W, D)."""
         return tuple(tensor.unflatten(2, self.window.size) for tensor in tokens)
 
-    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def buffer(self, name: str, *shape: int) -> Tensor:
         """Memory of that name, used again for every tile: fresh memory costs more than the work on it."""
         count = math.prod(shape)
         if name not in self.memory or self.memory[name].numel() < count:
-            self.memory[name] = self.inputs.query.new_empty(count, dtype=dtype or self.inputs.query.dtype)
+            self.memory[name] = self.inputs.query.new_empty(count)
         return self.memory[name][:count].view(shape)
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:

@@ -670,7 +670,7 @@ def _differentiate_table(call: _Call, sums: Tensor, delta: Tensor, gradient: Ten
 
 def _parts(programs: int, most: int) -> int:
     """Into how many parts a sum is split, so that there are `PROGRAMS` programs."""
-    return max(1, min(most, PROGRAMS // programs))
+    return max(1, min(most, PROGRAMS // max(1, programs)))
 
 
 def _blocks(per_chunk: int, keys: int, width: int, dtype: torch.dtype) -> tuple[int, int, int]:
