@@ -176,7 +176,8 @@ def build(config: TrainConfig, process: Process, new: bool) -> tuple[Loaders, to
     with in_section("model"):
         model = model_from_config(config.model)
         check_device(model, process.device)
-    check_sizes(model, schedule.sizes or [], config.model.in_chans)
+    model.to(process.device)  # a backend that is asked for by name may run nowhere else
+    check_sizes(model, schedule.sizes or [], config.model.in_chans, process.device)
     if new and (config.model.init_from or config.model.init_released_config):
         file = initial_weights(config.model)
         with of_option("model.init_from"):
@@ -190,13 +191,15 @@ def build(config: TrainConfig, process: Process, new: bool) -> tuple[Loaders, to
     return loaders, model, mix
 
 
-def check_sizes(model: torch.nn.Module, sizes: Sequence[tuple[float, int]], in_chans: int) -> None:
-    """Raises ConfigError where the model cannot take images of one of the sizes."""
+def check_sizes(
+    model: torch.nn.Module, sizes: Sequence[tuple[float, int]], in_chans: int, device: torch.device
+) -> None:
+    """Raises ConfigError where the model, which is on `device`, cannot take images of one of the sizes."""
     side = 0
     try:
         with torch.no_grad(), mode(model, training=False):
             for _, side in sizes:
-                model(torch.zeros(1, in_chans, side, side))
+                model(torch.zeros(1, in_chans, side, side, device=device))
     except Exception as error:  # models of timm raise of any kind
         reason = f"{type(model).__name__} takes no images of {side}×{side}: {' '.join(str(error).split())}"
         raise ConfigError("schedule.sizes", reason) from error

@@ -160,6 +160,6 @@ def test_the_rank_that_cannot_read_its_image_says_so(folder):
 def test_a_model_that_takes_one_size_only_is_refused_others():
     options = ["--model.name", "timm/vit_tiny_patch16_224", "--model.image_size", "32"]
     model = model_from_config(program.configure([*options, "--output", "x"]).config.model, 10)
-    program.check_sizes(model, [(0, 32)], 3)
+    program.check_sizes(model, [(0, 32)], 3, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"schedule\.sizes: VisionTransformer takes no images of 16×16: "):
-        program.check_sizes(model, [(0, 16), (0.5, 32)], 3)
+        program.check_sizes(model, [(0, 16), (0.5, 32)], 3, torch.device("cpu"))
