@@ -130,6 +130,9 @@ def check(config: WriteConfig) -> None:
     """Raises ConfigError for values that cannot be."""
     if not config.output:
         raise ConfigError("output", "is needed: the folder of the files")
+    for key in ("train_fraction", "images_per_class", "list_file"):
+        if getattr(config.data, key) != getattr(DataConfig(), key):
+            raise ConfigError(f"data.{key}", "is for training; a file holds the whole split")
     if config.max_resolution is not None and not 1 <= config.max_resolution <= LARGEST_SIDE:
         raise ConfigError("max_resolution", f"expected 1 to {LARGEST_SIDE} pixels, or null")
     if not 0 <= config.jpeg_share <= 1:

@@ -58,10 +58,10 @@ def open_tar(data: DataConfig, split: Split, mode: Mode) -> Source:
         raise ConfigError("data.download", "tar archives are not downloaded")
     archives = _archives(root, split_name(data, split))
     images = _images(archives)
-    classes = own = _remembered(archives, {name for _, name in images})
+    classes = own = _remembered("tar", archives, {name for _, name in images})
     if split == "val" and data.train_split != data.val_split:
         training = _if_there(_archives, root, data.train_split)
-        classes = _classes(training, lambda: {name for _, name in _images(training)}) if training else own
+        classes = _classes("tar", training, lambda: {n for _, n in _images(training)}) if training else own
     places = {name: place for place, name in enumerate(classes)}
     unknown = [name for name in own if name not in places]
     if unknown:
@@ -73,19 +73,19 @@ def open_tar(data: DataConfig, split: Split, mode: Mode) -> Source:
 
 
 _known: dict[tuple[Any, ...], tuple[str, ...]] = {}
-"""Classes by archives: a million images take a minute to list, and both splits need those of one."""
+"""Classes by source and archives: a million images take a minute to list, both splits need those of one."""
 
 
-def _key(archives: Sequence[Path]) -> tuple[Any, ...]:
-    return tuple((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in archives)
+def _key(kind: str, archives: Sequence[Path]) -> tuple[Any, ...]:
+    return kind, *((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in archives)
 
 
-def _remembered(archives: Sequence[Path], names: Iterable[str]) -> tuple[str, ...]:
-    return _known.setdefault(_key(archives), tuple(sorted(names)))
+def _remembered(kind: str, archives: Sequence[Path], names: Iterable[str]) -> tuple[str, ...]:
+    return _known.setdefault(_key(kind, archives), tuple(sorted(names)))
 
 
-def _classes(archives: Sequence[Path], read: Callable[[], Iterable[str]]) -> tuple[str, ...]:
-    return _known.get(_key(archives)) or _remembered(archives, read())
+def _classes(kind: str, archives: Sequence[Path], read: Callable[[], Iterable[str]]) -> tuple[str, ...]:
+    return _known.get(_key(kind, archives)) or _remembered(kind, archives, read())
 
 
 def _if_there(find: Callable[[Path, str], list[Path]], root: Path, split: str) -> list[Path]:
@@ -135,11 +135,13 @@ def open_shards(data: DataConfig, split: Split, mode: Mode) -> Source:
     root = root_folder(data)
     archives = _shards(root, split_name(data, split))
     members, targets = _labelled(archives)
-    classes = _remembered(archives, _numbers(targets))
+    classes = _remembered("wds", archives, _numbers(targets))
     if split == "val" and data.train_split != data.val_split:
         training = _if_there(_shards, root, data.train_split)
         if training:
-            classes = max(classes, _classes(training, lambda: _numbers(_labelled(training)[1])), key=len)
+            classes = max(
+                classes, _classes("wds", training, lambda: _numbers(_labelled(training)[1])), key=len
+            )
     return ArchivedImages(archives, members, targets, tuple(map(str, range(len(classes)))), mode)
 
 
