@@ -58,7 +58,7 @@ class Beton:
             self._read()
         except OSError as error:
             raise ConfigError("data.root", f"{path}: {error.strerror or error}") from None
-        except (ValueError, IndexError, KeyError):
+        except (ValueError, IndexError, KeyError, OverflowError, MemoryError):
             raise ConfigError("data.root", f"{path}: not an FFCV file, or not written to its end") from None
 
     def _read(self) -> None:

@@ -170,7 +170,10 @@ def _decoder(data: DataConfig, arguments: argparse.Namespace) -> Callable[[], in
         images = [StoredImage(beton, index) for index, raw in enumerate(beton.raw) if not raw]
     else:
         source = open_source(data, "train", 3)
-        images = [Picture(Path(source.describe(i)).read_bytes(), "RGB") for i in range(len(source))]
+        try:
+            images = [source.picture(index) for index in range(len(source))]
+        except OSError as error:
+            raise ConfigError("data.root", f"{error.filename}: cannot be read: {error.strerror}") from None
     chosen = range(0, len(images), max(1, round(1 / arguments.fraction)))
     pool = ThreadPoolExecutor(arguments.workers)
 
@@ -243,10 +246,14 @@ def mean_size(root: str, split: str = "train") -> str:
     started, pixels, size, count = time.perf_counter(), 0, 0, 0
     for index in sample:
         path = source.describe(index)
-        with Image.open(path) as image:
-            pixels += image.width * image.height
+        try:
+            with Image.open(path) as image:
+                pixels += image.width * image.height
+        except OSError:  # a pass over the images has said so
+            continue
         size += os.path.getsize(path)
         count += 1
         if time.perf_counter() - started > 10:
             break
+    count = max(1, count)
     return f"{len(source):,} images of {pixels / count / 1e6:.2f} megapixels and {size / count / 1e3:.0f} kB"
