@@ -273,10 +273,12 @@ def over_stored(
 
 
 def describe(data: DataConfig) -> str:
-    """A data set in one word: digits, torch/cifar10, or the folder."""
-    if data.source != "folder":
-        return data.source
-    return os.path.normpath(f"{data.root}/{data.val_split}")
+    """A data set in one word: digits, torch/cifar10, the folder, or zip: and the folder of its files."""
+    if data.source == "folder":
+        return os.path.normpath(f"{data.root}/{data.val_split}")
+    if data.source in ("zip", "ffcv", "tar", "wds"):
+        return f"{data.source}:{os.path.normpath(f'{data.root}/{data.val_split}')}"
+    return data.source
 
 
 if __name__ == "__main__":

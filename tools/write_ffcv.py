@@ -172,8 +172,11 @@ def write_split(config: WriteConfig, split: Split) -> None:
                 described["unreadable"] += skipped(source, unreadable, config)
                 indices = np.setdiff1d(indices, list(unreadable))
         compare(partial, samples, indices, config)
-        description_file(path).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            description_file(path).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            raise ConfigError("output", f"cannot be written: {error.strerror or error}") from None
     finally:
         for left in (partial, notes):
             left.unlink(missing_ok=True)
