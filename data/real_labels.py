@@ -60,11 +60,12 @@ class RelabelledImages(EvaluationImages):
 def read_real_labels(path: str) -> list[list[int]]:
     """The class numbers of every image. Raises ConfigError where the file is no list of such lists."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("data.real_labels", f"{path}: {error.strerror or error}") from None
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError("data.real_labels", f"{path} is not JSON: {error}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError("data.real_labels", f"{path}: {reason}") from None
     rows: list[Any] = content if isinstance(content, list) else [None]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, list) or not all(type(c) is int and 0 <= c < 1000 for c in row):

@@ -85,7 +85,7 @@ def listed_images(source: Source, path: str) -> np.ndarray:
         ConfigError: the file cannot be read, names none, or one that is not there or not alone.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError("data.list_file", f"{path}: {reason}") from None

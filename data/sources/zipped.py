@@ -46,7 +46,7 @@ def read_map(path: Path) -> list[Entry]:
         ConfigError: the file cannot be read, has no image, or a line that is none or leads out of the root.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # names may hold other line ends of Unicode
     except (OSError, ValueError) as error:
         raise ConfigError("data.root", f"{path}: {one_line(error)}") from None
     entries = []

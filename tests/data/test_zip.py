@@ -157,3 +157,11 @@ def test_a_changed_byte_is_an_unreadable_image(zip_data, tmp_path):
     with pytest.raises(Exception, match=r"checksum|invalid|incorrect|unknown"):
         source.load(5)
     source.load(4)
+
+
+def test_a_name_may_hold_what_other_text_ends_lines_with(image_folder, tmp_path):
+    image = next((image_folder / "train" / "ant").iterdir())
+    image.rename(image.with_name("a\u2028b.png"))
+    write_zip(tmp_path / "zip", image_folder, "train")
+    source = open_source(DataConfig(source="zip", root=str(tmp_path / "zip")), "train", 3)
+    assert any("\u2028" in source.describe(index) for index in range(len(source)))
