@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vil.attention.weights import AttentionWeights
 from vil.config import ConfigError
 
 
@@ -92,6 +93,16 @@ class Attention(nn.Module, ABC):
         """Attends over x (B, G+N, C), N = H·W with (H, W) = `size`; returns the same shape.
 
         G may be larger than what the module was built for: global tokens from outside come after its own.
+        """
+
+    @abstractmethod
+    def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
+        """What some of the tokens x (B, G+N, C) attend to, as in evaluation: no dropout, no random shift.
+
+        Args:
+            x: as in `forward`.
+            size: (H, W) of the map.
+            queries: (n,) int64, the places of the querying tokens among the G+N.
         """
 
     @abstractmethod

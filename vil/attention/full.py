@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil.attention.base import Attention, AttentionOptions, GlobalBias
+from vil.attention.weights import AttentionWeights, softmax_weights
 
 
 class FullAttention(Attention):
@@ -41,6 +42,14 @@ class FullAttention(Attention):
             query, key, value, None if bias is None else bias.to(query.dtype), self.dropout_p()
         )
         return self.output_dropout(self.projection(self.merge_heads(output)))
+
+    def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
+        """See `Attention.weights`."""
+        query, key, _ = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
+        globals_ = self.count_globals(x, size)
+        bias = self._bias(size, globals_)
+        weights = softmax_weights(query[:, :, queries], key, None if bias is None else bias[:, queries])
+        return AttentionWeights.place(weights, None, globals_, size)
 
     @torch.no_grad()
     def resize(self, size: tuple[int, int]) -> None:

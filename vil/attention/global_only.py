@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil.attention.base import Attention, AttentionOptions, GlobalBias
+from vil.attention.weights import AttentionWeights, softmax_weights
 from vil.config import ConfigError
 
 
@@ -63,6 +64,32 @@ class GlobalMemoryAttention(Attention):
         local = self.projection(self.merge_heads(local))
         return self.output_dropout(torch.cat([memory, local], dim=1))
 
+    def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
+        """See `Attention.weights`."""
+        globals_ = self.count_globals(x, size)
+        of_globals = queries < globals_
+        key, _ = self.split_heads_many(self.key_value(x), 2)  # (B, h, G+N, D)
+        query = self.split_heads(self.query(x))
+        local, local_seen = self.weigh_local(
+            query[:, :, globals_:], key[:, :, globals_:], key[:, :, :globals_], size,
+            queries[~of_globals] - globals_,
+        )  # fmt: skip
+        weights = local.new_zeros(*local.shape[:2], len(queries), local.shape[3])  # (B, h, n, G+N+R)
+        seen = local_seen.new_ones(len(queries), local_seen.shape[1])
+        weights[:, :, ~of_globals], seen[~of_globals] = local, local_seen
+        if of_globals.any():
+            if not self.shares_projection:
+                query = self.split_heads(self.global_query(x[:, :globals_]))
+                key, _ = self.split_heads_many(self.global_key_value(x), 2)
+            bias = None
+            if self.global_bias is not None:
+                bias = self.global_bias.of_global_queries(globals_, x.shape[1] - globals_)
+                bias = bias[:, queries[of_globals]]
+            memory = softmax_weights(query[:, :, queries[of_globals]], key, bias)  # (B, h, …, G+N)
+            memory = F.pad(memory, (0, weights.shape[-1] - memory.shape[-1]))
+            weights[:, :, of_globals] = memory.to(weights.dtype)
+        return AttentionWeights.place(weights, seen, globals_, size)
+
     @abstractmethod
     def attend_local(
         self,
@@ -74,6 +101,23 @@ class GlobalMemoryAttention(Attention):
         size: tuple[int, int],
     ) -> Tensor:
         """The local tokens' attention: (B, h, N, D) queries, keys, values and (B, h, G, D) global ones."""
+
+    @abstractmethod
+    def weigh_local(
+        self, query: Tensor, key: Tensor, global_key: Tensor, size: tuple[int, int], queries: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weights by which `attend_local` sums up values in evaluation, for some queries.
+
+        Args:
+            query, key: (B, h, N, D) of the local tokens.
+            global_key: (B, h, G, D).
+            size: (H, W) of the map.
+            queries: (n,) int64, places among the N.
+
+        Returns:
+            (B, h, n, G+N+R), with R weights that have no place on the map at the end; and (n, N) bool, which
+            positions are seen.
+        """
 
     @abstractmethod
     def local_keys(self) -> int:
@@ -112,6 +156,14 @@ class GlobalOnlyAttention(GlobalMemoryAttention):
     ) -> Tensor:
         """See `GlobalMemoryAttention.attend_local`; local keys and values are not used."""
         return F.scaled_dot_product_attention(query, global_key, global_value, dropout_p=self.dropout_p())
+
+    def weigh_local(
+        self, query: Tensor, key: Tensor, global_key: Tensor, size: tuple[int, int], queries: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `GlobalMemoryAttention.weigh_local`."""
+        weights = softmax_weights(query[:, :, queries], global_key)  # (B, h, n, G)
+        seen = torch.zeros(len(queries), key.shape[2], dtype=torch.bool, device=key.device)
+        return F.pad(weights, (0, key.shape[2])), seen
 
     def local_keys(self) -> int:
         """None."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil.attention.base import Attention, AttentionOptions
+from vil.attention.weights import AttentionWeights, softmax_weights
 from vil.config import ConfigError
 
 
@@ -35,12 +36,7 @@ class LinformerAttention(Attention):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`. Raises ValueError for another map than the one it was built for."""
-        if tuple(size) != tuple(self.size):
-            built, got = ("×".join(map(str, sides)) for sides in (self.size, size))
-            raise ValueError(f"linformer attention was built for a map of {built} tokens, got {got}")
-        if x.shape[1] != self.key_mixture.shape[0]:
-            further = x.shape[1] - self.key_mixture.shape[0]
-            raise ValueError(f"linformer attention is bound to its tokens, got {further} more from outside")
+        self._check_tokens(x, size)
         query = self.split_heads(self.query(x))  # (B, h, G+N, D)
         key, value = self.key_value(x).chunk(2, dim=-1)  # (B, G+N, C)
         value_mixture = self.key_mixture if self.value_mixture is None else self.value_mixture
@@ -48,6 +44,25 @@ class LinformerAttention(Attention):
         value = self.split_heads(value_mixture.t() @ value)
         output = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout_p())
         return self.output_dropout(self.projection(self.merge_heads(output)))
+
+    def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
+        """See `Attention.weights`. Keys are k mixtures of all tokens; none has a place on the map.
+
+        Raises ValueError as `forward`.
+        """
+        self._check_tokens(x, size)
+        query = self.split_heads(self.query(x[:, queries]))  # (B, h, n, D)
+        key = self.key_mixture.t() @ self.key_value(x).chunk(2, dim=-1)[0]  # (B, k, C)
+        weights = softmax_weights(query, self.split_heads(key))
+        return AttentionWeights.place(weights, None, 0, (0, 0))
+
+    def _check_tokens(self, x: Tensor, size: tuple[int, int]) -> None:
+        if tuple(size) != tuple(self.size):
+            built, got = ("×".join(map(str, sides)) for sides in (self.size, size))
+            raise ValueError(f"linformer attention was built for a map of {built} tokens, got {got}")
+        if x.shape[1] != self.key_mixture.shape[0]:
+            further = x.shape[1] - self.key_mixture.shape[0]
+            raise ValueError(f"linformer attention is bound to its tokens, got {further} more from outside")
 
     def check_resize(self, size: tuple[int, int]) -> None:
         """See `Attention.check_resize`: mixtures of tokens have no meaning on another map."""

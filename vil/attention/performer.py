@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil.attention.base import Attention, AttentionOptions
+from vil.attention.weights import AttentionWeights
 from vil.config import ConfigError
 
 EPS = 1e-4
@@ -60,6 +61,15 @@ class PerformerAttention(Attention):
             normalizer = query_features @ key_features.sum(dim=-2)[..., None]  # (B, h, G+N, 1)
             output = query_features @ summary / normalizer
         return self.output_dropout(self.projection(self.merge_heads(output.to(value.dtype))))
+
+    def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
+        """See `Attention.weights`: φ(q)·φ(k) over its sum, by which `forward` sums up values unseen."""
+        query, key, _ = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
+        with torch.autocast(x.device.type, enabled=False):
+            query_features = self._features(query[:, :, queries].float(), is_query=True)  # (B, h, n, m)
+            products = query_features @ self._features(key.float(), is_query=False).transpose(-2, -1)
+            weights = products / products.sum(dim=-1, keepdim=True)  # (B, h, n, G+N)
+        return AttentionWeights.place(weights, None, self.count_globals(x, size), size)
 
     def multiply_adds(self, size: tuple[int, int]) -> int:
         """See `Attention.multiply_adds`. Features, their summary, sums and normalizers."""

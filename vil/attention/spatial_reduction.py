@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil.attention.base import Attention, AttentionOptions
+from vil.attention.weights import AttentionWeights, softmax_weights
 from vil.config import ConfigError
 
 
@@ -34,15 +35,27 @@ class SpatialReductionAttention(Attention):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`."""
         query = self.split_heads(self.query(x))  # (B, h, G+N, D)
+        key, value = self._keys_values(x, size)
+        output = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout_p())
+        return self.output_dropout(self.projection(self.merge_heads(output)))
+
+    def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
+        """See `Attention.weights`. Those of the map are for cells of r × r positions."""
+        query = self.split_heads(self.query(x[:, queries]))  # (B, h, n, D)
+        key, _ = self._keys_values(x, size)
+        cells = (size[0] // self.reduction, size[1] // self.reduction)
+        globals_ = self.count_globals(x, size)
+        return AttentionWeights.place(softmax_weights(query, key), None, globals_, cells, self.reduction)
+
+    def _keys_values(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Keys and values (B, h, G+N', D) of the global tokens and the reduced map."""
         globals_ = self.count_globals(x, size)
         grid = x[:, globals_:].transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
         reduced = self.reduce(grid).flatten(2)  # (B, C, N')
         # Instance norm without weights, also where a single position is left.
         reduced = F.layer_norm(reduced, reduced.shape[-1:]).transpose(1, 2)  # (B, N', C)
         keys = torch.cat([x[:, :globals_], reduced.to(x.dtype)], dim=1)
-        key, value = self.split_heads_many(self.key_value(keys), 2)  # (B, h, G+N', D)
-        output = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout_p())
-        return self.output_dropout(self.projection(self.merge_heads(output)))
+        return self.split_heads_many(self.key_value(keys), 2)
 
     def multiply_adds(self, size: tuple[int, int]) -> int:
         """See `Attention.multiply_adds`."""

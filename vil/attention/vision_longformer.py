@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from vil.attention.base import AttentionOptions
 from vil.attention.global_only import GlobalMemoryAttention
 from vil.attention.local import Neighbors, check_backend, forced_backend, keys_per_query, local_attention
+from vil.attention.local.dense import dense_weights
+from vil.attention.local.geometry import Inputs, Window
 from vil.config import ConfigError
 
 
@@ -74,6 +76,15 @@ class VisionLongformerAttention(GlobalMemoryAttention):
             dropout=self.dropout_p(),
             backend=self.backend,
         )
+
+    def weigh_local(
+        self, query: Tensor, key: Tensor, global_key: Tensor, size: tuple[int, int], queries: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `GlobalMemoryAttention.weigh_local`."""
+        bias = self._bias_of_globals(global_key.shape[2])
+        inputs = Inputs(query, key, key, global_key, global_key, self.bias_table, bias)  # values are not read
+        neighbors: Literal["all", "self"] = "self" if self.neighbors == "self" else "all"
+        return dense_weights(inputs, Window(size, self.window, self.mask, neighbors), queries)
 
     def _bias_of_globals(self, globals_: int) -> Tensor | None:
         return None if self.global_bias is None else self.global_bias.of_local_queries(globals_)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vil.attention import ATTENTIONS, AttentionOptions
 from vil.config import ConfigError, StageConfig
+from vil.models.attention_maps import AttentionMap, Queries, attention_maps, attention_rollout
 from vil.models.stage import LayerNorm, Size, Stage, map_sizes
 
 
@@ -217,6 +218,46 @@ class MultiScaleViT(nn.Module):
         if intermediates_only:
             return intermediates
         return (self.norm(x) if len(stages) == len(self.stages) else x), intermediates
+
+    def attention_maps(
+        self, x: Tensor, queries: Queries = None, global_tokens: Tensor | None = None
+    ) -> list[list[AttentionMap]]:
+        """What queries and global tokens attend to: for each stage, one `AttentionMap` per block.
+
+        The weights are those by which each head sums up values in evaluation, whatever mode the model is in.
+
+        Args:
+            x: images (B, in_chans, height, width).
+            queries: (row, column) of pixels; in each stage the position that holds the pixel queries. `all`:
+                all positions of every map, (B, h, N, G+N) weights per block. None: the images' middle.
+            global_tokens: tokens from outside, as in `forward_features`; they count among the global ones.
+
+        Raises:
+            ValueError: a query outside the images, or what `forward_features` raises.
+        """
+        return attention_maps(self, x, queries, global_tokens)
+
+    def attention_rollout(
+        self, x: Tensor, queries: Queries = None, global_tokens: Tensor | None = None
+    ) -> list[AttentionMap | None]:
+        """Attention rollout over the blocks of each stage (Abnar & Zuidema, 2020, section 3).
+
+        A block mixes its tokens by (A + I) / 2, A the mean of its heads' weights and I the residual; a stage
+        by the product over its blocks. Between stages tokens are folded anew, so rollout ends there. Padding
+        that the cyclic mask shows is left out.
+
+        Args:
+            x, queries, global_tokens: as in `attention_maps`; here `all` is costly in time, not in memory
+                beyond the result.
+
+        Returns:
+            One `AttentionMap` with h = 1 per stage; None where a stage has no blocks, or keys that are no
+            tokens (linformer, spatial_reduction).
+
+        Raises:
+            ValueError: as `attention_maps`.
+        """
+        return attention_rollout(self, x, queries, global_tokens)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -10,12 +10,78 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vil.attention.local.geometry import Inputs, Window, pad_to_chunks
+from vil.attention.weights import softmax_weights
 
 
 def dense_attention(inputs: Inputs, window: Window) -> Tensor:
     """See `vil.attention.local.local_attention`."""
-    query, key, value = inputs.query, inputs.key, inputs.value
-    local_bias = dense_bias(inputs, window)  # (h or 1, H·W, P·Q)
+    weights = _weights(inputs, dense_bias(inputs, window), window, inputs.query)
+    values = _padded(inputs.global_value, inputs.value, window)
+    return F.dropout(weights, window.dropout) @ values
+
+
+def dense_weights(inputs: Inputs, window: Window, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights by which `dense_attention` sums up values, for some queries.
+
+    Args:
+        inputs: the tensors; values are not read.
+        window: which keys are seen; dropout is not applied.
+        queries: (n,) int64, the places of the queries among the H·W.
+
+    Returns:
+        weights (B, h, n, G + H·W + R): global tokens, the map, and for the cyclic mask (R = 1, else 0) all
+        padding, whose keys and values are 0; and which positions of the map each query sees, (n, H·W) bool.
+    """
+    globals_, (height, width) = inputs.global_key.shape[2], window.size
+    bias = dense_bias(inputs, window, queries)  # (h or 1, n, P·Q)
+    weights = _weights(inputs, bias, window, inputs.query[:, :, queries])
+    chunks = tuple(-(-length // window.side) * window.side for length in window.size)  # (P, Q)
+    padded = weights[..., globals_:].unflatten(-1, chunks)  # (B, h, n, P, Q)
+    parts = [weights[..., :globals_], padded[..., :height, :width].flatten(-2)]
+    if window.mask == "cyclic":
+        below, beside = padded[..., height:, :], padded[..., :height, width:]
+        parts.append((below.sum((-2, -1)) + beside.sum((-2, -1)))[..., None])
+    seen = bias[0].isfinite().unflatten(-1, chunks)[:, :height, :width].flatten(1)
+    return torch.cat(parts, dim=-1), seen
+
+
+def dense_bias(inputs: Inputs, window: Window, queries: Tensor | None = None) -> Tensor:
+    """What is added to each score of a query and a position of the padded map: −inf where it is not seen.
+
+    A chunk that is seen several times, as happens where chunks wrap, adds up the weights of its appearances;
+    for the bias this is the logarithm of the sum of their exponentials.
+
+    Args:
+        inputs: the tensors.
+        window: which keys are seen.
+        queries: (n,) int64, the places of the queries among the H·W; None for all, n = H·W.
+
+    Returns:
+        (heads, n, P·Q), or (1, n, P·Q) without a table; dtype and device of the query.
+    """
+    like, table = inputs.query, inputs.bias_table
+    if queries is None:
+        queries = torch.arange(window.size[0] * window.size[1], device=like.device)
+    rows, columns = (
+        {step: tuple(x[place] for x in _axis(length, window, step, like.device)) for step in (-1, 0, 1)}
+        for length, place in zip(window.size, (queries // window.size[1], queries % window.size[1]))
+    )
+    if table is None:
+        table = like.new_zeros(1, 4 * window.side - 1, 4 * window.side - 1)
+    appearances = []
+    for row_step, column_step in window.seen(None if inputs.neighbor is None else int(inputs.neighbor)):
+        row_seen, row_offset = rows[row_step]  # (n, P)
+        column_seen, column_offset = columns[column_step]  # (n, Q)
+        seen = row_seen[:, :, None] & column_seen[:, None, :]  # (n, P, Q)
+        bias = table[:, row_offset[:, :, None], column_offset[:, None, :]]  # (h or 1, n, P, Q)
+        appearances.append(bias.to(like.dtype).masked_fill(~seen, float("-inf")).flatten(2))
+    if window.mask != "cyclic":  # a position appears at most once
+        return torch.stack(appearances).amax(dim=0)
+    return _logsumexp(torch.stack(appearances))
+
+
+def _weights(inputs: Inputs, local_bias: Tensor, window: Window, query: Tensor) -> Tensor:
+    """Softmax over global keys and the padded map: query (B, h, n, D) → (B, h, n, G + P·Q)."""
     heads, globals_ = query.shape[1], inputs.global_key.shape[2]
     global_bias = inputs.global_bias
     if global_bias is None:
@@ -27,39 +93,12 @@ def dense_attention(inputs: Inputs, window: Window) -> Tensor:
         ],
         dim=-1,
     )
-    keys, values = (
-        torch.cat([memory, pad_to_chunks(tokens, window.size, window.side).flatten(2, 3)], dim=2)
-        for memory, tokens in ((inputs.global_key, key), (inputs.global_value, value))
-    )  # (B, h, G + P·Q, D)
-    scores = query @ keys.transpose(-2, -1) * query.shape[-1] ** -0.5 + bias  # (B, h, H·W, G + P·Q)
-    return F.dropout(scores.softmax(dim=-1), window.dropout) @ values
+    return softmax_weights(query, _padded(inputs.global_key, inputs.key, window), bias)
 
 
-def dense_bias(inputs: Inputs, window: Window) -> Tensor:
-    """What is added to each score of a query and a position of the padded map: −inf where it is not seen.
-
-    A chunk that is seen several times, as happens where chunks wrap, adds up the weights of its appearances;
-    for the bias this is the logarithm of the sum of their exponentials.
-
-    Returns:
-        (heads, H·W, P·Q), or (1, H·W, P·Q) without a table; dtype and device of the query.
-    """
-    like, table = inputs.query, inputs.bias_table
-    rows, columns = (
-        {step: _axis(length, window, step, like.device) for step in (-1, 0, 1)} for length in window.size
-    )
-    if table is None:
-        table = like.new_zeros(1, 4 * window.side - 1, 4 * window.side - 1)
-    appearances = []
-    for row_step, column_step in window.seen(None if inputs.neighbor is None else int(inputs.neighbor)):
-        row_seen, row_offset = rows[row_step]  # (H, P)
-        column_seen, column_offset = columns[column_step]  # (W, Q)
-        seen = row_seen[:, None, :, None] & column_seen[None, :, None, :]  # (H, W, P, Q)
-        bias = table[:, row_offset[:, None, :, None], column_offset[None, :, None, :]]
-        appearances.append(bias.to(like.dtype).masked_fill(~seen, float("-inf")).flatten(3).flatten(1, 2))
-    if window.mask != "cyclic":  # a position appears at most once
-        return torch.stack(appearances).amax(dim=0)
-    return _logsumexp(torch.stack(appearances))
+def _padded(memory: Tensor, tokens: Tensor, window: Window) -> Tensor:
+    """Global ones before those of the map padded to whole chunks: (B, h, G + P·Q, D)."""
+    return torch.cat([memory, pad_to_chunks(tokens, window.size, window.side).flatten(2, 3)], dim=2)
 
 
 def _axis(length: int, window: Window, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
