@@ -95,8 +95,9 @@ def _panel(
         return panel
     heat = F.interpolate(heat[None, None], size, mode="nearest-exact")[0, 0]
     heat = heat / heat.max().clamp(min=1e-12)
-    opacity = 0.35 + 0.55 * heat
-    panel = panel.mean(dim=0) * (1 - opacity) + _colors(heat) * opacity
+    opacity = 0.5 + 0.4 * heat
+    grey = 0.15 + 0.5 * panel.mean(dim=0)  # dim, so that brightness tells weights
+    panel = grey * (1 - opacity) + _colors(heat) * opacity
     for positions, side, color in marks:
         covered = _on_pixels(positions.float(), side, picture)
         covered = F.interpolate(covered[None, None], size, mode="nearest-exact")[0, 0] > 0
