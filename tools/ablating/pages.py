@@ -1,0 +1,98 @@
+"""The files of results, and their place in a page of documentation."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tools.ablating.grid import Grid
+from tools.ablating.results import Row, as_csv, as_json, figure, legend, table
+from vil.config import ConfigError
+
+
+def command_of(words: Sequence[str]) -> str:
+    """The line that runs a grid again, with DIR for the place of the images: pages are read elsewhere."""
+    shown: list[str] = []
+    for word in words:
+        if shown and shown[-1] == "--data.root":
+            word = "DIR"
+        shown.append("--data.root=DIR" if word.startswith("--data.root=") else word)
+    return f"python tools/ablate.py {shlex.join(word for word in shown if word != '--report')}"
+
+
+def text_of(grid: Grid, rows: Sequence[Row], command: str) -> str:
+    """Question, command, table and its legend, in Markdown."""
+    head = [grid.question, ""] if grid.question else []
+    return "\n".join([*head, "```sh", command, "```", "", table(rows), "", legend(grid, rows)])
+
+
+def write_results(grid: Grid, rows: Sequence[Row], command: str) -> None:
+    """Writes results.md, .csv, .json and .png into the grid's folder.
+
+    Raises:
+        ConfigError: one cannot be written.
+    """
+    text = f"# {grid.name}\n\n{text_of(grid, rows, command)}\n\n![results](results.png)\n"
+    _write(grid.folder / "results.md", text.encode())
+    _write(grid.folder / "results.csv", as_csv(rows).encode())
+    _write(grid.folder / "results.json", as_json(grid, rows, command).encode())
+    _write(grid.folder / "results.png", _png(grid, rows))
+
+
+def insert(page: Path, grid: Grid, rows: Sequence[Row], command: str) -> None:
+    """Writes the results between the page's two comments for this grid, and the figure beside the page.
+
+    Raises:
+        ConfigError: the page cannot be read or written, or lacks the comments.
+    """
+    content, (start, end) = _read(page), _place(page, grid)
+    picture = Path("figures") / f"ablation_{grid.name}.png"
+    text = f"\n\n{text_of(grid, rows, command)}\n\n![{grid.question or grid.name}]({picture})\n\n"
+    _write(page.parent / picture, _png(grid, rows))
+    _write(page, (content[:start] + text + content[end:]).encode())
+
+
+def check_page(page: Path, grids: Iterable[Grid]) -> None:
+    """Raises ConfigError, before the work, where the page lacks a grid's comments."""
+    for grid in grids:
+        _place(page, grid)
+
+
+def _place(page: Path, grid: Grid) -> tuple[int, int]:
+    """Where the text between the two comments begins and ends."""
+    begin, end = f"<!-- begin {grid.name} -->", f"<!-- end {grid.name} -->"
+    found = re.search(f"{begin}(.*?){end}", _read(page), re.DOTALL)
+    if found is None:
+        raise ConfigError(f"--markdown {page}", f"has no line {begin} with {end} after it")
+    return found.span(1)
+
+
+def _read(page: Path) -> str:
+    try:
+        return page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is no text"
+        raise ConfigError(f"--markdown {page}", f"cannot be read: {reason}") from None
+
+
+def _png(grid: Grid, rows: Sequence[Row]) -> bytes:
+    file = io.BytesIO()
+    figure(grid, rows).savefig(file, dpi=110, format="png", facecolor="white", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,197 @@
+"""Calls of train.py, several at once, until all runs are finished or have failed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import torch
+
+from tools.ablating.grid import ROOT, Run
+from tools.ablating.progress import Progress
+from tools.ablating.runs import FAILURE, LOG, Outcome, outcome_of
+from vil.config import ConfigError
+
+PROGRAM = [sys.executable, str(ROOT / "train.py")]
+ERRORS, LOCK = "errors.txt", "lock"
+POLL = 0.2
+"""Seconds between two looks at the processes."""
+GRACE = 60.0
+"""Seconds that processes have to end after a signal, before they are killed."""
+
+
+class Stopped(Exception):  # noqa: N818 - like KeyboardInterrupt, no error
+    """A signal asked this program to end; its processes have ended.
+
+    Args:
+        number: the signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@dataclass
+class Child:
+    """A process of train.py; `slot` is its place among those that run at once."""
+
+    run: Run
+    process: subprocess.Popen[bytes]
+    slot: int
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that PyTorch sees, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return (named or [str(number) for number in range(count)])[:count]
+
+
+def execute(runs: Sequence[Run], jobs: int, gpus: Sequence[str], progress: Progress) -> None:
+    """Calls train.py for every run, `jobs` at once; what failed leaves its reason in `FAILURE`.
+
+    A run that another process is at work on is left to that one, and waited for.
+
+    Args:
+        runs: none of them finished.
+        jobs: how many run at once.
+        gpus: which are dealt out to them, one each in turn; empty to hide none.
+        progress: is told of all that happens.
+
+    Raises:
+        Stopped: by SIGINT, SIGTERM or SIGHUP, which were passed on to the processes.
+        ConfigError: a folder cannot be written.
+    """
+    waiting, children = list(runs), list[Child]()
+    with _signals() as received:
+        try:
+            while waiting or children:
+                if received:
+                    raise Stopped(received[0])
+                for child in [child for child in children if child.process.poll() is not None]:
+                    children.remove(child)
+                    progress.ended(_finish(child))
+                for run in list(waiting):
+                    if len(children) == jobs:
+                        break
+                    slot = min(set(range(jobs)) - {child.slot for child in children})
+                    taken = _take(run, slot, _environment(jobs, slot, gpus), progress)
+                    if taken is None:
+                        continue
+                    waiting.remove(run)
+                    children += taken
+                progress.show([child.run for child in children])
+                time.sleep(POLL)
+        except BaseException as error:
+            number = error.number if isinstance(error, Stopped) else signal.SIGTERM
+            _stop([child.process for child in children], number, received)
+            raise
+
+
+def _take(run: Run, slot: int, environment: dict[str, str], progress: Progress) -> list[Child] | None:
+    """The run's new process; nothing where it is finished by now; None where another is at work on it."""
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with (run.folder / LOCK).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress.taken(run)
+                return None
+            if outcome_of(run).found:  # by another call of this program, in the meantime
+                progress.ended(outcome_of(run))
+                return []
+            (run.folder / FAILURE).unlink(missing_ok=True)
+            progress.started(run)
+            return [Child(run, _start(run, environment, lock), slot)]
+    except OSError as error:
+        raise ConfigError(str(run.folder), f"cannot be written: {error.strerror or error}") from None
+
+
+def _start(run: Run, environment: dict[str, str], lock: IO[str]) -> subprocess.Popen[bytes]:
+    """A process that holds the lock as long as it lives, whatever becomes of this one."""
+    with (run.folder / LOG).open("ab") as log, (run.folder / ERRORS).open("wb") as errors:
+        return subprocess.Popen(  # noqa: S603 - our own program, with options that were parsed
+            [*PROGRAM, *run.words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=errors,
+            env=environment,
+            pass_fds=(lock.fileno(),),
+            start_new_session=True,  # Ctrl-C reaches this program alone, which passes it on
+        )
+
+
+def _finish(child: Child) -> Outcome:
+    """Where the run of an ended process stands; the reason of a failure is written down."""
+    status, folder = child.process.returncode, child.run.folder
+    if status != 0 or not outcome_of(child.run).found:
+        reason = _reason(status, folder / ERRORS)
+        (folder / FAILURE).write_text(f"{reason}\n", encoding="utf-8")
+    return outcome_of(child.run)
+
+
+def _environment(jobs: int, slot: int, gpus: Sequence[str]) -> dict[str, str]:
+    """This process's, with its share of the cores and of the GPUs."""
+    cores = len(os.sched_getaffinity(0))
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ}
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    return environment
+
+
+def _reason(status: int, errors: Path) -> str:
+    """Why a process failed: its last line on standard error, or the signal that ended it."""
+    lines = [line.strip() for line in errors.read_text(encoding="utf-8", errors="replace").splitlines()]
+    told = next((line for line in reversed(lines) if line.startswith("error: ")), "")
+    told = told.removeprefix("error: ") or next(filter(None, reversed(lines)), "")
+    if status < 0:
+        told = f"ended by {signal.Signals(-status).name}" + (f": {told}" if told else "")
+    return told or f"exit status {status}, nothing said"
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]], number: int, received: Sequence[int]) -> None:
+    """Passes a signal on and waits for the processes to end; kills what does not, or at a second signal."""
+    for process in processes:
+        process.send_signal(number)
+    deadline, signals = time.monotonic() + GRACE, len(received)
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > deadline or len(received) > signals:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        time.sleep(POLL)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects the signals that ask to end, in the place of ending; SIGHUP stays ignored under nohup.
+
+    An exception raised by a handler could come between a process and the note of its being there.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
