@@ -81,11 +81,11 @@ def predict(words: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass; default: 64")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
-                        help="processes that load images; 0: none; default: one per core, 4 at most")  # fmt: skip
+                        help="processes that load images; default: one per core, at most 4")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default: auto")
     parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"),
                         help="default: bfloat16 on a GPU that computes it, else float32")  # fmt: skip
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_intermixed_args(words)  # images may also follow the options
     for option, least in (("top", 1), ("batch_size", 1), ("workers", 0)):
         if getattr(arguments, option) < least:
             raise ConfigError(f"--{option.replace('_', '-')}", f"must be at least {least}")

@@ -93,7 +93,7 @@ def bias_sheet(title: str, stage: int, blocks: Sequence[tuple[int, Attention]]) 
         down, right = table.shape[1] // 2, table.shape[2] // 2
         extent = (-right - 0.5, right + 0.5, down + 0.5, -down - 0.5)
         for head, axes in enumerate(row):
-            mesh = axes.imshow(table[head], cmap=SIGNED, vmin=-largest, vmax=largest, extent=extent)
+            mesh = axes.imshow(table[head].numpy(), cmap=SIGNED, vmin=-largest, vmax=largest, extent=extent)
             axes.axhline(0, color="black", lw=0.4)
             axes.axvline(0, color="black", lw=0.4)
             axes.tick_params(labelsize=7)
@@ -207,12 +207,16 @@ def _draw_weights(
 
 
 def _sums(local: Tensor, globals_: Tensor, rest: Tensor, own: Tensor | None) -> Iterator[str]:
-    itself = "" if own is None else f"itself {_percent(own)}, "
-    yield f"{itself}map {_percent(local.sum())}, most {_percent(local.max())}"
-    tokens = f" ({', '.join(map(_percent, globals_))})" if 1 < len(globals_) <= 4 else ""
-    padding = f", padding {_percent(rest.sum())}" if len(rest) and rest.sum() > 0 else ""
-    if len(globals_) or padding:
-        yield f"global {_percent(globals_.sum())}{tokens}{padding}"
+    yield f"map {_percent(local.sum())}, most {_percent(local.max())}"
+    shares = []
+    if own is not None:
+        shares.append(f"itself {_percent(own)}")
+    if len(globals_):
+        tokens = f" ({', '.join(map(_percent, globals_))})" if 1 < len(globals_) <= 4 else ""
+        shares.append(f"global {_percent(globals_.sum())}{tokens}")
+    if len(rest) and rest.sum() > 0:
+        shares.append(f"padding {_percent(rest.sum())}")
+    yield ", ".join(shares)
 
 
 def _percent(share: Tensor) -> str:
