@@ -237,7 +237,9 @@ def _global_biases(attention: Attention, head: int) -> str:
 def _mark(axes: Axes, block: AttentionMap, queries: Sequence[tuple[int, int]]) -> None:
     for row, column in queries:
         corner = (column * block.patch, row * block.patch)
-        axes.add_patch(Rectangle(corner, block.patch, block.patch, fill=False, ec=QUERY, lw=1.5))
+        axes.add_patch(
+            Rectangle(corner, block.patch, block.patch, fill=False, ec=QUERY, lw=1.5, clip_on=False)
+        )
 
 
 def _frame(axes: Axes, shown: Shown) -> None:
