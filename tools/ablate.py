@@ -39,9 +39,9 @@ def ablate(words: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(COMMAND_LINE, f"two grids are called {name}; their runs would share a folder")
-    grids = [read_grid(path, arguments.output, options, arguments.seeds) for path in arguments.grids]
     if arguments.markdown:
-        check_page(arguments.markdown, grids)
+        check_page(arguments.markdown, names)
+    grids = [read_grid(path, arguments.output, options, arguments.seeds) for path in arguments.grids]
     if not arguments.report:
         for grid in grids:
             check_unchanged(grid)

@@ -49,22 +49,22 @@ def insert(page: Path, grid: Grid, rows: Sequence[Row], command: str) -> None:
     Raises:
         ConfigError: the page cannot be read or written, or lacks the comments.
     """
-    content, (start, end) = _read(page), _place(page, grid)
+    content, (start, end) = _read(page), _place(page, grid.name)
     picture = Path("figures") / f"ablation_{grid.name}.png"
     text = f"\n\n{text_of(grid, rows, command)}\n\n![{grid.question or grid.name}]({picture})\n\n"
     _write(page.parent / picture, _png(grid, rows))
     _write(page, (content[:start] + text + content[end:]).encode())
 
 
-def check_page(page: Path, grids: Iterable[Grid]) -> None:
-    """Raises ConfigError, before the work, where the page lacks a grid's comments."""
-    for grid in grids:
-        _place(page, grid)
+def check_page(page: Path, names: Iterable[str]) -> None:
+    """Raises ConfigError, before the work, where the page lacks the comments of one of the grids."""
+    for name in names:
+        _place(page, name)
 
 
-def _place(page: Path, grid: Grid) -> tuple[int, int]:
+def _place(page: Path, name: str) -> tuple[int, int]:
     """Where the text between the two comments begins and ends."""
-    begin, end = f"<!-- begin {grid.name} -->", f"<!-- end {grid.name} -->"
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     found = re.search(f"{begin}(.*?){end}", _read(page), re.DOTALL)
     if found is None:
         raise ConfigError(f"--markdown {page}", f"has no line {begin} with {end} after it")

@@ -89,8 +89,8 @@ def check_unchanged(grid: Grid) -> None:
     """Raises ConfigError where the grid asks for another run than the one that is in its folder."""
     changed = [outcome for outcome in map(outcome_of, grid.runs()) if outcome.change]
     if changed:
-        others = f", as {len(changed) - 1} other runs" if len(changed) > 1 else ""
-        reason = f"was begun otherwise{others} ({changed[0].change}); remove it, or name another --output"
+        others = f", like {len(changed) - 1} more" if len(changed) > 1 else ""
+        reason = f"was begun with {changed[0].change}{others}; remove it, or name another --output"
         raise ConfigError(str(changed[0].run.folder), reason)
 
 

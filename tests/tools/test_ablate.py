@@ -1,0 +1,670 @@
+"""tools/ablate.py: grids, their processes, what is collected from their folders, and how it is shown."""
+
+import csv
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import tools.ablate as program
+import train
+from tools.ablating import grid as grids
+from tools.ablating import pages, processes, results, runs
+from tools.ablating.estimates import Estimate, estimate, paired
+from tools.ablating.grid import Cell, Grid, read_grid
+from tools.ablating.progress import Progress, clock
+from vil.config import ConfigError, ModelConfig, ScheduleConfig, TrainConfig
+from vil.training import run_folder
+from vil.training.limits import check_limits
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(
+    path
+    for path in (ROOT / "configs" / "ablations").glob("*.yaml")
+    if "factors" in yaml.safe_load(path.read_text())
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working folder without runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_grid(text, name="grid"):
+    Path(f"{name}.yaml").write_text(text)
+    return f"{name}.yaml"
+
+
+# --- Grids --------------------------------------------------------------------------------------------------
+
+
+def test_cells_are_the_product_of_the_levels_with_their_files_and_options(folder):
+    """Two models × two widths of windows: a level's model replaces the base's, options go over both."""
+    for name in ("small", "large"):
+        (folder / f"{name}.yaml").write_text(
+            f"name: vil_{ {'small': 'tiny', 'large': 'small'}[name] }\ndrop_path: 0.3\n"
+        )
+    (folder / "partial.yaml").write_text("schedule: {lr: 0.5}\n")
+    path = write_grid(
+        "question: Which one?\n"
+        "base: {model: small.yaml, model.drop_path: 0.2, schedule.epochs: 3, data.mean: [0.1, 0.2, 0.3]}\n"
+        "factors:\n"
+        "  model:\n    a: null\n    b 2: {model: large.yaml, config: partial.yaml}\n"
+        "  window:\n    7: {}\n    5: {model.window: 5, schedule.epochs: 4}\n"
+        "compare: window\nseeds: [3, 1]\n"
+    )
+    grid = read_grid(path, Path("out"), ["--schedule.epochs", "9", "--model.window=3", "--channels_last"])
+    assert [cell.name for cell in grid.cells] == ["a, 7", "a, 5", "b 2, 7", "b 2, 5"]
+    values = [
+        (c.model.name, c.model.window, c.schedule.epochs, c.schedule.lr, c.model.drop_path)
+        for c in (cell.config for cell in grid.cells)
+    ]
+    assert values == [
+        ("vil_tiny", 3, 9, 2e-3, 0.2),
+        ("vil_tiny", 5, 4, 2e-3, 0.2),
+        ("vil_small", 3, 9, 0.5, 0.2),
+        ("vil_small", 5, 4, 0.5, 0.2),
+    ]
+    assert all(c.config.channels_last and c.config.data.mean == (0.1, 0.2, 0.3) for c in grid.cells)
+    assert {name: cell.name for name, cell in grid.reference.items()} == {
+        "a, 7": "a, 7", "a, 5": "a, 7", "b 2, 7": "b 2, 7", "b 2, 5": "b 2, 7",
+    }  # fmt: skip
+    assert (grid.question, grid.seeds) == ("Which one?", (3, 1))
+    found = grid.runs()
+    assert [(run.cell.name, run.seed) for run in found[:5]] == [
+        ("a, 7", 3), ("a, 5", 3), ("b 2, 7", 3), ("b 2, 5", 3), ("a, 7", 1),
+    ]  # fmt: skip
+    assert found[2].folder == Path("out/grid/model=b_2,window=7/seed=3")
+    # What is compared with what lies in a run's folder is what train.py makes of the words it is given.
+    assert train.configure(found[3].words).config == found[3].config
+
+
+BASE = "base: {model.name: vil_tiny}\n"
+TWO = "factors: {pool: {avg: null, cls: {model.pool: cls}}}\n"
+SEEDS = "seeds: [0]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("factor: {}", "grid.yaml: factor: unknown key; did you mean factors?"),
+        ("- a", "grid.yaml: expected a mapping with question, base, factors, compare, seeds"),
+        (BASE + SEEDS, "grid.yaml: factors: expected a mapping of factors"),
+        ("factors: {pool: {avg: null}}", "grid.yaml: factors.pool: expected a mapping of two or more levels"),
+        ("factors: {pool: {no: null, cls: null}}", "grid.yaml: factors.pool: False is no name"),
+        ("factors: {pool: {a/b: null, cls: null}}", "grid.yaml: factors.pool: 'a/b' is no name"),
+        ("factors: {pool: {1: null, '1': null}}", "grid.yaml: factors.pool: two levels have the same name"),
+        ("factors: {a: {x: none.yaml, y: null}}", "grid.yaml: factors.a.x.config: none.yaml: no such file"),
+        ("factors: {a: {x: 3, y: null}}", "grid.yaml: factors.a.x: expected a YAML file, or options"),
+        ("base: {model: none.yaml}", "grid.yaml: base.model: none.yaml: no such file"),
+        (
+            "base: {model: {pool: cls}}",
+            "grid.yaml: base.model: expected the path of a YAML file, as model.NAME",
+        ),
+        ("base: {seed: 3}", "grid.yaml: base.seed: is decided by the grid"),
+        (TWO, "grid.yaml: seeds: expected a list of seeds, as [0, 1, 2], got None"),
+        (TWO + "seeds: [0, 0]", "grid.yaml: seeds: a seed is given twice"),
+        (TWO + "seeds: [true]", "grid.yaml: seeds: expected a list of seeds"),
+        (TWO + SEEDS + "compare: model", "grid.yaml: compare: there is no factor 'model'; known are pool"),
+        (TWO + SEEDS + "question: [a]", "grid.yaml: question: expected one line of text"),
+        ("a: 1\na: 2", "grid.yaml: a: given twice"),
+        # From here on the configuration of a cell is looked at.
+        (
+            BASE + "factors: {p: {a: {model.widnow: 3}, b: null}}\n" + SEEDS,
+            "grid.yaml: factors.p.a.model.widnow: unknown option; did you mean --model.window?",
+        ),
+        (
+            BASE + "factors: {p: {a: {model.mask: exact, model.neighbors: self}, b: null}}\n" + SEEDS,
+            "grid.yaml: factors.p.a.model.neighbors: ",
+        ),
+        (
+            "base: {schedule.epochs: 0}\n" + TWO + SEEDS,
+            "grid.yaml: base.schedule.epochs: ",
+        ),
+        (
+            "base: {data.source: folder, data.root: nowhere}\n" + TWO + SEEDS,
+            "grid.yaml: base.data.root: nowhere: no such folder",
+        ),
+        (
+            BASE + "factors: {p: {a: bad.yaml, b: null}}\n" + SEEDS,
+            "grid.yaml: cell a: bad.yaml: model.x: unknown key",
+        ),
+        (
+            BASE + "factors: {p: {a: null, b: {model.name: vil_tiny}}}\n" + SEEDS,
+            "grid.yaml: factors: the cells a and b have the same configuration",
+        ),
+    ],
+)
+def test_a_bad_grid(text, message, folder):
+    (folder / "bad.yaml").write_text("model: {x: 1}\n")
+    with pytest.raises(ConfigError) as error:
+        program.ablate([write_grid(text)])
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--report"], "command line: the following arguments are required: GRID"),
+        (["grid.yaml", "--jobs", "0"], "command line: --jobs must be at least 1, got 0"),
+        (["grid.yaml", "a/grid.yaml"], "command line: two grids are called grid"),
+        (["none.yaml"], "none.yaml: no such file"),
+        (["grid.yaml", "--seed", "3"], "command line: --seed: is decided by the grid"),
+        (["grid.yaml", "--seeds", "-1"], "grid.yaml: seeds: expected a list of seeds"),
+        (["grid.yaml", "--model.widnow", "3"], "command line: --model.widnow: unknown option"),
+        (["grid.yaml", "--markdown", "page.md"], "--markdown page.md: cannot be read: No such file"),
+    ],
+)
+def test_a_bad_line(words, message, folder):
+    write_grid(BASE + TWO + SEEDS)
+    with pytest.raises(ConfigError) as error:
+        program.ablate(words)
+    assert str(error.value).startswith(message)
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_grids_open_with_their_command_and_can_be_configured(path, monkeypatch):
+    """Of the cells the last one, which differs most from the base: each takes half a second."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("# ")]
+    assert any(f"python tools/ablate.py configs/ablations/{path.name}" in line for line in lines)
+    configure, check = grids.train.configure, grids._check_model
+    monkeypatch.setattr(grids.train, "configure", lambda words: SimpleNamespace(config=TrainConfig()))
+    monkeypatch.setattr(grids, "_check_model", lambda config: None)
+    monkeypatch.setattr(grids, "_check_differ", lambda cells: None)
+    grid = read_grid(str(path), Path("out"))
+    assert len(grid.cells) == math.prod(map(len, yaml.safe_load(path.read_text())["factors"].values()))
+    assert len(grid.seeds) == 3
+    assert len({cell.words for cell in grid.cells}) == len(grid.cells)
+    config = configure(grid.cells[-1].words).config
+    check(config)
+    check_limits(config)
+
+
+# --- What a run's folder says -------------------------------------------------------------------------------
+
+
+def make_grid(folder, cells=("avg", "cls"), seeds=(0, 1, 2), compare=None):
+    """A grid without files; the cells differ in the window."""
+    made = [
+        Cell({"pool": name}, ("--model.window", str(number)), TrainConfig(model=ModelConfig(window=number)))
+        for number, name in enumerate(cells, start=3)
+    ]
+    for cell in made:
+        cell.config.schedule = ScheduleConfig(epochs=4)
+    reference = {cell.name: made[0] for cell in made}
+    return Grid("hand", "Is it better?", tuple(made), reference, tuple(seeds), folder)
+
+
+def write_run(
+    run, top1, ema=None, best=None, config=None, times=((1, 9.0, 5.0), (3, 2.0, 40.0), (4, 1.0, 60.0))
+):
+    """The files of a finished run; times: (step, seconds per step, images per second)."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    stored = dataclasses.replace(config or run.config, precision="float32")
+    stored.model = dataclasses.replace(stored.model, num_classes=10)
+    run_folder.write_config(run.folder, stored)
+    steps = [
+        {"kind": "train", "step": step, "epoch": 1, "step_time": seconds, "images_per_second": rate}
+        for step, seconds, rate in times
+    ]
+    of_ema = {} if ema is None else {"ema_top1": ema}
+    evaluations = [
+        {"kind": "validation", "step": 4, "epoch": 3, "top1": 99.0},
+        {"kind": "spike", "step": 4, "epoch": 3, "loss": 1.0},
+        {"kind": "validation", "step": 8, "epoch": 4, "top1": top1, **of_ema},
+    ]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*steps, *evaluations]))
+    summary = {
+        "top1": best or top1, "images": 360, "params": 800_000, "flops": 8_000_000, "train_memory_mb": 0.5,
+        "eval_memory_mb": 0.25, "images_per_second": 1000.0, "device": "cpu",
+    }  # fmt: skip
+    (run.folder / "summary.json").write_text(json.dumps([summary]))
+
+
+def test_a_finished_run_is_read_from_its_files(folder):
+    (run,) = make_grid(folder, cells=("avg",), seeds=(0,)).runs()
+    assert runs.outcome_of(run) == runs.Outcome(run)
+    write_run(run, 90.0, ema=80.0, best=95.0)
+    found = runs.outcome_of(run).found
+    assert (found.top1, found.ema_top1, found.best_top1, found.images) == (90.0, 80.0, 95.0, 360)
+    assert (found.params, found.flops, found.train_memory_mb, found.eval_memory_mb) == (
+        800_000,
+        8_000_000,
+        0.5,
+        0.25,
+    )
+    assert found.images_per_second == 50.0  # the first logged step is left out
+    assert found.inference_images_per_second == 1000.0
+    assert found.minutes == pytest.approx((9.0 + 2 * 2.0 + 1.0) / 60)
+    assert runs.epochs_done(run) == 4
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "epoch": 3}\n')
+    assert runs.epochs_done(run) == 2
+    (run.folder / "summary.json").write_text("[")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        runs.outcome_of(run)
+
+
+def test_a_run_of_another_configuration_does_not_count(folder):
+    grid = make_grid(folder)
+    for run in grid.runs():
+        write_run(run, 90.0)
+    runs.check_unchanged(grid)
+    for run in grid.runs()[-2:]:
+        changed = dataclasses.replace(run.config, schedule=ScheduleConfig(epochs=7))
+        write_run(run, 10.0, config=changed)
+    with pytest.raises(ConfigError) as error:
+        runs.check_unchanged(grid)
+    where = grid.runs()[-2].folder
+    assert str(error.value) == (
+        f"{where}: was begun with schedule.epochs: 7 → 4, like 1 more; remove it, or name another --output"
+    )
+    rows = results.collect(grid)
+    assert [row.top1.n for row in rows] == [2, 2]
+    assert "- cls, seed 2 is left out: the grid has changed since (schedule.epochs: 7 → 4)" in results.table(
+        rows
+    )
+
+
+# --- Estimates ----------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_students():
+    assert estimate([]) is None
+    assert estimate([4.0]) == Estimate(1, 4.0, None, None)
+    assert estimate([4.0]).interval is None
+    three = estimate([1.0, 2.0, 3.0])
+    assert (three.n, three.mean, three.sd) == (3, 2.0, 1.0)
+    assert three.margin == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # t(0.975, 2)
+    assert three.interval == pytest.approx((2 - three.margin, 2 + three.margin))
+    assert estimate([0.0, 2.0]).margin == pytest.approx(12.706205, rel=1e-6)  # t(0.975, 1) · √2 / √2
+
+
+def test_an_interval_holds_the_mean_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(5.0, 2.0, size=(4000, 3))
+    held = [low <= 5.0 <= high for low, high in (estimate(list(row)).interval for row in draws)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.012)
+
+
+def test_differences_are_paired_by_seed():
+    found = paired({0: 91.0, 1: 82.0, 5: 0.0}, {1: 81.0, 0: 88.0, 7: 3.0})
+    assert (found.n, found.mean) == (2, 2.0)
+    assert found.sd == pytest.approx(math.sqrt(2))
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+# --- Results ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def filled(folder):
+    """avg: 90, 91, 92; cls: 88, 90, failed; max: never run."""
+    grid = make_grid(folder / "runs", cells=("avg", "cls", "max"))
+    values = {("avg", 0): 90.0, ("avg", 1): 91.0, ("avg", 2): 92.0, ("cls", 0): 88.0, ("cls", 1): 90.0}
+    for run in grid.runs():
+        if (run.cell.name, run.seed) in values:
+            write_run(run, values[run.cell.name, run.seed], best=95.0)
+        elif run.cell.name == "cls":
+            run.folder.mkdir(parents=True)
+            (run.folder / runs.FAILURE).write_text("step 3: the loss is nan\n")
+    return grid
+
+
+def test_the_table_has_means_intervals_and_paired_differences(filled):
+    shown = results.table(results.collect(filled))
+    head, _, *lines = (
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in shown.splitlines() if "|" in line
+    )
+    table = [dict(zip(head, line)) for line in lines]
+    avg, cls, never = table
+    assert avg == {
+        "cell": "avg", "seeds": "3", "Top-1 %, last epoch": "91.00 ± 1.00", "95 % interval": "88.52 to 93.48",
+        "paired difference": "base", "best epoch %": "95.00 ± 0.00", "params M": "0.80", "FLOPs M": "8.00",
+        "train MB": "0.50", "eval MB": "0.25", "images/s": "50", "minutes": "0.2",
+    }  # fmt: skip
+    assert cls["seeds"] == "2 of 3, 1 failed"
+    assert cls["Top-1 %, last epoch"] == "89.00 ± 1.41"
+    assert cls["paired difference"] == "-1.50 (-7.85 to +4.85)"
+    assert set(list(never.values())[2:]) == {"-"}
+    place = filled.folder / "pool=cls" / "seed=2"
+    assert shown.endswith(f"\n\n- cls, seed 2 failed: step 3: the loss is nan ({place})")
+
+
+def test_the_last_epoch_of_the_average_has_a_column_where_there_is_one(filled):
+    rows = results.collect(filled)
+    assert "EMA" not in results.table(rows)
+    write_run(filled.runs()[0], 90.0, ema=93.0)
+    assert "EMA %" in results.table(results.collect(filled))
+    assert results.collect(filled)[0].ema_top1 == Estimate(1, 93.0, None, None)
+
+
+def test_files_hold_what_the_table_shows(filled):
+    rows = results.collect(filled)
+    pages.write_results(filled, rows, "COMMAND")
+    folder = filled.folder
+    text = (folder / "results.md").read_text()
+    assert text.startswith("# hand\n\nIs it better?\n\n```sh\nCOMMAND\n```\n")
+    assert results.table(rows) in text
+    assert "360 validation images, of which one is 0.28 %" in text
+    assert "![results](results.png)" in text
+    avg, cls, never = csv.DictReader((folder / "results.csv").open())
+    assert (avg["cell"], avg["pool"], avg["n"], avg["failed"]) == ("avg", "avg", "3", "0")
+    assert (float(avg["top1"]), float(avg["top1_sd"]), avg["difference"]) == (91.0, 1.0, "")
+    assert (float(cls["difference"]), cls["pairs"], cls["compared_with"], cls["failed"]) == (
+        -1.5,
+        "2",
+        "avg",
+        "1",
+    )
+    assert (never["n"], never["top1"], never["params"]) == ("0", "", "")
+    content = json.loads((folder / "results.json").read_text())
+    assert (content["grid"], content["command"]) == ("hand", "COMMAND")
+    assert [cell["n"] for cell in content["cells"]] == [3, 2, 0]
+    assert [run.get("top1") for run in content["runs"]] == [90, 91, 92, 88, 90, None, None, None, None]
+    assert content["runs"][5]["failure"] == "step 3: the loss is nan"
+    assert not list(folder.glob("*.tmp"))
+    with Image.open(folder / "results.png") as image:
+        assert image.width > 800
+
+
+def test_the_figure_has_every_seed_and_interval(filled):
+    left, right = results.figure(filled, results.collect(filled)).axes
+    seeds = [line.get_xdata().tolist() for line in left.lines if line.get_marker() == "o"]
+    assert seeds == [[90.0, 91.0, 92.0], [88.0, 90.0], []]
+    (bars,) = (c.lines[2][0].get_segments() for c in left.containers[:1])
+    assert bars[0][:, 0] == pytest.approx(estimate([90.0, 91.0, 92.0]).interval)
+    differences = [line.get_xdata().tolist() for line in right.lines if line.get_marker() == "o"]
+    assert differences == [[-2.0, -1.0]]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["avg", "cls", "max"]
+
+
+def test_a_page_is_written_between_its_comments(filled):
+    page = Path("docs/page.md")
+    page.parent.mkdir()
+    page.write_text(
+        "above\n<!-- begin hand -->\nold\n<!-- end hand -->\nbelow <!-- begin other --><!-- end other -->\n"
+    )
+    rows = results.collect(filled)
+    for _ in range(2):
+        pages.insert(page, filled, rows, "COMMAND")
+    text = page.read_text()
+    assert text.startswith("above\n<!-- begin hand -->\n\nIs it better?")
+    assert text.endswith(
+        "![Is it better?](figures/ablation_hand.png)\n\n<!-- end hand -->\n"
+        "below <!-- begin other --><!-- end other -->\n"
+    )
+    assert "old" not in text
+    assert text.count("COMMAND") == 1
+    assert (page.parent / "figures" / "ablation_hand.png").read_bytes().startswith(b"\x89PNG")
+    page.write_text("<!-- end hand --> <!-- begin hand -->")
+    with pytest.raises(ConfigError, match=r"--markdown docs/page\.md: has no line <!-- begin hand -->"):
+        pages.check_page(page, ["hand"])
+
+
+def test_the_command_that_is_shown_names_no_folder_of_images():
+    words = [
+        "a.yaml",
+        "--data.root",
+        "/home/me/x",
+        "--report",
+        "--seeds",
+        "0",
+        "--data.root=/y",
+        "--x",
+        "a b",
+    ]
+    assert pages.command_of(words) == (
+        "python tools/ablate.py a.yaml --data.root DIR --seeds 0 --data.root=DIR --x 'a b'"
+    )
+
+
+# --- Processes ----------------------------------------------------------------------------------------------
+
+FAKE = """
+import json, os, pathlib, sys, time
+words = sys.argv[1:]
+folder = pathlib.Path(words[words.index("--output") + 1])
+with open("calls.txt", "a") as calls:
+    print(folder.parent.name, folder.name, os.environ["OMP_NUM_THREADS"],
+          os.environ.get("CUDA_VISIBLE_DEVICES"), file=calls)
+print("hello from", folder)
+if pathlib.Path("behave.py").exists():
+    exec(pathlib.Path("behave.py").read_text())
+(folder / "summary.json").write_text("done")
+"""
+"""Stands in for train.py, without its seconds of imports. behave.py says what else it does."""
+
+
+@pytest.fixture
+def fake(folder, monkeypatch):
+    """A program in the place of train.py, and folders that count as finished when it says so."""
+    (folder / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(processes, "PROGRAM", [sys.executable, "-S", str(folder / "fake.py")])
+    monkeypatch.setattr(processes, "POLL", 0.01)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    found = SimpleNamespace(top1=50.0)
+
+    def outcome_of(run):
+        if (run.folder / "summary.json").exists():
+            return runs.Outcome(run, found=found)
+        failure = run.folder / runs.FAILURE
+        return runs.Outcome(run, failure=failure.read_text().strip() if failure.exists() else None)
+
+    monkeypatch.setattr(processes, "outcome_of", outcome_of)
+
+    def execute(grid, jobs=1, gpus=()):
+        missing = [run for run in grid.runs() if outcome_of(run).found is None]
+        progress = Progress(missing, jobs)
+        try:
+            processes.execute(missing, jobs, gpus, progress)
+        finally:
+            progress.close()
+        return [line.split() for line in Path("calls.txt").read_text().splitlines()]
+
+    return execute
+
+
+def test_runs_share_cores_and_gpus_and_have_their_logs(fake, folder, capsys):
+    grid = make_grid(folder / "runs", seeds=(0, 1))
+    (folder / "behave.py").write_text("time.sleep(0.3)")
+    calls = fake(grid, jobs=2, gpus=["4", "7"])
+    assert sorted(call[:2] for call in calls) == [
+        [f"pool={p}", f"seed={s}"] for p in ("avg", "cls") for s in "01"
+    ]
+    assert [call[2] for call in calls] == ["4"] * 4
+    assert sorted(call[3] for call in calls) == ["4", "4", "7", "7"]
+    assert calls[0][3] != calls[1][3]
+    for run in grid.runs():
+        assert (run.folder / "log.txt").read_text() == f"hello from {run.folder}\n"
+    shown = capsys.readouterr().out
+    assert shown.count("started") == 4
+    assert "[4/4]" in shown
+    assert "Top-1 50.00 %" in shown
+    assert fake(grid, jobs=2) == calls  # nothing is called again
+
+
+def test_a_failed_run_has_its_reason_and_the_others_go_on(fake, folder, capsys):
+    grid = make_grid(folder / "runs", cells=("avg", "cls", "max", "sum"), seeds=(0,))
+    (folder / "behave.py").write_text(
+        "if 'cls' in str(folder): sys.exit('warning\\nerror: the loss is nan\\nlate warning')\n"
+        "if 'max' in str(folder): os.kill(os.getpid(), 9)\n"
+        "if 'sum' in str(folder): os._exit(0)\n"
+    )
+    calls = fake(grid)
+    assert [call[0] for call in calls] == ["pool=avg", "pool=cls", "pool=max", "pool=sum"]
+    reasons = [processes.outcome_of(run).failure for run in grid.runs()]
+    assert reasons == [None, "the loss is nan", "ended by SIGKILL", "exit status 0, nothing said"]
+    assert "[2/4] cls, seed 0: failed: the loss is nan" in capsys.readouterr().out
+    (folder / "behave.py").unlink()
+    assert len(fake(grid)) == 4 + 3  # only what failed is called again
+    assert [processes.outcome_of(run).failure for run in grid.runs()] == [None] * 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_and_ends_the_runs(fake, folder, number):
+    grid = make_grid(folder / "runs", seeds=(0,))
+    (folder / "behave.py").write_text(
+        "import signal\n"
+        "def end(number, frame):\n"
+        "    (folder / 'signal.txt').write_text(str(int(number))); sys.exit(1)\n"
+        "for number in (2, 15): signal.signal(number, end)\n"
+        "(folder / 'ready').touch(); time.sleep(60)\n"
+    )
+
+    def send():
+        while not all((run.folder / "ready").exists() for run in grid.runs()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(processes.Stopped) as stopped:
+        fake(grid, jobs=2)
+    assert stopped.value.number == number
+    for run in grid.runs():
+        assert (run.folder / "signal.txt").read_text() == str(int(number))
+        assert not (run.folder / runs.FAILURE).exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_that_does_not_end_is_killed(fake, folder, monkeypatch):
+    monkeypatch.setattr(processes, "GRACE", 0.2)
+    grid = make_grid(folder / "runs", cells=("avg",), seeds=(0,))
+    (folder / "behave.py").write_text(
+        "import signal\nsignal.signal(15, signal.SIG_IGN)\n"
+        "(folder / 'ready').write_text(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    ready = grid.runs()[0].folder / "ready"
+
+    def send():
+        while not (ready.exists() and ready.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(processes.Stopped):
+        fake(grid)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(ready.read_text()), 0)
+
+
+def test_a_run_that_another_process_is_at_work_on_is_waited_for(fake, folder, capsys):
+    """As after a call that was killed itself: its train.py still works, and holds the lock."""
+    grid = make_grid(folder / "runs", seeds=(0,))
+    first = grid.runs()[0].folder
+    first.mkdir(parents=True)
+    lock = (first / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def finish():
+        while not (grid.runs()[1].folder / "summary.json").exists():
+            time.sleep(0.01)
+        (first / "summary.json").write_text("by the other")
+        lock.close()
+
+    threading.Thread(target=finish, daemon=True).start()
+    assert [call[0] for call in fake(grid)] == ["pool=cls"]
+    shown = capsys.readouterr().out
+    assert shown.count("avg, seed 0: another process is at work on it") == 1
+    assert "[2/2] avg, seed 0: Top-1 50.00 %" in shown
+
+
+def test_gpus_are_those_that_the_environment_names(monkeypatch):
+    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert processes.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,5")
+    assert processes.visible_gpus() == ["GPU-a", "5"]
+    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 0)
+    assert processes.visible_gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("jobs", "device", "expected"), [(None, "auto", 2), (3, "auto", 3), (None, "cpu", 1)]
+)
+def test_by_default_each_gpu_has_a_run(jobs, device, expected, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(program, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(
+        program, "execute", lambda missing, jobs, gpus, progress: asked.append((jobs, len(gpus)))
+    )
+    grid = make_grid(folder)
+    for cell in grid.cells:
+        cell.config.device = device
+    program.run_all(grid.runs(), jobs)
+    assert asked == [(expected, 0 if device == "cpu" else 2)]
+
+
+def test_clock():
+    assert [clock(x) for x in (5.4, 75, 3600, 7384)] == ["5 s", "1 min 15 s", "1 h 0 min", "2 h 3 min"]
+
+
+# --- The whole ----------------------------------------------------------------------------------------------
+
+
+def test_a_grid_that_is_stopped_goes_on_and_a_failing_cell_is_shown(folder, monkeypatch, capsys):
+    """With the real train.py: stopped in its second cell, called again; the third cannot be trained."""
+    (folder / "empty").mkdir()
+    write_grid(
+        "base: {model: configs/models/vil_32.yaml, model.blocks: [1, 1, 1], schedule.epochs: 1,\n"
+        "  device: cpu, schedule.max_steps: 2, schedule.batch_size: 8, data.workers: 0, tensorboard: false}\n"
+        "factors:\n  what:\n    avg: null\n    cls: configs/ablations/pool_cls.yaml\n"
+        "    none: {data.source: folder, data.root: empty}\n"
+        "seeds: [0]\n"
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    results_of = folder / "runs" / "ablations" / "grid"
+    first, second = (results_of / f"what={level}" / "seed=0" for level in ("avg", "cls"))
+
+    def stop():
+        while not (second / "config.yaml").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit) as stopped:
+        program.ablate(["grid.yaml"])
+    assert stopped.value.code == 143
+    assert "stopped; the same command goes on from here" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    assert not (second / "summary.json").exists()
+
+    with pytest.raises(SystemExit) as ended:
+        program.ablate(["grid.yaml", "--jobs", "2"])
+    assert ended.value.code == 1
+    shown = capsys.readouterr().out
+    assert "3 runs, 1 of them finished; 2 at once" in shown
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == before
+    assert "- none, seed 0 failed: " in shown
+    avg, cls, none = json.loads((results_of / "results.json").read_text())["cells"]
+    assert [(cell["n"], cell["failed"]) for cell in (avg, cls, none)] == [(1, 0), (1, 0), (0, 1)]
+    values = [
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["top1"] for run in (first, second)
+    ]
+    assert [avg["top1"], cls["top1"]] == values
+    assert cls["difference"] == pytest.approx(values[1] - values[0])
+
+    with pytest.raises(SystemExit) as ended:
+        program.ablate(["grid.yaml", "--report", "--schedule.epochs", "2"])
+    assert ended.value.code == 1
+    assert (
+        "avg, seed 0 is left out: the grid has changed since (schedule.epochs: 1 → 2)"
+        in capsys.readouterr().out
+    )
