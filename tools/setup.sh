@@ -4,7 +4,8 @@
 #     tools/setup.sh [VENV]
 #
 # System libraries are installed where this user may do so without a password. Without them FFCV is left
-# out, one line says what to type, and everything else is installed. Called by the Makefile.
+# out, one line says what to type, and everything else is installed; without Chromium the test that opens
+# reports in it is skipped. Called by the Makefile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -49,8 +50,11 @@ install_packages() { # by apt-get, as root or through sudo without a password; f
         as_root=(sudo -n)
     fi
     note "installing $*"
-    "${as_root[@]}" apt-get update -qq >&2 && "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-        apt-get install -y -qq --no-install-recommends "$@" >&2
+    if [ -z "${updated:-}" ]; then
+        "${as_root[@]}" apt-get update -qq >&2 || return 1
+        updated=yes
+    fi
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2
 }
 
 build_ffcv() { # a wheel of FFCV, built apart from everything else, which must not fail because this does
@@ -64,12 +68,21 @@ build_ffcv() { # a wheel of FFCV, built apart from everything else, which must n
     fi
 }
 
+missing_browser() { # in which a test opens the pages of tools/report.py
+    command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
+}
+
 python=$(find_python) || fail "Python 3.10 or newer is missing: sudo apt-get install -y python3 python3-venv"
 missing=$(missing_packages | xargs)
 remedy="sudo apt-get install -y $missing"
 if [ -n "$missing" ]; then
     # shellcheck disable=SC2086  # one word per package
     install_packages $missing && missing=$(missing_packages | xargs) || true
+fi
+
+browser=$(missing_browser) # by itself: where there is no such package, the others are installed nevertheless
+if [ -n "$browser" ] && ! install_packages "$browser"; then
+    note "the test of report pages will be skipped; to have it: sudo apt-get install -y $browser"
 fi
 
 if [ -e "$unfinished" ]; then

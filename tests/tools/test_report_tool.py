@@ -1,0 +1,359 @@
+"""tools/report.py: the page, opened in a browser that can reach nothing, and what it reads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+
+import train
+from tools import report
+from tools.reporting import figures, page
+from tools.reporting.mistakes import Evaluated
+from tools.reporting.runs import differences, open_runs
+from vil.command_line import main
+from vil.config import ConfigError, TrainConfig
+from vil.evaluation.predictions import Mistake, Predictions
+from vil.training.logging import plain
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+EVIL = "<img src=x onerror=window.hacked=1>"
+ENDS = "</script><script>window.hacked=1</script>"
+STEPS = 30
+
+
+def write_run(folder, records=True, finished=False, **changes):
+    """A run folder by hand: half of its epochs done, a damaged line, a spike, a record of an unknown kind."""
+    folder.mkdir(parents=True)
+    config = plain(TrainConfig())
+    config["model"] |= {"name": "vil_tiny", "image_size": 64, "num_classes": 10}
+    for section, values in changes.items():
+        config[section] |= values
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    if records:
+        (folder / "metrics.jsonl").write_text("".join(lines()))
+    if finished:
+        result = {"top1": 71.0, "params": 6e6, "flops": 1.3e9, "train_memory_mb": 40.0, "memory": EVIL}
+        (folder / "summary.json").write_text(json.dumps([result]))
+    return folder
+
+
+def lines():
+    for step in range(1, STEPS + 1):
+        times = {"step_time": 0.5, "data_wait": 0.1, "images_per_second": 100 + step, "time": 1e9 + 60 * step}
+        loss = None if step == 7 else 2 / step  # what was not finite
+        yield write(
+            kind="train", step=step, loss=loss, lr=1e-3, grad_norm=1.0, skipped_steps=step // 8, **times
+        )
+        if step % 10 == 0:
+            accuracy = {"top1": 50 + step, "ema_top1": 45 + step, "loss": 1.0, "ema_loss": 1.1}
+            yield write(kind="validation", step=step, **accuracy, time=1e9 + 60 * step + 1)
+    yield write(kind="spike", step=12, loss=9.0, samples=[EVIL, 2, 3])
+    yield write(kind=EVIL, step=12)
+    yield '{"kind": "train", "step": "damaged\n'
+    yield '{"kind": "train", "step": 31, "being writ'
+
+
+def write(**record):
+    return json.dumps({"epoch": -(-record["step"] // 10), **record}) + "\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Three steps on the digits."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    words = ["--schedule.epochs", "1", "--schedule.batch_size", "479", "--schedule.warmup_epochs", "0",
+             "--data.workers", "0", "--log_every", "1", "--tensorboard", "false", "--progress", "false",
+             "--device", "cpu"]  # fmt: skip
+    train.train(["--output", str(folder), *words])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+class Visit:
+    """A page in the browser, with everything that it asked for and complained of."""
+
+    def __init__(self, browser, path, width=1280, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.page, self.requests, self.complaints = context.new_page(), [], []
+        context.route(re.compile("^(?!file:|data:|blob:)"), lambda route: route.abort())
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(path.as_uri())
+
+    def ready(self):
+        self.page.wait_for_selector("html[data-ready]", state="attached")
+        return self
+
+    def drawn(self):
+        """Charts that can be seen → lines, points and heat maps in the SVG."""
+        signs = ".js-line[d*=L], .js-line[d*=H], .scatterlayer .point, .heatmaplayer image"
+        script = f"""() => Object.fromEntries([...document.querySelectorAll(".chart")]
+            .filter(e => e.offsetParent).map(e => [e.id, e.querySelectorAll("{signs}").length]))"""
+        return self.page.evaluate(script)
+
+    def ask(self, script):
+        return self.page.evaluate(script)
+
+    def turn(self, scheme):
+        """Another colour scheme; returns when the charts have followed."""
+        before = self.looks()[-1]
+        self.page.emulate_media(color_scheme=scheme)
+        for _ in range(200):  # not wait_for_function, which the page's policy refuses
+            if self.looks()[-1] != before:
+                return
+            self.page.wait_for_timeout(50)
+        pytest.fail(f"the charts keep their colours when the screen turns {scheme}")
+
+    def reached(self):
+        return [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))]
+
+    def overflow(self):
+        return self.ask("document.documentElement.scrollWidth - window.innerWidth")
+
+    def looks(self):
+        """The page's and a chart's colours."""
+        return self.ask("""() => [getComputedStyle(document.body).backgroundColor,
+            getComputedStyle(document.body).color,
+            document.querySelector("#loss .xtick text").style.fill,
+            document.querySelector("#loss .js-line").style.stroke]""")
+
+
+@pytest.fixture(scope="module")
+def reported(trained, tmp_path_factory):
+    """The page of two runs: a trained one, and one in progress whose images are not there."""
+    folder = tmp_path_factory.mktemp("pages")
+    data = {"source": "folder", "root": ENDS, "workers": 0}
+    other = write_run(folder / "other", data=data, schedule={"epochs": 6, "optimizer": EVIL})
+    output = folder / "report.html"
+    report.report([str(trained), str(other), "--output", str(output), "--mistakes", "6", "--device", "cpu"])
+    return output
+
+
+def test_every_chart_of_the_page_is_drawn_and_reaches_nothing(browser, reported):
+    visit = Visit(browser, reported).ready()
+    curves = {"loss", "top1", "lr", "grad-norm", "images-per-second", "data-wait", "skipped-steps"}
+    assert set(visit.drawn()) == {*curves, "flops", "memory", "classes-0", "confusion-0"}
+    assert all(visit.drawn().values()), visit.drawn()
+    traces = "document.getElementById('loss').data"
+    names = visit.ask(f"{traces}.map(t => t.name)")
+    assert names == ["digits"] * 3 + ["other"] * 4  # training, validation, average, and the spike
+    assert visit.ask(f"{traces}.at(-4).x.length") == STEPS - 1  # one loss was not finite
+    assert visit.ask(f"{traces}.at(-1).x") == [12]
+    for axis, values in (
+        ("images", [step * 1024 for step in (10, 20, 30)]),
+        ("hours", [9 / 60, 19 / 60, 29 / 60]),
+    ):
+        visit.page.check(f"input[value={axis}]", force=True)
+        assert visit.ask("document.getElementById('top1').data.at(-3).x") == pytest.approx(values, rel=0.01)
+        assert all(visit.drawn().values()), axis
+    visit.page.uncheck("input[value='1'][type=checkbox]", force=True)
+    assert visit.ask(f"{traces}.map(t => t.visible)") == [True] * 3 + [False] * 4
+    assert not visit.page.is_visible("tr[data-of='1']")
+    assert visit.page.is_visible("tr[data-of='0']")
+    visit.page.check("input[value='1'][type=checkbox]", force=True)
+    assert visit.page.is_visible("tr[data-of='1']")
+    visit.page.click("#configuration-tab-1")
+    assert ENDS in visit.page.inner_text("#configuration-panel-1")
+    assert not visit.page.is_visible("#configuration-panel-0")
+    visit.page.keyboard.press("ArrowLeft")
+    assert "source: digits" in visit.page.inner_text("#configuration-panel-0")
+    shown = "[...document.querySelectorAll('.mistakes img')].map(i => i.complete && i.naturalWidth)"
+    assert visit.ask(shown) == [32] * 6
+    assert visit.ask("window.hacked") is None
+    light = visit.looks()
+    visit.turn("dark")
+    dark = visit.looks()
+    assert all(one != other for one, other in zip(light, dark))
+    assert visit.overflow() == 0
+    assert visit.reached() == []
+    assert visit.complaints == []
+
+
+def test_the_page_on_a_phone_in_the_dark(browser, reported):
+    visit = Visit(browser, reported, 390, "dark").ready()
+    assert all(visit.drawn().values())
+    assert visit.overflow() == 0
+    widths = visit.ask(
+        "[...document.querySelectorAll('.main-svg')].map(e => e.getBoundingClientRect().right)"
+    )
+    assert max(widths) <= 390
+    for run in (0, 1):
+        visit.page.click(f"#configuration-tab-{run}")
+        assert visit.overflow() == 0
+    ground, text, tick, _ = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in visit.looks())
+    assert ground < 150 < 380 < min(text, tick)
+    visit.turn("light")
+    assert (visit.overflow(), visit.reached(), visit.complaints) == (0, [], [])
+
+
+def test_names_of_others_are_text(browser, tmp_path):
+    """Of runs, classes, options and records; and a script that got in all the same would not run."""
+    runs = open_runs([str(write_run(tmp_path / name, finished=True)) for name in (EVIL, f"{EVIL} $x$ &lt;")])
+    runs[0].warnings.append(EVIL)
+    classes = (EVIL, ENDS.replace("/", ""), "<b>bold</b>")
+    confusion = torch.tensor([[3, 2, 0], [0, 4, 1], [0, 0, 0]])
+    mistakes = [Mistake(torch.zeros(1, 2, 2), 4, 0, 1, 0.9, 0.1)]
+    found = Evaluated(Predictions(torch.tensor([5, 5, 0]), confusion, mistakes, 0), classes, EVIL, ["data:,"])
+    text = page.render(runs, [found, f"reason {EVIL}"], f"title {ENDS}")
+    assert EVIL not in text
+    assert ENDS not in text
+    (tmp_path / "x.html").write_text(text.replace("</main>", f"<u></u>{ENDS}</main>"))
+    visit = Visit(browser, tmp_path / "x.html").ready()
+    assert all(visit.drawn().values())
+    assert visit.page.text_content("h1") == f"title {ENDS}"
+    assert visit.page.text_content(".chip") == EVIL
+    ticks = "#confusion-0 .ytick text, #confusion-0 .xtick text, #classes-0 .ytick text"
+    labels = visit.page.locator(ticks).all_text_contents()
+    assert "<b>bold</b>" in labels
+    assert any(label.startswith("<img src=x") for label in labels)
+    assert visit.ask("document.querySelectorAll('u, img[src=x], .chart b').length") == 1  # ours
+    assert visit.ask("window.hacked") is None
+    assert visit.reached() == []
+    refused = [text for text in visit.complaints if "Content Security Policy" in text]
+    assert len(refused) == len([text for text in visit.complaints if "data:," not in text]) == 1
+
+
+def test_a_page_that_reaches_out_would_be_seen(browser, tmp_path):
+    (tmp_path / "x.html").write_text("<img src='http://127.0.0.1:9/x.png'>")
+    visit = Visit(browser, tmp_path / "x.html")
+    assert visit.reached() == ["http://127.0.0.1:9/x.png"]
+    assert visit.complaints
+
+
+def test_what_stands_on_the_page(reported, trained, tmp_path, capsys):
+    text = reported.read_text()
+    assert "metrics.jsonl: line 36 is skipped: not a record of train.py" in text
+    assert "line 37" not in text  # which is being written
+    assert re.search(r"other is not evaluated: [^<]*other: the folder holds no ", text)
+    assert "3 of 6, not finished" in text
+    assert "<strong>80.00</strong> <small>raw, epoch 3</small>" in text
+    (summary,) = json.loads((trained / "summary.json").read_text())
+    assert f"360 images, Top-1 {summary['top1']:.2f} %, best checkpoint" in text
+    table = text[text.index('<table class="keys">') :]
+    assert '<th scope="row">schedule.optimizer</th>' in table
+    assert '<th scope="row">model.position</th>' not in table
+    output = tmp_path / "new" / "page.html"
+    empty = write_run(tmp_path / "empty", records=False)
+    report.report([str(empty), str(empty), "--no-predictions", "--output", str(output), "--title", "T & T"])
+    out = capsys.readouterr().out
+    assert re.fullmatch(rf"{re.escape(str(output))}: 1 run, \d\.\d MB\n", out)
+    text = output.read_text()
+    assert "<title>T &amp; T</title>" in text
+    assert "0 of 300, not finished" in text
+    assert "Not logged by these runs: Loss, Top-1, %, Learning rate" in text
+    assert "--no-predictions" in text
+    assert [path.name for path in output.parent.iterdir()] == ["page.html"]
+
+
+def test_images_that_are_not_there_are_one_line(trained, tmp_path, capsys):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints")
+    report.report([str(copy), "--output", str(tmp_path / "x.html")])
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("copy is not evaluated: ")
+    assert last.startswith(str(tmp_path / "x.html"))
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["{}/none"], "error: {}/none: no such folder"),
+        (["{}"], "error: {}: the folder holds no run of train.py: config.yaml is missing"),
+        ([], "error: command line: the following arguments are required: RUN"),
+        (["{}", "--mistakes", "-1"], "error: command line: argument --mistakes: expected a whole number"),
+        (["{}", "--output", "{}"], "error: --output: {} cannot be written: Is a directory"),
+    ],
+)
+def test_a_line_that_cannot_be_used(words, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", *(word.format(tmp_path) for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        main(report.report)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.startswith(line.format(tmp_path))
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_are_called_by_what_tells_them_apart(tmp_path):
+    paths = [write_run(tmp_path / name, records=False) for name in ("a/seed0", "b/seed0", "b/seed1")]
+    assert [run.name for run in open_runs(list(map(str, paths)))] == ["a/seed0", "b/seed0", "b/seed1"]
+    assert [run.name for run in open_runs([str(paths[0]), str(paths[2])])] == ["seed0", "seed1"]
+    (paths[0] / "config.yaml").write_text("- a list")
+    with pytest.raises(ConfigError, match=r"a/seed0/config\.yaml: expected a mapping"):
+        open_runs([str(paths[0])])
+    (paths[1] / "summary.json").write_text("[]")
+    (run,) = open_runs([str(paths[1])])
+    assert run.warnings == [f"{paths[1]}/summary.json is passed over: not a result of eval.py"]
+
+
+def test_differences_of_configurations(tmp_path):
+    stage = {"dim": 48, "heads": 2, "window": 2}
+    first = write_run(tmp_path / "first", model={"stages": [stage]}, schedule={"lr": 0.1})
+    second = write_run(tmp_path / "second", model={"stages": [stage | {"window": 3}, stage]})
+    old = yaml.safe_load((first / "config.yaml").read_text())
+    del old["schedule"]["clip_mode"]  # an option younger than the run, which had what is now its default
+    old["output"] = "elsewhere"
+    (first / "config.yaml").write_text(yaml.safe_dump(old))
+    assert differences(open_runs([str(first), str(second)])) == {
+        "model.stages[0].window": [2, 3],
+        "model.stages[1].dim": [None, 48],
+        "model.stages[1].heads": [None, 2],
+        "model.stages[1].window": [None, 2],
+        "schedule.lr": [0.1, 0.001],
+    }
+
+
+def test_long_curves_are_drawn_by_means():
+    points = [(step, float(step % 2)) for step in range(1, 4001)]
+    steps, values = figures.thin(points, 1000)
+    assert (len(steps), set(values), steps[0], steps[-1]) == (1000, {0.5}, 2.5, 3998.5)
+    assert figures.thin(points[:3]) == ([1, 2, 3], [1, 0, 1])
+    assert figures.thin([]) == ([], [])
+
+
+def test_the_papers_points():
+    points = figures.paper_points()
+    assert {point.group for point in points} == set(figures.PAPER_GROUPS)
+    (point,) = [point for point in points if point.name == "S-ViL-1,2,8,1"]
+    assert (point.group, point.top1, point.gflops, point.memory_mb) == ("vil", 82.0, 4.86, 116.8)
+    assert len([point for point in points if point.memory_mb]) == 20  # two without accuracy, two with two
+
+
+def test_of_many_classes_the_worst_are_shown():
+    classes = 1000
+    confusion = torch.diag(torch.full((classes,), 50))
+    confusion[7, 8], confusion[500, 3] = 20, 30
+    found = Evaluated(
+        Predictions(confusion.sum(dim=1), confusion, [], 0), tuple(f"c{n}" for n in range(classes)), "raw", []
+    )
+    matrix = figures.confusion("x", found).figure
+    labels = matrix.layout.yaxis.ticktext
+    assert len(labels) == figures.MOST_CONFUSED
+    assert {"c3", "c7", "c8", "c500"} <= set(labels)
+    row, column = labels.index("c500"), labels.index("c3")
+    assert matrix.data[0].z[row][column] == 37.5
+    assert figures.confused_pairs(found) == [("c500", "c3", 30, 37.5), ("c7", "c8", 20, 100 * 20 / 70)]
+    bars = figures.class_accuracy("y", [_Named()], {0: found}).figure
+    assert len(bars.data[0].x) == figures.MOST_CLASSES
+    assert {"c7", "c500"} <= set(bars.layout.yaxis.ticktext)
+
+
+class _Named:
+    name = "run"
