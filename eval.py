@@ -41,10 +41,10 @@ from vil.evaluation.corruptions import corrupted_sets, with_summaries
 from vil.models.released import read_config, read_weights
 from vil.models.weights import load_file
 from vil.models.zoo import check_device, model_from_config
+from vil.randomness import seed_generators
 from vil.training import distributed
 from vil.training.distributed import Process, from_main
-from vil.training.precision import check_precision
-from vil.training.trainer import seed_generators
+from vil.training.precision import check_precision, set_deterministic
 from vil.weight_files import NO_MODEL, WeightsFile, transform_of
 
 _logger = logging.getLogger("vil.eval")  # a child of vil, whose records are shown
@@ -95,6 +95,7 @@ def evaluate(words: Sequence[str]) -> None:
                 from_main(lambda: report.check_writable(output))
             paths: Sequence[str | None] = config.checkpoint or [None]
             precision = check_precision(config.precision, process.device)
+            set_deterministic(config.deterministic)
             subjects = [prepare(path, [*words, *printing], command, process) for path in paths]
             with command_line.reading_images():
                 results = [

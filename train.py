@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from data import Loaders, Mixing, build_loaders
-from vil import command_line
+from vil import checkpoint_files, command_line
 from vil.command_line import CommandLine
 from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig, in_section, of_option
 from vil.evaluation.accuracy import evaluate
@@ -34,11 +34,13 @@ from vil.evaluation.report import evaluate_model, write_json
 from vil.models.released import read_config, read_weights
 from vil.models.weights import load_file, load_weights
 from vil.models.zoo import check_device, model_from_config
+from vil.randomness import seed_generators
 from vil.training import checkpoint, distributed, run_folder
 from vil.training.distributed import Process, from_main
 from vil.training.limits import check_limits
-from vil.training.precision import check_precision
-from vil.training.trainer import Summary, TrainingError, fit, seed_generators
+from vil.training.precision import check_precision, set_deterministic
+from vil.training.signals import InterruptedRun
+from vil.training.trainer import Summary, TrainingError, fit
 from vil.weight_files import NO_MODEL, WeightsFile, choose_weights
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -126,26 +128,37 @@ def train(words: Sequence[str]) -> None:
     command = configure(words)
     try:
         check_limits(command.config)
-        with distributed.start(command.config.device) as process:
+        with distributed.start(command.config.device, collective_timeout(command.config)) as process:
             # Machines without a common disk may hold other runs, or none: rank 0's is the one that goes on.
             config = from_main(lambda: command.config)
-            folder = Path(config.output or "")
             config.precision = check_precision(config.precision, process.device)
-            state = from_main(lambda: run_folder.open_run(folder, config))
-            if state is not None:
-                top1 = from_main(lambda: run_folder.finished_top1(folder, state, config))
-                if top1 is not None:
-                    return say(
-                        process,
-                        f"{folder} is finished: Top-1 {top1:.2f} %; name another --output to train again",
-                    )
-                announce(process, state, config)
-            loaders, model, mix = build(config, process, new=state is None)
-            with command_line.reading_images():
-                summary = fit(model, loaders, config, process, evaluate=evaluate, mix=mix, state=state)
-                report(model, loaders, summary, config, process)
+            set_deterministic(config.deterministic)
+            with run_folder.occupied(Path(config.output or "")):
+                run(config, process)
     except ConfigError as error:
         raise command.locate(error) from error
+
+
+def run(config: TrainConfig, process: Process) -> None:
+    """What is left to do of the run in the folder `config.output`, which nobody else is working in."""
+    folder = Path(config.output or "")
+    state = from_main(lambda: run_folder.open_run(folder, config))
+    if state is not None:
+        top1 = from_main(lambda: run_folder.finished_top1(folder, state, config))
+        if top1 is not None:
+            line = f"{folder} is finished: Top-1 {top1:.2f} %; name another --output to train again"
+            say(process, line)
+            return
+        announce(process, state, config)
+    loaders, model, mix = build(config, process, new=state is None)
+    with command_line.reading_images():
+        summary = fit(model, loaders, config, process, evaluate=evaluate, mix=mix, state=state)
+        report(model, loaders, summary, config, process)
+
+
+def collective_timeout(config: TrainConfig) -> float:
+    """Seconds that ranks wait for one another: long enough for each to have said where it hangs."""
+    return max(1800.0, 3 * config.hang_timeout)
 
 
 def build(config: TrainConfig, process: Process, new: bool) -> tuple[Loaders, torch.nn.Module, Mixing]:
@@ -210,7 +223,7 @@ def report(
 ) -> None:
     """Evaluates the best weights as eval.py does, in float32, and writes summary.json."""
     folder = Path(config.output or "")
-    path = folder / checkpoint.BEST
+    path = folder / checkpoint_files.BEST
     state = from_main(lambda: checkpoint.load(path))
     weights, kind = choose_weights(state, "auto")
     load_weights(model, weights, str(path))
@@ -249,13 +262,19 @@ def say(process: Process, line: str) -> None:
 
 
 def main(words: Sequence[str]) -> None:
-    """`train`; exit status 1 and one line where the training itself cannot go on."""
+    """`train`; exit status 1 and one line where the training itself cannot go on, 128 + the number of the
+    signal that ended it."""
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         train(words)
     except TrainingError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except InterruptedRun as ended:
+        if speaks:
+            print(ended, file=sys.stderr)
+        raise SystemExit(128 + ended.signum) from None
 
 
 if __name__ == "__main__":

@@ -29,13 +29,14 @@ from data.batch_augment import Plan, Planner, finished, on_batch, on_image, plan
 from data.beton import Beton
 from data.loaders import Replaced, TrainingViews, Unreadable
 from data.prefetch import Batch
-from data.randomness import seed_sequence, seeded
+from data.randomness import seeded
 from data.samplers import Key, MicroBatches
 from data.sources import Source
 from data.sources.beton import BetonImages
 from data.subsets import origin
 from data.transforms import RandomResizedCrop
 from vil.config import ConfigError
+from vil.randomness import seed_sequence
 
 INSTALL = "sudo apt-get install -y libopencv-dev libturbojpeg0-dev pkg-config g++ && pip install ffcv"
 AHEAD = 3
@@ -245,6 +246,10 @@ class FFCVTrainLoader:
             self._begin(next(keys, None), pending)
         made = self._made(keys, pending)
         return self._ahead(made) if self._on_gpu else made
+
+    def samples(self, epoch: int, step: int) -> list[str]:
+        """The images of one step's global batch, as they are called where one cannot be read."""
+        return [self._views.source.describe(index) for index in self._micro_batches.images(epoch, step)]
 
     def _begin(self, keys: Sequence[Key] | None, pending: deque[_Pending]) -> None:
         """Draws what happens to the images of a micro-batch, and sets threads to work on them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -127,6 +128,7 @@ class TrainLoader:
     ) -> None:
         self.steps_per_epoch = micro_batches.steps_per_epoch
         self.num_images = micro_batches.num_images
+        self._views = dataset
         self._micro_batches = micro_batches
         self._loader = _loader(dataset, workers, device, batch_sampler=micro_batches)
         self._device = device
@@ -148,6 +150,10 @@ class TrainLoader:
         self._micro_batches.choose(epoch, start)
         batches = self._readable(iter(self._loader))
         return to_device(batches, self._device, self._channels_last, self._finish)
+
+    def samples(self, epoch: int, step: int) -> list[str]:
+        """The images of one step's global batch, as they are called where one cannot be read."""
+        return [self._views.source.describe(index) for index in self._micro_batches.images(epoch, step)]
 
     def _readable(self, collated: Iterable[Collated]) -> Iterator[tuple[Any, ...]]:
         for batch, unreadable in collated:
@@ -221,11 +227,18 @@ Collated = tuple["tuple[Any, ...] | None", list[Unreadable]]
 could be read; and the images that could not."""
 
 
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C and torchrun reach every process of a group; the one that trains ends its workers itself."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def _loader(dataset: Dataset[Any], workers: int, device: torch.device, **order: Any) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         num_workers=workers,
         collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         # DataLoader draws a seed for its workers, which nothing here uses: not from the global generator.

@@ -8,7 +8,6 @@ on after a crash with no generator state but the step number.
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,10 +15,7 @@ import numpy as np
 import torch
 from numpy.random import mtrand
 
-
-def seed_sequence(seed: int, purpose: str, *key: int) -> np.random.SeedSequence:
-    """The seed of one draw. The purpose keeps apart draws whose other numbers are equal."""
-    return np.random.SeedSequence((seed, zlib.crc32(purpose.encode()), *key))
+from vil.randomness import seed_sequence
 
 
 @contextmanager

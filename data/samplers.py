@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from data.randomness import seed_sequence
 from vil.config import ConfigError
+from vil.randomness import seed_sequence
 
 Key = tuple[int, int, int]
 """(epoch, index of the image, view): all that a sample of a run is a function of, besides the seed."""
@@ -91,6 +91,11 @@ class MicroBatches(Sampler[list[Key]]):
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices and views of an epoch, each (num_images,), over all ranks."""
         return epoch_order(self.seed, epoch, self.num_images, self.repeats)
+
+    def images(self, epoch: int, step: int) -> list[int]:
+        """Indices of the images of one step's global batch, of all ranks and parts."""
+        indices, _ = self.order(epoch)
+        return indices[step * self.batch_size : (step + 1) * self.batch_size].tolist()
 
     def choose(self, epoch: int, start: int = 0) -> None:
         """Sets what the next iteration yields: `epoch`, from its step `start` on."""

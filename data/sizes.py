@@ -24,6 +24,9 @@ class EpochLoader(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Micro-batches of one epoch from step `start` on."""
 
+    def samples(self, epoch: int, step: int) -> list[str]:
+        """The images of one step's global batch."""
+
 
 class SizedLoader:
     """A loader for each size in turn. Which one is a function of the epoch, as everything else is.
@@ -58,6 +61,10 @@ class SizedLoader:
             del self._loader  # and its processes, before there are others
             self._side, self._loader = side, self._build(side)
         return self._loader.epoch(epoch, start)
+
+    def samples(self, epoch: int, step: int) -> list[str]:
+        """The images of one step's global batch, which do not depend on their size."""
+        return self._loader.samples(epoch, step)
 
 
 def first_epochs(sizes: Sequence[tuple[float, int]], epochs: int) -> list[tuple[int, int]]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from data.decoding import Picture
-from data.randomness import seed_sequence
 from data.sources.base import Source
+from data.text_files import read_text
 from vil.config import ConfigError, DataConfig
+from vil.randomness import seed_sequence
 
 SUBSET_SEED = 20210515  # a constant: figures of a tenth of ImageNet belong to one tenth
 
@@ -85,7 +86,7 @@ def listed_images(source: Source, path: str) -> np.ndarray:
         ConfigError: the file cannot be read, names none, or one that is not there or not alone.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        lines = read_text(Path(path).expanduser(), errors="surrogateescape").split("\n")
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError("data.list_file", f"{path}: {reason}") from None

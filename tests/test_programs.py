@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vil.checkpoint_files import step_files
+
 ROOT = Path(__file__).parents[1]
 TIMING_FIELDS = {"time", "step_time", "data_wait", "images_per_second", "seconds"}
 SHORT = ["--schedule.epochs", "2", "--log_every", "1", "--progress", "false"]
@@ -99,8 +101,8 @@ def test_two_ranks_train_as_one_process(run, tmp_path):
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path):
     process = start("train.py", "--output", tmp_path, *SHORT)
-    last, deadline = tmp_path / "checkpoints" / "last.pt", time.monotonic() + 200
-    while not last.exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 200
+    while not step_files(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -113,13 +115,13 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path):
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(run):
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*") if path.is_file()}
     out, _ = call("train.py", "--output", run, *SHORT)
     assert "is finished: Top-1" in out
     _, err = call("train.py", "--output", run, "--resume", "never", *SHORT, status=2)
     assert err.strip().count("\n") == 0
     assert "output" in err
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*") if path.is_file()} == before
 
 
 def test_complexity_needs_neither_data_nor_checkpoint(tmp_path):

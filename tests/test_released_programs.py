@@ -19,6 +19,7 @@ from data import build_validation
 from tools import convert as convert_tool
 from tools import export as export_tool
 from vil import command_line, load_released
+from vil.checkpoint_files import step_files
 from vil.config import DataConfig
 from vil.evaluation import report
 from vil.evaluation.accuracy import evaluate
@@ -183,7 +184,7 @@ FROZEN = ["--schedule.lr", "1e-20", "--schedule.weight_decay", "0"]
 
 
 def final(run):
-    return checkpoint.load(run / checkpoint.LAST)["model"]
+    return checkpoint.load(step_files(run)[0][1])["model"]
 
 
 def test_fine_tuning_from_a_published_checkpoint(trained):

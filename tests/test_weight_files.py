@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from vil.checkpoint_files import digest_of, step_file, write_digest
 from vil.config import ConfigError, ModelConfig, StageConfig
 from vil.weight_files import (
     WeightsFile,
@@ -43,9 +44,15 @@ def run_state(**changes) -> dict:
 def test_files_of_a_run(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    (folder / "last.pt").touch()
-    assert find_checkpoint(str(tmp_path), "last") == folder / "last.pt"
-    assert find_checkpoint(str(folder / "last.pt"), "best") == folder / "last.pt"
+    for step in (8, 9, 10):
+        path = step_file(tmp_path, step)
+        path.write_bytes(b"weights")
+        write_digest(path, digest_of(path))
+    step_file(tmp_path, 10).write_bytes(b"damage")
+    assert find_checkpoint(str(tmp_path), "last") == step_file(tmp_path, 9)
+    assert find_checkpoint(str(step_file(tmp_path, 8)), "best") == step_file(tmp_path, 8)
+    with pytest.raises(ConfigError, match=r"step_00000010\.pt: damaged: it is not what "):
+        find_checkpoint(str(step_file(tmp_path, 10)), "best")
     with pytest.raises(ConfigError, match=r"holds no checkpoints/best\.pt"):
         find_checkpoint(str(tmp_path), "best")
     with pytest.raises(ConfigError, match="nowhere: no such file or folder"):

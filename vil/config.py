@@ -21,8 +21,27 @@ Precision = Literal["float32", "bfloat16", "float16"]
 Color3 = tuple[float, float, float]
 
 
+LONGEST_LINE = 4000
+"""Characters of a message that are shown."""
+
+
+def printable(text: str) -> str:
+    r"""The text on one line, as a terminal and any encoding can show it.
+
+    White space becomes spaces; other characters that cannot be printed, which may steer a terminal or stand
+    for no character at all, are written as \x1b; of a text that is too long the end is left out.
+    """
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE - 3]}..."
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 class ConfigError(ValueError):
-    """An option that cannot be used.
+    """An option that cannot be used. Its text is one line that can be printed.
 
     Args:
         key: the option, as `window` or `data.root`; a section is put in front with `in_section`.
@@ -30,7 +49,7 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, key: str, reason: str) -> None:
-        super().__init__(f"{key}: {reason}" if key else reason)
+        super().__init__(printable(f"{key}: {reason}" if key else reason))
         self.key = key
         self.reason = reason
 
@@ -327,10 +346,26 @@ class TrainConfig:
     """Keep images and convolution weights in channels-last order."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    deterministic: bool = False
+    """Use deterministic algorithms only: two identical runs on one GPU are equal to the bit. A CPU's always
+    are."""
     log_every: int = 10
     """Steps between two logged steps."""
     eval_every: int = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
+    save_every: int | None = None
+    """Steps between two checkpoints, beside the one after each epoch; SIGUSR1 asks for one at any time."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep, beside the best."""
+    max_skipped_steps: int = 20
+    """A step whose loss or gradient is not finite is skipped; more of them in a row stop the run."""
+    spike_threshold: float | None = 6.0
+    """A loss so many standard deviations above the mean of the last 100 steps is logged with the samples of
+    its batch; null is off."""
+    hang_timeout: float = 600.0
+    """Seconds without progress after which each rank says where it hangs."""
+    grace_period: float = 120.0
+    """Seconds for the last step and its checkpoint after SIGTERM or Ctrl-C; then the process ends unsaved."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     progress: bool = True
@@ -365,5 +400,7 @@ class EvalConfig:
     """auto, cpu or cuda."""
     precision: Precision = "float32"
     """Precision of the forward pass."""
+    deterministic: bool = False
+    """Use deterministic algorithms only."""
     progress: bool = True
     """Show progress bars on rank 0."""

@@ -25,10 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from vil import checkpoint_files
 from vil.config import ConfigError, DataConfig, ModelConfig
-
-LAST, BEST = Path("checkpoints/last.pt"), Path("checkpoints/best.pt")
-"""The two checkpoints of a run, relative to its folder."""
+from vil.plain_values import check_plain
 
 TRANSFORM = ("crop_pct", "interpolation", "mean", "std")
 """The options of a data section that belong to a model: how its images are brought to it."""
@@ -113,19 +112,26 @@ def _unusable(name: Any, value: Any) -> str | None:
 
 
 def find_checkpoint(path: str | Path, which: Literal["best", "last"] = "best") -> Path:
-    """The checkpoint file of a run's folder; a file is itself.
+    """The checkpoint file of a run's folder: the best, or the newest that is whole; a file is itself.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it is damaged.
     """
     given = Path(path)
     if not given.exists():
         raise ConfigError(str(path), "no such file or folder")
     if not given.is_dir():
-        return given
-    file = given / (BEST if which == "best" else LAST)
-    if not file.is_file():
-        raise ConfigError(str(path), f"the folder holds no {file.relative_to(given)}")
+        file = given
+    elif which == "best":
+        file = given / checkpoint_files.BEST
+        if not file.is_file():
+            raise ConfigError(str(path), f"the folder holds no {checkpoint_files.BEST}")
+    else:
+        found = checkpoint_files.newest(given, lambda file: None)
+        if found is None:
+            raise ConfigError(str(path), f"the folder holds no {checkpoint_files.FOLDER}/step_….pt")
+        return found[0]
+    checkpoint_files.check_digest(file)
     return file
 
 
@@ -162,6 +168,10 @@ def read_pickle(path: str | Path) -> Any:
             raise ConfigError(str(path), "damaged: not a checkpoint, or one that was cut off")
         if start != b"PK" and start[0] != pickle.PROTO[0]:
             raise ConfigError(str(path), "not a checkpoint: neither a zip, a pickle nor safetensors")
+        if start == b"PK" and _is_inflated(Path(path)):
+            raise ConfigError(
+                str(path), "not a checkpoint: its parts are compressed, or larger than the file"
+            )
         with warnings.catch_warnings():  # one line is said here, or nothing
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -176,6 +186,14 @@ def read_pickle(path: str | Path) -> Any:
         raise ConfigError(str(path), f"cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged file may fail anywhere inside torch.load, with any type of error
         raise ConfigError(str(path), f"damaged or not a checkpoint: {_first_line(error)}") from None
+
+
+def _is_inflated(path: Path) -> bool:
+    """Whether a zip claims to hold more than it has room for: torch.save never compresses."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+    return not stored or sum(part.file_size for part in parts) > path.stat().st_size
 
 
 def write_safetensors(path: str | Path, file: WeightsFile) -> None:
@@ -217,6 +235,13 @@ def model_section(values: Any) -> ModelConfig:
     """
     if not isinstance(values, Mapping):
         raise ConfigError("stored configuration", "model: expected a mapping of keys to values")
+    try:
+        check_plain(values)
+    except ConfigError as error:
+        raise ConfigError("stored configuration", f"model: {error.reason}") from None
+    stages = values.get("stages")
+    if isinstance(stages, list) and not all(isinstance(stage, Mapping) for stage in stages):
+        raise ConfigError("stored configuration", "model.stages: expected a mapping for each stage")
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     for key in values:
         if key not in known:
@@ -256,7 +281,7 @@ def _read_checkpoint(path: Path, weights: Choice) -> WeightsFile:
         raise ConfigError(str(path), f"not a checkpoint of train.py: {reason}")
     try:
         chosen, kind = choose_weights(content, weights)
-        stored, names = content["config"], tuple(map(str, content["class_names"]))
+        stored, names = content["config"], _texts(content["class_names"])
         model, data = stored["model"], dict(stored["data"])
         weights_of_names = dict(chosen)
     except ConfigError:
@@ -264,6 +289,13 @@ def _read_checkpoint(path: Path, weights: Choice) -> WeightsFile:
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ConfigError(str(path), f"damaged: {_first_line(error)} in the checkpoint") from None
     return WeightsFile(str(path), "run", kind, weights_of_names, _of_file(path, model), data, names)
+
+
+def _texts(names: Any) -> tuple[str, ...]:
+    """Names of classes. Raises TypeError where they are no list of texts."""
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError("class_names is no list of texts")
+    return tuple(names)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -289,11 +321,12 @@ def _read_safetensors(path: Path) -> WeightsFile:
         stored = {
             key: json.loads(metadata.get(key, "null")) for key in ("model", "data", "class_names", "weights")
         }
-    except (ValueError, RecursionError):
+        names = None if stored["class_names"] is None else _texts(stored["class_names"])
+        data = dict(stored["data"] or {})
+        if not data.keys() <= set(TRANSFORM):
+            raise ValueError
+    except (ValueError, TypeError, RecursionError):
         raise ConfigError(str(path), "its metadata are not those of tools/convert.py") from None
-    names, data = stored["class_names"], stored["data"] or {}
-    if not isinstance(names, list | None) or not isinstance(data, dict) or not data.keys() <= set(TRANSFORM):
-        raise ConfigError(str(path), "its metadata are not those of tools/convert.py")
     return WeightsFile(
         path=str(path),
         origin="converted",
@@ -301,7 +334,7 @@ def _read_safetensors(path: Path) -> WeightsFile:
         weights=weights,
         model=None if stored["model"] is None else _of_file(path, stored["model"]),
         data=data,
-        class_names=None if names is None else tuple(map(str, names)),
+        class_names=names,
     )
 
 

@@ -19,6 +19,7 @@ from torch import nn
 import eval as program
 from data import build_validation
 from data.sources.digits import Digits
+from vil.checkpoint_files import BEST, step_file
 from vil.config import ConfigError, DataConfig, ModelConfig, StageConfig, TrainConfig
 from vil.evaluation.accuracy import evaluate
 from vil.models.zoo import model_from_config
@@ -38,7 +39,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 
 def make_run(folder: Path, **changes: Any) -> Path:
-    """A run's folder as train.py leaves it: best.pt with raw (seed 1) and ema (2), last.pt with raw (3)."""
+    """A run's folder as train.py leaves it: best.pt with raw (seed 1) and ema (2), the last with raw (3)."""
     (folder / "checkpoints").mkdir(parents=True)
     state = {
         "model": weights(1),
@@ -46,14 +47,16 @@ def make_run(folder: Path, **changes: Any) -> Path:
         "optimizer": {},
         "scaler": {},
         "step": 5,
+        "finished_step": 5,
+        "watched": {"skipped": 0, "skipped_in_a_row": 0, "losses": []},
         "epoch": 1,
         "best": {"top1": 1.0, "weights": "ema", "epoch": 1},
         "config": dataclasses.asdict(TrainConfig(model=copy.deepcopy(MODEL), data=DATA)),
         "class_names": list("0123456789"),
         "versions": checkpoint.versions(),
     }
-    checkpoint.save(folder / checkpoint.BEST, {**state, **changes})
-    checkpoint.save(folder / checkpoint.LAST, {**state, "model": weights(3), "ema": None, "best": None})
+    checkpoint.save(folder / BEST, {**state, **changes})
+    checkpoint.save(step_file(folder, 5), {**state, "model": weights(3), "ema": None, "best": None})
     return folder
 
 
@@ -90,7 +93,7 @@ def test_a_runs_folder_gives_its_best_weights_on_its_data(
 
 
 def test_several_checkpoints_and_a_choice_of_weights(run: Path, tmp_path: Path) -> None:
-    best, last = str(run), str(run / "checkpoints/last.pt")
+    best, last = str(run), str(run / "checkpoints/step_00000005.pt")
     raw = results(["--checkpoint", best, last, "--weights", "raw"], tmp_path)
     assert [r["top1"] for r in raw] == [expected(1)["top1"], expected(3)["top1"]]
     (again,) = results(["--checkpoint", best, "--which", "last"], tmp_path)
@@ -198,11 +201,11 @@ def test_several_data_sets_in_one_table(
     part = digits_as_folders(tmp_path / "part", "247")
     other = tmp_path / "other.yaml"
     other.write_text("mean: [0.9, 0.9, 0.9]\nworkers: 4\n")
-    words = ["--checkpoint", str(run), str(run / "checkpoints/last.pt"), "--data.workers", "0"]
+    words = ["--checkpoint", str(run), str(run / "checkpoints/step_00000005.pt"), "--data.workers", "0"]
     found = results([*words, "--sets", str(everything), str(part), str(other)], tmp_path)
     assert [r["data"] for r in found] == [str(everything), str(part), "digits"] * 2
     assert [r["checkpoint"] for r in found] == [
-        str(run / "checkpoints" / n) for n in ["best.pt"] * 3 + ["last.pt"] * 3
+        str(run / "checkpoints" / n) for n in ["best.pt"] * 3 + ["step_00000005.pt"] * 3
     ]
     assert {key: found[0][key] for key in expected(2)} == pytest.approx(expected(2))
     assert found[2]["loss"] != found[0]["loss"]

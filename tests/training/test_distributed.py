@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import two_ranks
+from tiny_run import load_last
 
 from vil.config import ConfigError
-from vil.training import checkpoint, distributed
+from vil.training import distributed
+from vil.training.distributed import Process
 
 HERE = Path(__file__).parent
 
@@ -23,6 +26,9 @@ def records(folder: Path, kind: str) -> list[dict]:
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The folders of the same runs with one process and with two."""
     folders = {size: tmp_path_factory.mktemp(f"world{size}") for size in (1, 2)}
+    alone = Process(0, 0, 1, torch.device("cpu"))
+    for folder in folders.values():
+        two_ranks.train(folder / "moved", alone, two_ranks.TinyModel(), max_steps=7)
     environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *torchrun, str(HERE / "two_ranks.py"), str(folders[2])]
@@ -43,7 +49,7 @@ def test_two_ranks_train_as_one(worlds: dict[int, Path], run: str):
     assert len(one) == len(two) == 15
     for key in ("loss", "grad_norm", "lr"):
         assert [r[key] for r in two] == pytest.approx([r[key] for r in one], abs=1e-4), key
-    weights = [checkpoint.load(worlds[size] / run / checkpoint.LAST)["model"] for size in (1, 2)]
+    weights = [load_last(worlds[size] / run)["model"] for size in (1, 2)]
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
     assert not any(name.startswith("module.") for name in weights[1])
 
@@ -63,8 +69,49 @@ def test_running_statistics_are_those_of_all_ranks(worlds: dict[int, Path]):
     first, second = (found(worlds[2], rank)["running_mean"] for rank in (0, 1))
     assert first == second
     assert first == pytest.approx(found(worlds[1], 0)["running_mean"], abs=0.1)
-    saved = checkpoint.load(worlds[2] / "norm" / checkpoint.LAST)
+    saved = load_last(worlds[2] / "norm")
     assert saved["model"]["norm.running_mean"].tolist() == first
+
+
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all(worlds: dict[int, Path]):
+    """Rank 1's loss is NaN in the second step, its gradient in the fourth."""
+    faulty = records(worlds[2] / "faulty", "train")
+    assert [r["step"] for r in faulty if r["grad_norm"] is None] == [2, 4]
+    assert faulty[-1]["skipped_steps"] == 2
+    assert found(worlds[2], 0)["faulty"] == found(worlds[2], 1)["faulty"]
+    assert all(abs(value) < 100 for value in found(worlds[2], 0)["faulty"])
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(worlds: dict[int, Path]):
+    """From one to two and from two to one: the same global batches in the same order, the same losses within
+    rounding."""
+    process = Process(0, 0, 1, torch.device("cpu"))
+    two_ranks.train(worlds[2] / "short", process, two_ranks.TinyModel())
+    whole = records(worlds[1] / "plain", "train")
+    assert records(worlds[1] / "moved", "train") != whole  # times differ
+    for folder in (worlds[2] / "moved", worlds[2] / "short"):
+        moved = records(folder, "train")
+        assert [r["step"] for r in moved] == [r["step"] for r in whole]
+        assert [r["loss"] for r in moved] == pytest.approx([r["loss"] for r in whole], abs=1e-4)
+        assert [r["loss"] for r in moved] != [r["loss"] for r in whole]
+
+
+def test_ranks_save_and_stop_after_the_same_step(worlds: dict[int, Path]):
+    """Rank 1 alone is told, by SIGUSR1 in the fourth step and by SIGTERM in the eighth: one step later all
+    know."""
+    ended = [found(worlds[2], rank)["stop"] for rank in (0, 1)]
+    assert ended[0]["signum"] == ended[1]["signum"] == signal.SIGTERM
+    assert (
+        ended[0]["reason"]
+        == ended[1]["reason"]
+        == ("SIGTERM: saved after step 9; the same command goes on from there")
+    )
+    assert (ended[0]["saved"], ended[1]["saved"]) == ([5, 5, 9], [])
+    assert load_last(worlds[2] / "stop")["step"] == 9
+
+
+def test_a_rank_that_ends_an_evaluation_ends_it_for_all(worlds: dict[int, Path]):
+    assert [found(worlds[2], rank)["evaluation"] for rank in (0, 1)] == ["ended", "ended"]
 
 
 def test_gradients_travel_once_per_step(worlds: dict[int, Path]):

@@ -3,9 +3,8 @@ from pathlib import Path
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import STEPS, make_config, run
+from tiny_run import STEPS, load_last, make_config, run
 
-from vil.training import checkpoint
 from vil.training.logging import METRICS, RunLog, cut_metrics
 
 
@@ -19,30 +18,32 @@ def test_metrics_are_cut_after_the_checkpoint(tmp_path: Path):
         json.dumps({"kind": kind, "step": step}) for step in (1, 2, 3) for kind in ("train", "validation")
     ]
     path.write_text("\n".join(lines) + '\n{"kind": "train", "st')
-    cut_metrics(path, 2)
+    cut_metrics(path, 2, 2)
     assert path.read_text().splitlines() == lines[:4]
-    cut_metrics(path, 0)
+    cut_metrics(path, 2, 1)  # the checkpoint is of before the second evaluation
+    assert path.read_text().splitlines() == lines[:3]
+    cut_metrics(path, 0, 0)
     assert path.read_text() == ""
-    cut_metrics(tmp_path / "missing.jsonl", 2)
+    cut_metrics(tmp_path / "missing.jsonl", 2, 2)
     assert not (tmp_path / "missing.jsonl").exists()
 
 
 def test_a_whole_last_line_without_its_end_is_cut_too(tmp_path: Path):
     path = tmp_path / METRICS
-    path.write_text('{"step": 1}\n{"step": 2}')  # the next line would be glued to it
-    cut_metrics(path, 2)
-    assert path.read_text() == '{"step": 1}\n'
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}')
+    cut_metrics(path, 2, 2)  # the next line would be glued to it
+    assert path.read_text() == '{"kind": "train", "step": 1}\n'
 
 
 def test_every_line_is_on_disk_at_once_and_valid(tmp_path: Path):
-    log = RunLog(tmp_path, make_config(tmp_path), 0)
+    log = RunLog(tmp_path, make_config(tmp_path), 0, 0)
     log.write("train", 1, 1, loss=0.5, grad_norm=float("inf"))
     assert read(tmp_path)[0].items() >= {"kind": "train", "step": 1, "loss": 0.5, "grad_norm": None}.items()
     log.close()
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys):
-    log = RunLog(None, make_config(tmp_path, tensorboard=True), 0)
+    log = RunLog(None, make_config(tmp_path, tensorboard=True), 0, 0)
     log.write("train", 1, 1, loss=0.5)
     log.images(torch.zeros(2, 3, 4, 4))
     with log.bar(1, 0, 5) as bar:
@@ -66,7 +67,7 @@ def test_tensorboard_holds_no_step_twice(tmp_path: Path):
         return make_config(tmp_path, tensorboard=True, ema_decay=0.9, **more)
 
     run(options(max_steps=STEPS))
-    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    state = load_last(tmp_path)
     run(options(max_steps=STEPS + 3), state=state)  # these steps are lost: the checkpoint is the older one
     run(options(), state=state)
     events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
@@ -83,7 +84,7 @@ def test_tensorboard_holds_no_step_twice(tmp_path: Path):
 
 def test_images_are_shown_as_people_see_them(tmp_path: Path):
     config = make_config(tmp_path, tensorboard=True)
-    log = RunLog(tmp_path, config, 0)
+    log = RunLog(tmp_path, config, 0, 0)
     shown = []
     log._writer.add_image = lambda tag, grid, step: shown.append(grid)
     color = torch.tensor([0.2, 0.5, 0.8]).view(1, 3, 1, 1)

@@ -1,11 +1,14 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from tiny_run import make_config, run
+from tiny_run import load_last, make_config, run
 
+from vil.checkpoint_files import BEST, digest_file, step_files
 from vil.command_line import parse
 from vil.config import ConfigError, TrainConfig
 from vil.training import checkpoint, run_folder
@@ -17,12 +20,17 @@ def start(folder: Path, **options) -> TrainConfig:
     return config
 
 
-def test_a_new_folder_is_made_ready(tmp_path: Path):
+def test_a_new_folder_is_made_ready_and_goes_with_a_run_that_never_began(tmp_path: Path):
     folder = tmp_path / "a" / "b"
-    assert run_folder.open_run(folder, make_config(folder)) is None
-    assert (folder / "checkpoints").is_dir()
-    assert not run_folder.holds_run(folder)
-    assert run_folder.open_run(folder, make_config(folder, resume="never")) is None
+    with run_folder.occupied(folder):
+        assert run_folder.open_run(folder, make_config(folder)) is None
+        assert not run_folder.holds_run(folder)
+        assert run_folder.open_run(folder, make_config(folder, resume="never")) is None
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with run_folder.occupied(tmp_path / "mine"):
+        (tmp_path / "mine" / "notes").touch()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
 
 
 def test_a_run_is_continued_or_refused(tmp_path: Path):
@@ -37,8 +45,11 @@ def test_a_run_is_continued_or_refused(tmp_path: Path):
 
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"^output: .*/file/run cannot be written: Not a directory"):
-        run_folder.open_run(tmp_path / "file" / "run", make_config(tmp_path))
+    with (
+        pytest.raises(ConfigError, match=r"^output: .*/file/run cannot be written: Not a directory"),
+        run_folder.occupied(tmp_path / "file" / "run"),
+    ):
+        pass
 
     def fail(dir: Path) -> None:
         raise OSError(30, "Read-only file system")
@@ -92,7 +103,7 @@ def test_the_stored_configuration_reads_back(tmp_path: Path):
 
 def test_finished_runs(tmp_path: Path):
     config = start(tmp_path)
-    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    state = load_last(tmp_path)
     assert run_folder.finished_top1(tmp_path, state, config) is None  # no summary yet
     (tmp_path / "summary.json").write_text(json.dumps([{"top1": 97.5}]))
     assert run_folder.finished_top1(tmp_path, state, config) == 97.5
@@ -108,8 +119,8 @@ def test_a_run_that_goes_on_is_no_longer_finished(tmp_path: Path):
     start(tmp_path)
     (tmp_path / run_folder.SUMMARY).write_text(json.dumps([{"top1": 97.5}]))
     longer = make_config(tmp_path, max_steps=6)
-    run(longer, state=checkpoint.load(tmp_path / checkpoint.LAST))
-    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    run(longer, state=load_last(tmp_path))
+    state = load_last(tmp_path)
     assert state["step"] == 6
     assert run_folder.finished_top1(tmp_path, state, longer) is None
 
@@ -126,11 +137,69 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path):
         run(make_config(tmp_path))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path):
-    config = start(tmp_path)
-    (tmp_path / checkpoint.LAST).write_bytes(b"damage")
-    with pytest.raises(ConfigError, match=r"last\.pt"):
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = make_config(tmp_path, epochs=3)
+    run(config)
+    (_, newest), (_, older) = step_files(tmp_path)
+    damage(newest)
+    state = run_folder.open_run(tmp_path, config)
+    assert state is not None
+    assert state["step"] == 10
+    assert [record.getMessage() for record in caplog.records] == [
+        f"warning: passed over {newest}: damaged: it is not what {newest.name}.sha256 was written for"
+    ]
+    digest_file(older).unlink()
+    with pytest.raises(ConfigError, match=r"^output: none of the 2 checkpoints in .* can be read; name "):
         run_folder.open_run(tmp_path, config)
+    assert f"{older}: without its digest {older.name}.sha256" in caplog.text
+    assert [path for _, path in step_files(tmp_path)] == [newest, older]
+
+
+def test_a_run_goes_on_over_a_damaged_checkpoint(tmp_path: Path):
+    """To the same end; the damaged file stays, under another name."""
+    config = make_config(tmp_path / "a", epochs=3, keep_checkpoints=2)
+    run(config)
+    whole = load_last(tmp_path / "a")["model"]
+    newest = step_files(tmp_path / "a")[0][1]
+    damage(newest)
+    damaged = newest.read_bytes()
+    run(config, state=run_folder.open_run(tmp_path / "a", config))
+    assert all(torch.equal(whole[key], value) for key, value in load_last(tmp_path / "a")["model"].items())
+    assert newest.with_name(newest.name + ".damaged").read_bytes() == damaged
+
+
+def test_the_best_checkpoint_is_restored_or_chosen_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = start(tmp_path)
+    best = tmp_path / BEST
+    content = best.read_bytes()
+    damage(best)
+    state = run_folder.open_run(tmp_path, config)
+    assert state["best"] is not None
+    assert best.read_bytes() == content
+    assert caplog.records[-1].getMessage().endswith(f"it was restored from {step_files(tmp_path)[0][1]}")
+    damage(best)
+    run(make_config(tmp_path, epochs=4, lr=1e-9, max_steps=15), state=state)  # which keeps no file of then
+    state = run_folder.open_run(tmp_path, config)
+    assert state["best"] is None
+    assert "chosen among the evaluations to come" in caplog.records[-1].getMessage()
+    run(make_config(tmp_path, epochs=4, lr=1e-9), state=state)
+    assert checkpoint.load(best)["best"]["epoch"] == 4
+
+
+def test_a_disk_without_room_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(ConfigError, match=r"^output: .*: the checkpoints need about .* MB, 0 MB are free$"):
+        run(make_config(tmp_path))
+    assert not run_folder.holds_run(tmp_path)
 
 
 def test_a_run_that_cannot_begin_leaves_no_run_behind(tmp_path: Path):

@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import CLASSES, SIZE, STEPS, TinyModel, make_batch, make_config, make_loaders, run
+from tiny_run import CLASSES, SIZE, STEPS, TinyModel, load_last, make_batch, make_config, make_loaders, run
 from torch import nn
 
+from vil import checkpoint_files
 from vil.config import ConfigError, DataConfig, ModelConfig
 from vil.evaluation.accuracy import evaluate
-from vil.training import checkpoint
+from vil.randomness import seed_generators
+from vil.training import checkpoint, checkpoint_writer
 from vil.training.distributed import Process
 from vil.training.logging import TIMING_FIELDS, RunLog
-from vil.training.trainer import TrainingError, fit, seed_generators
+from vil.training.trainer import TrainingError, fit
 
 
 def metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -99,7 +101,7 @@ def test_a_continued_run_is_the_same_to_the_bit(tmp_path: Path, options: dict[st
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(make_config(whole, **options), TinyModel(dropout=0.2))
     run(make_config(parts, **options, max_steps=stop), TinyModel(dropout=0.2))
-    state = checkpoint.load(parts / checkpoint.LAST)
+    state = load_last(parts)
     assert (state["step"], state["epoch"]) == (stop, 1)
     torch.rand(7)  # no generator's state matters
     run(make_config(parts, **options), TinyModel(dropout=0.2), state=state)
@@ -109,7 +111,7 @@ def test_a_continued_run_is_the_same_to_the_bit(tmp_path: Path, options: dict[st
 
     assert after(parts) == after(whole)
     assert len(after(whole)) > STEPS
-    one, other = (checkpoint.load(folder / checkpoint.LAST) for folder in (whole, parts))
+    one, other = (load_last(folder) for folder in (whole, parts))
     for key in ("model", "ema", "optimizer", "scaler", "step"):
         assert same(one[key], other[key]), key
 
@@ -136,9 +138,9 @@ def test_each_part_and_rank_has_its_own_draws():
 def test_mixed_precision_trains(tmp_path: Path, precision: str):
     run(make_config(tmp_path, precision=precision, epochs=6))
     assert sum(losses(tmp_path)[-5:]) < 0.8 * sum(losses(tmp_path)[:5])
-    scaler = checkpoint.load(tmp_path / checkpoint.LAST)["scaler"]
+    scaler = load_last(tmp_path)["scaler"]
     assert bool(scaler) == (precision == "float16")
-    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    state = load_last(tmp_path)
     assert {value.dtype for value in state["model"].values()} == {torch.float32}
 
 
@@ -155,28 +157,28 @@ def test_float16_overflow_skips_a_step(tmp_path: Path):
     run(make_config(tmp_path, precision="float16", max_steps=1), model)
     assert torch.equal(model.head.weight, before)
     assert metrics(tmp_path, "train")[0]["grad_norm"] is None
-    assert checkpoint.load(tmp_path / checkpoint.LAST)["scaler"]["scale"] == 2**15
+    assert load_last(tmp_path)["scaler"]["scale"] == 2**15
 
 
 def test_ema_is_the_running_mean_and_is_evaluated(tmp_path: Path):
     folders = {decay: tmp_path / str(decay) for decay in (0.0, 0.5)}
     for decay, folder in folders.items():
         run(make_config(folder, epochs=1, ema_decay=decay))
-    state = checkpoint.load(folders[0.0] / checkpoint.LAST)
+    state = load_last(folders[0.0])
     assert same(state["ema"], state["model"])
 
     weights = []
     for steps in range(1, 4):
         folder = tmp_path / f"steps{steps}"
         run(make_config(folder, ema_decay=0.5, max_steps=steps))
-        weights.append(checkpoint.load(folder / checkpoint.LAST)["model"]["head.weight"])
-    mean = checkpoint.load(tmp_path / "steps3" / checkpoint.LAST)["ema"]["head.weight"]
+        weights.append(load_last(folder)["model"]["head.weight"])
+    mean = load_last(tmp_path / "steps3")["ema"]["head.weight"]
     assert torch.allclose(mean, weights[0] / 4 + weights[1] / 4 + weights[2] / 2)
 
     record = metrics(folders[0.5], "validation")[0]
     assert record["ema_loss"] != record["loss"]
     averaged = TinyModel()
-    averaged.load_state_dict(checkpoint.load(folders[0.5] / checkpoint.LAST)["ema"])
+    averaged.load_state_dict(load_last(folders[0.5])["ema"])
     again = evaluate(averaged, make_loaders().validation, device=torch.device("cpu"), precision="float32")
     assert record["ema_top1"] == again.top1
 
@@ -194,8 +196,8 @@ def test_best_is_the_better_of_raw_and_average(tmp_path: Path):
     config = make_config(tmp_path, ema_decay=0.9)
     summary = fit(TinyModel(), make_loaders(), config, process, evaluate=judge)
     assert summary.best == {"top1": 70.0, "weights": "raw", "epoch": 2}
-    assert checkpoint.load(tmp_path / checkpoint.BEST)["step"] == 2 * STEPS
-    assert checkpoint.load(tmp_path / checkpoint.LAST)["best"] == summary.best
+    assert checkpoint.load(tmp_path / checkpoint_files.BEST)["step"] == 2 * STEPS
+    assert load_last(tmp_path)["best"] == summary.best
 
 
 @pytest.mark.parametrize(("mode", "largest"), [("norm", 0.01), ("value", 0.01 * 1000**0.5), ("agc", None)])
@@ -289,7 +291,7 @@ def test_compile_trains_what_is_compiled(tmp_path: Path, monkeypatch: pytest.Mon
     run(make_config(tmp_path / "eager", epochs=1))
     assert compiled == [model]
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-5)
-    assert "stem.weight" in checkpoint.load(tmp_path / "compiled" / checkpoint.LAST)["model"]
+    assert "stem.weight" in load_last(tmp_path / "compiled")["model"]
 
 
 def test_compiled_gradients_are_those_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -301,13 +303,12 @@ def test_compiled_gradients_are_those_of_the_model(tmp_path: Path, monkeypatch: 
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-5)
 
 
-def test_a_checkpoint_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Writing takes seconds: the best checkpoint and the last are one file."""
-    saved, save = [], checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda path, state: (saved.append(path.name), save(path, state)))
+def test_the_best_checkpoint_is_a_file_of_its_own(tmp_path: Path):
+    """Damage to one of the two must not reach the other."""
     run(make_config(tmp_path, max_steps=1))
-    assert saved == ["best.pt"]
-    assert same(*(checkpoint.load(tmp_path / path) for path in (checkpoint.BEST, checkpoint.LAST)))
+    best, (_, last) = tmp_path / checkpoint_files.BEST, checkpoint_files.step_files(tmp_path)[0]
+    assert same(checkpoint.load(best), checkpoint.load(last))
+    assert not best.samefile(last)
 
 
 def test_mixing_is_told_the_place_and_its_targets_are_used(tmp_path: Path):
@@ -324,48 +325,119 @@ def test_mixing_is_told_the_place_and_its_targets_are_used(tmp_path: Path):
     assert losses(tmp_path)[0] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("log_every", [1, 100])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, log_every: int):
-    class Doomed(TinyModel):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.calls = getattr(self, "calls", 0) + self.training
-            return super().forward(x) * (torch.nan if self.calls > STEPS + 2 else 1)
+class Faulty(TinyModel):
+    """Its loss, or with `of_gradient` only its gradient, is NaN in some steps, counted from 1."""
 
-    with pytest.raises(TrainingError) as caught:
-        run(make_config(tmp_path, log_every=log_every), Doomed())
-    problem = "the loss is nan" if log_every == 1 else "the gradient is not finite"
-    assert str(caught.value).startswith(f"step {STEPS + 3}: {problem}, at learning rate ")
-    assert "last.pt holds the last epoch" in str(caught.value)
-    state = checkpoint.load(tmp_path / checkpoint.LAST)
-    assert state["step"] == STEPS
-    assert all(value.isfinite().all() for value in state["model"].values())
+    def __init__(self, steps: set[int], of_gradient: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.steps, self.of_gradient, self.calls = steps, of_gradient, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x)
+        self.calls += self.training
+        if not self.training or self.calls not in self.steps:
+            return logits
+        if not self.of_gradient:
+            return logits * torch.nan
+        logits.register_hook(lambda gradient: gradient * torch.nan)
+        return logits
 
 
-@pytest.mark.parametrize("clip_grad", [None, 1.0])
-@pytest.mark.parametrize("log_every", [1, 100])
-@pytest.mark.parametrize("bad_step", [2 * STEPS, STEPS + 2], ids=["last of an epoch", "within an epoch"])
-def test_a_gradient_that_is_not_finite_stops_the_run(
-    tmp_path: Path, bad_step: int, log_every: int, clip_grad: float | None
+OPTIMIZERS = ["adamw", "sgd", "lamb"]  # two that skip on the device, and one that does not
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("of_gradient", [False, True], ids=["loss", "gradient"])
+@pytest.mark.parametrize("bad_step", [1, STEPS + 2])
+def test_a_step_that_is_not_finite_is_skipped(
+    tmp_path: Path, optimizer: str, of_gradient: bool, bad_step: int
 ):
-    """The loss of that step is as good as ever; no later one need be, if clipping spares the weights."""
+    """Weights, averages of the optimiser and running statistics are those of before, to the bit."""
+    states, options = {}, {"optimizer": optimizer, "momentum": 0.9, "clip_grad": 1.0, "lr": 0.01}
+    for steps in (bad_step - 1, bad_step):
+        folder = tmp_path / str(steps)
+        if steps:
+            model = Faulty({bad_step}, of_gradient, norm=nn.BatchNorm2d)
+            run(make_config(folder, max_steps=steps, **options), model)
+            states[steps] = load_last(folder)
+    after = states[bad_step]
+    assert metrics(tmp_path / str(bad_step), "train")[-1]["skipped_steps"] == 1
+    assert after["watched"]["skipped"] == after["watched"]["skipped_in_a_row"] == 1
+    if bad_step == 1:
+        assert same(after["model"], dict(Faulty(set(), norm=nn.BatchNorm2d).state_dict()))
+        assert after["optimizer"]["state"] == {}
+    else:
+        assert same(after["model"], states[bad_step - 1]["model"])
+        assert same(after["optimizer"]["state"], states[bad_step - 1]["optimizer"]["state"])
+    assert all(value.isfinite().all() for value in after["model"].values())
 
-    class Doomed(TinyModel):
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_goes_on_after_skipped_steps(tmp_path: Path, optimizer: str):
+    run(make_config(tmp_path, epochs=6, optimizer=optimizer, lr=0.01), Faulty({1, 3, 4, 12}))
+    found = metrics(tmp_path, "train")
+    assert [r["step"] for r in found if r["loss"] is None] == [1, 3, 4, 12]
+    assert found[-1]["skipped_steps"] == 4
+    assert found[-1]["loss"] < found[1]["loss"]
+
+
+def test_a_loss_without_bounds_is_skipped_though_its_gradient_is_finite(tmp_path: Path):
+    class Unbounded(TinyModel):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(x)
+            return torch.where(torch.arange(CLASSES) == 0, logits, logits.detach() - torch.inf)
+
+    before = TinyModel().head.weight.detach().clone()
+    model = Unbounded()
+    run(make_config(tmp_path, max_steps=1, label_smoothing=0.0), model, evaluate=lenient)
+    assert torch.equal(model.head.weight, before)
+    assert load_last(tmp_path)["watched"]["skipped"] == 1
+
+
+def lenient(model: nn.Module, loader: Any, **options: Any) -> Any:
+    """An evaluation of which only the form matters."""
+    options.pop("is_told_to_end")
+    return evaluate(TinyModel(), loader, **options)
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+@pytest.mark.parametrize("most", [0, 2])
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path, log_every: int, most: int):
+    model = Faulty({2} if most else set(), of_gradient=True)
+    model.steps |= set(range(STEPS + 2, 99))
+    config = make_config(tmp_path, log_every=log_every, max_skipped_steps=most)
+    with pytest.raises(TrainingError) as caught:
+        run(config, model)
+    kind = f"more than {most} steps in a row, at learning rate "
+    assert str(caught.value).startswith(f"step {STEPS + 2 + most}: loss or gradient are not finite in {kind}")
+    assert str(caught.value).endswith(f"the last checkpoint is {tmp_path}/checkpoints/step_00000005.pt")
+    assert all(value.isfinite().all() for value in load_last(tmp_path)["model"].values())
+
+
+def test_a_leap_of_the_loss_is_logged_with_the_samples(tmp_path: Path):
+    """The eleventh step of the fifth epoch; what came before is remembered by the checkpoint."""
+
+    class Leaping(TinyModel):
         calls = 0
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            logits = super().forward(x)
             self.calls += self.training
-            if self.training and self.calls == bad_step:
-                logits.register_hook(lambda gradient: gradient * torch.nan)
-            return logits
+            return super().forward(x) * (1 + 1e3 * (self.training and self.calls == 5 * STEPS + 2))
 
-    config = make_config(tmp_path, log_every=log_every, clip_grad=clip_grad)
-    with pytest.raises(TrainingError, match="the gradient is not finite, at learning rate ") as caught:
-        run(config, Doomed())
-    assert str(caught.value).startswith(f"step {bad_step}: ")
-    state = checkpoint.load(tmp_path / checkpoint.LAST)
-    assert state["step"] == STEPS
-    assert all(value.isfinite().all() for value in state["model"].values())
+    run(make_config(tmp_path / "whole", epochs=7, log_every=4), Leaping())
+    leaping = Leaping()
+    leaping.calls = 5 * STEPS
+    run(make_config(tmp_path / "parts", epochs=7, log_every=4, max_steps=5 * STEPS))
+    run(make_config(tmp_path / "parts", epochs=7, log_every=4), leaping, state=load_last(tmp_path / "parts"))
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        (spike,) = metrics(folder, "spike")
+        assert spike["step"] == 5 * STEPS + 2
+        assert spike["epoch"] == 6
+        assert spike["samples"] == [f"epoch 5 step 1 image {number}" for number in range(16)]
+        assert spike["loss"] > 10 > spike["mean"]
+    assert metrics(tmp_path / "whole", "spike") == metrics(tmp_path / "parts", "spike")
+    run(make_config(tmp_path / "off", epochs=7, spike_threshold=None), Leaping())
+    assert metrics(tmp_path / "off", "spike") == []
 
 
 @pytest.mark.parametrize(
@@ -387,39 +459,74 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path: Path):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_checkpoint_that_cannot_be_written_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_that_can_never_be_written_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     def fail(path: Path, state: dict[str, Any]) -> None:
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(checkpoint_writer, "RETRIES", ())
     monkeypatch.setattr(checkpoint, "save", fail)
-    with pytest.raises(TrainingError, match=r"step 5: .*No space left on device"):
+    with pytest.raises(TrainingError, match=r"step 15: .*No space left on device; nothing was saved yet"):
         run(make_config(tmp_path))
+    assert len([r for r in caplog.records if "training goes on" in r.getMessage()]) >= 3
+    assert [r["step"] for r in metrics(tmp_path, "train")] == list(range(1, 16))
+
+
+def test_a_disk_that_was_full_for_a_while_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The best evaluation, whose save failed, is saved with the next one."""
+    save, calls = checkpoint.save, 0
+
+    def fail_at_first(path: Path, state: dict[str, Any]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError(28, "No space left on device")
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint_writer, "RETRIES", ())
+    monkeypatch.setattr(checkpoint, "save", fail_at_first)
+    run(make_config(tmp_path / "a", lr=1e-9))  # no later evaluation is better
+    monkeypatch.setattr(checkpoint, "save", save)
+    run(make_config(tmp_path / "b", lr=1e-9))
+    for path in (
+        checkpoint_files.BEST,
+        *(path.relative_to(tmp_path / "b") for _, path in checkpoint_files.step_files(tmp_path / "b")),
+    ):
+        one, other = (checkpoint.load(tmp_path / name / path) for name in "ab")
+        assert same({**one, "config": 0}, {**other, "config": 0}), path
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_log_that_cannot_be_written_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_log_that_can_never_be_written_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     def fill_disk(log: RunLog, *arguments: Any) -> None:
         original(log, *arguments)
-        log._file = Path("/dev/full").open("w")  # noqa: SIM115 (the log closes it)
+        log._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 (the log closes it)
 
     original = RunLog.__init__
     monkeypatch.setattr(RunLog, "__init__", fill_disk)
-    with pytest.raises(TrainingError, match=r"step 1: the log cannot be written to .*: No space left on dev"):
+    monkeypatch.setattr(checkpoint_writer, "RETRIES", ())
+    with pytest.raises(TrainingError, match=r"step 15: .*: No space left on device; nothing was saved yet"):
         run(make_config(tmp_path))
+    warned = [record.getMessage() for record in caplog.records if "metrics.jsonl" in record.getMessage()]
+    assert len(warned) == 1
+    assert checkpoint_files.step_files(tmp_path) == []  # none is ahead of the log
 
 
 def test_restoring_follows_the_new_options(tmp_path: Path):
     run(make_config(tmp_path, max_steps=STEPS, weight_decay=0.1))
-    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    state = load_last(tmp_path)
     run(make_config(tmp_path, weight_decay=0.3, betas=(0.8, 0.9), ema_decay=0.9), state=state)
-    groups = checkpoint.load(tmp_path / checkpoint.LAST)["optimizer"]["param_groups"]
+    groups = load_last(tmp_path)["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
     assert {tuple(group["betas"]) for group in groups} == {(0.8, 0.9)}
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
     run(make_config(tmp_path, max_steps=1))
-    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    state = load_last(tmp_path)
     with pytest.raises(ConfigError, match=r"does not fit: .*norm\.running_mean"):
         run(make_config(tmp_path), TinyModel(norm=nn.BatchNorm2d), state=state)
 
@@ -436,7 +543,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
 )
 def test_a_malformed_state_of_the_optimizer_is_refused(tmp_path: Path, optimizer: dict[str, Any]):
     run(make_config(tmp_path, max_steps=1))
-    state = checkpoint.load(tmp_path / checkpoint.LAST) | {"optimizer": optimizer}
+    state = load_last(tmp_path) | {"optimizer": optimizer}
     with pytest.raises(ConfigError, match=r"output: the checkpoint in .* does not fit: "):
         run(make_config(tmp_path), state=state)
 
@@ -444,7 +551,7 @@ def test_a_malformed_state_of_the_optimizer_is_refused(tmp_path: Path, optimizer
 @pytest.mark.parametrize(("source", "key"), [("folder", "data.root"), ("digits", "data.source")])
 def test_other_classes_than_the_run_has_are_refused(tmp_path: Path, source: str, key: str):
     run(make_config(tmp_path, max_steps=1))
-    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    state = load_last(tmp_path)
     names = state["class_names"]
     for others, words in ((names[:1] + names[:0:-1], "'none' as class 1"), (names[:3], "has 3 classes")):
         config = make_config(tmp_path, data=DataConfig(source=source))
@@ -456,14 +563,14 @@ def test_other_classes_than_the_run_has_are_refused(tmp_path: Path, source: str,
 def test_a_run_that_is_over_returns_at_once(tmp_path: Path):
     first = run(make_config(tmp_path))
     before = metrics(tmp_path)
-    again = run(make_config(tmp_path), state=checkpoint.load(tmp_path / checkpoint.LAST))
+    again = run(make_config(tmp_path), state=load_last(tmp_path))
     assert again.best == first.best
     assert metrics(tmp_path) == before
 
 
 def test_a_run_cut_short_at_an_epoch_without_evaluation_is_evaluated(tmp_path: Path):
     run(make_config(tmp_path, max_steps=STEPS, eval_every=3))
-    state = checkpoint.load(tmp_path / checkpoint.LAST) | {"best": None}
+    state = load_last(tmp_path) | {"best": None}
     summary = run(make_config(tmp_path, max_steps=STEPS, eval_every=3), state=state)
     assert summary.best["epoch"] == 1
 

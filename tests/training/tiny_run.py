@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from vil.checkpoint_files import step_files
 from vil.config import ModelConfig, ScheduleConfig, TrainConfig
 from vil.evaluation.accuracy import evaluate
+from vil.training import checkpoint
 from vil.training.distributed import Process
 from vil.training.trainer import Summary, fit
 
@@ -63,6 +65,9 @@ class TinyTrainLoader:
             for part in range(self.rank * self.accumulation, (self.rank + 1) * self.accumulation):
                 yield images.chunk(parts)[part], targets.chunk(parts)[part]
 
+    def samples(self, epoch: int, step: int) -> list[str]:
+        return [f"epoch {epoch} step {step} image {number}" for number in range(self.batch_size)]
+
 
 @dataclass
 class TinyLoaders:
@@ -102,10 +107,15 @@ def make_config(output: Path, **options: Any) -> TrainConfig:
     return TrainConfig(model, schedule, output=str(output), **defaults | own)
 
 
+def load_last(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run."""
+    return checkpoint.load(step_files(folder)[0][1])
+
+
 def run(config: TrainConfig, model: nn.Module | None = None, **options: Any) -> Summary:
     """Trains a tiny model in the folder `config.output`."""
     Path(config.output or "").joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # small models are slower with more
     loaders = make_loaders(config.schedule.batch_size, config.schedule.accumulation)
     process = Process(0, 0, 1, torch.device("cpu"))
-    return fit(model or TinyModel(), loaders, config, process, evaluate=evaluate, **options)
+    return fit(model or TinyModel(), loaders, config, process, **{"evaluate": evaluate} | options)

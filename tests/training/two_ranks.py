@@ -2,30 +2,99 @@
 
 import functools
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny_run import TinyModel, make_config, make_loaders
+from tiny_run import STEPS, TinyModel, load_last, make_config, make_loaders
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vil.checkpoint_files import step_files
 from vil.config import ConfigError
 from vil.evaluation.accuracy import evaluate
 from vil.training import distributed, trainer
+from vil.training.checkpoint_writer import CheckpointWriter
 from vil.training.distributed import Process, from_main
+from vil.training.signals import InterruptedEvaluation, InterruptedRun
 
 
 def train(folder: Path, process: Process, model: nn.Module, **options: Any) -> nn.Module:
     config = make_config(folder, **options)
     if process.is_main:
-        (folder / "checkpoints").mkdir(parents=True)
+        folder.mkdir(exist_ok=True)
     schedule = config.schedule
     loaders = make_loaders(schedule.batch_size, schedule.accumulation, process.rank, process.world_size)
-    trainer.fit(model, loaders, config, process, evaluate=evaluate)
+    state = from_main(lambda: load_last(folder) if step_files(folder) else None)
+    trainer.fit(model, loaders, config, process, evaluate=evaluate, state=state)
     return model
+
+
+class Faulty(TinyModel):
+    """On rank 1, NaN in the second step, and a gradient that is NaN in the fourth."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x)
+        self.calls += self.training
+        if not self.training or not dist.is_initialized() or dist.get_rank() == 0:
+            return logits
+        if self.calls == 4:
+            logits.register_hook(lambda gradient: gradient * torch.nan)
+        return logits * (torch.nan if self.calls == 2 else 1)
+
+
+class Signalled(TinyModel):
+    """Sends signals to its own process, on rank 1 alone."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training
+        if dist.is_initialized() and dist.get_rank() == 1:
+            for call, signum in ((4, signal.SIGUSR1), (8, signal.SIGTERM)):
+                if self.training and self.calls == call:
+                    os.kill(os.getpid(), signum)
+        return super().forward(x)
+
+
+def stop(folder: Path, process: Process) -> dict[str, Any]:
+    """A run that signals to one of its ranks save and end."""
+    saved, save = [], CheckpointWriter.save
+
+    def noting(writer: CheckpointWriter, state: dict[str, Any], is_best: bool) -> None:
+        saved.append(state["step"])
+        save(writer, state, is_best)
+
+    CheckpointWriter.save = noting  # type: ignore[method-assign, assignment]
+    try:
+        train(folder, process, Signalled())
+    except InterruptedRun as ended:
+        return {"signum": ended.signum, "reason": str(ended), "saved": saved}
+    finally:
+        CheckpointWriter.save = save  # type: ignore[method-assign]
+    return {}
+
+
+def end_evaluation(process: Process) -> str:
+    """Rank 1 is told to end after its first batch."""
+    loader = make_loaders(rank=process.rank, world_size=process.world_size).validation * 3
+    try:
+        evaluate(
+            TinyModel(),
+            loader,
+            device=process.device,
+            precision="float32",
+            is_told_to_end=lambda: process.rank == process.world_size - 1,
+        )
+    except InterruptedEvaluation:
+        return "ended"
+    return "finished"
 
 
 class Half(TinyModel):
@@ -78,6 +147,13 @@ def main(folder: Path) -> None:
         train(folder / "idle", process, Half())
         norm = train(folder / "norm", process, TinyModel(norm=nn.BatchNorm2d), ema_decay=0.5).norm
         found["running_mean"] = norm.running_mean.tolist()
+        train(folder / "moved", process, TinyModel())
+        train(folder / "short", process, TinyModel(), max_steps=7)
+        model = train(folder / "faulty", process, Faulty(), max_steps=STEPS + 1)
+        found["faulty"] = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+        found["evaluation"] = end_evaluation(process)
+        if process.world_size > 1:
+            found["stop"] = stop(folder / "stop", process)
         found["reductions"] = count_reductions(process, folder / "reductions")
         found["sum"] = distributed.all_reduce_sum(torch.tensor(process.rank + 1)).item()
         found["object"] = distributed.broadcast_object({"from": process.rank})

@@ -6,7 +6,7 @@ counts once whatever the number of ranks, and a rank whose slice is empty adds n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from vil.config import ConfigError, Precision
 from vil.evaluation.modes import mode
 from vil.training.distributed import all_reduce_sum
 from vil.training.precision import autocast
+from vil.training.signals import InterruptedEvaluation
 
 BINS = 15
 """Of the confidence, for the calibration error."""
@@ -58,6 +59,7 @@ def evaluate(
     progress: bool = False,
     class_count: int | None = None,
     class_rows: Sequence[int] | None = None,
+    is_told_to_end: Callable[[], bool] = lambda: False,
 ) -> Accuracy:
     """Evaluates `model` over the slices of all ranks; every rank calls this, and all get the same result.
 
@@ -72,8 +74,10 @@ def evaluate(
         class_count: number of classes of the data; the model may have more.
         class_rows: the logits that belong to these classes, class 0's first; all others are left out. None
             takes logit i for class i, and leaves none out.
+        is_told_to_end: asked after each batch; once it is true on one rank, no rank has a result.
 
     Raises:
+        InterruptedEvaluation: on every rank, when one was told to end.
         ConfigError: no rank has any image, or the model has fewer classes than the data.
     """
     needed = max(class_rows) + 1 if class_rows else class_count
@@ -81,6 +85,7 @@ def evaluate(
     sums = torch.zeros(6, dtype=torch.float64, device=device)  # as _sums
     bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # as _bins
     refused = torch.zeros(2, dtype=torch.float64, device=device)  # ranks, and the classes of their models
+    ended = torch.zeros(1, dtype=torch.float64, device=device)  # ranks
     with mode(model, training=False):
         for images, targets in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
             targets = targets.to(device, non_blocking=True)
@@ -92,9 +97,14 @@ def evaluate(
             logits = (logits if rows is None else logits[:, rows]).double()
             sums += _sums(logits, targets)
             bins += _bins(logits, targets[:, 0] if targets.ndim == 2 else targets)
+            if is_told_to_end():
+                ended += 1
+                break
     unreadable = sums.new_tensor([getattr(loader, "unreadable", 0)])
-    total = all_reduce_sum(torch.cat([sums, unreadable, refused, bins.flatten()])).cpu()
-    top1, top5, cross_entropy, count, real, of_real, lost, ranks, classes = total[:9].tolist()
+    total = all_reduce_sum(torch.cat([sums, unreadable, refused, ended, bins.flatten()])).cpu()
+    top1, top5, cross_entropy, count, real, of_real, lost, ranks, classes, ends = total[:10].tolist()
+    if ends:
+        raise InterruptedEvaluation
     if ranks:
         reason = f"the model has {classes / ranks:.0f} classes, the data has {class_count or needed}"
         raise ConfigError("model.num_classes", reason)
@@ -106,7 +116,7 @@ def evaluate(
         100 * top5 / count,
         cross_entropy / count,
         int(count),
-        100 * float(_calibration_error(total[9:].view(3, BINS))),
+        100 * float(_calibration_error(total[10:].view(3, BINS))),
         100 * real / of_real if of_real else None,
         int(lost),
     )

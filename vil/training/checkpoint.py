@@ -7,6 +7,8 @@ code in it can run:
     optimizer, scaler their state dicts
     step, epoch       optimiser steps and epochs that are finished; no generator state, as every random draw
                       is a function of the step
+    finished_step     the step at which an epoch was last finished, its evaluation included
+    watched           what `vil.training.guards.StepWatch` knows of earlier steps
     best              {"top1", "weights": "raw" | "ema", "epoch"} of the best evaluation, or None
     config            dataclasses.asdict of the resolved TrainConfig
     class_names       list of str
@@ -15,6 +17,8 @@ code in it can run:
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import platform
@@ -26,10 +30,9 @@ from typing import Any
 import timm
 import torch
 
+from vil.checkpoint_files import check_digest, digest_of, write_digest
 from vil.config import ConfigError, of_option
-from vil.weight_files import BEST, LAST, read_pickle
-
-__all__ = ["BEST", "KEYS", "LAST", "load", "save", "versions"]
+from vil.weight_files import read_pickle
 
 
 def _is_count(value: Any) -> bool:
@@ -50,6 +53,15 @@ def _is_config(value: Any) -> bool:
     return _is_mapping(value)
 
 
+def _is_watched(value: Any) -> bool:
+    return _is_mapping(value) and (
+        _is_count(value.get("skipped"))
+        and _is_count(value.get("skipped_in_a_row"))
+        and isinstance(value.get("losses"), list)
+        and all(isinstance(loss, float) for loss in value["losses"])
+    )
+
+
 def _is_best(value: Any) -> bool:
     return _is_mapping(value) and (
         isinstance(value.get("top1"), int | float)
@@ -64,7 +76,9 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer": (_is_mapping, "a mapping of names to values"),
     "scaler": (lambda x: _is_mapping(x, (int, float)), "a mapping of names to numbers"),
     "step": (_is_count, "a whole number, 0 or more"),
+    "finished_step": (_is_count, "a whole number, 0 or more"),
     "epoch": (_is_count, "a whole number, 0 or more"),
+    "watched": (_is_watched, "skipped, skipped_in_a_row and losses"),
     "best": (lambda x: x is None or _is_best(x), "None, or top1, weights (raw or ema) and epoch"),
     "config": (_is_config, "a mapping of names to plain values"),
     "class_names": (lambda x: isinstance(x, list) and all(isinstance(n, str) for n in x), "a list of names"),
@@ -75,46 +89,85 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
 KEYS = tuple(_FORMS)
 
 
+class _Hashing(io.RawIOBase):
+    """A file that is written once, front to back, and the digest of what was written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self._digest.update(content)
+        self._file.write(content)
+        return len(content)
+
+    def finish(self) -> str:
+        """Brings everything to the disk; returns SHA-256 of it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` to `path`; whatever happens meanwhile, `path` holds the old content or the new.
+    """Writes `state` to `path`, and its SHA-256 beside it.
+
+    Whatever happens meanwhile, `path` holds the old content or the new, and its digest fits.
 
     Raises:
         OSError: the disk is full or the folder is gone; the old file is untouched.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _Hashing(temporary) as file:
+            _write(state, file)
+            digest = file.finish()
+        _replace(path, temporary, digest)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
 
 
-def link(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`, as atomically as `save`; a copy where links are unknown.
-
-    Files that `save` wrote are only ever replaced, so that neither name changes with the other.
+def copy(source: Path, target: Path) -> None:
+    """Makes `target` a file of its own with the content of `source`, which `save` wrote, as safely as `save`.
 
     Raises:
         OSError: the disk is full or the folder is gone; the old target is untouched.
     """
     temporary = target.with_name(target.name + ".tmp")
     try:
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        _replace(target, temporary, digest_of(temporary))
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:  # also where both are one file already, when replacing does nothing
-        temporary.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+        raise
+
+
+def _replace(path: Path, temporary: Path, digest: str) -> None:
+    was_there = path.exists()
+    write_digest(path, digest, keep_old=was_there)
+    os.replace(temporary, path)
+    if was_there:
+        write_digest(path, digest)
+    _sync_folder(path.parent)
+
+
+def _write(state: dict[str, Any], file: _Hashing) -> None:
+    try:
+        torch.save(state, file)  # type: ignore[arg-type]
+    except RuntimeError as error:  # PyTorch's writer makes one of its own of what the file raised
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or error from None
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -124,13 +177,19 @@ def load(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, damaged, or not a checkpoint of this project.
     """
     with of_option("checkpoint"):
-        state = read_pickle(path)
+        check_digest(Path(path))
+        return read(path)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """`load` without the digest, which is known to fit; the error names the file alone."""
+    state = read_pickle(path)
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
     if missing:
-        raise ConfigError("checkpoint", f"{path}: not a checkpoint of train.py: lacks {', '.join(missing)}")
+        raise ConfigError(str(path), f"not a checkpoint of train.py: lacks {', '.join(missing)}")
     for key, (fits, words) in _FORMS.items():
         if not fits(state[key]):
-            raise ConfigError("checkpoint", f"{path}: damaged: {key} is not {words}")
+            raise ConfigError(str(path), f"damaged: {key} is not {words}")
     return state
 
 

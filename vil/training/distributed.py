@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -47,11 +49,12 @@ class Process:
 
 
 @contextmanager
-def start(device: str = "auto") -> Iterator[Process]:
+def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
     """Joins the processes that torchrun started; a process started without it is a world of one.
 
     Args:
         device: `auto` (a GPU where there is one), `cpu`, `cuda`, or `cuda:1` for one process alone.
+        timeout: seconds that a rank waits for the others before it gives up.
 
     Raises:
         ConfigError: the device does not exist, or torchrun started more processes than there are GPUs.
@@ -66,7 +69,11 @@ def start(device: str = "auto") -> Iterator[Process]:
         torch.cuda.set_device(own_device)
     if world_size > 1:
         # device_id binds the communicator to this GPU, so that a barrier cannot guess another one.
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=own_device if on_gpu else None)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timedelta(seconds=timeout),
+            device_id=own_device if on_gpu else None,
+        )
     try:
         yield Process(rank, local_rank, world_size, own_device)
     finally:
@@ -151,6 +158,15 @@ def from_main(function: Callable[[], Result]) -> Result:
     if problem is not None:
         raise ConfigError(*problem)
     return result
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """What `error`, raised by a collective, says about another rank that is gone; None for any other."""
+    text = " ".join(str(error).split())
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in text
+    if not is_distributed() or not (is_of_gloo or isinstance(error, dist.DistError)):
+        return None
+    return re.sub(r"^\[\S+\] ", "", text)[:200]
 
 
 def data_parallel(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,9 @@ step; `images_per_second` counts the global batch; `seconds` is the length of an
 """
 
 
+_logger = logging.getLogger(__name__)
+
+
 class RunLog:
     """The log of one run; on ranks other than 0 every method does nothing.
 
@@ -36,48 +42,105 @@ class RunLog:
         config: the resolved configuration.
         step: finished optimiser steps of the checkpoint that the run continues from. What was logged after it
             is cut off, so that no step stands twice.
+        finished_step: those of the last evaluation that the checkpoint knows of.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path | None, config: TrainConfig, step: int) -> None:
+    def __init__(self, folder: Path | None, config: TrainConfig, step: int, finished_step: int) -> None:
         self.enabled = folder is not None
         self.shows_bars = self.enabled and config.progress and sys.stderr.isatty()
         self._config = config
         self._writer: Any = None
+        self._pending, self._lock = bytearray(), threading.Lock()
+        self._has_warned = False
         if folder is None:
             return
+        self._path = folder / METRICS
         try:
-            cut_metrics(folder / METRICS, step)
-            self._file = (folder / METRICS).open("a", encoding="utf-8")
+            records = cut_metrics(self._path, step, finished_step)
+            # Unbuffered: what a full disk takes of a line is known to the byte, and the rest waits.
+            self._file = self._path.open("ab", buffering=0)
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+                # An evaluation after the last step may have been shown that the checkpoint knows nothing of.
+                purged = step + 1 if step == finished_step else step
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purged)
+                for record in (record for record in records if record["step"] >= purged):
+                    self._show(record)
         except OSError as error:
             reason = f"the log cannot be written to {folder}: {error.strerror or error}"
             raise ConfigError("output", reason) from None
-        if self._writer is not None and step == 0:
+        if step == 0:
             text = yaml.safe_dump(plain(config), sort_keys=False)
-            self._writer.add_text("config", f"```yaml\n{text}```", 0)
+            self._tensorboard(lambda writer: writer.add_text("config", f"```yaml\n{text}```", 0))
 
-    def write(self, kind: str, step: int, epoch: int, **values: float | int) -> None:
-        """One line of metrics.jsonl, flushed, and the same as TensorBoard scalars; epochs count from 1.
+    def write(self, kind: str, step: int, epoch: int, **values: float | int | list[str]) -> None:
+        """One line of metrics.jsonl, written at once, and its numbers as TensorBoard scalars; epochs count
+        from 1.
 
-        Raises:
-            OSError: the disk is full.
+        What a full disk does not take is kept, and written with the next line, before the next checkpoint, or
+        at the end: see `finish`.
         """
         if not self.enabled:
             return
         record = {"kind": kind, "step": step, "epoch": epoch, **values, "time": round(time.time(), 3)}
         # JSON has no NaN and no infinity: the overflows of float16 become null.
         record = {key: _finite(value) for key, value in record.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for key, value in values.items():
-                self._writer.add_scalar(_tag(kind, key), value, step)
+        self._pending += (json.dumps(record, allow_nan=False) + "\n").encode()
+        try:
+            self._write_pending()
+        except OSError as error:
+            self._warn(f"{self._path} cannot be written: {error.strerror}; it is kept, and training goes on")
+        self._show(record | values)
+
+    def sync(self) -> None:
+        """Brings all that was written to the disk.
+
+        Raises:
+            OSError: it cannot.
+        """
+        if self.enabled:
+            self._write_pending()
+            os.fsync(self._file.fileno())
+            self._tensorboard(lambda writer: writer.flush())
+
+    def finish(self) -> str | None:
+        """`sync` at the end; says what keeps something from the disk, None where nothing does."""
+        try:
+            self.sync()
+        except OSError as error:
+            return f"{self._path} cannot be written: {error.strerror}"
+        return None
+
+    def _write_pending(self) -> None:
+        with self._lock:  # a checkpoint's thread brings the log to the disk too
+            while self._pending:
+                del self._pending[: self._file.write(self._pending)]
+
+    def _show(self, record: dict[str, Any]) -> None:
+        """Adds the numbers of a record to TensorBoard."""
+        for key, value in record.items():
+            if key not in ("kind", "step", "epoch", "time") and isinstance(value, int | float):
+                tag = _tag(record["kind"], key)
+                self._tensorboard(lambda writer: writer.add_scalar(tag, value, record["step"]))  # noqa: B023
+
+    def _tensorboard(self, show: Callable[[Any], Any]) -> None:
+        """Does something with TensorBoard's writer; after a failure there is none."""
+        if self._writer is None:
+            return
+        try:
+            show(self._writer)
+        except OSError as error:
+            self._writer = None
+            self._warn(f"TensorBoard's events cannot be written: {error.strerror}; they end here")
+
+    def _warn(self, words: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            _logger.warning("warning: %s", words)
 
     def images(self, images: torch.Tensor) -> None:
         """The first images of a training batch, (B, C, H, W) and normalised, as a grid as people see them."""
@@ -92,7 +155,7 @@ class RunLog:
         if batch.shape[1] != 3:
             mean, std = mean.mean(), std.mean()
         grid = make_grid((batch * std + mean).clamp(0, 1), nrow=8)
-        self._writer.add_image("train/augmented_batch", grid, 0)
+        self._tensorboard(lambda writer: writer.add_image("train/augmented_batch", grid, 0))
 
     def bar(self, epoch: int, done: int, steps: int) -> tqdm[Any]:
         """A progress bar over the steps of an epoch; none where nobody looks at a terminal."""
@@ -107,33 +170,37 @@ class RunLog:
             print(line, flush=True)
 
     def close(self) -> None:
-        """Flushes and closes all files."""
-        # Whatever a full disk leaves unwritten here was missed by `write` already, which said so.
+        """Closes all files."""
         if self.enabled:
-            with suppress(OSError):
-                self._file.close()
-        if self._writer is not None:
-            with suppress(OSError):
-                self._writer.close()
+            with suppress(OSError):  # which `finish` told of
+                self._write_pending()
+            self._file.close()
+        self._tensorboard(lambda writer: writer.close())
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Removes what `path` holds about later steps than `step`, and a line that a crash left unfinished."""
+def cut_metrics(path: Path, step: int, finished_step: int) -> list[dict[str, Any]]:
+    """Removes what `path` holds about later steps than `step`, evaluations after that of `finished_step`, and
+    a line that a crash left unfinished; returns what is left."""
     if not path.exists():
-        return
+        return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if 0 < _step_of(line) <= step]
+    records = [(line, _record(line)) for line in lines]
+    last = {"validation": finished_step}
+    kept = [(line, r) for line, r in records if r is not None and 0 < r["step"] <= last.get(r["kind"], step)]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(line for line, _ in kept), encoding="utf-8")
     os.replace(temporary, path)
+    return [record for _, record in kept]
 
 
-def _step_of(line: str) -> int:
-    """The step of a line of metrics.jsonl; 0 for a line that a crash left unfinished."""
+def _record(line: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for one that a crash left unfinished."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else 0
-    except (ValueError, KeyError, TypeError):
-        return 0
+        record = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    is_whole = isinstance(record, dict) and type(record.get("step")) is int and "kind" in record
+    return record if is_whole else None
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:

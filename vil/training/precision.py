@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from vil.config import ConfigError, Precision
@@ -34,3 +36,14 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 def grad_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
     """The scaler of the loss, without which small float16 gradients vanish; passes through for the others."""
     return torch.amp.GradScaler(device.type, enabled=precision == "float16")
+
+
+def set_deterministic(wanted: bool) -> None:
+    """Has PyTorch use deterministic algorithms only, and raise an error where an operator has none.
+
+    The libraries of a GPU need a setting from the environment for it, before they are first used.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(wanted)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vil.config import ConfigError, TrainConfig
+from vil import checkpoint_files
+from vil.config import ConfigError, TrainConfig, of_option
 from vil.training import checkpoint
+from vil.training.distributed import from_main
+from vil.training.folder_lock import FolderLock
 from vil.training.logging import plain
+
+_logger = logging.getLogger(__name__)
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
 
@@ -26,35 +34,78 @@ _SILENT = ("output", "resume", "progress")
 
 def holds_run(folder: Path) -> bool:
     """Whether a run was started in `folder`."""
-    return (folder / CONFIG).exists() or (folder / checkpoint.LAST).exists()
+    return (folder / CONFIG).exists() or bool(checkpoint_files.step_files(folder))
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keeps every other run out of `folder`, by a lock of rank 0; every rank calls this.
+
+    Raises:
+        ConfigError: on every rank, where another process is at work there, or the folder cannot be written.
+    """
+    lock = FolderLock(folder)
+    from_main(lock.acquire)
+    try:
+        yield
+    finally:
+        lock.release(remove=not holds_run(folder))
 
 
 def open_run(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """Makes the folder ready for writing; returns the checkpoint to continue from, if it holds one.
+    """The newest checkpoint of the run in `folder` that is whole, to continue from; None where there is none.
 
     Raises:
-        ConfigError: the folder cannot be written, holds a run that must not be continued, holds a checkpoint
-            that cannot be read, or the run in it is not the one that `config` describes.
+        ConfigError: the folder cannot be written, holds a run that must not be continued, holds no checkpoint
+            that is whole beside damaged ones, or the run in it is not the one that `config` describes.
     """
     if config.resume == "never" and holds_run(folder):
         raise ConfigError(
             "output", f"{folder} holds a run; resume: auto continues it, or name another folder"
         )
     try:
-        (folder / checkpoint.LAST).parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ConfigError("output", f"{folder} cannot be written: {error.strerror}") from None
-    if not (folder / checkpoint.LAST).exists():
+    with of_option("output"):
+        found = checkpoint_files.newest(folder, checkpoint.read)
+    if found is None:
         return None
-    state = checkpoint.load(folder / checkpoint.LAST)
+    state = found[1]
+    if state["best"] is not None:
+        _restore_best(folder, state)
     for key, before, now in differences(state["config"], config):
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED):
             raise ConfigError(
                 key, f"the run in {folder} has {before}, not {now}; name another output or keep its value"
             )
     return state
+
+
+def _restore_best(folder: Path, state: dict[str, Any]) -> None:
+    """Where best.pt is damaged, takes its place from another checkpoint, or has the best chosen anew."""
+    best = folder / checkpoint_files.BEST
+    try:
+        checkpoint_files.check_digest(best, required=True)
+        return
+    except ConfigError as error:
+        problem = f"warning: {error}"
+    for step, path in checkpoint_files.step_files(folder):
+        try:
+            checkpoint_files.check_digest(path, required=True)
+            other = checkpoint.read(path)
+        except ConfigError:
+            continue
+        ends_epoch = step == other["finished_step"]
+        if ends_epoch and other["best"] == state["best"] and state["best"]["epoch"] == other["epoch"]:
+            with suppress(OSError):
+                os.replace(best, best.with_name(best.name + ".damaged"))
+            checkpoint.copy(path, best)
+            _logger.warning("%s; it was restored from %s", problem, path)
+            return
+    state["best"] = None
+    _logger.warning("%s; the best is chosen among the evaluations to come", problem)
 
 
 def differences(stored: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
@@ -88,6 +139,7 @@ def begin(folder: Path, config: TrainConfig) -> None:
         ConfigError: the folder cannot be written.
     """
     try:
+        (folder / checkpoint_files.FOLDER).mkdir(exist_ok=True)
         (folder / SUMMARY).unlink(missing_ok=True)
         write_config(folder, config)
     except OSError as error:

@@ -3,35 +3,41 @@
 `fit` reads from top to bottom: epochs, in them steps, in them the parts of gradient accumulation. A step is
 numbered from 0 inside this file and counted from 1 in everything that is written; so are epochs. All random
 draws of a forward pass are seeded by (seed, step, rank, part), so that the step number is all that a
-continued run needs to know.
+continued run needs to know. What may go wrong is the business of `guards`, `signals` and
+`checkpoint_writer`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
+import signal
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-import numpy as np
 import torch
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import nn
 
+from vil import checkpoint_files
 from vil.config import ConfigError, TrainConfig
+from vil.randomness import seed_generators
 from vil.training import checkpoint
-from vil.training.distributed import Process, all_reduce_sum, data_parallel, from_main
+from vil.training.checkpoint_writer import CheckpointWriter, state_size
+from vil.training.distributed import Process, all_reduce_sum, data_parallel, from_main, lost_rank
+from vil.training.guards import FiniteSteps, Look, StepWatch, Watchdog, spreading
 from vil.training.input_wait import InputWait, input_bound_warning
 from vil.training.logging import RunLog
 from vil.training.loss import build_loss
 from vil.training.optimizer import build_optimizer, build_scheduler, clipped_parameters
 from vil.training.precision import autocast, check_precision, grad_scaler
 from vil.training.run_folder import begin
+from vil.training.signals import InterruptedEvaluation, InterruptedRun, Signals
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -45,6 +51,9 @@ class TrainLoader(Protocol):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Images (B, C, H, W) and targets (B,), `accumulation` batches for each step from `start` on."""
+
+    def samples(self, epoch: int, step: int) -> list[str]:
+        """The images of one step's global batch."""
 
 
 class Loaders(Protocol):
@@ -105,28 +114,32 @@ def fit(
 
     Raises:
         ConfigError: before the first step, for an option that this model or device cannot follow.
-        TrainingError: loss, gradient or weights are no longer finite, or a file cannot be written.
+        InterruptedRun: a signal ended the run, which is saved.
+        TrainingError: losses, gradients or weights are no longer finite, another rank is gone, or what was to
+            be written never could be.
     """
     began = time.perf_counter()
     trainer = _Trainer(model, loaders, config, process, evaluate, mix, state)
     try:
         # Not before everything is known to fit: a folder with a config.yaml holds a run.
         from_main(lambda: begin(trainer.folder, config))
-        while trainer.step < trainer.last_step:
-            trainer.train_epoch()
-            trainer.finish_epoch()
-        if trainer.best is None:  # max_steps now ends the run at a step that was not evaluated
-            trainer.evaluate_and_save()
+        with trainer.signals.received(), trainer.watchdog.watching():
+            try:
+                trainer.run()
+            except InterruptedRun:
+                trainer.end_writing()
+                raise
+            trainer.end_writing()
+    except Exception as error:
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        raise TrainingError(f"step {trainer.step + 1}: another rank is gone: {lost}") from error
     finally:
+        trainer.writer.close()
         trainer.log.close()
     assert trainer.best is not None
     return Summary(trainer.step, trainer.best, time.perf_counter() - began)
-
-
-def seed_generators(seed: int, purpose: str, *key: int) -> None:
-    """Seeds PyTorch's generators, of the CPU and all GPUs, for one purpose at one place of the run."""
-    sequence = np.random.SeedSequence((seed, zlib.crc32(purpose.encode()), *key))
-    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 class _Trainer:
@@ -170,10 +183,15 @@ class _Trainer:
                 use_warmup=schedule.ema_warmup,
                 exclude_buffers=not self.has_batch_norm,
             )
-        self.step = 0
+        self.finite_steps = FiniteSteps(self.optimizer, model)
+        self.step_watch = StepWatch(
+            process.device, process.world_size, config.max_skipped_steps, config.spike_threshold
+        )
+        self.step, self.finished_step = 0, 0
         self.best: dict[str, Any] | None = None
         if state is not None:
             self.restore(state)
+        from_main(self.check_disk)
 
         # What is called to train; weights, checkpoints and evaluation belong to the bare model.
         self.network: nn.Module = model
@@ -182,41 +200,70 @@ class _Trainer:
             self.network = data_parallel(model, process, (config.model.in_chans, size, size))
         if config.compile:
             self.network = torch.compile(self.network)  # type: ignore[assignment]
-        self.log = RunLog(self.folder if process.is_main else None, config, self.step)
+        self.log = RunLog(self.folder if process.is_main else None, config, self.step, self.finished_step)
+        self.writer = CheckpointWriter(self.folder, config.keep_checkpoints, prepare=self.log.sync)
+        self.signals = Signals()
+        self.watchdog = Watchdog(
+            process.rank, config.hang_timeout, config.grace_period, stop=lambda: self.signals.stop
+        )
         self.clock = _StepClock()
+        self.epoch_losses: list[float] = []
+        self.epoch_began = time.perf_counter()
         self.has_warned = False
+
+    def run(self) -> None:
+        """All epochs that are left."""
+        while self.finished_step < self.last_step:
+            if not self.is_epoch_over():
+                self.train_epoch()
+            self.finish_epoch()
+        if self.best is None:  # max_steps now ends the run at a step that was not evaluated
+            self.evaluate_and_save()
+
+    def is_epoch_over(self) -> bool:
+        """Whether nothing is left of an epoch but to evaluate it."""
+        at_end = self.step % self.steps_per_epoch == 0 or self.step >= self.last_step
+        return at_end and self.step > self.finished_step
 
     def train_epoch(self) -> None:
         """Trains to the end of the epoch that `step` lies in, or to the last step of the run."""
         epoch, start = divmod(self.step, self.steps_per_epoch)
-        end = min(self.step - start + self.steps_per_epoch, self.last_step)
-        steps = end - self.step
         self.model.train()
         self.choose_neighbors(epoch)
-        self.epoch_loss = torch.zeros((), device=self.process.device)
-        self.epoch_began = time.perf_counter()
-        self.bad_step = torch.full((), torch.inf, device=self.process.device)
+        self.epoch_losses, self.epoch_began = [], time.perf_counter()
         batches = iter(self.loaders.train.epoch(epoch, start))
         self.clock.reset()
         self.clock.epoch.begin()
         with self.log.bar(epoch + 1, start, self.steps_per_epoch) as bar:
-            while self.step < end:
-                self.scheduler.step_update(self.step)
-                self.tell_progress(epoch)
-                loss = torch.zeros((), device=self.process.device)
-                for part in range(self.config.schedule.accumulation):
-                    with self.clock.waiting():
-                        images, targets = next(batches)
-                    loss += self.accumulate(images, targets, epoch, part)
-                # Nothing above or below waits for the device, except in a step that is logged.
-                grad_norm = self.update_weights()
-                self.step += 1
-                self.watch(grad_norm)
-                self.epoch_loss += loss / steps
-                self.clock.step()
+            while not self.is_epoch_over():
+                loss = self.train_step(epoch, batches)
                 bar.update()
-                if self.is_logged(self.step):
-                    bar.set_postfix(loss=f"{self.log_step(epoch, loss, grad_norm):.4f}")
+                if loss is not None:
+                    bar.set_postfix(loss=f"{loss:.4f}")
+                self.heed_signals()
+
+    def train_step(self, epoch: int, batches: Iterator[Batch]) -> float | None:
+        """One step of the optimiser; returns the mean loss of its global batch, if the step is logged."""
+        self.scheduler.step_update(self.step)
+        self.tell_progress(epoch)
+        self.finite_steps.begin()
+        loss = torch.zeros((), device=self.process.device)
+        for part in range(self.config.schedule.accumulation):
+            self.watchdog.at(f"waiting for the images of step {self.step + 1}")
+            with self.clock.waiting():
+                images, targets = next(batches)
+            self.watchdog.at(f"computing step {self.step + 1}")
+            loss += self.accumulate(images, targets, epoch, part)
+        # Nothing above or below waits for the device, except in a step that is logged.
+        grad_norm, is_finite = self.update_weights()
+        self.step += 1
+        is_full = self.step_watch.add(self.step, loss, is_finite)
+        self.clock.step()
+        if self.is_logged(self.step):
+            return self.log_step(epoch, grad_norm)
+        if is_full:
+            self.look()
+        return None
 
     def accumulate(self, images: torch.Tensor, targets: torch.Tensor, epoch: int, part: int) -> torch.Tensor:
         """Adds one part's gradients; returns its share of the loss of this rank's images in the step."""
@@ -226,13 +273,12 @@ class _Trainer:
         if self.mix is not None:
             images, targets = self.mix(images, targets, epoch=epoch, **place)
         if self.step == part == 0:
-            with self.writing("the log"):
-                self.log.images(images)
+            self.log.images(images)
         seed_generators(self.config.seed, "forward", *place.values())
         with self.synchronization(part):
             with autocast(self.precision, self.process.device):
                 loss = self.loss(self.network(images), targets) / self.config.schedule.accumulation
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward(spreading(loss))
         return loss.detach()
 
     def synchronization(self, part: int) -> AbstractContextManager[Any]:
@@ -240,35 +286,73 @@ class _Trainer:
         is_last = part == self.config.schedule.accumulation - 1
         return nullcontext() if is_last or self.process.world_size == 1 else self.network.no_sync()  # type: ignore[operator]
 
-    def update_weights(self) -> torch.Tensor:
-        """One step of the optimiser and of the average; returns the norm of the gradient before clipping."""
+    def update_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of the optimiser, unless the gradient is not finite, and of the average.
+
+        Returns:
+            The norm of the gradient before clipping, and whether it is finite, on every rank the same.
+        """
         schedule = self.config.schedule
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        is_finite = norm.isfinite()
         if schedule.clip_grad is not None and schedule.clip_mode == "norm":
             nn.utils.clip_grads_with_norm_(self.clipped, schedule.clip_grad, norm)
         elif schedule.clip_grad is not None:
             dispatch_clip_grad(self.clipped, schedule.clip_grad, schedule.clip_mode)
-        self.scaler.step(self.optimizer)
+        self.finite_steps.take(is_finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step + 1)
-        return norm
+        return norm, is_finite
 
-    def watch(self, grad_norm: torch.Tensor) -> None:
-        """Remembers, on the device, the first step whose gradient is not finite; `mean_over_ranks` looks.
+    def look(self) -> Look:
+        """What happened in the steps since the last look, on all ranks.
 
-        float16 is left out: its scaler skips such steps, and lowers the scale.
+        Raises:
+            TrainingError: on every rank, when more steps in a row were skipped than may be.
         """
-        if not self.scaler.is_enabled():
-            is_bad = ~grad_norm.isfinite() & self.bad_step.isinf()
-            self.bad_step = self.bad_step.masked_fill(is_bad, self.step)
+        look = self.step_watch.look()
+        for spike in look.spikes:
+            epoch, step = divmod(spike.step - 1, self.steps_per_epoch)
+            before = f"{spike.mean:.4f} ± {spike.deviation:.4f} before"
+            self.log.say(f"loss spike at step {spike.step}: {spike.loss:.4f}, {before}")
+            names = self.loaders.train.samples(epoch, step)
+            self.log.write("spike", epoch=epoch + 1, samples=names, **dataclasses.asdict(spike))
+        if look.too_many is not None:
+            most = self.config.max_skipped_steps
+            self.stop(look.too_many, f"loss or gradient are not finite in more than {most} steps in a row")
+        self.epoch_losses += filter(math.isfinite, look.losses)
+        return look
+
+    def heed_signals(self) -> None:
+        """Saves where a signal or save_every says so; ends the run where a signal does, on every rank.
+
+        Raises:
+            InterruptedRun: after the run was saved.
+        """
+        request = self.signals.agree()
+        if request.stop:
+            self.interrupt(request.stop)
+        every = self.config.save_every
+        is_due = every is not None and self.step % every == 0 and not self.is_epoch_over()
+        if request.save or is_due:
+            self.save(is_best=False)
+
+    def interrupt(self, signum: int) -> NoReturn:
+        """Saves, and raises InterruptedRun."""
+        self.save(is_best=False)
+        reason = f"saved after step {self.step}; the same command goes on from there"
+        raise InterruptedRun(signum, f"{signal.Signals(signum).name}: {reason}")
 
     def finish_epoch(self) -> None:
         """Evaluates, saves and says so."""
         epoch = self.epoch_in_progress()
-        loss = self.mean_over_ranks(self.epoch_loss, "the mean loss of the epoch")
+        line = f"epoch {epoch:3}/{self.config.schedule.epochs}"
+        self.look()
+        if self.epoch_losses:  # none of an epoch that was over when the run was interrupted
+            line += f"   loss {math.fsum(self.epoch_losses) / len(self.epoch_losses):.4f}"
         seconds = time.perf_counter() - self.epoch_began
         warning = input_bound_warning(self.clock.epoch.share(), self.config.data)
         if warning and not self.has_warned:
@@ -278,13 +362,13 @@ class _Trainer:
             for model in filter(None, (self.model, self.ema and self.ema.module)):
                 distribute_bn(model, self.process.world_size, reduce=True)
         self.check_weights()
-        line = f"epoch {epoch:3}/{self.config.schedule.epochs}   loss {loss:.4f}"
         if epoch % self.config.eval_every == 0 or self.step == self.last_step:
             results = self.evaluate_and_save()
             line += f"   Top-1 {results['top1']:.2f} %"
             if "ema_top1" in results:
                 line += f"   EMA {results['ema_top1']:.2f} %"
         else:
+            self.finished_step = self.step
             self.save(is_best=False)
         self.log.say(f"{line}   lr {self.learning_rate():.2e}   {seconds:.1f} s")
 
@@ -300,6 +384,7 @@ class _Trainer:
         if is_best:
             weights = "ema" if ema > raw else "raw"
             self.best = {"top1": max(raw, ema), "weights": weights, "epoch": self.epoch_in_progress()}
+        self.finished_step = self.step
         self.save(is_best)
         return results
 
@@ -310,13 +395,17 @@ class _Trainer:
         for prefix, model in (("", self.model), ("ema_", self.ema and self.ema.module)):
             if model is None:
                 continue
-            accuracy = self.compute_accuracy(
-                model,
-                self.loaders.validation,
-                device=self.process.device,
-                precision=self.precision,
-                progress=self.log.shows_bars,
-            )
+            try:
+                accuracy = self.compute_accuracy(
+                    model,
+                    self.loaders.validation,
+                    device=self.process.device,
+                    precision=self.precision,
+                    progress=self.log.shows_bars,
+                    is_told_to_end=self.evaluated_batch,
+                )
+            except InterruptedEvaluation:
+                self.interrupt(self.signals.stop or signal.SIGTERM)
             if not math.isfinite(accuracy.loss):
                 self.stop(self.step, f"the validation loss is {accuracy.loss}")
             results |= {
@@ -326,41 +415,59 @@ class _Trainer:
                 results[f"{prefix}real_top1"] = accuracy.real_top1
             results |= {"images": accuracy.images, "unreadable": accuracy.unreadable}
         results["seconds"] = time.perf_counter() - began
-        with self.writing("the log"):
-            self.log.write("validation", self.step, self.epoch_in_progress(), **results)
+        self.log.write("validation", self.step, self.epoch_in_progress(), **results)
         return results
 
+    def evaluated_batch(self) -> bool:
+        """Tells the watchdog of a batch; whether this process was told to end."""
+        self.watchdog.at(f"evaluating after step {self.step}")
+        return self.signals.stop > 0
+
     def save(self, is_best: bool) -> None:
-        """Writes last.pt, before it best.pt: a crash between the two is repeated, not lost."""
-        if not self.process.is_main:
-            return
-        state = {
+        """Begins to write a checkpoint, as best.pt too where it is the best; every rank calls this."""
+        self.look()
+        self.watchdog.at(f"saving after step {self.step}")
+        if self.process.is_main:
+            self.writer.save(self.state(), is_best)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the run needs to go on from here, as `vil.training.checkpoint` describes it."""
+        return {
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
+            "finished_step": self.finished_step,
             "epoch": self.step // self.steps_per_epoch,
+            "watched": self.step_watch.state(),
             "best": self.best,
             "config": dataclasses.asdict(self.config),
             "class_names": list(self.loaders.class_names),
             "versions": checkpoint.versions(),
         }
-        with self.writing("the checkpoint"):
-            if is_best:
-                checkpoint.save(self.folder / checkpoint.BEST, state)
-                checkpoint.link(self.folder / checkpoint.BEST, self.folder / checkpoint.LAST)
-            else:
-                checkpoint.save(self.folder / checkpoint.LAST, state)
 
-    @contextmanager
-    def writing(self, what: str) -> Iterator[None]:
-        """Makes an OSError inside a TrainingError."""
-        try:
-            yield
-        except OSError as error:
-            reason = f"{what} cannot be written to {self.folder}: {error.strerror or error}"
-            raise TrainingError(f"step {self.step}: {reason}; the last checkpoint stands") from error
+    def end_writing(self) -> None:
+        """Waits until everything is on the disk, and tries again what could not be written.
+
+        Raises:
+            TrainingError: it still cannot.
+        """
+        self.watchdog.at("writing the last checkpoint")
+        problem = from_main(lambda: self.writer.finish() or self.log.finish())
+        if problem is not None:
+            raise TrainingError(f"step {self.step}: {problem}; {self.last_checkpoint()}")
+
+    def check_disk(self) -> None:
+        """Raises ConfigError where the disk has no room for the checkpoints of this run."""
+        weights = state_size(self.model.state_dict())
+        one = weights * (4 if self.ema is not None else 3)  # with two moments, as Adam has; others have fewer
+        needed = one * (self.config.keep_checkpoints + 2)  # the best, and the one that is being written
+        here = (self.folder / checkpoint_files.FOLDER).glob("*.pt")
+        free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in here)
+        if needed > free:
+            reason = f"the checkpoints need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+            raise ConfigError("output", f"{self.folder}: {reason}")
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up where `state` stands; options of the optimiser are those of the configuration."""
@@ -378,7 +485,8 @@ class _Trainer:
             raise ConfigError("output", f"the checkpoint in {self.folder} does not fit: {reason}") from error
         for group, own in zip(self.optimizer.param_groups, options):
             group.update(own)
-        self.step, self.best = state["step"], state["best"]
+        self.step_watch.restore(state["watched"])
+        self.step, self.finished_step, self.best = state["step"], state["finished_step"], state["best"]
 
     def check_class_names(self, before: list[str]) -> None:
         """Raises ConfigError where the classes are not those of the run, in the order of the head."""
@@ -411,38 +519,22 @@ class _Trainer:
         """Whether the step that makes `count` finished steps is logged."""
         return count % self.config.log_every == 0 or count in (1, self.last_step)
 
-    def log_step(self, epoch: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> float:
+    def log_step(self, epoch: int, grad_norm: torch.Tensor) -> float:
         """Logs the step just finished; returns the mean loss of its global batch."""
-        mean = self.mean_over_ranks(loss, "the loss")
+        look = self.look()
         times = self.clock.averages()
-        with self.writing("the log"):
-            self.log.write(
-                "train",
-                self.step,
-                epoch + 1,
-                loss=mean,
-                lr=self.learning_rate(),
-                grad_norm=float(grad_norm),
-                **times,
-                images_per_second=self.config.schedule.batch_size / times["step_time"],
-            )
-        return mean
-
-    def mean_over_ranks(self, loss: torch.Tensor, what: str) -> float:
-        """The mean of a loss over all ranks.
-
-        Raises:
-            TrainingError: on every rank, when it is not finite, or a gradient of this epoch was not.
-        """
-        both = all_reduce_sum(torch.stack([loss, self.bad_step.isfinite().to(loss.dtype)]))
-        total, bad_ranks = both.tolist()
-        mean = total / self.process.world_size
-        bad_step = int(min(float(self.bad_step), self.step)) if bad_ranks else self.step
-        if not math.isfinite(mean) and bad_step == self.step:
-            self.stop(self.step, f"{what} is {mean}")
-        if bad_ranks:
-            self.stop(bad_step, "the gradient is not finite")
-        return mean
+        self.log.write(
+            "train",
+            self.step,
+            epoch + 1,
+            loss=look.losses[-1],
+            lr=self.learning_rate(),
+            grad_norm=float(grad_norm),
+            skipped_steps=look.skipped,
+            **times,
+            images_per_second=self.config.schedule.batch_size / times["step_time"],
+        )
+        return look.losses[-1]
 
     def check_weights(self) -> None:
         """Raises TrainingError on every rank when weights are not finite, or too large for their squares."""
@@ -453,11 +545,15 @@ class _Trainer:
 
     def stop(self, step: int, problem: str) -> NoReturn:
         """Raises TrainingError for what went wrong in the step that made `step` finished steps."""
-        saved = self.folder / checkpoint.LAST
-        kept = f"{saved} holds the last epoch" if saved.exists() else "nothing was saved yet"
         self.scheduler.step_update(step - 1)  # the rate of that step, which may be an earlier one
         rate = self.learning_rate()
-        raise TrainingError(f"step {step}: {problem}, at learning rate {rate:.2e}; {kept}")
+        self.writer.wait()
+        raise TrainingError(f"step {step}: {problem}, at learning rate {rate:.2e}; {self.last_checkpoint()}")
+
+    def last_checkpoint(self) -> str:
+        """Where the run can go on, in words."""
+        files = checkpoint_files.step_files(self.folder)
+        return f"the last checkpoint is {files[0][1]}" if files else "nothing was saved yet"
 
     def learning_rate(self) -> float:
         """The rate of the step just taken, without layer decay."""

@@ -1,0 +1,138 @@
+"""The files of a run's checkpoints: their names, and the digest beside each by which damage shows.
+
+    checkpoints/step_00012510.pt          the run after 12,510 optimiser steps; the newest few are kept
+    checkpoints/best.pt                   the run after its best evaluation
+    checkpoints/….pt.sha256               SHA-256 of each, as `sha256sum --check` reads it
+
+A digest is written before the file that it belongs to is renamed into place, so that no file of that name
+is ever without one. Where the name is taken already, as that of best.pt, the digest file holds the old
+digest too until the new file is there: whatever happens meanwhile, what lies under the name is verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from vil.config import ConfigError
+
+Content = TypeVar("Content")
+
+_logger = logging.getLogger(__name__)
+
+FOLDER, BEST = Path("checkpoints"), Path("checkpoints/best.pt")
+"""Where a run's checkpoints lie, relative to its folder."""
+
+_NAME = re.compile(r"step_(\d{8,})\.pt")
+_CHUNK = 1 << 22
+
+
+def step_file(folder: Path, step: int) -> Path:
+    """The checkpoint of the run in `folder` after `step` optimiser steps."""
+    return folder / FOLDER / f"step_{step:08}.pt"
+
+
+def step_files(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of all checkpoints of the run in `folder` but best.pt, the newest first."""
+    try:
+        names = os.listdir(folder / FOLDER)
+    except OSError:
+        return []
+    found = [(int(match[1]), folder / FOLDER / match[0]) for match in map(_NAME.fullmatch, names) if match]
+    return sorted(found, reverse=True)
+
+
+def digest_file(path: Path) -> Path:
+    """The file that holds the digest of `path`."""
+    return path.with_name(path.name + ".sha256")
+
+
+def check_digest(path: Path, required: bool = False) -> None:
+    """Compares a file with the digest beside it.
+
+    Args:
+        path: the checkpoint.
+        required: whether one without a digest is refused; one that was copied elsewhere may lack it.
+
+    Raises:
+        ConfigError: they do not fit, or one of them cannot be read.
+    """
+    beside = digest_file(path)
+    try:
+        if not beside.exists() and not required:
+            return
+        known = _digests(beside)
+        if not known:
+            raise ConfigError(str(path), f"{beside.name} is damaged")
+        if digest_of(path) not in known:
+            raise ConfigError(str(path), f"damaged: it is not what {beside.name} was written for")
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        reason = "no such file" if missing == path.name else f"without its digest {missing}"
+        raise ConfigError(str(path), reason) from None
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror or error}") from None
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_digest(path: Path, digest: str, keep_old: bool = False) -> None:
+    """Writes the digest beside `path`, durably; with `keep_old` below what stands there already.
+
+    Raises:
+        OSError: the disk is full or the folder is gone; what stood there still does.
+    """
+    beside = digest_file(path)
+    old = _digests(beside)[:1] if keep_old and beside.exists() else []
+    lines = [f"{value}  {path.name}\n" for value in (*old, digest)]
+    temporary = beside.with_name(beside.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="ascii") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, beside)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def newest(folder: Path, read: Callable[[Path], Content]) -> tuple[Path, Content] | None:
+    """The newest checkpoint of a run's folder that is whole, and what `read` makes of it.
+
+    One that is damaged is named in a warning and passed over; nothing is deleted.
+
+    Returns:
+        None where the folder holds none at all.
+
+    Raises:
+        ConfigError: it holds some, and all are damaged.
+    """
+    files = step_files(folder)
+    for _, path in files:
+        try:
+            check_digest(path, required=True)
+            return path, read(path)
+        except ConfigError as error:  # noqa: PERF203 (there are few)
+            _logger.warning("warning: passed over %s: %s", error.key, error.reason)
+    if files:
+        reason = f"none of the {len(files)} checkpoints in {folder / FOLDER} can be read"
+        raise ConfigError("", f"{reason}; name another folder, or move them away to begin again")
+    return None
+
+
+def _digests(beside: Path) -> list[str]:
+    text = beside.read_text(encoding="ascii", errors="replace")
+    return re.findall(r"^([0-9a-f]{64})  \S", text, flags=re.MULTILINE)
