@@ -21,6 +21,9 @@ from vil.config import AugmentConfig, ConfigError, DataConfig
 
 __all__ = ["ForeignImagesError", "Loaders", "Mixing", "Validation", "build_loaders", "build_validation"]
 
+MOST_WORKERS = 1024
+"""Processes per rank that load images."""
+
 
 @dataclass
 class Validation:
@@ -143,8 +146,8 @@ def build_validation(
     """
     if batch_size < 1:
         raise ConfigError("batch_size", f"expected at least 1, got {batch_size}")
-    if data.workers < 0:
-        raise ConfigError("data.workers", f"expected 0 or more, got {data.workers}")
+    if not 0 <= data.workers <= MOST_WORKERS:
+        raise ConfigError("data.workers", f"expected 0 to {MOST_WORKERS:,}, got {data.workers}")
     transform = evaluation_transform(data, image_size=image_size, in_chans=in_chans)
     source: Source = open_source(data, "val", in_chans)
     on_gpu = torch.device(device).type == "cuda"

@@ -39,7 +39,7 @@ class BadImages:
         Raises:
             ConfigError: there are too many by now, or the list cannot be written.
         """
-        name = image.replace("\n", "\\n")
+        name = image.replace("\n", "\\n").replace("\r", "\\r")
         if name in self.images:
             return
         _logger.warning("skipping %s, which cannot be read: %s", name, reason)

@@ -9,6 +9,7 @@ to decode or to refuse.
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ except ImportError:  # no wheel for this machine: Pillow decodes everything
     simplejpeg = None
 
 Mode = Literal["RGB", "L"]
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
+"""Formats that are read, whatever a file is named. Pillow knows more; for one of them, PostScript, it runs a
+program of its own, which nobody's images are to decide."""
 
 SCALES = (8, 4, 2, 1)
 """Divisors at which libjpeg-turbo decodes a JPEG directly, by smaller and fast transforms."""
@@ -55,7 +60,7 @@ class Picture:
     """An image whose size is known and whose pixels are not decoded yet.
 
     Args:
-        content: an encoded image of any format that Pillow reads, or an image.
+        content: an encoded image of one of `FORMATS`, or an image.
         mode: RGB or L (grey): what it is converted to.
     """
 
@@ -114,10 +119,17 @@ class Picture:
             # Above 89 megapixels Pillow warns, above 179 it refuses: the first is no news to a training run.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             try:
-                return Image.open(io.BytesIO(self._content))
+                return Image.open(io.BytesIO(self._content), formats=_known_formats())
             except UnidentifiedImageError:
-                reason = "no image of a format that Pillow knows" if self._content else "the file is empty"
+                reason = f"no image of {', '.join(FORMATS)}" if self._content else "the file is empty"
                 raise OSError(reason) from None
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def covering_scale(box: tuple[int, int], size: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.loaders import EvaluationImages, Unreadable
 from data.sources import Source
+from data.text_files import read_text
 from vil.config import ConfigError
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\b")
@@ -60,7 +61,7 @@ class RelabelledImages(EvaluationImages):
 def read_real_labels(path: str) -> list[list[int]]:
     """The class numbers of every image. Raises ConfigError where the file is no list of such lists."""
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = json.loads(read_text(Path(path).expanduser()))
     except (ValueError, RecursionError) as error:
         raise ConfigError("data.real_labels", f"{path} is not JSON: {error}") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist

@@ -259,6 +259,11 @@ def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ..
     return data.mean, data.std
 
 
+LONGEST = 64
+"""Longer than so many times its width an image is cut to its middle before it is resized: a picture of one
+line of pixels would otherwise take gigabytes, of which a crop leaves a millionth."""
+
+
 class _OfWhole:
     """Crops that see the whole image."""
 
@@ -267,6 +272,11 @@ class _OfWhole:
 
     def __call__(self, picture: Picture) -> np.ndarray:
         image = picture.image()
+        if max(image.size) > LONGEST * min(image.size):
+            most = LONGEST * min(image.size)
+            image = transforms.functional.center_crop(
+                image, [min(most, image.height), min(most, image.width)]
+            )
         for step in self.steps:
             image = step(image)
         return np.asarray(image)
@@ -355,6 +365,6 @@ def _check_ranges(augment: AugmentConfig) -> None:
         raise ConfigError("schedule.augment.ratio", "expected two rising numbers from 0.001 to 1000")
     if not 0 <= augment.color_jitter <= 100:
         raise ConfigError("schedule.augment.color_jitter", "expected a strength in [0, 100]")
-    for field, least in (("pad", 0), ("random_erasing_count", 1)):
-        if getattr(augment, field) < least:
-            raise ConfigError(f"schedule.augment.{field}", f"expected at least {least}")
+    for field, least, most in (("pad", 0, 4096), ("random_erasing_count", 1, 1000)):
+        if not least <= getattr(augment, field) <= most:
+            raise ConfigError(f"schedule.augment.{field}", f"expected {least} to {most}")

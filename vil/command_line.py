@@ -25,7 +25,8 @@ from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from vil.config import ConfigError
+from vil.config import ConfigError, printable
+from vil.plain_values import check_plain
 from vil.yaml_files import read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -109,6 +110,10 @@ def parse(
     parser.add_argument("--config", action="config", help="Partial configuration file over all sections.")
     parser.add_class_arguments(config_class, None)
     if base_values:
+        try:
+            check_plain(base_values)
+        except ConfigError as error:
+            raise ConfigError("stored configuration", error.reason) from None
         keys = _check(base_values, config_class, "", "stored configuration")
         parser.set_defaults({key: functools.reduce(getitem, key.split("."), base_values) for key in keys})
     try:
@@ -147,9 +152,9 @@ def reading_images() -> Iterator[None]:
 def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs `program` with the words of the command line, and ends the process as every program here does.
 
-    Exit status 2 and one line on standard error for a ConfigError, 130 for Ctrl-C. Of several processes that
-    torchrun starts on one machine, the first one speaks, and each one of what it alone may know. What the
-    package logs meanwhile is printed.
+    Exit status 2 and one line on standard error for a ConfigError, 1 where the memory of the machine or of
+    its GPU is not enough, 130 for Ctrl-C. Of several processes that torchrun starts on one machine, the first
+    one speaks, and each one of what it alone may know. What the package logs meanwhile is printed.
     """
     status, line = 0, None
     rank, speaks = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
@@ -165,18 +170,31 @@ def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
             speaks, line = True, f"[rank {rank}] {line}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted"
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = f"out of memory: {(str(error).splitlines() or ['MemoryError'])[0]}"
+        status, line = 1, f"error: {reason}; smaller batches or images, or a smaller model, need less"
+        if rank != "0":
+            speaks, line = True, f"[rank {rank}] {line}"
     finally:
         logger.removeHandler(screen)
     if line is not None and speaks:
-        print(" ".join(line.split()), file=sys.stderr)
+        print(" ".join(printable(line).split()), file=sys.stderr)
     raise SystemExit(status)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error is that of Python, of PyTorch on a CPU or on a GPU for too little memory."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(some in str(error) for some in words)
 
 
 class _Screen(logging.Handler):
     """Log records as lines on standard output, among those that a program prints itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
+        print(printable(self.format(record)), flush=True)
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -264,14 +282,19 @@ def _check(value: Any, hint: Any, prefix: str, path: str) -> Iterator[str]:
         element = _element_dataclass(inner_hint)
         if element is not None and isinstance(inner, list):
             for position, item in enumerate(inner):
-                if isinstance(item, dict):
-                    list(_check(item, element, f"{name}[{position}].", path))
+                place = f"{name}[{position}]"
+                if not isinstance(item, dict):
+                    reason = f"{place}: expected a mapping of keys to values, got {_shown(item)}"
+                    raise ConfigError(path, reason)
+                list(_check(item, element, f"{place}.", path))
         if not _accepts(inner_hint, inner):
             raise ConfigError(path, f"{name}: expected {_type_name(inner_hint)}, got {_shown(inner)}")
         yield name
 
 
 def _accepts(hint: Any, value: Any) -> bool:
+    if value is None:  # which jsonargparse takes for every option that has no default
+        return hint is type(None) or type(None) in typing.get_args(hint)
     checker = ArgumentParser(exit_on_error=False)
     checker.add_argument("--value", type=hint)
     try:

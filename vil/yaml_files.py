@@ -9,18 +9,30 @@ from typing import Any
 import yaml
 
 from vil.config import ConfigError
+from vil.plain_values import MOST_VALUES, check_plain
+
+MOST_BYTES = 1_000_000
+"""Size of a file that may be a configuration; ours have some thousand bytes."""
 
 
 def read_yaml(path: str | Path) -> Any:
     """The content of a YAML file: mappings, lists and plain values.
 
     Raises:
-        ConfigError: the file cannot be read, is no valid YAML, or gives a key twice; names the file, and the
-            line where it is known.
+        ConfigError: the file cannot be read, is no valid YAML, gives a key twice, or holds what no
+            configuration does (`vil.plain_values`); names the file, and the line where it is known.
     """
     try:
+        with Path(path).open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError("", f"more than {MOST_BYTES:,} bytes, which no configuration has")
         # A subclass of SafeLoader: no tag constructs anything but plain values.
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506
+        tree = yaml.load(content.decode("utf-8"), Loader=_StrictLoader)  # noqa: S506
+        check_plain(tree)
+        return tree
+    except ConfigError as error:
+        raise ConfigError(str(path), error.reason) from None
     except FileNotFoundError:
         raise ConfigError(str(path), "no such file") from None
     except OSError as error:
@@ -40,7 +52,24 @@ class _RepeatedKeyError(Exception):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that a key given twice is an error and not a silent choice."""
+    """PyYAML's safe loader, except that a key given twice is an error and not a silent choice.
+
+    Aliases, which cost a stranger a few bytes each, are counted before anything is made of them.
+    """
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        waiting, seen = [node], 0
+        while waiting:
+            inner = waiting.pop()
+            seen += 1
+            if seen > MOST_VALUES:
+                reason = f"holds more than {MOST_VALUES:,} values, or values inside of themselves"
+                raise ConfigError("", reason)
+            if isinstance(inner, yaml.SequenceNode):
+                waiting += inner.value
+            elif isinstance(inner, yaml.MappingNode):
+                waiting += [part for pair in inner.value for part in pair]
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = set()

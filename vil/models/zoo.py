@@ -22,6 +22,7 @@ from torch import nn
 from vil import weight_files
 from vil.attention import Attention
 from vil.config import AttentionName, ConfigError, ModelConfig, StageConfig
+from vil.models.limits import buildable, check_numbers
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.released_names import convert_weights
 from vil.models.weights import load_file, resized
@@ -125,6 +126,7 @@ def create_model(
     if name is None:
         raise ConfigError("name", "is needed where there is no checkpoint")
     given = {"image_size": 224, "num_classes": 1000, **given}
+    check_numbers({key: value for key, value in given.items() if key != "image_size"})  # has its own limit
     if name.startswith("timm/"):
         model = _timm_model({"name": name, **given})
         if file is not None:
@@ -134,7 +136,8 @@ def create_model(
         close = difflib.get_close_matches(name, SIZES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(SIZES)}, vil and timm/<name>"
         raise ConfigError("name", f"there is no model {name!r}; {hint}")
-    model = _build(name, **{_TIMM_NAMES.get(key, key): value for key, value in given.items()})
+    with buildable("name"):
+        model = _build(name, **{_TIMM_NAMES.get(key, key): value for key, value in given.items()})
     if file is not None:
         load_file(model, file)
     return model
@@ -205,9 +208,13 @@ def model_from_config(config: ModelConfig, num_classes: int | None = None) -> nn
     classes = config.num_classes if config.num_classes is not None else num_classes
     if classes is None:
         raise ConfigError("num_classes", "is needed where no data says how many classes there are")
+    if classes < 0:
+        raise ConfigError("num_classes", f"must be 0 or more, got {classes}")
     config = dataclasses.replace(config, num_classes=classes)
     if config.name.startswith("timm/"):
-        return _timm_model(_arguments(config))
+        arguments = _arguments(config)
+        check_numbers(arguments)
+        return _timm_model(arguments)
     if config.timm_options is not None:
         raise ConfigError("timm_options", f"only for a timm/<name> model, not for {config.name}")
     if (config.name == "vil") != (config.stages is not None):
@@ -255,11 +262,13 @@ def _timm_model(options: dict[str, Any]) -> nn.Module:
     try:
         if (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).fixed_input_size:
             arguments["img_size"] = image_size
-        return timm.create_model(name, **arguments)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            "timm_options", f"timm cannot create {name}: {str(error).splitlines()[0]}"
-        ) from error
+        with buildable("name"):
+            return timm.create_model(name, **arguments)
+    except ConfigError:
+        raise
+    except Exception as error:  # of whatever kind: its models check their options little
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError("timm_options", f"timm cannot create {name}: {reason}") from error
 
 
 def stages_of(

@@ -1,0 +1,262 @@
+"""Mutated YAML files at the doors of the programs: a configuration, or one line. Never anything else."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import os
+import random
+import subprocess
+import sys
+import types
+import typing
+from pathlib import Path
+
+import pytest
+import sklearn.datasets
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from mutations import (
+    CHANGES,
+    EDITS,
+    EXAMPLES,
+    TEXTS,
+    VALUES,
+    as_yaml,
+    bounded,
+    changed_bytes,
+    changed_tree,
+    examples,
+)
+from PIL import Image
+
+import eval as eval_program
+import train as train_program
+import vil
+from vil import command_line
+from vil.config import ConfigError, EvalConfig, TrainConfig
+from vil.models import limits
+from vil.models.released import read_config
+from vil.models.zoo import model_from_config
+from vil.training.distributed import Process
+from vil.training.limits import check_limits
+from vil.training.optimizer import build_optimizer, build_scheduler
+from vil.weight_files import read
+
+ROOT = Path(__file__).parents[2]
+PARITY = ROOT / "tests" / "fixtures" / "parity"
+PROCESS = Process(0, 0, 1, torch.device("cpu"))
+MEMORY = 12_000_000
+"""Bytes of weights that a model may have here: three million, so that no example builds for long."""
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    """(Kind, bytes) of whole files of every kind: the options that may name them are the kinds."""
+    folder = tmp_path_factory.mktemp("images")
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / split / name / f"{number}.png")
+    own_data = {"source": "folder", "root": str(folder), "workers": 0, "list_file": None, "real_labels": None}
+    found = [("--data", as_yaml(own_data))]
+    for kind in ("models", "schedules", "data"):
+        option = {"models": "--model", "schedules": "--schedule", "data": "--data"}[kind]
+        found += [(option, path.read_bytes()) for path in sorted((ROOT / "configs" / kind).glob("*.yaml"))]
+    found += [("--config", b"model: {mask: cyclic}\nschedule: {augment: {mixup: 0.8}}\nseed: 3\n")]
+    whole = dataclasses.asdict(train_program.configure([]).config)
+    for name in ("vil_32", "vil_32", "vil_32"):  # a run's own file, with every option in it
+        whole["model"] |= yaml.safe_load((ROOT / "configs" / "models" / f"{name}.yaml").read_text())
+        found += [("--config", as_yaml(whole)), ("run", as_yaml(whole)), ("stored", as_yaml(whole))]
+    found += [("released", path.read_bytes()) for path in sorted(PARITY.glob("*/config.yaml"))]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Small models, digits that are read once, nothing fetched, and a folder of its own."""
+    monkeypatch.setattr(limits, "memory", lambda: MEMORY)
+    monkeypatch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.chdir(tmp_path)
+
+
+def to_training(words):
+    """What train.py does with a line until the first step."""
+    command = train_program.configure(words)
+    try:
+        config = command.config
+        check_limits(config)
+        loaders, model, _ = train_program.build(config, PROCESS, new=False)
+        optimizer = build_optimizer(model, config.schedule)
+        build_scheduler(optimizer, config.schedule, loaders.train.steps_per_epoch)
+    except ConfigError as error:
+        raise command.locate(error) from error
+
+
+def to_evaluation(words):
+    """What eval.py does with a line until the first image."""
+    command = command_line.parse(EvalConfig, words, prog="eval.py")
+    eval_program.prepare(None, words, command, PROCESS)
+
+
+def use(kind, content):
+    """Brings a file's bytes to the doors that such files come to."""
+    path = Path("strange.yaml")
+    path.write_bytes(content)
+    if kind == "released":
+        model_from_config(read_config(path).model)
+        with contextlib.suppress(ConfigError):  # that the weights do not fit another model is no news
+            vil.load_released(path, PARITY / "vil_rpe_chunk" / "model_best.pth")
+    elif kind == "run":
+        Path("run").mkdir(exist_ok=True)
+        path.rename("run/config.yaml")
+        to_training(["--output", "run"])
+    elif kind == "stored":  # the configuration in a checkpoint, which is no YAML there
+        config = yaml.load(content, Loader=yaml.CSafeLoader)
+        state = {
+            "model": {"w": torch.ones(1)},
+            "ema": None,
+            "best": {},
+            "class_names": ["a"],
+            "config": config,
+        }
+        torch.save(state, "strange.pt")
+        file = read("strange.pt")
+        model_from_config(file.model, 10)
+        command_line.parse(EvalConfig, [], base_values={"data": dict(file.data)})
+    elif kind == "--schedule":
+        to_training([kind, str(path)])
+    else:
+        to_training([kind, str(path)])
+        if kind != "--config":
+            to_evaluation([kind, str(path)])
+
+
+def check(kind, content):
+    """Whether it ends well, or in one line."""
+    with bounded():
+        try:
+            use(kind, content)
+        except ConfigError as error:
+            end, line = 2, str(error)
+        except SystemExit as error:
+            end, line = error.code, "help"
+        else:
+            return
+    assert end in (0, 2)
+    assert line.isprintable()
+    assert line.strip()
+
+
+def options(config_class, prefix=()):
+    """(Path of keys, type) of every option."""
+    for name, hint in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(hint):
+            yield from options(hint, (*prefix, name))
+        else:
+            yield (*prefix, name), hint
+
+
+NUMBERS = [0, 1, 2, 3, 5, 7, 16, 33, 100, 4097, 10**5, 10**6, 10**9, 10**17, -1, -7, -(10**9)]
+FRACTIONS = [0, 1, 2, 0.5, 0.999, 1e-3, 1e-9, 1e-320, 1e9, 1e308, -0.5, -1, float("nan"), float("inf")]
+WORDS = [
+    "", ".", "..", "x", "vil", "vil_tiny", "timm/resnet10t", "timm/vit_tiny_patch16_224", "timm/x",
+    "digits", "folder",
+    "zip", "tar", "wds", "ffcv", "torch/cifar10", "torch/fake", "hfds/x", "hfids/x", "train", "val",
+    "test", "/dev/zero",
+    "/dev", "/etc/passwd", "~nobody/x", "a\nb", "\x1b[2J", "\0", "x" * 5000, "rand-m9-mstd0.5-inc1",
+    "rand-m9", "augmix",
+    "augmix-w99-d99", "original-mstd1", "3a", "trivial", "sgd", "lion", "adafactor", "lookahead_sgd",
+    "muon", "kron",
+    "adahessian", "lbfgs", "bnbadam8bit", "cuda", "cuda:9", "cpu", "meta", "mps", "strange.yaml",
+]  # fmt: skip
+
+
+def of_type(hint):
+    """Values that an option accepts, the most unlikely ones among them."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return st.sampled_from(arguments)
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of(*(of_type(a) for a in arguments))
+    if origin is tuple and arguments[-1] is not ...:
+        return st.tuples(*(of_type(a) for a in arguments)).map(list)
+    if origin in (list, tuple):
+        return st.lists(of_type(arguments[0]), max_size=4)
+    if dataclasses.is_dataclass(hint):
+        fields = {key[0]: of_type(inner) for key, inner in options(hint)}
+        need = {key: fields[key] for key in ("dim", "heads")}
+        return st.fixed_dictionaries(need, optional={k: v for k, v in fields.items() if k not in need})
+    if origin is dict:
+        names = st.sampled_from(
+            ["depth", "embed_dim", "img_size", "num_heads", "pretrained", "x", "patch_size"]
+        )
+        return st.dictionaries(names, VALUES, max_size=3)
+    kinds = {int: st.sampled_from(NUMBERS), float: st.sampled_from(FRACTIONS), bool: st.booleans(),
+             str: st.sampled_from(WORDS), type(None): st.none()}  # fmt: skip
+    return kinds[hint]
+
+
+OPTIONS = list(options(TrainConfig))
+CHOSEN = st.lists(st.sampled_from(OPTIONS).flatmap(lambda o: st.tuples(st.just(o[0]), of_type(o[1]))),
+                  min_size=1, max_size=4)  # fmt: skip
+
+
+@examples(120)
+@given(which=st.sampled_from(["--config", "--config", "run", "stored"]), chosen=CHOSEN)
+def test_values_of_the_right_type(seeds, which, chosen):
+    tree = yaml.load(dict(seeds)[which], Loader=yaml.CSafeLoader) if which != "--config" else {}
+    for (*sections, name), value in chosen:
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = copy.deepcopy(value)
+    check(which, as_yaml(tree))
+
+
+@examples(120)
+@given(which=st.integers(0, 10**6), changes=CHANGES)
+def test_changed_trees(seeds, which, changes):
+    kind, content = seeds[which % len(seeds)]
+    tree = changed_tree(yaml.load(content, Loader=yaml.CSafeLoader), changes)
+    try:
+        content = as_yaml(tree)
+    except Exception:  # what PyYAML cannot write nobody can send
+        return
+    check(kind, content)
+
+
+@examples(120)
+@given(which=st.integers(0, 10**6), edits=EDITS)
+def test_changed_bytes(seeds, which, edits):
+    kind, content = seeds[which % len(seeds)]
+    if kind != "stored":
+        check(kind, changed_bytes(content, edits))
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="thirty processes: asked for with FUZZ_EXAMPLES")
+@pytest.mark.parametrize("number", range(30))
+def test_exit_statuses_of_processes(seeds, number):
+    drawn = random.Random(number)
+    option, content = drawn.choice([seed for seed in seeds if seed[0].startswith("--m")])
+    edits = [
+        (
+            drawn.choice(["insert", "replace", "flip"]),
+            drawn.random(),
+            drawn.choice(TEXTS),
+            drawn.randrange(256),
+        )
+    ]
+    Path("strange.yaml").write_bytes(changed_bytes(content, edits[: drawn.randrange(2)]))
+    program, *words = drawn.choice([("eval.py", "--complexity"), ("train.py", "--print_config")])
+    line = [sys.executable, str(ROOT / program), option, "strange.yaml", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode in (0, 2), done.stderr
+    assert done.stderr.count("\n") == (done.returncode == 2), done.stderr
+    assert done.stderr.startswith("error: ") or not done.returncode
