@@ -484,7 +484,11 @@ def fake(folder, monkeypatch):
 
 def test_runs_share_cores_and_gpus_and_have_their_logs(fake, folder, capsys):
     grid = make_grid(folder / "runs", seeds=(0, 1))
-    (folder / "behave.py").write_text("time.sleep(0.3)")
+    (folder / "behave.py").write_text(
+        "time.sleep(0.3)\nimport fcntl\n"
+        "try: fcntl.flock((folder / '.ablate.lock').open('a'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "except BlockingIOError: print('locked')\n"
+    )
     calls = fake(grid, jobs=2, gpus=["4", "7"])
     assert sorted(call[:2] for call in calls) == [
         [f"pool={p}", f"seed={s}"] for p in ("avg", "cls") for s in "01"
@@ -493,7 +497,7 @@ def test_runs_share_cores_and_gpus_and_have_their_logs(fake, folder, capsys):
     assert sorted(call[3] for call in calls) == ["4", "4", "7", "7"]
     assert calls[0][3] != calls[1][3]
     for run in grid.runs():
-        assert (run.folder / "log.txt").read_text() == f"hello from {run.folder}\n"
+        assert (run.folder / "log.txt").read_text() == f"hello from {run.folder}\nlocked\n"
     shown = capsys.readouterr().out
     assert shown.count("started") == 4
     assert "[4/4]" in shown
@@ -570,7 +574,7 @@ def test_a_run_that_another_process_is_at_work_on_is_waited_for(fake, folder, ca
     grid = make_grid(folder / "runs", seeds=(0,))
     first = grid.runs()[0].folder
     first.mkdir(parents=True)
-    lock = (first / "lock").open("w")
+    lock = (first / ".ablate.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
 
     def finish():

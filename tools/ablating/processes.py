@@ -23,7 +23,7 @@ from tools.ablating.runs import FAILURE, LOG, Outcome, outcome_of
 from vil.config import ConfigError
 
 PROGRAM = [sys.executable, str(ROOT / "train.py")]
-ERRORS, LOCK = "errors.txt", "lock"
+ERRORS, LOCK = "errors.txt", ".ablate.lock"
 POLL = 0.2
 """Seconds between two looks at the processes."""
 GRACE = 60.0
