@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -202,6 +204,16 @@ class ValidationLoader:
         self._finish = _finish(dataset, device)
         self._on_error = on_error
 
+    def examples(self, count: int) -> Tensor:
+        """Up to `count` images from all over the set, the same each time, as `__iter__` yields them."""
+        places = torch.linspace(0, self.num_images - 1, min(count, self.num_images)).long().unique()
+        samples = [self._loader.dataset[place] for place in places.tolist()]
+        batch, unreadable = _collate(samples)
+        if batch is None:
+            raise _error(unreadable[0])
+        images, _ = next(to_device([batch], self._device, self._channels_last, self._finish))
+        return images
+
     def __len__(self) -> int:
         """Number of batches of this rank."""
         return len(self._loader)
@@ -228,9 +240,18 @@ could be read; and the images that could not."""
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and torchrun reach every process of a group; the one that trains ends its workers itself."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+    """Ctrl-C and torchrun reach every process of a group: this one ends when its parent says so, which may
+    need images for the step that it is in."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_trainer, name="signals", daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _loader(dataset: Dataset[Any], workers: int, device: torch.device, **order: Any) -> DataLoader[Any]:
