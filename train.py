@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig, in_sec
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.modes import mode
 from vil.evaluation.report import evaluate_model, write_json
+from vil.models.attention_sheet import attention_sheet
+from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.released import read_config, read_weights
 from vil.models.weights import load_file, load_weights
 from vil.models.zoo import check_device, model_from_config
@@ -152,8 +154,21 @@ def run(config: TrainConfig, process: Process) -> None:
         announce(process, state, config)
     loaders, model, mix = build(config, process, new=state is None)
     with command_line.reading_images():
-        summary = fit(model, loaders, config, process, evaluate=evaluate, mix=mix, state=state)
+        picture = attention_picture(model, loaders, config)
+        summary = fit(
+            model, loaders, config, process, evaluate=evaluate, mix=mix, state=state, picture=picture
+        )
         report(model, loaders, summary, config, process)
+
+
+def attention_picture(
+    model: torch.nn.Module, loaders: Loaders, config: TrainConfig
+) -> Callable[[], torch.Tensor] | None:
+    """Draws what the model attends to in four validation images; None for a model that does not tell."""
+    if not isinstance(model, MultiScaleViT):
+        return None
+    mean, std = config.data.mean, config.data.std
+    return lambda: attention_sheet(model, loaders.validation.examples(4), mean, std)
 
 
 def collective_timeout(config: TrainConfig) -> float:

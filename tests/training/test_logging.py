@@ -1,8 +1,10 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_run import STEPS, load_last, make_config, run
 
 from vil.training.logging import METRICS, RunLog, cut_metrics
@@ -80,6 +82,68 @@ def test_tensorboard_holds_no_step_twice(tmp_path: Path):
     assert top1 == [(r["step"], round(r["top1"], 3)) for r in records]
     assert "label_smoothing" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert events.Tags()["images"] == ["train/augmented_batch"]
+
+
+def test_the_options_are_in_tensorboards_own_table(tmp_path: Path):
+    """One session per run, with its options, and the evaluation that it is compared by."""
+    run(make_config(tmp_path, tensorboard=True, ema_decay=0.9, betas=(0.8, 0.9)))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (started,) = (
+        HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info
+        for tag, metadata in events.summary_metadata.items()
+        if tag == "_hparams_/session_start_info"
+    )
+    assert started.hparams["schedule.batch_size"].number_value == 16
+    assert started.hparams["schedule.betas"].string_value == "[0.8, 0.9]"
+    assert started.hparams["schedule.ema_warmup"].bool_value is False
+    assert started.hparams["model.name"].string_value == "vil_tiny"
+    experiment = HParamsPluginData.FromString(
+        events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    ).experiment
+    compared = {info.name.tag for info in experiment.metric_infos}
+    assert compared == {"validation/top1", "validation/loss", "ema/top1", "best/top1"}
+    assert compared <= set(events.Tags()["scalars"])
+    best = [event.value for event in events.Scalars("best/top1")]
+    assert best == sorted(best)
+
+
+def test_rates_of_groups_are_shown_where_they_differ(tmp_path: Path):
+    for name, decay in (("same", None), ("differ", 0.5)):
+        run(make_config(tmp_path / name, tensorboard=True, layer_decay=decay, max_steps=2))
+        events = EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
+        rates = [tag for tag in events.Tags()["scalars"] if tag.startswith("learning_rate/")]
+        assert bool(rates) == (decay is not None)
+        if decay is not None:
+            first = [events.Scalars(tag)[0].value for tag in rates]
+            assert max(first) == events.Scalars("train/learning_rate")[0].value
+            assert len(set(first)) > 1
+
+
+def test_pictures_of_the_attention(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    picture = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    run(make_config(tmp_path / "a", tensorboard=True, attention_every=2), picture=lambda: picture)
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard"), {"images": 0}).Reload()
+    assert [image.step for image in events.Images("attention")] == [2 * STEPS]
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError("out of\nmemory")
+
+    run(make_config(tmp_path / "b", tensorboard=True, attention_every=2), picture=fail)
+    assert [record.getMessage() for record in caplog.records] == [
+        "warning: no picture of attention: out of memory"
+    ]
+
+
+def test_a_resumed_run_shows_an_unfinished_evaluation_once(tmp_path: Path):
+    """Killed after the evaluation was shown and before it was saved: the last train step stays, too."""
+    config = make_config(tmp_path, tensorboard=True, max_steps=STEPS)
+    run(config)
+    state = load_last(tmp_path) | {"finished_step": 0, "best": None}
+    run(config, state=state)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("validation/top1")] == [STEPS]
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in read(tmp_path)] == [1, 2, 3, 4, 5, 5]
 
 
 def test_images_are_shown_as_people_see_them(tmp_path: Path):

@@ -41,6 +41,7 @@ _LIMITS: dict[str, tuple[_Test, str]] = {
     "seed": _NOT_NEGATIVE,
     "log_every": _AT_LEAST_1,
     "eval_every": _AT_LEAST_1,
+    "attention_every": _AT_LEAST_1,
     "save_every": _AT_LEAST_1,
     "keep_checkpoints": _AT_LEAST_1,
     "max_skipped_steps": _NOT_NEGATIVE,

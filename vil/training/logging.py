@@ -73,6 +73,8 @@ class RunLog:
         except OSError as error:
             reason = f"the log cannot be written to {folder}: {error.strerror or error}"
             raise ConfigError("output", reason) from None
+        if self._writer is not None:
+            self._show_options()
         if step == 0:
             text = yaml.safe_dump(plain(config), sort_keys=False)
             self._tensorboard(lambda writer: writer.add_text("config", f"```yaml\n{text}```", 0))
@@ -142,6 +144,44 @@ class RunLog:
             self._has_warned = True
             _logger.warning("warning: %s", words)
 
+    def write_best(self, step: int, top1: float) -> None:
+        """The best Top-1 so far, in percent, of the weights or their average, in TensorBoard."""
+        self._tensorboard(lambda writer: writer.add_scalar("best/top1", top1, step))
+
+    def rates(self, step: int, rates: dict[str, float]) -> None:
+        """The learning rates of the optimiser's groups, where they differ, in TensorBoard."""
+        if len(set(rates.values())) > 1:
+            for name, rate in rates.items():
+                tag = f"learning_rate/{name}"
+                self._tensorboard(lambda writer: writer.add_scalar(tag, rate, step))  # noqa: B023
+
+    def _show_options(self) -> None:
+        """The options of the run, for TensorBoard's table of hyperparameters, beside its last evaluation.
+
+        The table takes numbers, truth values and texts; a list is a text, and an empty option is `null`.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {
+            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for key, value in leaves(plain(self._config)).items()
+            if key.partition(".")[0] in ("model", "schedule", "data", "seed", "precision")
+        }
+        shown = dict.fromkeys(("validation/top1", "validation/loss", "ema/top1", "best/top1"), 0.0)
+        for summary in hparams(values, shown):
+            self._tensorboard(lambda writer: writer.file_writer.add_summary(summary))  # noqa: B023
+
+    def picture(self, name: str, draw: Callable[[], torch.Tensor], step: int) -> None:
+        """Shows what `draw` makes, (3, H, W) uint8, in TensorBoard; that it cannot is no reason to stop."""
+        if self._writer is None:
+            return
+        try:
+            drawn = draw()
+        except (RuntimeError, ValueError) as error:
+            _logger.warning("warning: no picture of %s: %s", name, " ".join(str(error).split())[:200])
+            return
+        self._tensorboard(lambda writer: writer.add_image(name, drawn, step))
+
     def images(self, images: torch.Tensor) -> None:
         """The first images of a training batch, (B, C, H, W) and normalised, as a grid as people see them."""
         if self._writer is None:
@@ -209,6 +249,17 @@ def plain(config: TrainConfig) -> dict[str, Any]:
     return content
 
 
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, of dotted keys to values; the options of a timm model are one value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and key != "timm_options":
+            found |= leaves(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -217,6 +268,8 @@ def _tag(kind: str, key: str) -> str:
     """The TensorBoard name of a value: its section, train, validation, ema or system, then its own name."""
     if key in TIMING_FIELDS:
         return f"system/{'evaluation_seconds' if key == 'seconds' else key}"
+    if kind == "spike":
+        return f"spikes/{key}"
     if key.startswith("ema_"):
         return f"ema/{key.removeprefix('ema_')}"
     return f"{kind}/{'learning_rate' if key == 'lr' else key}"

@@ -19,7 +19,7 @@ from vil.config import ConfigError, TrainConfig, of_option
 from vil.training import checkpoint
 from vil.training.distributed import from_main
 from vil.training.folder_lock import FolderLock
-from vil.training.logging import plain
+from vil.training.logging import leaves, plain
 
 _logger = logging.getLogger(__name__)
 
@@ -113,11 +113,11 @@ def differences(stored: dict[str, Any], config: TrainConfig) -> list[tuple[str, 
 
     A number of classes that is left to the data differs from none.
     """
-    before, now = _leaves(json.loads(json.dumps(stored))), _leaves(plain(config))
+    before, now = leaves(json.loads(json.dumps(stored))), leaves(plain(config))
     if now["model.num_classes"] is None:
         now["model.num_classes"] = before.get("model.num_classes")
     # An option that did not exist when the run began had the effect that is now its default.
-    defaults = _leaves(plain(TrainConfig()))
+    defaults = leaves(plain(TrainConfig()))
     keys = [key for key in now if key not in _SILENT]
     pairs = [(key, before.get(key, defaults[key]), now[key]) for key in keys]
     return [pair for pair in pairs if pair[1] != pair[2]]
@@ -156,13 +156,3 @@ def finished_top1(folder: Path, state: dict[str, Any], config: TrainConfig) -> f
         return float(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))[0]["top1"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and key != "timm_options":
-            leaves |= _leaves(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves

@@ -100,6 +100,7 @@ def fit(
     evaluate: Callable[..., Any],
     mix: Callable[..., Batch] | None = None,
     state: dict[str, Any] | None = None,
+    picture: Callable[[], torch.Tensor] | None = None,
 ) -> Summary:
     """Trains `model` as `config` says, from the beginning or from where a checkpoint stands.
 
@@ -111,6 +112,7 @@ def fit(
         evaluate: vil.evaluation.accuracy.evaluate.
         mix: mixup and cutmix, from images and targets to images and soft targets.
         state: the checkpoint to continue from (`vil.training.checkpoint`).
+        picture: of what a model attends to, (3, H, W) uint8, for the log.
 
     Raises:
         ConfigError: before the first step, for an option that this model or device cannot follow.
@@ -119,7 +121,7 @@ def fit(
             be written never could be.
     """
     began = time.perf_counter()
-    trainer = _Trainer(model, loaders, config, process, evaluate, mix, state)
+    trainer = _Trainer(model, loaders, config, process, evaluate, mix, state, picture)
     try:
         # Not before everything is known to fit: a folder with a config.yaml holds a run.
         from_main(lambda: begin(trainer.folder, config))
@@ -154,10 +156,11 @@ class _Trainer:
         evaluate: Callable[..., Any],
         mix: Callable[..., Batch] | None,
         state: dict[str, Any] | None,
+        picture: Callable[[], torch.Tensor] | None,
     ) -> None:
         schedule = config.schedule
         self.loaders, self.config, self.process = loaders, config, process
-        self.compute_accuracy, self.mix = evaluate, mix
+        self.compute_accuracy, self.mix, self.picture = evaluate, mix, picture
         self.folder = Path(config.output or ".")
         self.precision = check_precision(config.precision, process.device)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -384,6 +387,8 @@ class _Trainer:
         if is_best:
             weights = "ema" if ema > raw else "raw"
             self.best = {"top1": max(raw, ema), "weights": weights, "epoch": self.epoch_in_progress()}
+        assert self.best is not None
+        self.log.write_best(self.step, self.best["top1"])
         self.finished_step = self.step
         self.save(is_best)
         return results
@@ -416,6 +421,9 @@ class _Trainer:
             results |= {"images": accuracy.images, "unreadable": accuracy.unreadable}
         results["seconds"] = time.perf_counter() - began
         self.log.write("validation", self.step, self.epoch_in_progress(), **results)
+        every = self.config.attention_every
+        if self.picture is not None and every is not None and self.epoch_in_progress() % every == 0:
+            self.log.picture("attention", self.picture, self.step)
         return results
 
     def evaluated_batch(self) -> bool:
@@ -523,6 +531,8 @@ class _Trainer:
         """Logs the step just finished; returns the mean loss of its global batch."""
         look = self.look()
         times = self.clock.averages()
+        groups = enumerate(self.optimizer.param_groups)
+        self.log.rates(self.step, {f"group_{number:02}": group["lr"] for number, group in groups})
         self.log.write(
             "train",
             self.step,
