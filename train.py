@@ -38,7 +38,7 @@ from vil.models.weights import load_file, load_weights
 from vil.models.zoo import check_device, model_from_config
 from vil.randomness import seed_generators
 from vil.training import checkpoint, distributed, run_folder
-from vil.training.distributed import Process, from_main
+from vil.training.distributed import LostRankError, Process, from_main
 from vil.training.limits import check_limits
 from vil.training.precision import check_precision, set_deterministic
 from vil.training.signals import InterruptedRun
@@ -282,7 +282,7 @@ def main(words: Sequence[str]) -> None:
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         train(words)
-    except TrainingError as error:
+    except (TrainingError, LostRankError) as error:
         if speaks:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -48,6 +48,10 @@ class Process:
         return self.rank == 0
 
 
+class LostRankError(RuntimeError):
+    """Another rank is gone, or never came; the text is one line for the user."""
+
+
 @contextmanager
 def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
     """Joins the processes that torchrun started; a process started without it is a world of one.
@@ -58,6 +62,7 @@ def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
 
     Raises:
         ConfigError: the device does not exist, or torchrun started more processes than there are GPUs.
+        LostRankError: the processes cannot reach one another.
     """
     rank, local_rank, world_size, local_world_size = (
         int(os.environ.get(name, default))
@@ -68,12 +73,16 @@ def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
     if on_gpu:
         torch.cuda.set_device(own_device)
     if world_size > 1:
-        # device_id binds the communicator to this GPU, so that a barrier cannot guess another one.
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            timeout=timedelta(seconds=timeout),
-            device_id=own_device if on_gpu else None,
-        )
+        # gloo beside NCCL: what concerns CPUs alone never waits for a GPU. device_id binds the communicator
+        # to this GPU, so that a barrier cannot guess another one.
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                timeout=timedelta(seconds=timeout),
+                device_id=own_device if on_gpu else None,
+            )
+        except RuntimeError as error:
+            raise LostRankError(f"the ranks do not reach one another: {_one_line(error)}") from error
     try:
         yield Process(rank, local_rank, world_size, own_device)
     finally:
@@ -162,11 +171,16 @@ def from_main(function: Callable[[], Result]) -> Result:
 
 def lost_rank(error: BaseException) -> str | None:
     """What `error`, raised by a collective, says about another rank that is gone; None for any other."""
-    text = " ".join(str(error).split())
-    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in text
+    text = _one_line(error)
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in text.lower()
     if not is_distributed() or not (is_of_gloo or isinstance(error, dist.DistError)):
         return None
-    return re.sub(r"^\[\S+\] ", "", text)[:200]
+    return text
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says, without the place in PyTorch's sources."""
+    return re.sub(r"\[\S*\.(?:cc|cpp|h):\d+\] ?", "", " ".join(str(error).split()))[:120]
 
 
 def data_parallel(

@@ -60,7 +60,6 @@ class Signals:
 
     def __init__(self) -> None:
         self._stop, self._save = 0, False
-        self._group: Any = None
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     @contextmanager
@@ -73,8 +72,6 @@ class Signals:
         if SAVE is not None:
             handlers[SAVE] = self._on_save
         before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
-        if is_distributed():
-            self._group = dist.new_group(backend="gloo")
         try:
             yield self
         finally:
@@ -90,10 +87,10 @@ class Signals:
         """What all ranks act on after this step; every rank calls this after every step."""
         own = [self._stop, int(self._save)]
         self._save = False
-        if self._group is None:
+        if not is_distributed():
             return Request(own[0], bool(own[1]))
         before, told = self._pending, torch.tensor(own)
-        self._pending = told, dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = told, dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True)
         if before is None:
             return Request()
         before[1].wait()
