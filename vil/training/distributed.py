@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vil.config import ConfigError
+from vil.training.rendezvous import store_of_this_start
 
 Result = TypeVar("Result")
 
@@ -73,15 +74,18 @@ def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
     if on_gpu:
         torch.cuda.set_device(own_device)
     if world_size > 1:
-        # gloo beside NCCL: what concerns CPUs alone never waits for a GPU. device_id binds the communicator
-        # to this GPU, so that a barrier cannot guess another one.
+        # gloo beside NCCL: what concerns the CPUs alone never waits for a GPU. device_id binds the
+        # communicator to this GPU, so that a barrier cannot guess another one.
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=store_of_this_start(rank, world_size, timeout),
+                rank=rank,
+                world_size=world_size,
                 timeout=timedelta(seconds=timeout),
                 device_id=own_device if on_gpu else None,
             )
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             raise LostRankError(f"the ranks do not reach one another: {_one_line(error)}") from error
     try:
         yield Process(rank, local_rank, world_size, own_device)
@@ -171,11 +175,10 @@ def from_main(function: Callable[[], Result]) -> Result:
 
 def lost_rank(error: BaseException) -> str | None:
     """What `error`, raised by a collective, says about another rank that is gone; None for any other."""
-    text = _one_line(error)
-    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in text.lower()
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     if not is_distributed() or not (is_of_gloo or isinstance(error, dist.DistError)):
         return None
-    return text
+    return _one_line(error)
 
 
 def _one_line(error: BaseException) -> str:
