@@ -1,0 +1,1 @@
+"""The parts of tools/torture.py: processes, faults, what they leave behind, and the table of it."""
