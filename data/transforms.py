@@ -239,8 +239,8 @@ def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) ->
     Raises:
         ConfigError: crop_pct, mean or std is out of range.
     """
-    if not 0 < data.crop_pct <= 1:
-        raise ConfigError("data.crop_pct", f"expected a fraction in (0, 1], got {data.crop_pct}")
+    if not 0.01 <= data.crop_pct <= 1:  # below, an image would be enlarged a hundredfold and thrown away
+        raise ConfigError("data.crop_pct", f"expected a fraction from 0.01 to 1, got {data.crop_pct}")
     mean, std = channel_statistics(data, in_chans)
     timms = create_transform(
         image_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std

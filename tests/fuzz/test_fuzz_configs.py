@@ -207,7 +207,7 @@ CHOSEN = st.lists(st.sampled_from(OPTIONS).flatmap(lambda o: st.tuples(st.just(o
                   min_size=1, max_size=4)  # fmt: skip
 
 
-@examples(60)
+@examples(40)
 @given(which=st.sampled_from(["--config", "--config", "run", "stored"]), chosen=CHOSEN)
 def test_values_of_the_right_type(seeds, which, chosen):
     tree = yaml.load(dict(seeds)[which], Loader=yaml.CSafeLoader) if which != "--config" else {}
@@ -260,3 +260,54 @@ def test_exit_statuses_of_processes(seeds, number):
     assert done.returncode in (0, 2), done.stderr
     assert done.stderr.count("\n") == (done.returncode == 2), done.stderr
     assert done.stderr.startswith("error: ") or not done.returncode
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "line"),
+    [
+        ("--data", "crop_pct: 1.0e-320", "data.crop_pct: expected a fraction from 0.01 to 1"),
+        ("--data", "workers: 1000000000", "data.workers: expected 0 to 1,024"),
+        ("--data", "list_file: /dev/zero", "data.list_file: /dev/zero: is a device"),
+        ("--data", "real_labels: /dev/zero", "data.real_labels: /dev/zero: is a device"),
+        ("--data", "workers: null", "data.workers: expected an integer, got None"),
+        ("--model", "name: null", "model.name: expected text, got None"),
+        ("--model", "{name: vil, stages: [{dim: 1000000000, heads: 1}]}", "model.stages: numbers must be"),
+        ("--model", "{name: vil, stages: [{dim: 9000, heads: 1}]}", "model.name: takes more memory"),
+        (
+            "--model",
+            "{name: vil, stages: [{dim: 64, heads: 1, blocks: 1000000}]}",
+            "model.name: takes more memory",
+        ),
+        (
+            "--model",
+            "{name: timm/vit_tiny_patch16_224, timm_options: {depth: 100000}}",
+            "model.name: takes more",
+        ),
+        (
+            "--model",
+            "{name: timm/vit_tiny_patch16_224, timm_options: {depth: 1.0e+18}}",
+            "model.timm_options: num",
+        ),
+        ("--model", "stages: [3]", "model.stages[0]: expected a mapping of keys to values, got 3"),
+        ("--model", "stages: [antigravity.geohash]", "model.stages[0]: expected a mapping"),
+        ("--model", "timm_options: {a: {class_path: antigravity.geohash}}", "class_path: unknown key"),
+        ("--schedule", f"batch_size: 0x{'f' * 5000}", "holds a number of more than 18 digits"),
+        (
+            "--schedule",
+            "augment: {random_erasing_count: 1000000000}",
+            "random_erasing_count: expected 1 to 1000",
+        ),
+        ("--schedule", "augment: {pad: 1000000000}", "schedule.augment.pad: expected 0 to 4096"),
+        ("--schedule", "&a {augment: *a}", "holds more than 10,000 values, or values inside of themselves"),
+        ("--schedule", f"epochs: {'[' * 40}{']' * 40}", "nested more than 30 levels deep"),
+        ("--schedule", "x" * 1_000_001, "more than 1,000,000 bytes"),
+        ("--schedule", '"\\e[2J": 3', r"schedule.\x1b[2J: unknown key"),
+    ],
+)
+def test_what_was_found(option, content, line):
+    """Each was a traceback, an import, or a wait without end."""
+    Path("strange.yaml").write_text(content)
+    with bounded(), pytest.raises(ConfigError) as error:
+        to_training([option, "strange.yaml"])
+    assert line in str(error.value)
+    assert str(error.value).isprintable()
