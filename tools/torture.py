@@ -7,9 +7,9 @@
 
 Each fault happens to real processes of train.py, alone or under torchrun, that train a small model on the
 bundled digits with everything on that draws at random. Afterwards the run is continued to its end and
-compared with an undisturbed one: weights, their average, the optimiser's state and metrics.jsonl must agree to
-the last bit, the fields of time aside, and no step may be logged twice or be missing. After every kill the
-checkpoints are compared with their digests, and the run must go on from the newest one.
+compared with an undisturbed one: weights, their average, the optimiser's state and metrics.jsonl agree to the
+last bit, the fields of time aside, and no step is logged twice or missing. After every kill the checkpoints
+are compared with their digests, and the run must go on from the newest one.
 
 Exit status 0 if everything was survived, 1 if not, 2 for a bad command line. Needs Linux. The full version
 takes about an hour on two cores; moments are drawn from --seed.

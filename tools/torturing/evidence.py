@@ -147,7 +147,7 @@ def differences(own: Any, other: Any, where: str) -> Iterator[str]:
     elif isinstance(own, Mapping) and isinstance(other, Mapping):
         if own.keys() != other.keys():
             yield f"{where}: other keys"
-        for key in own.keys() & other.keys():
+        for key in (key for key in own if key in other):
             yield from differences(own[key], other[key], f"{where}.{key}")
     elif isinstance(own, list | tuple) and isinstance(other, list | tuple) and len(own) == len(other):
         for number, (mine, others) in enumerate(zip(own, other)):

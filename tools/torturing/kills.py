@@ -42,7 +42,7 @@ def kill_variant(stage: Stage, name: str) -> list[Row]:
 def kill_often(stage: Stage, ranks: int, kills: int, name: str = "", words: Sequence[str] = ()) -> list[Row]:
     """One run, killed so often, and then left to finish; a row for the kills inside a save, one for others.
 
-    A kill counts as inside a save where it left a temporary file behind.
+    A kill counts as inside a save where it left a temporary file behind. Where too few did, more are tried.
     """
     epochs = max(EPOCHS, math.ceil(7 * kills / STEPS_PER_EPOCH))
     run = stage.run(f"kill_{name or ranks}", ranks, words, epochs)
@@ -51,13 +51,16 @@ def kill_often(stage: Stage, ranks: int, kills: int, name: str = "", words: Sequ
     variant = f", {name}" if name else ""
     rows = {False: Row(f"{title}{variant}", ranks), True: Row(f"{title} in a save{variant}", ranks)}
     before, start_up, fewest = 0, 8.0, math.ceil(INSIDE * kills)
-    for count in range(kills):
-        in_save = fewest - len(rows[True].trials) >= kills - count or draws.random() < 1.5 * INSIDE
+    for count in range(2 * kills + 4):
+        missing = fewest - len(rows[True].trials)
+        if count >= kills and missing <= 0:
+            break
+        in_save = missing >= kills - count or draws.random() < 1.5 * INSIDE
         life = run.start()
         if in_save:
             strike_in_save(life, draws)
         else:
-            strike(life, draws, start_up)
+            strike(life, draws, start_up, most=7 if kills > 2 else 2)
         if life.steps():
             start_up = time.monotonic() - life.began
         life.kill()
@@ -69,7 +72,7 @@ def kill_often(stage: Stage, ranks: int, kills: int, name: str = "", words: Sequ
         if trial.problems:
             break
     tried = [row for row in rows.values() if row.trials]
-    with tried[-1].last_trial() as trial:
+    with tried[-1].last_trial(", the end") as trial:
         last = run.finish()
         trial.expect(last.continued() == before, f"continued from {last.first}, not {before}")
         check_end(trial, run, last, stage, epochs)
@@ -82,24 +85,25 @@ def kill_often(stage: Stage, ranks: int, kills: int, name: str = "", words: Sequ
     return tried
 
 
-def strike(life: Life, draws: np.random.Generator, start_up: float) -> None:
-    """Waits for a moment of the start, or for a few steps and part of a step, evaluations among them."""
+def strike(life: Life, draws: np.random.Generator, start_up: float, most: int) -> None:
+    """Waits for a moment of the start, or for `most` steps at most and then for part of a second."""
     if draws.random() < 0.15:
         seconds = draws.uniform(0, start_up)
         life.until(lambda: time.monotonic() - life.began > seconds)
         return
-    life.until_step(int(draws.integers(1, 8)))
-    until = time.monotonic() + draws.uniform(0, 0.6)
+    life.until_step(int(draws.integers(1, most + 1)))
+    until = time.monotonic() + draws.uniform(0, 0.08 * most)
     life.until(lambda: time.monotonic() > until)
 
 
 def strike_in_save(life: Life, draws: np.random.Generator) -> None:
-    """Waits for a temporary file among the checkpoints, and for a few milliseconds at most."""
+    """Waits for a temporary file among the checkpoints, and half of the time for some milliseconds more."""
     life.until_step(int(draws.integers(1, 5)))
     life.until(lambda: not life.run.temporary_files(), poll=0.0005)
+    life.aim()
     life.until(life.run.temporary_files, poll=0.0005)
-    until = time.monotonic() + draws.uniform(0, 0.02)
-    life.until(lambda: time.monotonic() > until or not life.run.temporary_files(), poll=0.0005)
+    until = time.monotonic() + draws.choice([0, draws.uniform(0, 0.02)])
+    life.until(lambda: time.monotonic() > until, poll=0.0005)
 
 
 def check_folder(trial: Trial, run: Run) -> int:

@@ -122,6 +122,7 @@ class Life:
         self.run, self.ranks, self.logs = run, ranks, logs
         self._mark = f"{os.getpid()}.{next(_numbers)}"
         self._metrics_before = _inode(run.folder / METRICS)
+        self._aimed: list[int] = []
         self.first = 0
         """The step that it continued from, as it said itself."""
         logs.mkdir(parents=True)
@@ -217,8 +218,15 @@ class Life:
         """The processes that load images for rank 0."""
         return [pid for pid in self._members() if _parent(pid) == self.rank(0)]
 
+    def aim(self) -> None:
+        """Looks up the processes that `kill` ends, so that it takes no time then."""
+        self._aimed = self._members()
+
     def kill(self) -> None:
         """kill -9 of everything that this life has started; returns when all of it is gone."""
+        for pid in self._aimed:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         while members := self._members():
             for pid in members:
                 with suppress(ProcessLookupError):

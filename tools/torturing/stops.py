@@ -58,7 +58,7 @@ def end_while_starting(stage: Stage) -> list[Row]:
             if not had_steps and life.statuses() == (-signal.SIGTERM,):
                 trial.expect(evidence.listing(run.folder) == before, "the checkpoints changed")
             before = evidence.listing(run.folder)
-    with row.last_trial() as trial:
+    with row.last_trial(", the end") as trial:
         go_on(trial, run, stage)
     return [row]
 

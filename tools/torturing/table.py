@@ -67,7 +67,7 @@ class Row:
             yield trial
 
     @contextmanager
-    def last_trial(self) -> Iterator[Trial]:
+    def last_trial(self, what: str = "") -> Iterator[Trial]:
         """The last time, for what shows only later."""
         trial, began = self.trials[-1], time.monotonic()
         try:
@@ -75,7 +75,7 @@ class Row:
         except (StuckError, OSError, ValueError, LookupError, RuntimeError) as error:  # the others go on
             trial.problems.append(f"{type(error).__name__}: {error}")
         outcome = "survived" if not trial.problems else "NOT SURVIVED"
-        print(f"{self.fault}: {outcome}, {time.monotonic() - began:.0f} s", flush=True)
+        print(f"{self.fault}{what}: {outcome}, {time.monotonic() - began:.0f} s", flush=True)
         for problem in trial.problems[:10]:
             print(f"  {problem}", flush=True)
 
