@@ -27,7 +27,7 @@ import torch
 from data import Loaders, Mixing, build_loaders
 from vil import checkpoint_files, command_line
 from vil.command_line import CommandLine
-from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig, in_section, of_option
+from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig, in_section, of_option, printable
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.modes import mode
 from vil.evaluation.report import evaluate_model, write_json
@@ -284,7 +284,7 @@ def main(words: Sequence[str]) -> None:
         train(words)
     except (TrainingError, LostRankError) as error:
         if speaks:
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(f"error: {error}"), file=sys.stderr)
         raise SystemExit(1) from None
     except InterruptedRun as ended:
         if speaks:

@@ -1,5 +1,6 @@
 import functools
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -609,3 +610,17 @@ def test_steps_that_are_not_logged_do_not_wait_for_the_device(
         )
     assert {1, 4, 5} >= set(reads)
     assert {1, 4} <= set(reads)
+
+
+def test_a_data_worker_that_is_killed_is_one_line(tmp_path: Path):
+    """PyTorch raises it from a signal handler, wherever the program is."""
+
+    class Killed(TinyModel):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    reason = (
+        "step 1: a process that loads images is killed by signal: Killed. Fewer data.workers need less memory"
+    )
+    with pytest.raises(TrainingError, match=f"^{re.escape(reason)}; nothing was saved yet$"):
+        run(make_config(tmp_path), Killed())

@@ -178,7 +178,7 @@ def lost_rank(error: BaseException) -> str | None:
     is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     if not is_distributed() or not (is_of_gloo or isinstance(error, dist.DistError)):
         return None
-    return _one_line(error)
+    return f"another rank is gone: {_one_line(error)}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shutil
 import signal
 import time
@@ -133,15 +134,23 @@ def fit(
                 raise
             trainer.end_writing()
     except Exception as error:
-        lost = lost_rank(error)
+        lost = lost_rank(error) or lost_worker(error)
         if lost is None:
             raise
-        raise TrainingError(f"step {trainer.step + 1}: another rank is gone: {lost}") from error
+        raise TrainingError(f"step {trainer.step + 1}: {lost}; {trainer.last_checkpoint()}") from error
     finally:
         trainer.writer.close()
         trainer.log.close()
     assert trainer.best is not None
     return Summary(trainer.step, trainer.best, time.perf_counter() - began)
+
+
+def lost_worker(error: BaseException) -> str | None:
+    """What `error`, which PyTorch raises wherever the program is, says about a process that loaded images."""
+    found = re.search(r"DataLoader worker \(pid.*?\) (.*)", " ".join(str(error).split()))
+    if not isinstance(error, RuntimeError) or found is None:
+        return None
+    return f"a process that loads images {found[1][:100]} Fewer data.workers need less memory"
 
 
 class _Trainer:
