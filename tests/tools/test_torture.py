@@ -220,14 +220,15 @@ def test_bad_lines_are_refused(words, reason):
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
     """The short version, in a process of its own: it forks."""
-    files = [tmp_path_factory.mktemp("torture") / name for name in ("table.json", "table.md")]
+    folder = tmp_path_factory.mktemp("torture")
+    files = [folder / name for name in ("table.json", "table.md")]
     ended = subprocess.run(
         [sys.executable, "tools/torture.py", "--short", "--json", files[0], "--markdown", files[1]],
-        cwd=ROOT, env={**os.environ, "TMPDIR": str(files[0].parent)}, capture_output=True, text=True,
+        cwd=ROOT, env={**os.environ, "TMPDIR": str(folder)}, capture_output=True, text=True,
         timeout=900,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
-    return json.loads(files[0].read_text()), files[1].read_text(), list(files[0].parent.iterdir())
+    return json.loads(files[0].read_text()), files[1].read_text(), list(folder.iterdir())
 
 
 def test_everything_of_the_short_version_is_survived(short):
