@@ -17,6 +17,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ from vil.training import checkpoint, distributed, run_folder
 from vil.training.distributed import LostRankError, Process, from_main
 from vil.training.limits import check_limits
 from vil.training.precision import check_precision, set_deterministic
-from vil.training.signals import InterruptedRun
+from vil.training.signals import SAVE, InterruptedRun
 from vil.training.trainer import Summary, TrainingError, fit
 from vil.weight_files import NO_MODEL, WeightsFile, choose_weights
 
@@ -280,6 +281,8 @@ def main(words: Sequence[str]) -> None:
     """`train`; exit status 1 and one line where the training itself cannot go on, 128 + the number of the
     signal that ended it."""
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    if SAVE is not None:  # which would end a process that is not training yet, or no longer
+        signal.signal(SAVE, signal.SIG_IGN)
     try:
         train(words)
     except (TrainingError, LostRankError) as error:

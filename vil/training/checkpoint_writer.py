@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vil.checkpoint_files import BEST, FOLDER, check_digest, digest_file, step_file, step_files
+from vil.checkpoint_files import BEST, check_digest, digest_file, step_file, step_files
 from vil.config import ConfigError
 from vil.training import checkpoint
 
@@ -46,9 +46,6 @@ class CheckpointWriter:
         self._unsaved: tuple[Mapping[str, Any], bool] | None = None  # the last save, where it failed
         self._unsaved_best: Mapping[str, Any] | None = None
         self._own: set[Path] = set()  # files known to be whole
-        with suppress(OSError):
-            for leftover in (folder / FOLDER).glob("*.tmp"):  # of a process that was killed while it wrote
-                leftover.unlink()
 
     def save(self, state: Mapping[str, Any], is_best: bool) -> None:
         """Saves `state`, as best.pt too if it is the best; returns as soon as `state` may change again."""

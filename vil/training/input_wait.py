@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from vil.config import DataConfig
 
@@ -38,6 +40,41 @@ class InputWait:
         if self._steps < FEWEST_STEPS:
             return 0.0
         return self._waited / (time.perf_counter() - self._began)
+
+
+class StepClock:
+    """Seconds per step, and what of them was spent waiting for images."""
+
+    def __init__(self) -> None:
+        self.epoch = InputWait()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins the steps of which `averages` tells."""
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for images."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self.waited += seconds
+        self.epoch.add(seconds)
+
+    def step(self) -> None:
+        """A step has ended."""
+        self.steps += 1
+        self.epoch.step()
+
+    def averages(self) -> dict[str, float]:
+        """Means over the steps since the last call."""
+        means = {
+            "step_time": (time.perf_counter() - self.began) / self.steps,
+            "data_wait": self.waited / self.steps,
+        }
+        self.reset()
+        return means
 
 
 def input_bound_warning(share: float, data: DataConfig) -> str | None:

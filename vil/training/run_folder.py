@@ -140,6 +140,10 @@ def begin(folder: Path, config: TrainConfig) -> None:
     """
     try:
         (folder / checkpoint_files.FOLDER).mkdir(exist_ok=True)
+        for leftover in (folder / checkpoint_files.FOLDER).glob(
+            "*.tmp"
+        ):  # of a process killed while it wrote
+            leftover.unlink()
         (folder / SUMMARY).unlink(missing_ok=True)
         write_config(folder, config)
     except OSError as error:

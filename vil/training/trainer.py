@@ -16,7 +16,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -32,7 +32,7 @@ from vil.training import checkpoint
 from vil.training.checkpoint_writer import CheckpointWriter, state_size
 from vil.training.distributed import Process, all_reduce_sum, data_parallel, from_main, lost_rank
 from vil.training.guards import FiniteSteps, Look, StepWatch, Watchdog, spreading
-from vil.training.input_wait import InputWait, input_bound_warning
+from vil.training.input_wait import StepClock, input_bound_warning
 from vil.training.logging import RunLog
 from vil.training.loss import build_loss
 from vil.training.optimizer import build_optimizer, build_scheduler, clipped_parameters
@@ -218,7 +218,7 @@ class _Trainer:
         self.watchdog = Watchdog(
             process.rank, config.hang_timeout, config.grace_period, stop=lambda: self.signals.stop
         )
-        self.clock = _StepClock()
+        self.clock = StepClock()
         self.epoch_losses: list[float] = []
         self.epoch_began = time.perf_counter()
         self.has_warned = False
@@ -585,35 +585,3 @@ def _checkpoint_gradients(model: nn.Module) -> None:
     except (AttributeError, AssertionError):
         reason = f"{type(model).__name__} does not offer it"
         raise ConfigError("gradient_checkpointing", reason) from None
-
-
-class _StepClock:
-    """Seconds per step, and what of them was spent waiting for images."""
-
-    def __init__(self) -> None:
-        self.epoch = InputWait()
-        self.reset()
-
-    def reset(self) -> None:
-        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - began
-        self.waited += seconds
-        self.epoch.add(seconds)
-
-    def step(self) -> None:
-        self.steps += 1
-        self.epoch.step()
-
-    def averages(self) -> dict[str, float]:
-        """Means over the steps since the last call."""
-        means = {
-            "step_time": (time.perf_counter() - self.began) / self.steps,
-            "data_wait": self.waited / self.steps,
-        }
-        self.reset()
-        return means
