@@ -149,4 +149,4 @@ def _limit(folder: Path) -> int:
 
 def _moved(run: Run, place: Path) -> Run:
     shutil.move(run.folder, place / "run")
-    return Run(place / "run", run.words, forked=run.forked)
+    return Run(place / "run", run.words, run.logs, forked=run.forked)

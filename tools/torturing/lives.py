@@ -31,7 +31,7 @@ from vil.training.logging import METRICS
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "VIL_TORTURE"
 PATIENCE = 300.0
-"""Seconds after which a life that does not do what it should is given up."""
+"""Seconds without a step or a word, after which a life that does not do what it should is given up."""
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _numbers = itertools.count()
@@ -47,8 +47,9 @@ class Run:
     """A folder that train.py works in, and what it is called with.
 
     Attributes:
-        folder: the run's; what its processes say is beside it.
+        folder: the run's.
         words: options of train.py.
+        logs: where what its processes say is, a folder for each life.
         ranks: number of processes that train together.
         forked: whether its lives are forks of this process.
         lives: all that there were.
@@ -56,6 +57,7 @@ class Run:
 
     folder: Path
     words: tuple[str, ...]
+    logs: Path
     ranks: int = 1
     forked: bool = False
     lives: list[Life] = field(default_factory=list)
@@ -78,7 +80,7 @@ class Run:
             file_size: bytes that a file may have, RLIMIT_FSIZE.
         """
         words = (*self.words, *words, "--output", str(self.folder))
-        logs = self.folder.with_name(f"{self.folder.name}.logs") / f"{len(self.lives) + 1:03}"
+        logs = self.logs / f"{len(self.lives) + 1:03}"
         life = Life(self, words, ranks or self.ranks, logs, restarts, trouble, file_size)
         self.lives.append(life)
         return life
@@ -183,13 +185,17 @@ class Life:
         """Waits until `happened()`; whether it did before all was over.
 
         Raises:
-            StuckError: after so many seconds.
+            StuckError: after so many seconds in which the run made no progress either.
         """
-        deadline = time.monotonic() + seconds
+        progress, deadline = None, time.monotonic() + seconds
         while not happened():
             if all(process.poll() is not None for process in self.processes):
                 return bool(happened())
             if time.monotonic() > deadline:
+                before, progress = progress, (self.run.last_step(), self.said())
+                if progress != before:
+                    deadline += seconds
+                    continue
                 self.kill()
                 raise StuckError(f"nothing happened for {seconds:.0f} s: {self.tail()}")
             time.sleep(poll)

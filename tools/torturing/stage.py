@@ -84,14 +84,19 @@ class Stage:
         ]
         line += [f"--data={configs / 'data/digits.yaml'}", f"--config={self.folder / 'config.yaml'}"]
         line += [f"--schedule.epochs={epochs}", *(_SMALLER if self.short else ()), *words]
-        return Run(folder, tuple(line), ranks, forked=self.short)
+        return Run(folder, tuple(line), self.logs(folder), ranks, self.short)
+
+    def logs(self, folder: Path) -> Path:
+        """Where the processes of the run in `folder` say what they say."""
+        return self.folder / "logs" / folder.name
 
     def reference(self, run: Run) -> Path:
         """The folder of the same run, undisturbed."""
         key = run.ranks, run.words
         if key not in self._references:
             self._count += 1
-            twin = Run(self.folder / f"{self._count:03}_undisturbed", run.words, run.ranks, run.forked)
+            folder = self.folder / f"{self._count:03}_undisturbed"
+            twin = Run(folder, run.words, self.logs(folder), run.ranks, run.forked)
             statuses = twin.finish().statuses()
             if set(statuses) != {0}:
                 raise RuntimeError(f"the undisturbed run failed, {statuses}: {twin.lives[0].tail()}")
