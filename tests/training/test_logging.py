@@ -146,6 +146,24 @@ def test_a_resumed_run_shows_an_unfinished_evaluation_once(tmp_path: Path):
     assert [record["step"] for record in read(tmp_path)] == [1, 2, 3, 4, 5, 5]
 
 
+def test_events_that_cannot_be_written_end_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+):
+    """TensorBoard opens its file for every write: the folder is gone in the middle of a run."""
+    log = RunLog(tmp_path, make_config(tmp_path, tensorboard=True), 0, 0)
+    log.write("train", 1, 1, loss=0.5)
+    log.sync()
+    (tmp_path / "tensorboard").rename(tmp_path / "gone")
+    for step in (2, 3, 4):
+        log.write("train", step, 1, loss=0.5)
+        log.sync()
+    log.close()
+    assert [record["step"] for record in read(tmp_path)] == [1, 2, 3, 4]
+    (warned,) = (record.getMessage() for record in caplog.records)
+    assert warned.startswith("warning: TensorBoard's events cannot be written: No such file or directory")
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_images_are_shown_as_people_see_them(tmp_path: Path):
     config = make_config(tmp_path, tensorboard=True)
     log = RunLog(tmp_path, config, 0, 0)

@@ -65,6 +65,7 @@ class RunLog:
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+                _silence_the_events_thread()
                 # An evaluation after the last step may have been shown that the checkpoint knows nothing of.
                 purged = step + 1 if step == finished_step else step
                 self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purged)
@@ -216,6 +217,19 @@ class RunLog:
                 self._write_pending()
             self._file.close()
         self._tensorboard(lambda writer: writer.close())
+
+
+def _silence_the_events_thread() -> None:
+    """TensorBoard's thread prints a traceback where it cannot write; the next event raises the same error."""
+    shown = threading.excepthook
+
+    def show(raised: threading.ExceptHookArgs) -> None:
+        of_events = type(raised.thread).__module__.startswith("tensorboard.")
+        if not (of_events and isinstance(raised.exc_value, OSError)):
+            shown(raised)
+
+    if shown.__module__ != __name__:
+        threading.excepthook = show
 
 
 def cut_metrics(path: Path, step: int, finished_step: int) -> list[dict[str, Any]]:
