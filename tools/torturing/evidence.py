@@ -160,6 +160,7 @@ def check_tensorboard(folder: Path, last: int) -> list[str]:
     """What is wrong with the steps in TensorBoard's events, as TensorBoard itself reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every life
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     try:
