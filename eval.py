@@ -16,6 +16,7 @@ but no file of --data. Every option of `EvalConfig` in vil/config.py can be give
 from __future__ import annotations
 
 import os
+import sys
 
 # Threads that wait for one another sleep instead of spinning: they share their cores with the processes that
 # load images. PyTorch reads this when it is imported.
@@ -34,7 +35,16 @@ from data import ForeignImagesError, Validation, build_validation
 from data.loaders import ValidationLoader
 from vil import command_line
 from vil.command_line import COMMAND_LINE, CommandLine
-from vil.config import ConfigError, DataConfig, EvalConfig, ModelConfig, Precision, in_section, of_option
+from vil.config import (
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    Precision,
+    in_section,
+    of_option,
+    printable,
+)
 from vil.evaluation import report
 from vil.evaluation.classes import find_rows
 from vil.evaluation.corruptions import corrupted_sets, with_summaries
@@ -43,7 +53,7 @@ from vil.models.weights import load_file
 from vil.models.zoo import check_device, model_from_config
 from vil.randomness import seed_generators
 from vil.training import distributed
-from vil.training.distributed import Process, from_main
+from vil.training.distributed import LostRankError, Process, from_main
 from vil.training.precision import check_precision, set_deterministic
 from vil.weight_files import NO_MODEL, WeightsFile, transform_of
 
@@ -282,5 +292,15 @@ def describe(data: DataConfig) -> str:
     return data.source
 
 
+def main(words: Sequence[str]) -> None:
+    """`evaluate`; exit status 1 and one line where another rank is gone."""
+    try:
+        evaluate(words)
+    except LostRankError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(printable(f"error: {error}"), file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 if __name__ == "__main__":
-    command_line.main(evaluate)
+    command_line.main(main)

@@ -95,7 +95,7 @@ def write_digest(path: Path, digest: str, keep_old: bool = False) -> None:
         OSError: the disk is full or the folder is gone; what stood there still does.
     """
     beside = digest_file(path)
-    old = _digests(beside)[:1] if keep_old and beside.exists() else []
+    old = _digests(beside) if keep_old and beside.exists() else []
     lines = [f"{value}  {path.name}\n" for value in (*old, digest)]
     temporary = beside.with_name(beside.name + ".tmp")
     try:
@@ -107,6 +107,18 @@ def write_digest(path: Path, digest: str, keep_old: bool = False) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def keep_damaged(path: Path) -> None:
+    """Gives a damaged file another name beside its own, which may then be taken by a new one.
+
+    Raises:
+        OSError: the disk is full or the folder is gone.
+    """
+    if not path.exists():
+        return
+    number = len(list(path.parent.glob(f"{path.name}.damaged*")))
+    os.link(path, path.with_name(f"{path.name}.damaged{number or ''}"))
 
 
 def newest(folder: Path, read: Callable[[Path], Content]) -> tuple[Path, Content] | None:

@@ -86,15 +86,33 @@ def test_a_watchdog_names_the_rank_and_the_place_once(capsys: pytest.CaptureFixt
     assert all(thread.name != "watchdog" for thread in threading.enumerate())
 
 
-def test_a_process_that_does_not_end_when_told_is_ended():
+@pytest.mark.parametrize(
+    ("signals", "status", "line"),
+    [
+        (["SIGTERM"], 143, "[rank 1] told to end 1 s ago and still computing step 5: ends unsaved"),
+        (["SIGINT", "SIGINT"], 130, "interrupted again: not saved"),
+    ],
+)
+def test_a_process_in_c_code_is_ended(signals: list[str], status: int, line: str):
+    """Python's handlers would run when it is back, which is never."""
     program = (
-        "import time\n"
+        "import ctypes, os, signal, threading, time\n"
         "from vil.training.guards import Watchdog\n"
-        "with Watchdog(1, 60, 0.3, stop=lambda: 15).watching() as watchdog:\n"
+        "from vil.training.signals import Signals\n"
+        "def send():\n"
+        f"    for name in {signals}:\n"
+        "        time.sleep(0.5)\n"
+        "        os.kill(os.getpid(), getattr(signal, name))\n"
+        "signals = Signals()\n"
+        "with signals.received(), Watchdog(1, 60, 1, stop=signals.seen).watching() as watchdog:\n"
         "    watchdog.at('computing step 5')\n"
-        "    time.sleep(60)\n"
+        "    threading.Thread(target=send, daemon=True).start()\n"
+        "    mutex, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)\n"
+        "    for _ in range(2):\n"
+        "        libc.pthread_mutex_lock(mutex)  # the second waits, whatever signals come\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 143
-    assert ended.stderr == "[rank 1] told to end 0 s ago and still computing step 5: ends unsaved\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (status, line + "\n")

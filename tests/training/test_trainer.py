@@ -596,7 +596,7 @@ def test_steps_that_are_not_logged_do_not_wait_for_the_device(
                 original = getattr(torch.Tensor, name)
 
                 def reading(self, *arguments, original=original, **options):
-                    if self.dtype == torch.float32:
+                    if self.dtype in (torch.float32, torch.bool):
                         reads.append(step)
                     return original(self, *arguments, **options)
 
@@ -608,6 +608,7 @@ def test_steps_that_are_not_logged_do_not_wait_for_the_device(
             make_config(tmp_path, epochs=1, log_every=4, clip_grad=1.0, ema_decay=0.9, optimizer="momentum"),
             Counting(),
         )
+    # In the first step, the optimiser has no state yet: it is the one that looks.
     assert {1, 4, 5} >= set(reads)
     assert {1, 4} <= set(reads)
 

@@ -44,9 +44,9 @@ class Faulty(TinyModel):
         self.calls += self.training
         if not self.training or not dist.is_initialized() or dist.get_rank() == 0:
             return logits
-        if self.calls == 4:
+        if self.calls == 4 + 1:  # gradients travel once before the first step
             logits.register_hook(lambda gradient: gradient * torch.nan)
-        return logits * (torch.nan if self.calls == 2 else 1)
+        return logits * (torch.nan if self.calls == 2 + 1 else 1)
 
 
 class Signalled(TinyModel):
@@ -57,7 +57,7 @@ class Signalled(TinyModel):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += self.training
         if dist.is_initialized() and dist.get_rank() == 1:
-            for call, signum in ((4, signal.SIGUSR1), (8, signal.SIGTERM)):
+            for call, signum in ((4 + 1, signal.SIGUSR1), (8 + 1, signal.SIGTERM)):
                 if self.training and self.calls == call:
                     os.kill(os.getpid(), signum)
         return super().forward(x)
@@ -147,6 +147,9 @@ def main(folder: Path) -> None:
         train(folder / "idle", process, Half())
         norm = train(folder / "norm", process, TinyModel(norm=nn.BatchNorm2d), ema_decay=0.5).norm
         found["running_mean"] = norm.running_mean.tolist()
+        for name, steps in (("whole", [15]), ("continued", [7, 12, 15])):
+            for last in steps:  # parts of a run end within epochs
+                train(folder / name, process, TinyModel(0.2, nn.BatchNorm2d), ema_decay=0.5, max_steps=last)
         train(folder / "moved", process, TinyModel())
         train(folder / "short", process, TinyModel(), max_steps=7)
         model = train(folder / "faulty", process, Faulty(), max_steps=STEPS + 1)

@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from vil.checkpoint_files import BEST, check_digest, digest_file, step_file, step_files
+from vil.checkpoint_files import (
+    BEST,
+    FOLDER,
+    check_digest,
+    digest_file,
+    keep_damaged,
+    step_file,
+    step_files,
+)
 from vil.config import ConfigError
 from vil.training import checkpoint
 
@@ -54,7 +62,7 @@ class CheckpointWriter:
         if 2 * size < available_memory():
             try:
                 content = _copied(state)
-            except MemoryError:
+            except (MemoryError, RuntimeError):  # PyTorch's own lack of memory is the latter
                 self._write(state, is_best)
             else:
                 self._thread = threading.Thread(
@@ -96,7 +104,10 @@ class CheckpointWriter:
         for seconds in (*RETRIES, None):
             try:
                 self._prepare()
-                self._put_aside(path)
+                (self.folder / FOLDER).mkdir(exist_ok=True)
+                for target in (path, best) if is_best else (path,):
+                    if target.exists() and not self._is_whole(target):
+                        keep_damaged(target)
                 if is_best:  # first: killed between the two, the run repeats this evaluation
                     checkpoint.save(best, dict(state))
                     checkpoint.copy(best, path)
@@ -114,18 +125,13 @@ class CheckpointWriter:
                     time.sleep(seconds)
         if self.problem is None:
             self._unsaved = self._unsaved_best = None
-            self._own.add(path)
+            self._own |= {path, best} if is_best else {path}
             self._prune(state["step"])
         else:
             self._unsaved = state, is_best
             if is_best and threading.current_thread() is self._thread:  # a copy, which stays what it is
                 self._unsaved_best = state
             _logger.warning("warning: %s; the older ones stand, and training goes on", self.problem)
-
-    def _put_aside(self, path: Path) -> None:
-        """Renames a damaged file of an earlier time, which a new one would overwrite."""
-        if path.exists() and not self._is_whole(path):
-            path.rename(path.with_name(path.name + ".damaged"))
 
     def _prune(self, step: int) -> None:
         """Removes all whole checkpoints but the newest; damaged ones stay."""
@@ -157,16 +163,34 @@ def state_size(state: Any) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this machine, and the control group that holds this process, can still give."""
+    """Bytes that this machine, and the control groups that hold this process, can still give."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError, ValueError, LookupError):
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         limits.append(1024 * int(lines["MemAvailable"].split()[0]))
-    with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        most, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        limits.append(int(most) - int(used))
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            limits += _left_in_group(*line.split(":", 2)[1:])
     return min(limits)
+
+
+def _left_in_group(controllers: str, place: str) -> list[int]:
+    """Bytes that a control group (version 1 or 2) and those that hold it have left, page cache included."""
+    of_version_1 = "memory" in controllers.split(",")
+    if controllers and not of_version_1:
+        return []
+    root = Path("/sys/fs/cgroup/memory" if of_version_1 else "/sys/fs/cgroup")
+    files = ("limit_in_bytes", "usage_in_bytes") if of_version_1 else ("max", "current")
+    group, left = root / place.lstrip("/"), []
+    for folder in (group, *group.parents):
+        if root not in (folder, *folder.parents):
+            break
+        with suppress(OSError, ValueError):
+            most, used = (int((folder / f"memory.{name}").read_text()) for name in files)
+            counted = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cache = counted.get("total_inactive_file") or counted.get("inactive_file") or 0
+            left.append(most - used + int(cache))
+    return left
 
 
 def _copied(state: Any) -> Any:

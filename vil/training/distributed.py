@@ -63,7 +63,7 @@ def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
 
     Raises:
         ConfigError: the device does not exist, or torchrun started more processes than there are GPUs.
-        LostRankError: the processes cannot reach one another.
+        LostRankError: the processes cannot reach one another, or no longer.
     """
     rank, local_rank, world_size, local_world_size = (
         int(os.environ.get(name, default))
@@ -85,10 +85,15 @@ def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
                 timeout=timedelta(seconds=timeout),
                 device_id=own_device if on_gpu else None,
             )
-        except (RuntimeError, TimeoutError) as error:
+        except (RuntimeError, TimeoutError, ValueError) as error:
             raise LostRankError(f"the ranks do not reach one another: {_one_line(error)}") from error
     try:
         yield Process(rank, local_rank, world_size, own_device)
+    except Exception as error:
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        raise LostRankError(lost) from error
     finally:
         if world_size > 1:
             dist.destroy_process_group()
@@ -151,7 +156,7 @@ def from_main(function: Callable[[], Result]) -> Result:
 
     Raises:
         ConfigError: on every rank, when `function` raises it on rank 0.
-        RuntimeError: on the others, when it raises anything else, which goes on its way on rank 0.
+        LostRankError: on the others, when it raises anything else, which goes on its way on rank 0.
     """
     outcome: Any = None
     failure: Exception | None = None
@@ -167,7 +172,7 @@ def from_main(function: Callable[[], Result]) -> Result:
     if failure is not None:
         raise failure
     if isinstance(problem, str):
-        raise RuntimeError(f"rank 0 failed: {problem}")
+        raise LostRankError(f"rank 0 failed: {problem}")
     if problem is not None:
         raise ConfigError(*problem)
     return result
@@ -191,8 +196,8 @@ def data_parallel(
 ) -> DistributedDataParallel:
     """`model` with gradients averaged over all ranks.
 
-    Buffers are not broadcast at every step: batch norm's are averaged before they are used (see the trainer),
-    and no other differs between ranks.
+    Buffers are not broadcast at every step: the trainer averages batch norm's, and no other differs between
+    ranks.
 
     Args:
         model: on the process's device, equal on all ranks.
@@ -200,16 +205,31 @@ def data_parallel(
         image_shape: (C, H, W) of its images, to find out whether every parameter gets a gradient; looking for
             those that do not at every step costs time.
     """
+    has_unused = _has_unused_parameters(model, process.device, image_shape)
     options: dict[str, Any] = {"device_ids": [process.device]} if process.device.type == "cuda" else {}
     known = inspect.signature(DistributedDataParallel).parameters
     # PyTorch 2.15 renames the option, and warns of the old name.
     options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
-    return DistributedDataParallel(
-        model,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=_has_unused_parameters(model, process.device, image_shape),
-        **options,
+    network = DistributedDataParallel(
+        model, gradient_as_bucket_view=True, find_unused_parameters=has_unused, **options
     )
+    _settle(network, process.device, image_shape)
+    return network
+
+
+def _settle(
+    network: DistributedDataParallel, device: torch.device, image_shape: tuple[int, int, int]
+) -> None:
+    """Has gradients travel once: in what order they are summed is settled by the first backward pass.
+
+    Without it the first step of a continued run would sum in another order than that step of a whole run.
+    """
+    buffers = [buffer.clone() for buffer in network.module.buffers()]
+    network.train()
+    network(torch.zeros(2, *image_shape, device=device)).sum().backward()
+    network.zero_grad(set_to_none=True)
+    for buffer, before in zip(network.module.buffers(), buffers):
+        buffer.copy_(before)
 
 
 def _has_unused_parameters(model: nn.Module, device: torch.device, image_shape: tuple[int, int, int]) -> bool:

@@ -149,16 +149,18 @@ class StepWatch:
         """
         if self._count == 0:
             self._first = step
-        self._steps[self._count, 0] = loss
-        self._steps[self._count, 1] = is_finite
+        place = (step - 1) % _LONGEST  # in what order ranks are summed depends on the place
+        self._steps[place, 0] = loss
+        self._steps[place, 1] = is_finite
         self._count += 1
         return self._count == _LONGEST
 
     def look(self) -> Look:
         """Reads what was remembered, of all ranks; every rank does so after the same step."""
-        rows = self._steps[: self._count].clone()
+        losses_of_all = all_reduce_sum(self._steps[:, 0].clone()) / self._world_size
+        places = torch.arange(self._first - 1, self._first - 1 + self._count) % _LONGEST
+        rows = torch.stack([losses_of_all, self._steps[:, 1]], dim=1)[places.to(losses_of_all.device)]
         self._count = 0
-        rows[:, 0] = all_reduce_sum(rows[:, 0].contiguous()) / self._world_size
         losses, spikes, too_many = [], [], None
         for step, (loss, taken) in enumerate(rows.tolist(), self._first):
             losses.append(loss)

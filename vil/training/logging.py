@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -108,6 +109,8 @@ class RunLog:
         if self.enabled:
             self._write_pending()
             os.fsync(self._file.fileno())
+            if os.stat(self._path).st_ino != os.fstat(self._file.fileno()).st_ino:
+                raise OSError(errno.ENOENT, "another file has its place")
             self._tensorboard(lambda writer: writer.flush())
 
     def finish(self) -> str | None:
@@ -121,7 +124,8 @@ class RunLog:
     def _write_pending(self) -> None:
         with self._lock:  # a checkpoint's thread brings the log to the disk too
             while self._pending:
-                del self._pending[: self._file.write(self._pending)]
+                # Of a copy: the loop may add a line to the original meanwhile.
+                del self._pending[: self._file.write(bytes(self._pending))]
 
     def _show(self, record: dict[str, Any]) -> None:
         """Adds the numbers of a record to TensorBoard."""
@@ -132,10 +136,11 @@ class RunLog:
 
     def _tensorboard(self, show: Callable[[Any], Any]) -> None:
         """Does something with TensorBoard's writer; after a failure there is none."""
-        if self._writer is None:
+        writer = self._writer  # which another thread may take away
+        if writer is None:
             return
         try:
-            show(self._writer)
+            show(writer)
         except OSError as error:
             self._writer = None
             self._warn(f"TensorBoard's events cannot be written: {error.strerror}; they end here")
@@ -241,10 +246,25 @@ def cut_metrics(path: Path, step: int, finished_step: int) -> list[dict[str, Any
     records = [(line, _record(line)) for line in lines]
     last = {"validation": finished_step}
     kept = [(line, r) for line, r in records if r is not None and 0 < r["step"] <= last.get(r["kind"], step)]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line for line, _ in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_durably(path, "".join(line for line, _ in kept))
     return [record for _, record in kept]
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a text file; `path` holds the old content or the new, also after a loss of power.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -16,6 +16,9 @@ from torch import nn
 
 from vil.config import ConfigError, ScheduleConfig
 
+_FUSED = ("adam", "adamw", "sgd", "momentum")
+"""timm's names of PyTorch's optimisers that can skip a step on the device, which their fused forms do."""
+
 
 def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.Optimizer:
     """The optimiser that `schedule` names, at its peak learning rate.
@@ -40,6 +43,8 @@ def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.O
         options["eps"] = schedule.eps
     if schedule.dampening:
         options["dampening"] = schedule.dampening
+    if name in _FUSED:
+        options["fused"] = True
     try:
         return create_optimizer_v2(
             parameter_groups(model, schedule),

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from vil.config import ConfigError, TrainConfig, of_option
 from vil.training import checkpoint
 from vil.training.distributed import from_main
 from vil.training.folder_lock import FolderLock
-from vil.training.logging import leaves, plain
+from vil.training.logging import leaves, plain, write_durably
 
 _logger = logging.getLogger(__name__)
 
@@ -97,11 +96,15 @@ def _restore_best(folder: Path, state: dict[str, Any]) -> None:
             other = checkpoint.read(path)
         except ConfigError:
             continue
-        ends_epoch = step == other["finished_step"]
-        if ends_epoch and other["best"] == state["best"] and state["best"]["epoch"] == other["epoch"]:
-            with suppress(OSError):
-                os.replace(best, best.with_name(best.name + ".damaged"))
-            checkpoint.copy(path, best)
+        is_same = other["best"] == state["best"] and step == other["finished_step"]
+        # Epochs are counted from 1 where they are the best's, and a run may end within one.
+        if is_same and state["best"]["epoch"] in (other["epoch"], other["epoch"] + 1):
+            try:
+                checkpoint_files.keep_damaged(best)
+                checkpoint.copy(path, best)
+            except OSError as error:
+                problem += f", and cannot be restored from {path}: {error.strerror}"
+                break
             _logger.warning("%s; it was restored from %s", problem, path)
             return
     state["best"] = None
@@ -127,9 +130,7 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     """Writes the resolved configuration to config.yaml, as --config reads it; whoever loads it, continues."""
     content = plain(dataclasses.replace(config, resume="auto"))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    temporary = folder / f"{CONFIG}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / CONFIG)
+    write_durably(folder / CONFIG, text)
 
 
 def begin(folder: Path, config: TrainConfig) -> None:
@@ -140,9 +141,7 @@ def begin(folder: Path, config: TrainConfig) -> None:
     """
     try:
         (folder / checkpoint_files.FOLDER).mkdir(exist_ok=True)
-        for leftover in (folder / checkpoint_files.FOLDER).glob(
-            "*.tmp"
-        ):  # of a process killed while it wrote
+        for leftover in (folder / checkpoint_files.FOLDER).glob("*.tmp"):  # a process was killed in a save
             leftover.unlink()
         (folder / SUMMARY).unlink(missing_ok=True)
         write_config(folder, config)

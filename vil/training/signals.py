@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from vil.training.distributed import is_distributed
+
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 
 SAVE = getattr(signal, "SIGUSR1", None)
 """The signal that asks for a checkpoint; None on systems without it."""
@@ -60,6 +63,8 @@ class Signals:
 
     def __init__(self) -> None:
         self._stop, self._save = 0, False
+        self._seen = bytearray()
+        self._wakeup: socket.socket | None = None
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     @contextmanager
@@ -72,11 +77,33 @@ class Signals:
         if SAVE is not None:
             handlers[SAVE] = self._on_save
         before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+        # Handlers wait until the main thread is back from C; the signals' numbers are written here at once.
+        self._wakeup, written = socket.socketpair()
+        for end in (self._wakeup, written):
+            end.setblocking(False)
+        descriptor = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
         try:
             yield self
         finally:
+            signal.set_wakeup_fd(descriptor)
+            for end in (self._wakeup, written):
+                end.close()
+            self._wakeup = None
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+    def seen(self) -> int:
+        """The signal by which this process was told to end, even if its main thread is in C code; 0 for none.
+
+        A second SIGINT ends the process here; only one other thread may call this.
+        """
+        wakeup = self._wakeup
+        if wakeup is not None:
+            with suppress(OSError):
+                self._seen += wakeup.recv(4096)
+        if self._seen.count(signal.SIGINT) > 1:
+            _end_at_once()
+        return self._stop or next((number for number in self._seen if number in _ENDING), 0)
 
     @property
     def stop(self) -> int:
@@ -99,10 +126,15 @@ class Signals:
 
     def _on_stop(self, signum: int, frame: types.FrameType | None) -> None:
         if signum == self._stop == signal.SIGINT:
-            os.write(2, b"interrupted again: not saved\n")
-            os._exit(130)  # at once: nothing is waited for, and every file is written by renaming
+            _end_at_once()
         if signum == signal.SIGINT or not self._stop:
             self._stop = signum
 
     def _on_save(self, signum: int, frame: types.FrameType | None) -> None:
         self._save = True
+
+
+def _end_at_once() -> NoReturn:
+    """Nothing is waited for: every file is written by renaming."""
+    os.write(2, b"interrupted again: not saved\n")
+    os._exit(130)

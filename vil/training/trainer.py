@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
-from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 
 from vil import checkpoint_files
@@ -129,6 +129,7 @@ def fit(
         with trainer.signals.received(), trainer.watchdog.watching():
             try:
                 trainer.run()
+                trainer.heed_late_signal()
             except InterruptedRun:
                 trainer.end_writing()
                 raise
@@ -185,7 +186,8 @@ class _Trainer:
         self.scaler = grad_scaler(self.precision, process.device)
         self.loss = build_loss(schedule)
         self.clipped = clipped_parameters(model, schedule.clip_mode)
-        self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.statistics = [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
         self.ema: ModelEmaV3 | None = None
         if schedule.ema_decay is not None:
             # Running statistics are averaged like weights; any other buffer (a random projection) is copied.
@@ -193,7 +195,7 @@ class _Trainer:
                 model,
                 decay=schedule.ema_decay,
                 use_warmup=schedule.ema_warmup,
-                exclude_buffers=not self.has_batch_norm,
+                exclude_buffers=not self.statistics,
             )
         self.finite_steps = FiniteSteps(self.optimizer, model)
         self.step_watch = StepWatch(
@@ -212,11 +214,13 @@ class _Trainer:
             self.network = data_parallel(model, process, (config.model.in_chans, size, size))
         if config.compile:
             self.network = torch.compile(self.network)  # type: ignore[assignment]
-        self.log = RunLog(self.folder if process.is_main else None, config, self.step, self.finished_step)
+        # Without a best one, the last evaluation is made again.
+        known = self.finished_step if self.best is not None else self.finished_step - 1
+        self.log = RunLog(self.folder if process.is_main else None, config, self.step, known)
         self.writer = CheckpointWriter(self.folder, config.keep_checkpoints, prepare=self.log.sync)
         self.signals = Signals()
         self.watchdog = Watchdog(
-            process.rank, config.hang_timeout, config.grace_period, stop=lambda: self.signals.stop
+            process.rank, config.hang_timeout, config.grace_period, stop=self.signals.seen
         )
         self.clock = StepClock()
         self.epoch_losses: list[float] = []
@@ -313,11 +317,21 @@ class _Trainer:
         elif schedule.clip_grad is not None:
             dispatch_clip_grad(self.clipped, schedule.clip_grad, schedule.clip_mode)
         self.finite_steps.take(is_finite)
+        self.average_statistics()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step + 1)
         return norm, is_finite
+
+    def average_statistics(self) -> None:
+        """Gives batch norm the running statistics of all ranks, in every step: a checkpoint has one set."""
+        if not self.statistics or self.process.world_size == 1:
+            return
+        mean = all_reduce_sum(torch.cat([value.flatten() for value in self.statistics]))
+        parts = (mean / self.process.world_size).split([value.numel() for value in self.statistics])
+        for value, part in zip(self.statistics, parts):
+            value.copy_(part.view_as(value))
 
     def look(self) -> Look:
         """What happened in the steps since the last look, on all ranks.
@@ -352,6 +366,13 @@ class _Trainer:
         if request.save or is_due:
             self.save(is_best=False)
 
+    def heed_late_signal(self) -> None:
+        """Raises InterruptedRun where a signal came when nothing was left but to report."""
+        stop = from_main(lambda: self.signals.stop)
+        if stop:
+            name = signal.Signals(stop).name
+            raise InterruptedRun(stop, f"{name}: trained to the end; the same command reports")
+
     def interrupt(self, signum: int) -> NoReturn:
         """Saves, and raises InterruptedRun."""
         self.save(is_best=False)
@@ -370,9 +391,6 @@ class _Trainer:
         if warning and not self.has_warned:
             self.has_warned = True
             self.log.say(warning)
-        if self.has_batch_norm and self.process.world_size > 1:
-            for model in filter(None, (self.model, self.ema and self.ema.module)):
-                distribute_bn(model, self.process.world_size, reduce=True)
         self.check_weights()
         if epoch % self.config.eval_every == 0 or self.step == self.last_step:
             results = self.evaluate_and_save()
@@ -480,7 +498,7 @@ class _Trainer:
         weights = state_size(self.model.state_dict())
         one = weights * (4 if self.ema is not None else 3)  # with two moments, as Adam has; others have fewer
         needed = one * (self.config.keep_checkpoints + 2)  # the best, and the one that is being written
-        here = (self.folder / checkpoint_files.FOLDER).glob("*.pt")
+        here = (self.folder / checkpoint_files.FOLDER).glob("*.pt*")  # what a killed save left will go
         free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in here)
         if needed > free:
             reason = f"the checkpoints need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
@@ -571,6 +589,8 @@ class _Trainer:
 
     def last_checkpoint(self) -> str:
         """Where the run can go on, in words."""
+        if not (self.folder / checkpoint_files.FOLDER).exists():
+            return f"{self.folder} is gone"
         files = checkpoint_files.step_files(self.folder)
         return f"the last checkpoint is {files[0][1]}" if files else "nothing was saved yet"
 
