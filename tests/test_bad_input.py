@@ -199,7 +199,8 @@ def test_a_checkpoint_of_another_architecture(refused, tmp_path, monkeypatch):
     assert exit_.value.code == 0
     line = refused(eval_program.evaluate, "--checkpoint", folder, "--model", TINY, "--model.image_size", 32)
     assert str(folder) in line
-    assert "stages.0" in line
+    assert "it is of another architecture; " in line
+    assert "stages.2" in line
     wide = refused(eval_program.evaluate, "--checkpoint", folder, "--model.window", 3)
     assert "bias_table" in wide
     changed = ["--schedule.epochs", "1", "--model.window", "3", "--output", folder]

@@ -18,8 +18,7 @@ import train as train_program
 from data import build_validation
 from tools import convert as convert_tool
 from tools import export as export_tool
-from vil import command_line, load_released
-from vil.checkpoint_files import step_files
+from vil import checkpoint_files, command_line, load_released
 from vil.config import DataConfig
 from vil.evaluation import report
 from vil.evaluation.accuracy import evaluate
@@ -184,7 +183,7 @@ FROZEN = ["--schedule.lr", "1e-20", "--schedule.weight_decay", "0"]
 
 
 def final(run):
-    return checkpoint.load(step_files(run)[0][1])["model"]
+    return checkpoint.load(checkpoint_files.step_files(run)[0][1])["model"]
 
 
 def test_fine_tuning_from_a_published_checkpoint(trained):
@@ -213,14 +212,14 @@ def test_fine_tuning_a_run_with_its_best_weights(trained):
     run, _ = trained("--schedule.ema_decay", "0.5", "--schedule.lr", "1e-3")
     started, screen = trained("--model.init_from", run, "--model.image_size", "48", *FROZEN, output="tuned")
     best = read(run)
-    assert f"starting from {run / checkpoint.BEST}, {best.kind} weights" in screen
+    assert f"starting from {run / checkpoint_files.BEST}, {best.kind} weights" in screen
     assert "stages.1.blocks.0.attn.bias_table" in screen
     ours = final(started)
     fixed = [name for name in ours if ours[name].shape == best.weights[name].shape]
     assert len(fixed) > 30
     assert all(torch.allclose(ours[name], best.weights[name], atol=1e-7) for name in fixed)
     # the run goes on without the weights that it was started from
-    (run / checkpoint.BEST).unlink()
+    (run / checkpoint_files.BEST).unlink()
     _, screen = trained("--schedule.epochs", "2", "--schedule.max_steps", "2", output="tuned")
     assert "continuing" in screen
     assert "starting from" not in screen

@@ -87,9 +87,10 @@ def suffer(
             check_end(trial, run, life, stage)
             return
         trial.expect_status(life.end(), 1)
+        stands = "the last checkpoint is" if run.folder.exists() else "is gone"
     finally:
         undo()
-    check_one_line(trial, life, "error: ", "cannot be written", "the last checkpoint is")
+    check_one_line(trial, life, "error: ", "cannot be written", stands)
     check_words(trial, life)
     check_files_unchanged(trial, run, before)
     go_on(trial, run, stage)
