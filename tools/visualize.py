@@ -44,7 +44,7 @@ def visualize(words: Sequence[str]) -> None:
     parser = ToolParser(prog="visualize.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     if not untrained:
         parser.add_checkpoint()
-    parser.add_argument("image", help="the image, a file of any format that Pillow reads")
+    parser.add_argument("image", help="the image: JPEG, PNG, WebP, GIF, BMP, PPM, TIFF, JPEG 2000 or AVIF")
     parser.add_argument("--model", metavar="YAML", help="in place of a checkpoint: an untrained model")
     parser.add_argument("--query", type=_pixel, action="append", metavar="ROW,COLUMN",
                         help="a pixel to look from; several may be given; default: the middle")  # fmt: skip

@@ -65,7 +65,7 @@ def check_page(page: Path, names: Iterable[str]) -> None:
 def _place(page: Path, name: str) -> tuple[int, int]:
     """Where the text between the two comments begins and ends."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    found = re.search(f"{begin}(.*?){end}", _read(page), re.DOTALL)
+    found = re.search(f"{re.escape(begin)}(.*?){re.escape(end)}", _read(page), re.DOTALL)
     if found is None:
         raise ConfigError(f"--markdown {page}", f"has no line {begin} with {end} after it")
     return found.span(1)

@@ -134,12 +134,21 @@ def _start(run: Run, environment: dict[str, str], lock: IO[str]) -> subprocess.P
 
 
 def _finish(child: Child) -> Outcome:
-    """Where the run of an ended process stands; the reason of a failure is written down."""
+    """Where the run of an ended process stands; the reason of a failure is written down, if the disk takes it.
+
+    What is wrong with one run's files must not end the others.
+    """
     status, folder = child.process.returncode, child.run.folder
-    if status != 0 or not outcome_of(child.run).found:
+    try:
+        if status == 0 and outcome_of(child.run).found:
+            return outcome_of(child.run)
         reason = _reason(status, folder / ERRORS)
         (folder / FAILURE).write_text(f"{reason}\n", encoding="utf-8")
-    return outcome_of(child.run)
+        return outcome_of(child.run)
+    except ConfigError as error:
+        return Outcome(child.run, failure=str(error))
+    except OSError as error:
+        return Outcome(child.run, failure=f"{folder} cannot be read or written: {error.strerror or error}")
 
 
 def _environment(jobs: int, slot: int, gpus: Sequence[str]) -> dict[str, str]:
