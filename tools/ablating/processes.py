@@ -134,7 +134,7 @@ def _start(run: Run, environment: dict[str, str], lock: IO[str]) -> subprocess.P
 
 
 def _finish(child: Child) -> Outcome:
-    """Where the run of an ended process stands; the reason of a failure is written down, if the disk takes it.
+    """Where the run of an ended process stands; the reason of a failure is written down, if it can be.
 
     What is wrong with one run's files must not end the others.
     """
