@@ -30,13 +30,13 @@ from vil import checkpoint_files, command_line
 from vil.command_line import CommandLine
 from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig, in_section, of_option, printable
 from vil.evaluation.accuracy import evaluate
-from vil.evaluation.modes import mode
 from vil.evaluation.report import evaluate_model, write_json
 from vil.models.attention_sheet import attention_sheet
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.released import read_config, read_weights
 from vil.models.weights import load_file, load_weights
 from vil.models.zoo import check_device, model_from_config
+from vil.modes import mode
 from vil.randomness import seed_generators
 from vil.training import checkpoint, distributed, run_folder
 from vil.training.distributed import LostRankError, Process, from_main

@@ -38,8 +38,8 @@ from tqdm import tqdm
 from data.decoding import Mode, UnreadableImageError
 from data.transforms import Transform
 from tools.opening import check_channels, open_checkpoint, read_picture
-from vil.command_line import ToolParser, main
-from vil.config import ConfigError, Precision
+from vil.command_line import ToolParser, main, write_output
+from vil.config import ConfigError, Precision, printable
 from vil.models.zoo import check_device
 from vil.training import distributed
 from vil.training.precision import autocast, check_precision
@@ -314,23 +314,7 @@ def write(text: str, path: Path | None) -> None:
         except BrokenPipeError:  # a reader as head, which has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError("--output", f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def printable(text: str) -> str:
-    """Text on one line of a terminal: control characters and bytes that are no UTF-8 as escapes."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
+    write_output(path, text, "--output")
 
 
 def _encodable(text: str) -> str:

@@ -12,7 +12,6 @@ rest is there.
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vil.command_line import ToolParser, main
+from vil.command_line import ToolParser, main, write_output
 from vil.config import ConfigError
 from vil.evaluation.report import check_writable
 from vil.training import distributed
@@ -78,22 +77,9 @@ def report(words: Sequence[str]) -> None:
             results.append(result)
     names = ", ".join(run.name for run in runs[:4]) + (", …" if len(runs) > 4 else "")
     text = page.render(runs, results, arguments.title or names)
-    _write(output, text)
+    write_output(output, text, "--output")
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     print(f"{output}: {count}, {output.stat().st_size / 1e6:.1f} MB")
-
-
-def _write(path: Path, text: str) -> None:
-    """`path` holds the old page or the whole new one, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError("--output", f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _whole(least: int) -> Callable[[str], int]:

@@ -38,7 +38,7 @@ from tools.torturing import damage, disks, kills, ranks, stops, table
 from tools.torturing.lives import kill_all
 from tools.torturing.stage import Stage
 from tools.torturing.table import Row
-from vil.command_line import COMMAND_LINE, ToolParser, main
+from vil.command_line import COMMAND_LINE, ToolParser, main, write_output
 from vil.config import ConfigError
 from vil.evaluation.report import write_json
 
@@ -149,13 +149,7 @@ def write(arguments: Namespace, records: list[dict[str, Any]], words: Sequence[s
         write_json(arguments.json, records)
     if arguments.markdown:
         command = shlex.join(["python", "tools/torture.py", *words])
-        temporary = arguments.markdown.with_name(arguments.markdown.name + ".tmp")
-        try:
-            temporary.write_text(table.markdown(records, command), encoding="utf-8")
-            os.replace(temporary, arguments.markdown)
-        except OSError as error:
-            reason = f"cannot be written: {error.strerror}"
-            raise ConfigError(str(arguments.markdown), reason) from None
+        write_output(arguments.markdown, table.markdown(records, command), "--markdown")
 
 
 def _folder(wanted: Path | None) -> Path:

@@ -12,7 +12,7 @@ the sheets show is said in docs/visualize.md.
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.decoding import UnreadableImageError
 from tools.opening import Opened, check_channels, data_section, open_checkpoint, read_picture
 from vil import command_line
-from vil.command_line import ToolParser, main
+from vil.command_line import ToolParser, main, write_output
 from vil.config import ConfigError, EvalConfig, in_section
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import model_from_config
@@ -145,17 +145,10 @@ def sheets(
 
 
 def write(figure: Figure, path: Path) -> None:
-    """Writes a PNG beside its place and moves it there. Raises ConfigError where that cannot be done."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            figure.savefig(temporary, dpi=100, format="png", facecolor="white", metadata={"Software": None})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError("--output", f"{path} cannot be written: {error.strerror or error}") from None
+    """Writes a PNG. Raises ConfigError where that cannot be done."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100, format="png", facecolor="white", metadata={"Software": None})
+    write_output(path, file.getvalue(), "--output")
 
 
 def _pixel(word: str) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vil.config import ConfigError
+from vil.durable_files import write_durably
 
 Content = TypeVar("Content")
 
@@ -97,16 +98,7 @@ def write_digest(path: Path, digest: str, keep_old: bool = False) -> None:
     beside = digest_file(path)
     old = _digests(beside) if keep_old and beside.exists() else []
     lines = [f"{value}  {path.name}\n" for value in (*old, digest)]
-    temporary = beside.with_name(beside.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="ascii") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, beside)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_durably(beside, "".join(lines))
 
 
 def keep_damaged(path: Path) -> None:

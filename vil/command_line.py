@@ -26,6 +26,7 @@ from typing import Any, Generic, Literal, NoReturn, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from vil.config import ConfigError, printable
+from vil.durable_files import write_durably
 from vil.plain_values import check_plain
 from vil.yaml_files import read_yaml
 
@@ -182,6 +183,25 @@ def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
     if line is not None and speaks:
         print(" ".join(printable(line).split()), file=sys.stderr)
     raise SystemExit(status)
+
+
+def write_output(path: Path, content: str | bytes, option: str = "") -> None:
+    """Writes a result, and the folders above it; `path` holds the old content or all of the new.
+
+    Args:
+        path: the file.
+        content: text, written as UTF-8, or bytes.
+        option: what to name in the error, where it was an option that named the file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, content)
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror or error}"
+        raise ConfigError(*((option, f"{path} {reason}") if option else (str(path), reason))) from None
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
 import re
 import warnings
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from vil import checkpoint_files
 from vil.config import ConfigError, DataConfig, ModelConfig
+from vil.durable_files import write_durably
 from vil.plain_values import check_plain
 
 TRANSFORM = ("crop_pct", "interpolation", "mean", "std")
@@ -215,14 +215,9 @@ def write_safetensors(path: str | Path, file: WeightsFile) -> None:
         "weights": json.dumps(file.kind),
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in file.weights.items()}
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(save(tensors, metadata))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, save(tensors, metadata))
     except (OSError, SafetensorError) as error:
         raise ConfigError(str(path), f"cannot be written: {_first_line(error)}") from None
 

@@ -51,8 +51,7 @@ def test_a_failure_while_saving_leaves_the_old_file(
             arguments[1].write(b"half of it")  # type: ignore[attr-defined]
         raise OSError(28, "No space left on device")
 
-    module, name = failing.split(".")
-    monkeypatch.setattr(getattr(checkpoint, module), name, fail)
+    monkeypatch.setattr(failing, fail)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(path, make_state(2.0))
     assert checkpoint.load(path)["model"]["weight"][0] == 1.0

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import several_ranks
 import torch
-import two_ranks
 from tiny_run import load_last
 
 from vil.config import ConfigError
@@ -28,15 +28,19 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folders = {size: tmp_path_factory.mktemp(f"world{size}") for size in (1, 2)}
     alone = Process(0, 0, 1, torch.device("cpu"))
     for folder in folders.values():
-        two_ranks.train(folder / "moved", alone, two_ranks.TinyModel(), max_steps=7)
+        several_ranks.train(folder / "moved", alone, several_ranks.TinyModel(), max_steps=7)
+    torchrun(2, folders[2], "all")
+    several_ranks.main(folders[1])
+    return folders
+
+
+def torchrun(ranks: int, folder: Path, what: str) -> None:
     environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *torchrun, str(HERE / "two_ranks.py"), str(folders[2])]
+    program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *program, str(HERE / "several_ranks.py"), str(folder), what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Warning" not in done.stderr
-    two_ranks.main(folders[1])
-    return folders
 
 
 def found(folder: Path, rank: int) -> dict:
@@ -90,11 +94,23 @@ def test_two_ranks_go_on_as_if_nothing_had_happened(worlds: dict[int, Path]):
             assert all(torch.equal(whole[key][name], value) for name, value in continued[key].items())
 
 
+def test_three_ranks_go_on_to_the_bit(tmp_path: Path):
+    """With three ranks the order in which gradients are summed shows in the last digits."""
+    torchrun(3, tmp_path, "wide")
+    whole, continued = (load_last(tmp_path / name) for name in ("whole", "continued"))
+    for key in ("model", "ema"):
+        assert all(torch.equal(whole[key][name], value) for name, value in continued[key].items())
+    lines = (
+        [(r["loss"], r["grad_norm"]) for r in records(tmp_path / n, "train")] for n in ("whole", "continued")
+    )
+    assert next(lines) == next(lines)
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(worlds: dict[int, Path]):
     """From one to two and from two to one: the same global batches in the same order, the same losses within
     rounding."""
     process = Process(0, 0, 1, torch.device("cpu"))
-    two_ranks.train(worlds[2] / "short", process, two_ranks.TinyModel())
+    several_ranks.train(worlds[2] / "short", process, several_ranks.TinyModel())
     whole = records(worlds[1] / "plain", "train")
     assert records(worlds[1] / "moved", "train") != whole  # times differ
     for folder in (worlds[2] / "moved", worlds[2] / "short"):
@@ -147,7 +163,7 @@ def test_one_process_needs_no_group():
     assert distributed.broadcast_object("same") == "same"
     assert distributed.from_main(lambda: 4) == 4
     with pytest.raises(ConfigError, match=r"data\.root: there is nothing"):
-        distributed.from_main(two_ranks.fail_on_main)
+        distributed.from_main(several_ranks.fail_on_main)
     distributed.barrier()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from tools.ablating.grid import Grid
 from tools.ablating.results import Row, as_csv, as_json, figure, legend, table
+from vil.command_line import write_output
 from vil.config import ConfigError
 
 
@@ -37,10 +37,10 @@ def write_results(grid: Grid, rows: Sequence[Row], command: str) -> None:
         ConfigError: one cannot be written.
     """
     text = f"# {grid.name}\n\n{text_of(grid, rows, command)}\n\n![results](results.png)\n"
-    _write(grid.folder / "results.md", text.encode())
-    _write(grid.folder / "results.csv", as_csv(rows).encode())
-    _write(grid.folder / "results.json", as_json(grid, rows, command).encode())
-    _write(grid.folder / "results.png", _png(grid, rows))
+    write_output(grid.folder / "results.md", text)
+    write_output(grid.folder / "results.csv", as_csv(rows))
+    write_output(grid.folder / "results.json", as_json(grid, rows, command))
+    write_output(grid.folder / "results.png", _png(grid, rows))
 
 
 def insert(page: Path, grid: Grid, rows: Sequence[Row], command: str) -> None:
@@ -52,8 +52,8 @@ def insert(page: Path, grid: Grid, rows: Sequence[Row], command: str) -> None:
     content, (start, end) = _read(page), _place(page, grid.name)
     picture = Path("figures") / f"ablation_{grid.name}.png"
     text = f"\n\n{text_of(grid, rows, command)}\n\n![{grid.question or grid.name}]({picture})\n\n"
-    _write(page.parent / picture, _png(grid, rows))
-    _write(page, (content[:start] + text + content[end:]).encode())
+    write_output(page.parent / picture, _png(grid, rows))
+    write_output(page, content[:start] + text + content[end:])
 
 
 def check_page(page: Path, names: Iterable[str]) -> None:
@@ -83,16 +83,3 @@ def _png(grid: Grid, rows: Sequence[Row]) -> bytes:
     file = io.BytesIO()
     figure(grid, rows).savefig(file, dpi=110, format="png", facecolor="white", metadata={"Software": None})
     return file.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be written: {error.strerror or error}") from None

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from data import build_validation
-from data.transforms import channel_statistics
 from tools.reporting.runs import Run
 from vil import command_line
 from vil.config import ConfigError, EvalConfig
@@ -21,6 +20,7 @@ from vil.evaluation.complexity import measure_complexity
 from vil.evaluation.predictions import Mistake, Predictions, predict
 from vil.models.released import open_model
 from vil.models.zoo import check_device, model_from_config
+from vil.pictures import denormalised
 from vil.training.precision import check_precision
 from vil.weight_files import model_section
 
@@ -93,17 +93,14 @@ def evaluate_run(
         most_mistakes=most_mistakes,
         progress=progress,
     )
-    mean, std = channel_statistics(config.data, config.model.in_chans)
-    pictures = [picture(mistake, mean, std) for mistake in predictions.mistakes]
+    pictures = [picture(mistake, config.data.mean, config.data.std) for mistake in predictions.mistakes]
     return Evaluated(predictions, validation.class_names, file.kind, pictures)
 
 
 def picture(mistake: Mistake, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
     """The image as people see it: a `data:` address, PNG where it is small, else a small JPEG."""
-    channels = [torch.tensor(values).view(-1, 1, 1) for values in (std, mean)]
-    pixels = (mistake.image * channels[0] + channels[1]).clamp(0, 1).mul(255).round().byte()  # (C, H, W)
-    array = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # (H, W, C)
-    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    pixels = denormalised(mistake.image, mean, std).mul(255).round().byte()  # (3, H, W)
+    image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
     buffer = io.BytesIO()
     if max(image.size) <= SMALL:
         kind = "png"

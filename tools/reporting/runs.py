@@ -13,7 +13,7 @@ from typing import Any
 
 from vil.config import ConfigError, TrainConfig
 from vil.training.logging import METRICS, plain
-from vil.training.run_folder import CONFIG, SUMMARY
+from vil.training.run_folder import CONFIG, SILENT, SUMMARY
 from vil.yaml_files import read_yaml
 
 Record = dict[str, Any]
@@ -192,9 +192,6 @@ def _read_summary(path: Path, shown: str) -> tuple[Record, list[str]]:
 
 # --- Configurations -----------------------------------------------------------------------------------------
 
-_SILENT = ("output", "resume", "progress")
-"""Keys whose difference is nobody's concern."""
-
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Dotted key → its value in every run, for the keys in which the runs differ.
@@ -209,7 +206,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {
         key: row
         for key, row in rows.items()
-        if key not in _SILENT and any(value != row[0] for value in row[1:])
+        if key not in SILENT and any(value != row[0] for value in row[1:])
     }
 
 

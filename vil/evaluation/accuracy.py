@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from vil.config import ConfigError, Precision
-from vil.evaluation.modes import mode
+from vil.modes import mode
 from vil.training.distributed import all_reduce_sum
 from vil.training.precision import autocast
 from vil.training.signals import InterruptedEvaluation

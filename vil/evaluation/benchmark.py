@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vil.config import Precision
-from vil.evaluation.modes import mode
+from vil.modes import mode
 from vil.training.precision import autocast
 
 Result = TypeVar("Result")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vil.evaluation.modes import mode
+from vil.modes import mode
 
 
 @dataclass(frozen=True)

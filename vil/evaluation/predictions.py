@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vil.config import ConfigError, Precision
-from vil.evaluation.modes import mode
+from vil.modes import mode
 from vil.training.precision import autocast
 
 

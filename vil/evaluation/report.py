@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vil.config import ConfigError, Precision
+from vil.durable_files import write_durably
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.benchmark import images_per_second, measure_memory
 from vil.evaluation.complexity import measure_complexity
@@ -220,20 +221,11 @@ def write_json(path: str | Path, results: Sequence[Result]) -> None:
         ConfigError: the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     finite = [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
         for result in results
     ]
     try:
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(finite, file, indent=2, allow_nan=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_durably(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise ConfigError("json", f"{path} cannot be written: {error.strerror or error}") from None

@@ -8,8 +8,7 @@ Legend: B batch, h heads, n queries, G global tokens, N local tokens of an H × 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from vil.attention.weights import AttentionWeights
 from vil.models.stage import Size
+from vil.modes import mode
 
 if TYPE_CHECKING:
     from vil.models.multiscale_vit import MultiScaleViT
@@ -157,7 +157,7 @@ def _stage_inputs(model: MultiScaleViT, images: Tensor, global_tokens: Tensor | 
     attentions = [[block.attn for block in stage.blocks] for stage in model.stages]
     hooks = [a.register_forward_pre_hook(note) for of_stage in attentions for a in of_stage]
     try:
-        with _evaluating(model):
+        with mode(model, training=False):
             model.forward_features(images, global_tokens)
     finally:
         for hook in hooks:
@@ -168,18 +168,6 @@ def _stage_inputs(model: MultiScaleViT, images: Tensor, global_tokens: Tensor | 
         tokens, size = received[of_stage[0]] if of_stage else (images.new_empty(1, 0, 0), (0, 0))
         found.append(_StageInputs(blocks, tokens.shape[1], tokens.device, size, info["reduction"]))
     return found
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _checked(queries: Queries, images: Tensor) -> Size:

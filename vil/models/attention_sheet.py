@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from vil.models.attention_maps import AttentionMap
 from vil.models.multiscale_vit import MultiScaleViT
+from vil.pictures import denormalised
 
 PANEL = 128
 """Height of a panel, in pixels."""
@@ -47,7 +48,7 @@ def attention_sheet(
         raise ValueError("expected at least one image")
     images = images[:MOST_IMAGES].float()
     stages = [blocks[-1] for blocks in model.attention_maps(images) if blocks]
-    pictures = _shown(images.cpu(), mean, std)  # (B, 3, H, W)
+    pictures = denormalised(images, mean, std)  # (B, 3, H, W)
     rows = []
     for number, picture in enumerate(pictures):
         panels = [_panel(picture)]
@@ -55,14 +56,6 @@ def attention_sheet(
             panels += _stage_panels(stage, number, picture)
         rows.append(_joined(panels, dim=2))
     return _joined(rows, dim=1).mul(255).round().byte()
-
-
-def _shown(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised images as they were, (B, 3, H, W) in 0..1."""
-    scale, shift = (torch.as_tensor(values, dtype=torch.float32)[:, None, None] for values in (std, mean))
-    if images.shape[1] == 1:  # grey images have the averages over red, green and blue
-        scale, shift = scale.mean(dim=0, keepdim=True), shift.mean(dim=0, keepdim=True)
-    return (images * scale + shift).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
 def _stage_panels(stage: AttentionMap, number: int, picture: Tensor) -> list[Tensor]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
@@ -32,6 +31,7 @@ import torch
 
 from vil.checkpoint_files import check_digest, digest_of, write_digest
 from vil.config import ConfigError, of_option
+from vil.durable_files import replacing
 from vil.weight_files import read_pickle
 
 
@@ -104,10 +104,8 @@ class _Hashing(io.RawIOBase):
         self._file.write(content)
         return len(content)
 
-    def finish(self) -> str:
-        """Brings everything to the disk; returns SHA-256 of it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def digest(self) -> str:
+        """SHA-256 of what was written, 64 hexadecimal digits."""
         return self._digest.hexdigest()
 
     def close(self) -> None:
@@ -123,15 +121,13 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full or the folder is gone; the old file is untouched.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    was_there = path.exists()
+    with replacing(path) as temporary:
         with _Hashing(temporary) as file:
             _write(state, file)
-            digest = file.finish()
-        _replace(path, temporary, digest)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        write_digest(path, file.digest(), keep_old=was_there)
+    if was_there:
+        write_digest(path, file.digest())
 
 
 def copy(source: Path, target: Path) -> None:
@@ -140,24 +136,13 @@ def copy(source: Path, target: Path) -> None:
     Raises:
         OSError: the disk is full or the folder is gone; the old target is untouched.
     """
-    temporary = target.with_name(target.name + ".tmp")
-    try:
+    was_there = target.exists()
+    with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        _replace(target, temporary, digest_of(temporary))
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _replace(path: Path, temporary: Path, digest: str) -> None:
-    was_there = path.exists()
-    write_digest(path, digest, keep_old=was_there)
-    os.replace(temporary, path)
+        digest = digest_of(temporary)
+        write_digest(target, digest, keep_old=was_there)
     if was_there:
-        write_digest(path, digest)
-    _sync_folder(path.parent)
+        write_digest(target, digest)
 
 
 def _write(state: dict[str, Any], file: _Hashing) -> None:
@@ -200,14 +185,3 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "timm": str(timm.__version__),
     }
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renaming itself durable, where the system lets a folder be synchronised."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -151,6 +152,27 @@ class CheckpointWriter:
         except ConfigError:
             return False
         return True
+
+
+def check_room(folder: Path, weights: Mapping[str, Any], has_ema: bool, keep: int) -> None:
+    """Compares the free space with what the checkpoints of a run will take.
+
+    Args:
+        folder: the run's.
+        weights: state dict of the model.
+        has_ema: whether their average is saved too.
+        keep: how many checkpoints are kept beside best.pt.
+
+    Raises:
+        ConfigError: there is less.
+    """
+    one = state_size(weights) * (4 if has_ema else 3)  # with two moments, as Adam has; others have fewer
+    needed = one * (keep + 2)  # the best, and the one that is being written
+    here = (folder / FOLDER).glob("*.pt*")  # what a killed save left will go
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in here)
+    if needed > free:
+        reason = f"the checkpoints need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        raise ConfigError("output", f"{folder}: {reason}")
 
 
 def state_size(state: Any) -> int:

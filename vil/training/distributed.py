@@ -10,7 +10,7 @@ import copy
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -134,6 +134,16 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def average_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
+    """Gives every rank the averages of `tensors` (any shapes, equal on all ranks), in place."""
+    if not tensors or not is_distributed():
+        return
+    total = all_reduce_sum(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = (total / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts):
+        tensor.copy_(part.view_as(tensor))
 
 
 def barrier() -> None:

@@ -21,6 +21,8 @@ import yaml
 from tqdm import tqdm
 
 from vil.config import ConfigError, TrainConfig
+from vil.durable_files import write_durably
+from vil.pictures import denormalised
 
 METRICS = "metrics.jsonl"
 
@@ -194,13 +196,8 @@ class RunLog:
             return
         from torchvision.utils import make_grid
 
-        batch = images[:32].detach().float().cpu()
-        mean, std = (
-            torch.tensor(v).view(1, 3, 1, 1) for v in (self._config.data.mean, self._config.data.std)
-        )
-        if batch.shape[1] != 3:
-            mean, std = mean.mean(), std.mean()
-        grid = make_grid((batch * std + mean).clamp(0, 1), nrow=8)
+        data = self._config.data
+        grid = make_grid(denormalised(images[:32], data.mean, data.std), nrow=8)
         self._tensorboard(lambda writer: writer.add_image("train/augmented_batch", grid, 0))
 
     def bar(self, epoch: int, done: int, steps: int) -> tqdm[Any]:
@@ -248,23 +245,6 @@ def cut_metrics(path: Path, step: int, finished_step: int) -> list[dict[str, Any
     kept = [(line, r) for line, r in records if r is not None and 0 < r["step"] <= last.get(r["kind"], step)]
     write_durably(path, "".join(line for line, _ in kept))
     return [record for _, record in kept]
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a text file; `path` holds the old content or the new, also after a loss of power.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _record(line: str) -> dict[str, Any] | None:

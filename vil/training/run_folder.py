@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import yaml
 
 from vil import checkpoint_files
 from vil.config import ConfigError, TrainConfig, of_option
+from vil.durable_files import write_durably
 from vil.training import checkpoint
 from vil.training.distributed import from_main
 from vil.training.folder_lock import FolderLock
-from vil.training.logging import leaves, plain, write_durably
+from vil.training.logging import leaves, plain
 
 _logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ CONFIG, SUMMARY = "config.yaml", "summary.json"
 _FIXED = ("model", "data.source", "schedule.batch_size", "schedule.optimizer", "seed")
 """Sections and keys without which a continued run would be another run."""
 
-_SILENT = ("output", "resume", "progress")
+SILENT = ("output", "resume", "progress")
 """Keys whose difference is nobody's concern."""
 
 
@@ -121,9 +122,26 @@ def differences(stored: dict[str, Any], config: TrainConfig) -> list[tuple[str, 
         now["model.num_classes"] = before.get("model.num_classes")
     # An option that did not exist when the run began had the effect that is now its default.
     defaults = leaves(plain(TrainConfig()))
-    keys = [key for key in now if key not in _SILENT]
+    keys = [key for key in now if key not in SILENT]
     pairs = [(key, before.get(key, defaults[key]), now[key]) for key in keys]
     return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def check_class_names(folder: Path, config: TrainConfig, before: Sequence[str], now: Sequence[str]) -> None:
+    """Compares the classes of the run in `folder` with those of the data, in the order of the head.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if list(now) == list(before):
+        return
+    key = "data.root" if config.data.source == "folder" else "data.source"
+    if len(now) != len(before):
+        reason = f"{len(before)} classes, the data has {len(now)}"
+    else:
+        number = next(i for i, (name, other) in enumerate(zip(now, before)) if name != other)
+        reason = f"{before[number]!r} as class {number}, the data has {now[number]!r}"
+    raise ConfigError(key, f"other classes than the run in {folder}, which has {reason}")
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

@@ -62,7 +62,8 @@ class Signals:
     """What this process was told, and the agreement of all ranks about it."""
 
     def __init__(self) -> None:
-        self._stop, self._save = 0, False
+        self._stop = 0
+        self._asked, self._answered = 0, 0  # for checkpoints; only a handler writes the first
         self._seen = bytearray()
         self._wakeup: socket.socket | None = None
         self._pending: tuple[torch.Tensor, Any] | None = None
@@ -112,8 +113,9 @@ class Signals:
 
     def agree(self) -> Request:
         """What all ranks act on after this step; every rank calls this after every step."""
-        own = [self._stop, int(self._save)]
-        self._save = False
+        asked = self._asked
+        own = [self._stop, int(asked > self._answered)]
+        self._answered = asked
         if not is_distributed():
             return Request(own[0], bool(own[1]))
         before, told = self._pending, torch.tensor(own)
@@ -131,7 +133,7 @@ class Signals:
             self._stop = signum
 
     def _on_save(self, signum: int, frame: types.FrameType | None) -> None:
-        self._save = True
+        self._asked += 1
 
 
 def _end_at_once() -> NoReturn:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,15 +28,22 @@ from vil import checkpoint_files
 from vil.config import ConfigError, TrainConfig
 from vil.randomness import seed_generators
 from vil.training import checkpoint
-from vil.training.checkpoint_writer import CheckpointWriter, state_size
-from vil.training.distributed import Process, all_reduce_sum, data_parallel, from_main, lost_rank
+from vil.training.checkpoint_writer import CheckpointWriter, check_room
+from vil.training.distributed import (
+    Process,
+    all_reduce_sum,
+    average_over_ranks,
+    data_parallel,
+    from_main,
+    lost_rank,
+)
 from vil.training.guards import FiniteSteps, Look, StepWatch, Watchdog, spreading
 from vil.training.input_wait import StepClock, input_bound_warning
 from vil.training.logging import RunLog
 from vil.training.loss import build_loss
 from vil.training.optimizer import build_optimizer, build_scheduler, clipped_parameters
 from vil.training.precision import autocast, check_precision, grad_scaler
-from vil.training.run_folder import begin
+from vil.training.run_folder import begin, check_class_names
 from vil.training.signals import InterruptedEvaluation, InterruptedRun, Signals
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -205,7 +211,8 @@ class _Trainer:
         self.best: dict[str, Any] | None = None
         if state is not None:
             self.restore(state)
-        from_main(self.check_disk)
+        kept = config.keep_checkpoints
+        from_main(lambda: check_room(self.folder, self.model.state_dict(), self.ema is not None, kept))
 
         # What is called to train; weights, checkpoints and evaluation belong to the bare model.
         self.network: nn.Module = model
@@ -317,21 +324,12 @@ class _Trainer:
         elif schedule.clip_grad is not None:
             dispatch_clip_grad(self.clipped, schedule.clip_grad, schedule.clip_mode)
         self.finite_steps.take(is_finite)
-        self.average_statistics()
+        average_over_ranks(self.statistics)  # in every step: a checkpoint has one set
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step + 1)
         return norm, is_finite
-
-    def average_statistics(self) -> None:
-        """Gives batch norm the running statistics of all ranks, in every step: a checkpoint has one set."""
-        if not self.statistics or self.process.world_size == 1:
-            return
-        mean = all_reduce_sum(torch.cat([value.flatten() for value in self.statistics]))
-        parts = (mean / self.process.world_size).split([value.numel() for value in self.statistics])
-        for value, part in zip(self.statistics, parts):
-            value.copy_(part.view_as(value))
 
     def look(self) -> Look:
         """What happened in the steps since the last look, on all ranks.
@@ -493,20 +491,9 @@ class _Trainer:
         if problem is not None:
             raise TrainingError(f"step {self.step}: {problem}; {self.last_checkpoint()}")
 
-    def check_disk(self) -> None:
-        """Raises ConfigError where the disk has no room for the checkpoints of this run."""
-        weights = state_size(self.model.state_dict())
-        one = weights * (4 if self.ema is not None else 3)  # with two moments, as Adam has; others have fewer
-        needed = one * (self.config.keep_checkpoints + 2)  # the best, and the one that is being written
-        here = (self.folder / checkpoint_files.FOLDER).glob("*.pt*")  # what a killed save left will go
-        free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in here)
-        if needed > free:
-            reason = f"the checkpoints need about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
-            raise ConfigError("output", f"{self.folder}: {reason}")
-
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up where `state` stands; options of the optimiser are those of the configuration."""
-        self.check_class_names(state["class_names"])
+        check_class_names(self.folder, self.config, state["class_names"], self.loaders.class_names)
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(state["model"])
@@ -522,19 +509,6 @@ class _Trainer:
             group.update(own)
         self.step_watch.restore(state["watched"])
         self.step, self.finished_step, self.best = state["step"], state["finished_step"], state["best"]
-
-    def check_class_names(self, before: list[str]) -> None:
-        """Raises ConfigError where the classes are not those of the run, in the order of the head."""
-        now = list(self.loaders.class_names)
-        if now == before:
-            return
-        key = "data.root" if self.config.data.source == "folder" else "data.source"
-        if len(now) != len(before):
-            reason = f"{len(before)} classes, the data has {len(now)}"
-        else:
-            number = next(i for i, (name, other) in enumerate(zip(now, before)) if name != other)
-            reason = f"{before[number]!r} as class {number}, the data has {now[number]!r}"
-        raise ConfigError(key, f"other classes than the run in {self.folder}, which has {reason}")
 
     def choose_neighbors(self, epoch: int) -> None:
         """Random shift: one random neighbour until `random_shift_until` of the epochs, then all eight."""

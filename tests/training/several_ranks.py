@@ -1,4 +1,4 @@
-"""What each of several ranks does in test_distributed.py: python two_ranks.py FOLDER, under torchrun."""
+"""What each of several ranks does in test_distributed.py: several_ranks.py FOLDER all|wide, under torchrun."""
 
 import functools
 import json
@@ -97,6 +97,19 @@ def end_evaluation(process: Process) -> str:
     return "finished"
 
 
+class Wide(TinyModel):
+    """Has more weights than the first bucket of gradients holds, used in another order than named."""
+
+    def __init__(self) -> None:
+        super().__init__(0.2)
+        self.last, self.first = (nn.Sequential(*(nn.Linear(256, 256) for _ in range(4))) for _ in range(2))
+        self.widen, self.narrow = nn.Linear(8, 256), nn.Linear(256, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dropout(self.norm(self.stem(x) + self.position).relu()).mean((2, 3))
+        return self.head(x + self.narrow(self.last(self.first(self.widen(x)))))
+
+
 class Half(TinyModel):
     """Has a parameter that no gradient ever reaches."""
 
@@ -138,6 +151,15 @@ def break_on_main() -> None:
     raise OSError(28, "No space left on device")
 
 
+def continue_wide(folder: Path) -> None:
+    """A run in one go and the same run in three, both with an odd number of ranks, whose sums round."""
+    torch.set_num_threads(1)
+    with distributed.start("cpu") as process:
+        for name, steps in (("whole", [15]), ("continued", [7, 12, 15])):
+            for last in steps:
+                train(folder / name, process, Wide(), batch_size=18, ema_decay=0.5, max_steps=last)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with distributed.start("cpu") as process:
@@ -174,4 +196,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"all": main, "wide": continue_wide}[sys.argv[2]](Path(sys.argv[1]))
