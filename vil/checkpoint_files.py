@@ -113,6 +113,18 @@ def keep_damaged(path: Path) -> None:
     os.link(path, path.with_name(f"{path.name}.damaged{number or ''}"))
 
 
+def tidy(folder: Path) -> None:
+    """Removes what a process left that was killed in a save: unfinished files, and digests of none.
+
+    Raises:
+        OSError: the disk says no.
+    """
+    checkpoints = folder / FOLDER
+    for leftover in (*checkpoints.glob("*.tmp"), *checkpoints.glob("*.pt.sha256")):
+        if leftover.suffix == ".tmp" or not leftover.with_suffix("").exists():
+            leftover.unlink()
+
+
 def newest(folder: Path, read: Callable[[Path], Content]) -> tuple[Path, Content] | None:
     """The newest checkpoint of a run's folder that is whole, and what `read` makes of it.
 

@@ -1,4 +1,4 @@
-"""What each of several ranks does in test_distributed.py: several_ranks.py FOLDER all|wide, under torchrun."""
+"""What each of several ranks does in test_distributed.py; under torchrun: several_ranks.py FOLDER all|wide"""
 
 import functools
 import json

@@ -125,6 +125,19 @@ def test_a_run_that_goes_on_is_no_longer_finished(tmp_path: Path):
     assert run_folder.finished_top1(tmp_path, state, longer) is None
 
 
+def test_what_a_killed_save_left_goes_and_nothing_else(tmp_path: Path):
+    """A file half written, a digest whose file never came, and one whose file was removed as an old one."""
+    config = start(tmp_path)
+    folder = step_files(tmp_path)[0][1].parent
+    before = {path.name for path in folder.iterdir()}
+    for name in ("step_00000009.pt.tmp", "step_00000009.pt.sha256", "step_00000001.pt.sha256.tmp"):
+        (folder / name).touch()
+    (folder / "step_00000002.pt").touch()  # without its digest: damaged, and kept
+    (folder / "notes.txt").touch()
+    run_folder.begin(tmp_path, config)
+    assert {path.name for path in folder.iterdir()} == before | {"step_00000002.pt", "notes.txt"}
+
+
 def test_a_configuration_that_cannot_be_written_is_one_line(tmp_path: Path):
     (tmp_path / "config.yaml").mkdir()
     with pytest.raises(ConfigError, match=r"^output: .* cannot be written: Is a directory$"):

@@ -159,8 +159,7 @@ def begin(folder: Path, config: TrainConfig) -> None:
     """
     try:
         (folder / checkpoint_files.FOLDER).mkdir(exist_ok=True)
-        for leftover in (folder / checkpoint_files.FOLDER).glob("*.tmp"):  # a process was killed in a save
-            leftover.unlink()
+        checkpoint_files.tidy(folder)
         (folder / SUMMARY).unlink(missing_ok=True)
         write_config(folder, config)
     except OSError as error:
