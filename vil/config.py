@@ -128,8 +128,8 @@ class ModelConfig:
     """Local attention: which chunks around a query's own are seen in training; random is the random shift."""
     window: int | None = None
     """Local attention: side of a chunk in every stage, in tokens."""
-    global_tokens: int | None = None
-    """Global tokens of every stage."""
+    global_tokens: int | list[int] | None = None
+    """Global tokens of every stage, or a list with one number per stage."""
     stage_globals: Literal["discard", "carry"] = "discard"
     """Global tokens between stages: dropped, or carried on by a linear map to the next width."""
     share_global_projection: bool = True

@@ -128,6 +128,7 @@ def test_arguments_have_their_effect():
         ("vil_tiny", {"pool": "max"}, "pool: must be avg or cls"),
         ("vil_tiny", {"blocks": (1, 2)}, "blocks: needs 4 numbers, one per stage"),
         ("vil_tiny", {"attention": ["full"]}, "attention: needs 4 names, one per stage"),
+        ("vil_tiny", {"global_tokens": [1, 0]}, "global_tokens: needs 4 numbers, one per stage"),
         ("vil_tiny", {"attention": "fast"}, r"attention: must be one of full, vision_longformer"),
         ("vil_tiny", {"drop_path": 1.5}, "drop_path: must be from 0 to below 1"),
         (

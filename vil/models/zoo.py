@@ -72,7 +72,7 @@ def create_model(
     position: Position | None = None,
     mask: Literal["chunk", "exact", "cyclic"] = "chunk",
     window: int | None = None,
-    global_tokens: int | None = None,
+    global_tokens: int | Sequence[int] | None = None,
     neighbors: Literal["all", "self", "random"] = "all",
     drop_path: float = 0.0,
     in_chans: int = 3,
@@ -96,7 +96,7 @@ def create_model(
         position: `relative` or `absolute` in every stage; the zoo's own is relative.
         mask: keys of the local attention.
         window: side of a chunk of the local attention, in tokens.
-        global_tokens: global tokens of every stage.
+        global_tokens: global tokens of every stage, or one number per stage.
         neighbors: chunks that the local attention sees in training.
         drop_path: stochastic depth at the last block.
         in_chans: channels of the images.
@@ -280,7 +280,7 @@ def stages_of(
     blocks: Sequence[int] | None = None,
     position: Position | None = None,
     window: int | None = None,
-    global_tokens: int | None = None,
+    global_tokens: int | Sequence[int] | None = None,
     projected_tokens: int | None = None,
     random_features: int | None = None,
     reduction: int | None = None,
@@ -300,10 +300,7 @@ def stages_of(
             raise ConfigError("stages", f"only for name: vil, not for {name}")
         result, sparse = _zoo_stages(SIZES[name]), SIZES[name].sparse
     if blocks is not None:
-        if len(blocks) != len(result):
-            raise ConfigError("blocks", f"needs {len(result)} numbers, one per stage, got {list(blocks)}")
-        for stage, count in zip(result, blocks):
-            stage.blocks = count
+        _spread(result, "blocks", blocks)
     if isinstance(attention, str):
         chosen = [s for s in result if s.attention != "full"] if sparse is None else result[:sparse]
         if not chosen and attention != "full":
@@ -312,24 +309,29 @@ def stages_of(
         for stage in chosen:
             stage.attention = attention
     elif attention is not None:
-        if len(attention) != len(result):
-            raise ConfigError("attention", f"needs {len(result)} names, one per stage, got {list(attention)}")
-        for stage, mechanism in zip(result, attention):
-            stage.attention = mechanism
+        _spread(result, "attention", attention)
     changes = {
         "position": position, "window": window, "global_tokens": global_tokens,
         "projected_tokens": projected_tokens, "random_features": random_features, "reduction": reduction,
     }  # fmt: skip
-    for stage in result:
-        for key, value in changes.items():
-            if value is not None:
-                setattr(stage, key, value)
+    for key, value in changes.items():
+        if value is not None:
+            _spread(result, key, value if isinstance(value, list | tuple) else [value] * len(result))
     if stage_globals == "carry" and global_tokens is None and name != "vil":
         for stage in result:
             stage.global_tokens = result[0].global_tokens
     if pool == "cls" and global_tokens is None and name != "vil":
         result[-1].global_tokens = max(1, result[-1].global_tokens)
     return result
+
+
+def _spread(stages: Sequence[StageConfig], key: str, values: Sequence[Any]) -> None:
+    """Gives each stage its own value of the option `key`."""
+    if len(values) != len(stages):
+        words = "names" if key == "attention" else "numbers"
+        raise ConfigError(key, f"needs {len(stages)} {words}, one per stage, got {list(values)}")
+    for stage, value in zip(stages, values):
+        setattr(stage, key, value)
 
 
 def _zoo_stages(size: Size) -> list[StageConfig]:
