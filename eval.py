@@ -33,7 +33,7 @@ from torch import nn
 
 from data import ForeignImagesError, Validation, build_validation
 from data.loaders import ValidationLoader
-from vil import command_line
+from vil import command_line, console
 from vil.command_line import COMMAND_LINE, CommandLine
 from vil.config import (
     ConfigError,
@@ -43,7 +43,6 @@ from vil.config import (
     Precision,
     in_section,
     of_option,
-    printable,
 )
 from vil.evaluation import report
 from vil.evaluation.classes import find_rows
@@ -298,7 +297,7 @@ def main(words: Sequence[str]) -> None:
         evaluate(words)
     except LostRankError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(printable(f"error: {error}"), file=sys.stderr)
+            console.say(f"error: {error}", sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -11,13 +11,17 @@ Every option of vil/config.py can be given as --section.name value; --help lists
 from __future__ import annotations
 
 import os
+import signal
+
+if __name__ == "__main__" and hasattr(signal, "SIGUSR1"):
+    # It asks for a checkpoint, and would end a process that is not training yet, or no longer.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 # Threads that wait for one another sleep instead of spinning: they share their cores with the processes that
 # load images. PyTorch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,9 +30,9 @@ from typing import Any
 import torch
 
 from data import Loaders, Mixing, build_loaders
-from vil import checkpoint_files, command_line
+from vil import checkpoint_files, command_line, console
 from vil.command_line import CommandLine
-from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig, in_section, of_option, printable
+from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig, in_section, of_option
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.report import evaluate_model, write_json
 from vil.models.attention_sheet import attention_sheet
@@ -42,7 +46,7 @@ from vil.training import checkpoint, distributed, run_folder
 from vil.training.distributed import LostRankError, Process, from_main
 from vil.training.limits import check_limits
 from vil.training.precision import check_precision, set_deterministic
-from vil.training.signals import SAVE, InterruptedRun
+from vil.training.signals import InterruptedRun
 from vil.training.trainer import Summary, TrainingError, fit
 from vil.weight_files import NO_MODEL, WeightsFile, choose_weights
 
@@ -274,24 +278,22 @@ def announce(process: Process, state: dict[str, Any], config: TrainConfig) -> No
 def say(process: Process, line: str) -> None:
     """One line on standard output, from rank 0."""
     if process.is_main:
-        print(line, flush=True)
+        console.say(line)
 
 
 def main(words: Sequence[str]) -> None:
     """`train`; exit status 1 and one line where the training itself cannot go on, 128 + the number of the
     signal that ended it."""
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-    if SAVE is not None:  # which would end a process that is not training yet, or no longer
-        signal.signal(SAVE, signal.SIG_IGN)
     try:
         train(words)
     except (TrainingError, LostRankError) as error:
         if speaks:
-            print(printable(f"error: {error}"), file=sys.stderr)
+            console.say(f"error: {error}", sys.stderr)
         raise SystemExit(1) from None
     except InterruptedRun as ended:
         if speaks:
-            print(ended, file=sys.stderr)
+            console.say(str(ended), sys.stderr)
         raise SystemExit(128 + ended.signum) from None
 
 

@@ -132,6 +132,12 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+@functools.cache
+def extensions() -> tuple[str, ...]:
+    """How the names of files of `FORMATS` end, in lower case: .jpg, .png, …"""
+    return tuple(end for end, name in Image.registered_extensions().items() if name in _known_formats())
+
+
 def covering_scale(box: tuple[int, int], size: int) -> int:
     """The greatest of `SCALES` at which a box of (width, height) keeps `size` pixels on both sides."""
     return next((scale for scale in SCALES if min(box) >= size * scale), 1)

@@ -150,7 +150,7 @@ class TrainLoader:
             ConfigError: from the iterator, naming an image that cannot be decoded; or too many cannot.
         """
         self._micro_batches.choose(epoch, start)
-        batches = self._readable(iter(self._loader))
+        batches = self._readable(_started(self._loader))
         return to_device(batches, self._device, self._channels_last, self._finish)
 
     def samples(self, epoch: int, step: int) -> list[str]:
@@ -219,7 +219,7 @@ class ValidationLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self._readable(iter(self._loader))
+        batches = self._readable(_started(self._loader))
         return to_device(batches, self._device, self._channels_last, self._finish)
 
     def _readable(self, collated: Iterable[Collated]) -> Iterator[tuple[Any, ...]]:
@@ -239,9 +239,22 @@ Collated = tuple["tuple[Any, ...] | None", list[Unreadable]]
 could be read; and the images that could not."""
 
 
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator. Processes that it forks begin with the signals held back that end the trainer:
+    until they know what to do with them, they would pass them off as its own."""
+    if not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """Ctrl-C and torchrun reach every process of a group: this one ends when its parent says so, which may
     need images for the step that it is in."""
+    signal.set_wakeup_fd(-1)  # which is the trainer's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

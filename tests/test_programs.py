@@ -130,6 +130,16 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path):
     assert ours["top1"] == reference["top1"]
 
 
+def test_a_run_needs_nobody_who_listens(tmp_path):
+    """Its words may go to the disk that is full, or to a reader who has gone; all else is done."""
+    words = ["train.py", "--output", tmp_path / "full", *SHORT, "--schedule.max_steps", "3"]
+    with open("/dev/full", "w") as full:
+        called = [sys.executable, *map(str, words)]
+        ended = subprocess.run(called, cwd=ROOT, env=ENVIRONMENT, stdout=full, stderr=full, timeout=300)
+    assert ended.returncode == 0
+    assert (tmp_path / "full" / "summary.json").exists()
+
+
 def test_a_finished_run_says_so_and_stays_as_it_is(run):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*") if path.is_file()}
     assert "is finished: Top-1" in call_here(train_program.train, "--output", run, *SHORT)

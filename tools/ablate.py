@@ -41,7 +41,10 @@ def ablate(words: Sequence[str]) -> None:
             raise ConfigError(COMMAND_LINE, f"two grids are called {name}; their runs would share a folder")
     if arguments.markdown:
         check_page(arguments.markdown, names)
-    grids = [read_grid(path, arguments.output, options, arguments.seeds) for path in arguments.grids]
+    grids = [
+        read_grid(path, arguments.output, options, arguments.seeds, needs_images=not arguments.report)
+        for path in arguments.grids
+    ]
     if not arguments.report:
         for grid in grids:
             check_unchanged(grid)
@@ -65,7 +68,7 @@ def run_all(runs: Sequence[Run], jobs: int | None) -> None:
     gpus = visible_gpus() if any(run.cell.config.device != "cpu" for run in missing) else []
     jobs = jobs or max(1, len(gpus))
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished; {jobs} at once")
-    progress = Progress(missing, jobs)
+    progress = Progress(missing)
     try:
         execute(missing, jobs, gpus, progress)
     except Stopped as stopped:

@@ -25,7 +25,8 @@ import torch
 
 import train
 from vil.checkpoint_files import step_files
-from vil.command_line import main
+from vil.command_line import COMMAND_LINE, main
+from vil.config import ConfigError
 from vil.training import trainer
 from vil.training.checkpoint_writer import CheckpointWriter, state_size
 
@@ -57,6 +58,8 @@ def measure(words: Sequence[str]) -> None:
     # Not the first two epochs, in which everything is done for the first time.
     for (began, writes), (ended, _) in list(pairwise(times))[2:]:
         lasted[writes].append(ended - began)
+    if min(map(len, lasted.values())) < 2:
+        raise ConfigError(COMMAND_LINE, "--schedule.epochs must be at least 7: two of each kind")
     written, none = median(lasted[True]), median(lasted[False])
     spread = [sorted(values)[len(values) // 4 :: len(values) // 2][:2] for values in lasted.values()]
     print(

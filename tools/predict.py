@@ -32,10 +32,9 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from data.decoding import Mode, UnreadableImageError
+from data.decoding import Mode, UnreadableImageError, extensions
 from data.transforms import Transform
 from tools.opening import check_channels, open_checkpoint, read_picture
 from vil.command_line import ToolParser, main, write_output
@@ -152,7 +151,7 @@ def _images_below(folder: str, entered: set[tuple[int, int]]) -> Iterator[str]:
         path = os.path.join(folder, name)
         if os.path.isdir(path):
             yield from _images_below(path, entered)
-        elif name.lower().endswith(IMG_EXTENSIONS):
+        elif name.lower().endswith(extensions()):
             yield path
 
 
@@ -233,12 +232,13 @@ def predict_images(
 def named_classes(count: int, names: Sequence[str] | None) -> list[Class]:
     """The classes of a head with `count` rows.
 
-    Where names are stored, they are the labels; else of 1000 classes ImageNet's synsets, in the order of the
-    challenge, as timm has them; else the numbers of the rows.
+    Where names are stored, they are the labels of the first rows, and numbers those of rows that no class
+    has; else the labels of 1000 classes are ImageNet's synsets, in the order of the challenge, as timm has
+    them, and of any other number the rows' own.
     """
     imagenet = ImageNetInfo("imagenet-1k")
-    if names is not None and len(names) == count:
-        labels = list(names)
+    if names is not None:
+        labels = [*names, *map(str, range(len(names), count))][:count]
     elif count == IMAGENET_CLASSES:
         labels = imagenet.label_names()
     else:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vil.command_line import ToolParser, main, write_output
+from vil.command_line import ToolParser, main, out_of_memory, write_output
 from vil.config import ConfigError
 from vil.evaluation.report import check_writable
 from vil.training import distributed
@@ -53,6 +53,7 @@ def report(words: Sequence[str]) -> None:
             raise
         raise ConfigError("", "report.py needs the package plotly, as requirements.txt has it") from None
     from tools.reporting.runs import open_runs
+    from vil.training.trainer import lost_worker
 
     runs = open_runs(arguments.runs)
     results: list[page.Result] = []
@@ -73,6 +74,12 @@ def report(words: Sequence[str]) -> None:
                 )
             except ConfigError as error:
                 result = " ".join(str(error).split())
+            except (MemoryError, RuntimeError) as error:
+                reason = out_of_memory(error) or lost_worker(error)
+                if reason is None:
+                    raise
+                result = reason
+            if isinstance(result, str):
                 print(f"{run.name} is not evaluated: {result}")
             results.append(result)
     names = ", ".join(run.name for run in runs[:4]) + (", …" if len(runs) > 4 else "")

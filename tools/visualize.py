@@ -30,6 +30,7 @@ from vil.command_line import ToolParser, main, write_output
 from vil.config import ConfigError, EvalConfig, in_section
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import model_from_config
+from vil.pictures import denormalised
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +79,7 @@ def visualize(words: Sequence[str]) -> None:
         images = transform(read_picture(path, opened.mode))[None]  # (1, C, H, W)
     except UnreadableImageError as error:
         raise ConfigError(path, f"cannot be read: {error}") from None
-    picture = (images[0] * transform.std + transform.mean).clamp(0, 1).expand(3, -1, -1)
+    picture = denormalised(images[0], transform.mean.flatten().tolist(), transform.std.flatten().tolist())
     title = f"{opened.title}: {Path(path).name}"
     for name, figure in sheets(model, images, picture, title, queries, sorted(set(stages)), blocks == "all"):
         write(figure, output / f"{name}.png")

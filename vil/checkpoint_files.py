@@ -12,6 +12,7 @@ digest too until the new file is there: whatever happens meanwhile, what lies un
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -33,17 +34,35 @@ _NAME = re.compile(r"step_(\d{8,})\.pt")
 _CHUNK = 1 << 22
 
 
+class UnreadableFileError(ConfigError):
+    """A file that the system does not give; it may be whole all the same, and given another time.
+
+    Args:
+        path: the file.
+        error: what the system says.
+    """
+
+    def __init__(self, path: str, error: OSError) -> None:
+        super().__init__(path, f"cannot be read: {error.strerror or error}")
+
+
 def step_file(folder: Path, step: int) -> Path:
     """The checkpoint of the run in `folder` after `step` optimiser steps."""
     return folder / FOLDER / f"step_{step:08}.pt"
 
 
 def step_files(folder: Path) -> list[tuple[int, Path]]:
-    """(step, file) of all checkpoints of the run in `folder` but best.pt, the newest first."""
+    """(step, file) of all checkpoints of the run in `folder` but best.pt, the newest first.
+
+    Raises:
+        UnreadableFileError: they cannot be listed.
+    """
     try:
         names = os.listdir(folder / FOLDER)
-    except OSError:
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UnreadableFileError(str(folder / FOLDER), error) from None
     found = [(int(match[1]), folder / FOLDER / match[0]) for match in map(_NAME.fullmatch, names) if match]
     return sorted(found, reverse=True)
 
@@ -61,13 +80,14 @@ def check_digest(path: Path, required: bool = False) -> None:
         required: whether one without a digest is refused; one that was copied elsewhere may lack it.
 
     Raises:
-        ConfigError: they do not fit, or one of them cannot be read.
+        ConfigError: they do not fit, or one of them is missing.
+        UnreadableFileError: one of them cannot be read.
     """
     beside = digest_file(path)
     try:
         if not beside.exists() and not required:
             return
-        known = _digests(beside)
+        known = known_digests(path)
         if not known:
             raise ConfigError(str(path), f"{beside.name} is damaged")
         if digest_of(path) not in known:
@@ -77,7 +97,7 @@ def check_digest(path: Path, required: bool = False) -> None:
         reason = "no such file" if missing == path.name else f"without its digest {missing}"
         raise ConfigError(str(path), reason) from None
     except OSError as error:
-        raise ConfigError(str(path), f"cannot be read: {error.strerror or error}") from None
+        raise UnreadableFileError(str(path), error) from None
 
 
 def digest_of(path: Path) -> str:
@@ -96,7 +116,7 @@ def write_digest(path: Path, digest: str, keep_old: bool = False) -> None:
         OSError: the disk is full or the folder is gone; what stood there still does.
     """
     beside = digest_file(path)
-    old = _digests(beside) if keep_old and beside.exists() else []
+    old = known_digests(path) if keep_old and beside.exists() else []
     lines = [f"{value}  {path.name}\n" for value in (*old, digest)]
     write_durably(beside, "".join(lines))
 
@@ -109,8 +129,12 @@ def keep_damaged(path: Path) -> None:
     """
     if not path.exists():
         return
-    number = len(list(path.parent.glob(f"{path.name}.damaged*")))
-    os.link(path, path.with_name(f"{path.name}.damaged{number or ''}"))
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    free = next(name for name in names if not name.exists())
+    try:
+        os.link(path, free)
+    except OSError:  # a file system without links
+        os.replace(path, free)
 
 
 def tidy(folder: Path) -> None:
@@ -128,20 +152,27 @@ def tidy(folder: Path) -> None:
 def newest(folder: Path, read: Callable[[Path], Content]) -> tuple[Path, Content] | None:
     """The newest checkpoint of a run's folder that is whole, and what `read` makes of it.
 
-    One that is damaged is named in a warning and passed over; nothing is deleted.
+    One that is damaged is named in a warning and passed over; nothing is deleted. Where no other is whole,
+    best.pt is one too.
 
     Returns:
         None where the folder holds none at all.
 
     Raises:
         ConfigError: it holds some, and all are damaged.
+        UnreadableFileError: one cannot be read now. An older one in its place would leave a hole in the log,
+            should this one be read the next time.
     """
-    files = step_files(folder)
-    for _, path in files:
+    files = [path for _, path in step_files(folder)]
+    if (folder / BEST).exists():
+        files.append(folder / BEST)
+    for path in files:
         try:
             check_digest(path, required=True)
             return path, read(path)
         except ConfigError as error:  # noqa: PERF203 (there are few)
+            if isinstance(error, UnreadableFileError):
+                raise
             _logger.warning("warning: passed over %s: %s", error.key, error.reason)
     if files:
         reason = f"none of the {len(files)} checkpoints in {folder / FOLDER} can be read"
@@ -149,6 +180,11 @@ def newest(folder: Path, read: Callable[[Path], Content]) -> tuple[Path, Content
     return None
 
 
-def _digests(beside: Path) -> list[str]:
-    text = beside.read_text(encoding="ascii", errors="replace")
+def known_digests(path: Path) -> list[str]:
+    """What the file beside `path` says it is: one digest, or two where its place is being taken by another.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+    """
+    text = digest_file(path).read_text(encoding="ascii", errors="replace")
     return re.findall(r"^([0-9a-f]{64})  \S", text, flags=re.MULTILINE)

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from typing import Any, Generic, Literal, NoReturn, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from vil.config import ConfigError, printable
+from vil.console import finish, say
 from vil.durable_files import write_durably
 from vil.plain_values import check_plain
 from vil.yaml_files import read_yaml
@@ -165,24 +167,40 @@ def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
         logger.setLevel(logging.INFO)
     try:
         program(sys.argv[1:])
+    except SystemExit as ended:
+        if not isinstance(ended.code, int):
+            raise
+        status = ended.code
     except ConfigError as error:
         status, line = 2, f"error: {error}"
         if isinstance(error, OneRankError) and rank != "0":
             speaks, line = True, f"[rank {rank}] {line}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted"
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+    except Exception as error:
+        reason = out_of_memory(error)
+        if reason is not None:
+            line = f"error: {reason}; smaller batches or images, or a smaller model, need less"
+            if rank != "0":
+                speaks, line = True, f"[rank {rank}] {line}"
+        elif _has_process_group():
+            traceback.print_exc()
+        else:
             raise
-        reason = f"out of memory: {(str(error).splitlines() or ['MemoryError'])[0]}"
-        status, line = 1, f"error: {reason}; smaller batches or images, or a smaller model, need less"
-        if rank != "0":
-            speaks, line = True, f"[rank {rank}] {line}"
+        status = 1
     finally:
         logger.removeHandler(screen)
     if line is not None and speaks:
-        print(" ".join(printable(line).split()), file=sys.stderr)
+        say(" ".join(printable(line).split()), sys.stderr)
+    finish()
+    if _has_process_group():  # left after an error: it would wait for the other ranks, perhaps for ever
+        os._exit(status)
     raise SystemExit(status)
+
+
+def _has_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def write_output(path: Path, content: str | bytes, option: str = "") -> None:
@@ -204,17 +222,20 @@ def write_output(path: Path, content: str | bytes, option: str = "") -> None:
         raise ConfigError(*((option, f"{path} {reason}") if option else (str(path), reason))) from None
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an error is that of Python, of PyTorch on a CPU or on a GPU for too little memory."""
+def out_of_memory(error: Exception) -> str | None:
+    """What an error of Python, of PyTorch on a CPU or on a GPU says that had too little memory, on one line;
+    None for any other."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(some in str(error) for some in words)
+    if isinstance(error, MemoryError) or any(some in str(error) for some in words):
+        return f"out of memory: {(str(error).splitlines() or ['MemoryError'])[0]}"
+    return None
 
 
 class _Screen(logging.Handler):
     """Log records as lines on standard output, among those that a program prints itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(printable(self.format(record)), flush=True)
+        say(self.format(record))
 
 
 class ToolParser(argparse.ArgumentParser):

@@ -367,8 +367,8 @@ class TrainConfig:
     grace_period: float = 120.0
     """Seconds for the last step and its checkpoint after SIGTERM or Ctrl-C; then the process ends unsaved."""
     attention_every: int | None = 10
-    """Epochs between two pictures, in TensorBoard, of what the model attends to in a few validation images;
-    null is off. Only models of this project have them."""
+    """Epochs between two pictures, in TensorBoard, of what the model attends to in a few validation images,
+    with one at the end; null is off. Only models of this project have them."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     progress: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ def replacing(path: Path) -> Iterator[Path]:
     By then it has been brought to the disk. Where anything is raised inside, nothing is left of it.
 
     Raises:
-        OSError: the disk is full or the folder is gone; `path` is untouched.
+        OSError: the disk is full or the folder is gone; `path` is the old file, or the whole new one.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -46,5 +47,8 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)

@@ -4,12 +4,14 @@ import dataclasses
 import itertools
 import pickle
 import re
+import signal
 
 import pytest
 import torch
 from sample_images import NO_AUGMENT, generator_states, write_image
 
 from data import build_loaders, build_validation
+from data.loaders import _started
 from vil.config import AugmentConfig, ConfigError, DataConfig
 
 RECIPE = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
@@ -231,3 +233,15 @@ def test_photographs_are_the_same_for_any_number_of_workers(photographs):
         return load(data, image_size=96, batch_size=64).train.epoch(0, start=2)
 
     assert equal(run(0), run(2))
+
+
+def test_processes_are_forked_with_the_trainers_signals_held_back():
+    """Until they know better, they would pass a Ctrl-C that reached them on to it, as a second one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    class Loader:
+        def __iter__(self):
+            return iter([signal.pthread_sigmask(signal.SIG_BLOCK, [])])
+
+    assert next(_started(Loader())) >= {signal.SIGINT, signal.SIGTERM}
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

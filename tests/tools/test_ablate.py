@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -185,6 +186,7 @@ def test_grids_open_with_their_command_and_can_be_configured(path, monkeypatch):
     lines = [line for line in path.read_text().splitlines() if line.startswith("# ")]
     assert any(f"python tools/ablate.py configs/ablations/{path.name}" in line for line in lines)
     configure, check = grids.train.configure, grids._check_model
+    monkeypatch.setattr(grids, "_check_images", lambda config: None)
     monkeypatch.setattr(grids.train, "configure", lambda words: SimpleNamespace(config=TrainConfig()))
     monkeypatch.setattr(grids, "_check_model", lambda config: None)
     monkeypatch.setattr(grids, "_check_differ", lambda cells: None)
@@ -241,9 +243,9 @@ def write_run(
 def test_a_finished_run_is_read_from_its_files(folder):
     (run,) = make_grid(folder, cells=("avg",), seeds=(0,)).runs()
     assert runs.outcome_of(run) == runs.Outcome(run)
-    write_run(run, 90.0, ema=80.0, best=95.0)
+    write_run(run, 90.0, ema=80.0)
     found = runs.outcome_of(run).found
-    assert (found.top1, found.ema_top1, found.best_top1, found.images) == (90.0, 80.0, 95.0, 360)
+    assert (found.top1, found.ema_top1, found.best_top1, found.images) == (90.0, 80.0, 99.0, 360)
     assert (found.params, found.flops, found.train_memory_mb, found.eval_memory_mb) == (
         800_000,
         8_000_000,
@@ -258,8 +260,23 @@ def test_a_finished_run_is_read_from_its_files(folder):
         file.write('{"kind": "train", "epoch": 3}\n')
     assert runs.epochs_done(run) == 2
     (run.folder / "summary.json").write_text("[")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        runs.outcome_of(run)
+    damaged = runs.outcome_of(run)
+    assert damaged.found is None
+    assert damaged.failure.startswith(f"{run.folder}: cannot be read: JSONDecodeError")
+
+
+def test_where_images_lie_and_what_is_logged_is_no_other_run(folder):
+    """--report needs neither the folder of the images nor the options of how the runs were made."""
+    grid = make_grid(folder, cells=("avg",), seeds=(0,))
+    (run,) = grid.runs()
+    data = dataclasses.replace(run.config.data, root="/elsewhere", workers=7)
+    write_run(run, 90.0, config=dataclasses.replace(run.config, data=data, log_every=3, save_every=5))
+    assert runs.outcome_of(run).found.top1 == 90.0
+    write_grid(BASE + TWO + SEEDS)
+    words = ["--data.source", "folder", "--data.root", "/gone"]
+    with pytest.raises(ConfigError, match="no such folder"):
+        read_grid("grid.yaml", folder, words)
+    assert len(read_grid("grid.yaml", folder, words, needs_images=False).cells) == 2
 
 
 def test_a_run_of_another_configuration_does_not_count(folder):
@@ -336,12 +353,12 @@ def test_the_table_has_means_intervals_and_paired_differences(filled):
     avg, cls, never = table
     assert avg == {
         "cell": "avg", "seeds": "3", "Top-1 %, last epoch": "91.00 ± 1.00", "95 % interval": "88.52 to 93.48",
-        "paired difference": "base", "best epoch %": "95.00 ± 0.00", "params M": "0.80", "FLOPs M": "8.00",
+        "paired difference": "base", "best epoch %": "99.00 ± 0.00", "params M": "0.80", "FLOPs M": "8.00",
         "train MB": "0.50", "eval MB": "0.25", "images/s": "50", "minutes": "0.2",
     }  # fmt: skip
     assert cls["seeds"] == "2 of 3, 1 failed"
     assert cls["Top-1 %, last epoch"] == "89.00 ± 1.41"
-    assert cls["paired difference"] == "-1.50 (-7.85 to +4.85)"
+    assert cls["paired difference"] == "-1.50 (-7.85 to +4.85), 2 of 3 pairs"
     assert set(list(never.values())[2:]) == {"-"}
     place = filled.folder / "pool=cls" / "seed=2"
     assert shown.endswith(f"\n\n- cls, seed 2 failed: step 3: the loss is nan ({place})")
@@ -472,7 +489,7 @@ def fake(folder, monkeypatch):
 
     def execute(grid, jobs=1, gpus=()):
         missing = [run for run in grid.runs() if outcome_of(run).found is None]
-        progress = Progress(missing, jobs)
+        progress = Progress(missing)
         try:
             processes.execute(missing, jobs, gpus, progress)
         finally:
@@ -522,8 +539,11 @@ def test_a_failed_run_has_its_reason_and_the_others_go_on(fake, folder, capsys):
     assert [processes.outcome_of(run).failure for run in grid.runs()] == [None] * 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_passed_on_and_ends_the_runs(fake, folder, number):
+@pytest.mark.parametrize(
+    ("number", "passed"),
+    [(signal.SIGINT, "2"), (signal.SIGTERM, "15"), (signal.SIGHUP, "15")],  # runs do not save at a SIGHUP
+)
+def test_a_signal_is_passed_on_and_ends_the_runs(fake, folder, number, passed):
     grid = make_grid(folder / "runs", seeds=(0,))
     (folder / "behave.py").write_text(
         "import signal\n"
@@ -543,7 +563,7 @@ def test_a_signal_is_passed_on_and_ends_the_runs(fake, folder, number):
         fake(grid, jobs=2)
     assert stopped.value.number == number
     for run in grid.runs():
-        assert (run.folder / "signal.txt").read_text() == str(int(number))
+        assert (run.folder / "signal.txt").read_text() == passed
         assert not (run.folder / runs.FAILURE).exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -551,6 +571,7 @@ def test_a_signal_is_passed_on_and_ends_the_runs(fake, folder, number):
 def test_a_process_that_does_not_end_is_killed(fake, folder, monkeypatch):
     monkeypatch.setattr(processes, "GRACE", 0.2)
     grid = make_grid(folder / "runs", cells=("avg",), seeds=(0,))
+    grid.cells[0].config.grace_period = 0.1
     (folder / "behave.py").write_text(
         "import signal\nsignal.signal(15, signal.SIG_IGN)\n"
         "(folder / 'ready').write_text(str(os.getpid()))\ntime.sleep(60)\n"
@@ -569,25 +590,68 @@ def test_a_process_that_does_not_end_is_killed(fake, folder, monkeypatch):
         os.kill(int(ready.read_text()), 0)
 
 
-def test_a_run_that_another_process_is_at_work_on_is_waited_for(fake, folder, capsys):
-    """As after a call that was killed itself: its train.py still works, and holds the lock."""
+@pytest.mark.parametrize("here", [True, False])
+def test_a_run_that_another_process_is_at_work_on_is_waited_for(fake, folder, capsys, here):
+    """As after a call that was killed itself: its train.py still works, and holds the lock. On this machine
+    it has a place among those that run at once."""
     grid = make_grid(folder / "runs", seeds=(0,))
     first = grid.runs()[0].folder
     first.mkdir(parents=True)
     lock = (first / ".ablate.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.write(f"0 {socket.gethostname() if here else 'another'}")
+    lock.flush()
+    second = grid.runs()[1].folder
 
     def finish():
-        while not (grid.runs()[1].folder / "summary.json").exists():
+        while not (second / "summary.json").exists() and not here:
             time.sleep(0.01)
+        time.sleep(0.3)
+        assert second.exists() != here
         (first / "summary.json").write_text("by the other")
         lock.close()
 
     threading.Thread(target=finish, daemon=True).start()
     assert [call[0] for call in fake(grid)] == ["pool=cls"]
+    assert (second / ".ablate.lock").read_text() == f"0 {socket.gethostname()}"
     shown = capsys.readouterr().out
     assert shown.count("avg, seed 0: another process is at work on it") == 1
-    assert "[2/2] avg, seed 0: Top-1 50.00 %" in shown
+    assert f"[{1 if here else 2}/2] avg, seed 0: Top-1 50.00 %" in shown
+
+
+def test_another_ones_place_is_not_given_away(fake, folder):
+    """Two places and GPUs, the first of which a run of another call has."""
+    grid = make_grid(folder / "runs", cells=("avg", "cls", "max"), seeds=(0,))
+    first = grid.runs()[0].folder
+    first.mkdir(parents=True)
+    lock = (first / ".ablate.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.write(f"0 {socket.gethostname()}")
+    lock.flush()
+
+    def finish():
+        while not (grid.runs()[2].folder / "summary.json").exists():
+            time.sleep(0.01)
+        (first / "summary.json").write_text("by the other")
+        lock.close()
+
+    threading.Thread(target=finish, daemon=True).start()
+    calls = fake(grid, jobs=2, gpus=["4", "7"])
+    assert [(call[0], call[3]) for call in calls] == [("pool=cls", "7"), ("pool=max", "7")]
+
+
+def test_the_estimate_counts_what_is_running(folder, monkeypatch, capsys):
+    grid = make_grid(folder, cells=("avg", "cls"), seeds=(0, 1))  # four runs of four epochs
+    progress = Progress(grid.runs())
+    for run in grid.runs()[:2]:
+        progress.started(run)
+    second = grid.runs()[1].folder
+    second.mkdir(parents=True)
+    (second / "metrics.jsonl").write_text('{"kind": "validation", "epoch": 2}\n')
+    progress.began -= 60.0
+    progress.ended(runs.Outcome(grid.runs()[0], found=SimpleNamespace(top1=50.0)))
+    assert "about 1 min 40 s left" in capsys.readouterr().out  # six of sixteen in a minute
+    progress.close()
 
 
 def test_gpus_are_those_that_the_environment_names(monkeypatch):

@@ -112,7 +112,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(worlds: dict[int, Path]):
     process = Process(0, 0, 1, torch.device("cpu"))
     several_ranks.train(worlds[2] / "short", process, several_ranks.TinyModel())
     whole = records(worlds[1] / "plain", "train")
-    assert records(worlds[1] / "moved", "train") != whole  # times differ
     for folder in (worlds[2] / "moved", worlds[2] / "short"):
         moved = records(folder, "train")
         assert [r["step"] for r in moved] == [r["step"] for r in whole]
@@ -164,7 +163,6 @@ def test_one_process_needs_no_group():
     assert distributed.from_main(lambda: 4) == 4
     with pytest.raises(ConfigError, match=r"data\.root: there is nothing"):
         distributed.from_main(several_ranks.fail_on_main)
-    distributed.barrier()
 
 
 def test_unknown_devices():

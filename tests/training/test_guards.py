@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vil.training.guards import FEWEST, REMEMBERED, StepWatch, Watchdog, spreading
+from vil.training.guards import FEWEST, REMEMBERED, FiniteSteps, StepWatch, Watchdog, spreading
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +24,21 @@ def test_gradients_of_a_loss_that_is_not_finite_are_nan():
     for value, expected in ((2.0, 1.0), (float("inf"), float("nan")), (float("nan"), float("nan"))):
         found = spreading(torch.tensor(value)).item()
         assert found == expected or expected != found != found
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_fused_optimiser_skips_without_being_asked(momentum: float):
+    """On the device, that is, from the first step on, or from the second where a first one makes momentum."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum, fused=True)
+    steps = FiniteSteps(optimizer, model)
+    for number, is_finite in enumerate((True, False, True)):
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.full_like(model.weight, 1.0 if is_finite else torch.nan)
+        steps.begin()
+        steps.take(torch.tensor(is_finite))
+        assert torch.equal(before, model.weight) != is_finite
+        assert isinstance(optimizer.found_inf, torch.Tensor) == (number > 0 or not momentum)
 
 
 def test_a_look_tells_of_every_step_since_the_last_one():

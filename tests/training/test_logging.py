@@ -44,6 +44,25 @@ def test_every_line_is_on_disk_at_once_and_valid(tmp_path: Path):
     log.close()
 
 
+def test_what_a_disk_takes_and_does_not_keep_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As with a quota of NFS, of which the second call tells."""
+    log = RunLog(tmp_path, make_config(tmp_path), 0, 0)
+    log.write("train", 1, 1, loss=0.5)
+    log.sync()
+    log.write("train", 2, 1, loss=0.25)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(122, "Disk quota exceeded")))
+        with pytest.raises(OSError, match="quota"):
+            log.sync()
+        assert [record["step"] for record in read(tmp_path)] == [1]
+    log.write("train", 3, 1, loss=0.125)
+    assert log.finish() is None
+    log.close()
+    assert [record["step"] for record in read(tmp_path)] == [1, 2, 3]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path, capsys):
     log = RunLog(None, make_config(tmp_path, tensorboard=True), 0, 0)
     log.write("train", 1, 1, loss=0.5)
@@ -123,15 +142,14 @@ def test_pictures_of_the_attention(tmp_path: Path, caplog: pytest.LogCaptureFixt
     picture = torch.zeros(3, 4, 4, dtype=torch.uint8)
     run(make_config(tmp_path / "a", tensorboard=True, attention_every=2), picture=lambda: picture)
     events = EventAccumulator(str(tmp_path / "a" / "tensorboard"), {"images": 0}).Reload()
-    assert [image.step for image in events.Images("attention")] == [2 * STEPS]
+    assert [image.step for image in events.Images("attention")] == [2 * STEPS, 3 * STEPS]
 
     def fail() -> torch.Tensor:
         raise RuntimeError("out of\nmemory")
 
     run(make_config(tmp_path / "b", tensorboard=True, attention_every=2), picture=fail)
-    assert [record.getMessage() for record in caplog.records] == [
-        "warning: no picture of attention: out of memory"
-    ]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["warning: no picture of attention: out of memory"] * 2
 
 
 def test_a_resumed_run_shows_an_unfinished_evaluation_once(tmp_path: Path):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 import yaml
 from tiny_run import load_last, make_config, run
 
-from vil.checkpoint_files import BEST, digest_file, step_files
+from vil.checkpoint_files import BEST, check_digest, digest_file, keep_damaged, step_files
 from vil.command_line import parse
 from vil.config import ConfigError, TrainConfig
 from vil.training import checkpoint, run_folder
@@ -168,10 +169,75 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path: Path, caplog: py
         f"warning: passed over {newest}: damaged: it is not what {newest.name}.sha256 was written for"
     ]
     digest_file(older).unlink()
-    with pytest.raises(ConfigError, match=r"^output: none of the 2 checkpoints in .* can be read; name "):
+    damage(tmp_path / BEST)
+    with pytest.raises(ConfigError, match=r"^output: none of the 3 checkpoints in .* can be read; name "):
         run_folder.open_run(tmp_path, config)
     assert f"{older}: without its digest {older.name}.sha256" in caplog.text
     assert [path for _, path in step_files(tmp_path)] == [newest, older]
+
+
+def test_the_best_checkpoint_is_one_to_go_on_from(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Where the others are damaged or were removed: to begin again would end with another best one."""
+    config = make_config(tmp_path, epochs=3, keep_checkpoints=1)
+    run(config)
+    best = checkpoint.load(tmp_path / BEST)
+    (_, newest) = step_files(tmp_path)[0]
+    damage(newest)
+    state = run_folder.open_run(tmp_path, config)
+    assert state["step"] == best["step"]
+    assert f"passed over {newest}" in caplog.text
+    newest.unlink()
+    assert run_folder.holds_run(tmp_path)
+    assert run_folder.open_run(tmp_path, config)["step"] == best["step"]
+    damage(tmp_path / BEST)
+    with pytest.raises(ConfigError, match="none of the 1 checkpoints"):
+        run_folder.open_run(tmp_path, config)
+
+
+@pytest.mark.parametrize("what", ["os.listdir", "pathlib.Path.open"])
+def test_what_cannot_be_read_now_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+):
+    """A file server that has gone for a moment must not make a run begin again, or go on from before."""
+    config = make_config(tmp_path, epochs=3)
+    run(config)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patched:
+        patched.setattr(what, lambda *a, **b: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
+        with pytest.raises(ConfigError, match=r"^output: .*checkpoints.* cannot be read: Stale file handle$"):
+            run_folder.open_run(tmp_path, config)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert run_folder.open_run(tmp_path, config)["step"] == 15
+
+
+def test_damaged_files_are_kept_under_names_that_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "best.pt"
+    for number in range(3):
+        path.unlink(missing_ok=True)
+        path.write_text(f"{number}")
+        keep_damaged(path)
+    (tmp_path / "best.pt.damaged").unlink()
+    keep_damaged(path)
+    monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(OSError(95, "Not supported")))
+    keep_damaged(path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "best.pt.damaged": "2", "best.pt.damaged1": "1", "best.pt.damaged2": "2", "best.pt.damaged3": "2",
+    }  # fmt: skip
+
+
+def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path: Path):
+    run(make_config(tmp_path, max_steps=10, keep_checkpoints=2))
+    damage(step_files(tmp_path)[0][1])
+    run(
+        make_config(tmp_path, max_steps=13, keep_checkpoints=2),
+        state=checkpoint.load(step_files(tmp_path)[1][1]),
+    )
+    whole = []
+    for step, path in step_files(tmp_path):
+        with suppress(ConfigError):
+            check_digest(path, required=True)
+            whole.append(step)
+    assert len(whole) == 2
 
 
 def test_a_run_goes_on_over_a_damaged_checkpoint(tmp_path: Path):
@@ -202,6 +268,8 @@ def test_the_best_checkpoint_is_restored_or_chosen_anew(tmp_path: Path, caplog: 
     assert state["best"] is None
     assert "chosen among the evaluations to come" in caplog.records[-1].getMessage()
     run(make_config(tmp_path, epochs=4, lr=1e-9), state=state)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [5, 10, 15, 20]
     assert checkpoint.load(best)["best"]["epoch"] == 4
 
 

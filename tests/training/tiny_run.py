@@ -118,4 +118,6 @@ def run(config: TrainConfig, model: nn.Module | None = None, **options: Any) -> 
     torch.set_num_threads(1)  # small models are slower with more
     loaders = make_loaders(config.schedule.batch_size, config.schedule.accumulation)
     process = Process(0, 0, 1, torch.device("cpu"))
+    if options.get("state"):
+        options["state"] = dict(options["state"])  # which is emptied
     return fit(model or TinyModel(), loaders, config, process, **{"evaluate": evaluate} | options)

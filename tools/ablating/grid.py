@@ -105,7 +105,13 @@ class Grid:
         ]
 
 
-def read_grid(path: str, output: Path, words: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Grid:
+def read_grid(
+    path: str,
+    output: Path,
+    words: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    needs_images: bool = True,
+) -> Grid:
     """Reads a grid and resolves the configuration of every cell as train.py would.
 
     Args:
@@ -113,6 +119,7 @@ def read_grid(path: str, output: Path, words: Sequence[str] = (), seeds: Sequenc
         output: the grid's folder is made in this one.
         words: options of train.py that go over the base.
         seeds: in the place of the file's.
+        needs_images: whether the folder of the images must be there.
 
     Raises:
         ConfigError: names the file and the key; nothing was started or written.
@@ -130,7 +137,7 @@ def read_grid(path: str, output: Path, words: Sequence[str] = (), seeds: Sequenc
             raise ConfigError("question", f"expected one line of text, got {question!r}")
         folder = output / name
         combinations = [dict(zip(factors, levels)) for levels in itertools.product(*factors.values())]
-        cells = tuple(_cell(levels, factors, base, line, folder) for levels in combinations)
+        cells = tuple(_cell(levels, factors, base, line, folder, needs_images) for levels in combinations)
         _check_differ(cells)
     return Grid(name, question.strip(), cells, _references(cells, compare), chosen, folder)
 
@@ -194,7 +201,11 @@ def _setting(option: str, value: Any, key: str) -> Setting:
             example = f", as {option}.NAME: value for an option" if option in SECTIONS else ""
             raise ConfigError(f"{key}.{option}", f"expected the path of a YAML file{example}, got {value!r}")
         value = _found(value, f"{key}.{option}")
-    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+    except (TypeError, ValueError):  # a date, say
+        reason = f"expected a text, a number or a list, got {value!r}; quote what is meant as text"
+        raise ConfigError(f"{key}.{option}", reason) from None
     return option, (f"--{option}={text}",)
 
 
@@ -232,6 +243,7 @@ def _cell(
     base: Sequence[Setting],
     line: Sequence[Setting],
     folder: Path,
+    needs_images: bool,
 ) -> Cell:
     """The cell with these levels, whose configuration and model are known to be possible."""
     parts = {"base": base, COMMAND_LINE: line}
@@ -246,6 +258,8 @@ def _cell(
         try:
             check_limits(command.config)
             _check_model(command.config)
+            if needs_images:
+                _check_images(command.config)
         except ConfigError as error:
             raise command.locate(error) from error
     except ConfigError as error:
@@ -254,9 +268,13 @@ def _cell(
 
 
 def _check_model(config: TrainConfig) -> None:
-    """Raises ConfigError where there is no such model, or no folder of images."""
+    """Raises ConfigError where there is no such model."""
     with in_section("model"), torch.device("cpu" if config.model.name.startswith("timm/") else "meta"):
         model_from_config(config.model, num_classes=config.model.num_classes or 1000)
+
+
+def _check_images(config: TrainConfig) -> None:
+    """Raises ConfigError where there is no such folder of images."""
     root = config.data.root
     if root is not None and not config.data.download and not Path(root).exists():
         raise ConfigError("data.root", f"{root}: no such folder")

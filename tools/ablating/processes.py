@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,8 +27,8 @@ PROGRAM = [sys.executable, str(ROOT / "train.py")]
 ERRORS, LOCK = "errors.txt", ".ablate.lock"
 POLL = 0.2
 """Seconds between two looks at the processes."""
-GRACE = 60.0
-"""Seconds that processes have to end after a signal, before they are killed."""
+GRACE = 15.0
+"""Seconds beyond their own grace_period that processes have to end after a signal, before they are killed."""
 
 
 class Stopped(Exception):  # noqa: N818 - like KeyboardInterrupt, no error
@@ -61,7 +62,8 @@ def visible_gpus() -> list[str]:
 def execute(runs: Sequence[Run], jobs: int, gpus: Sequence[str], progress: Progress) -> None:
     """Calls train.py for every run, `jobs` at once; what failed leaves its reason in `FAILURE`.
 
-    A run that another process is at work on is left to that one, and waited for.
+    A run that another process is at work on is left to that one, and waited for; on this machine it takes one
+    of the places, those of `jobs`.
 
     Args:
         runs: none of them finished.
@@ -70,7 +72,7 @@ def execute(runs: Sequence[Run], jobs: int, gpus: Sequence[str], progress: Progr
         progress: is told of all that happens.
 
     Raises:
-        Stopped: by SIGINT, SIGTERM or SIGHUP, which were passed on to the processes.
+        Stopped: by SIGINT, SIGTERM or SIGHUP; the processes were told to save and end, and have.
         ConfigError: a folder cannot be written.
     """
     waiting, children = list(runs), list[Child]()
@@ -82,25 +84,31 @@ def execute(runs: Sequence[Run], jobs: int, gpus: Sequence[str], progress: Progr
                 for child in [child for child in children if child.process.poll() is not None]:
                     children.remove(child)
                     progress.ended(_finish(child))
+                of_others = list[int]()
                 for run in list(waiting):
-                    if len(children) == jobs:
+                    free = set(range(jobs)) - {child.slot for child in children} - set(of_others)
+                    if not free or len(children) + len(of_others) >= jobs:
                         break
-                    slot = min(set(range(jobs)) - {child.slot for child in children})
-                    taken = _take(run, slot, _environment(jobs, slot, gpus), progress)
-                    if taken is None:
+                    taken = _take(run, min(free), _environment(jobs, min(free), gpus), progress)
+                    if isinstance(taken, int):
+                        of_others += [taken] if taken >= 0 else []
                         continue
                     waiting.remove(run)
                     children += taken
-                progress.show([child.run for child in children])
+                progress.show()
                 time.sleep(POLL)
         except BaseException as error:
             number = error.number if isinstance(error, Stopped) else signal.SIGTERM
-            _stop([child.process for child in children], number, received)
+            # A run that the terminal's end reaches would not save.
+            _stop(children, signal.SIGTERM if number == signal.SIGHUP else number, received)
             raise
 
 
-def _take(run: Run, slot: int, environment: dict[str, str], progress: Progress) -> list[Child] | None:
-    """The run's new process; nothing where it is finished by now; None where another is at work on it."""
+def _take(run: Run, slot: int, environment: dict[str, str], progress: Progress) -> list[Child] | int:
+    """The run's new process; nothing where it is finished by now.
+
+    Where another process is at work on it, the place that it has on this machine; -1 for another machine.
+    """
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         with (run.folder / LOCK).open("a") as lock:
@@ -108,15 +116,24 @@ def _take(run: Run, slot: int, environment: dict[str, str], progress: Progress) 
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 progress.taken(run)
-                return None
+                return _place((run.folder / LOCK).read_text(encoding="utf-8"))
             if outcome_of(run).found:  # by another call of this program, in the meantime
                 progress.ended(outcome_of(run))
                 return []
             (run.folder / FAILURE).unlink(missing_ok=True)
+            lock.truncate(0)
+            lock.write(f"{slot} {socket.gethostname()}")
+            lock.flush()
             progress.started(run)
             return [Child(run, _start(run, environment, lock), slot)]
     except OSError as error:
         raise ConfigError(str(run.folder), f"cannot be written: {error.strerror or error}") from None
+
+
+def _place(note: str) -> int:
+    """The place of a process by what it wrote into its lock; -1 on another machine."""
+    slot, _, host = note.partition(" ")
+    return int(slot) if host == socket.gethostname() and slot.isdecimal() else -1
 
 
 def _start(run: Run, environment: dict[str, str], lock: IO[str]) -> subprocess.Popen[bytes]:
@@ -166,15 +183,24 @@ def _reason(status: int, errors: Path) -> str:
     told = next((line for line in reversed(lines) if line.startswith("error: ")), "")
     told = told.removeprefix("error: ") or next(filter(None, reversed(lines)), "")
     if status < 0:
-        told = f"ended by {signal.Signals(-status).name}" + (f": {told}" if told else "")
+        told = f"ended by {_signal_name(-status)}" + (f": {told}" if told else "")
     return told or f"exit status {status}, nothing said"
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]], number: int, received: Sequence[int]) -> None:
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return f"signal {number}"
+
+
+def _stop(children: Sequence[Child], number: int, received: Sequence[int]) -> None:
     """Passes a signal on and waits for the processes to end; kills what does not, or at a second signal."""
+    processes = [child.process for child in children]
     for process in processes:
         process.send_signal(number)
-    deadline, signals = time.monotonic() + GRACE, len(received)
+    patience = max((child.run.config.grace_period for child in children), default=0.0) + GRACE
+    deadline, signals = time.monotonic() + patience, len(received)
     while any(process.poll() is None for process in processes):
         if time.monotonic() > deadline or len(received) > signals:
             for process in processes:

@@ -17,13 +17,13 @@ class Progress:
 
     Args:
         runs: all that are to be done.
-        jobs: how many run at once.
     """
 
-    def __init__(self, runs: Sequence[Run], jobs: int) -> None:
-        self.done_before = {run.folder: min(epochs_done(run), _epochs(run)) for run in runs}
-        self.total = sum(map(_epochs, runs)) - sum(self.done_before.values())
-        self.runs, self.jobs = len(runs), jobs
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.done_before = {run.folder: min(epochs_done(run), _epochs_of(run)) for run in runs}
+        self.total = sum(map(_epochs_of, runs)) - sum(self.done_before.values())
+        self.runs = len(runs)
+        self.running = list[Run]()
         self.epochs, self.ended_runs = 0, 0
         self.waited_for = set[Path]()
         self.began, self.run_began = time.monotonic(), dict[Path, float]()
@@ -33,6 +33,7 @@ class Progress:
     def started(self, run: Run) -> None:
         """A process was started."""
         self.run_began[run.folder] = time.monotonic()
+        self.running.append(run)
         self.say(f"{title(run)}: started, {run.folder}")
 
     def taken(self, run: Run) -> None:
@@ -45,23 +46,23 @@ class Progress:
         """A run is finished, or has failed."""
         run = outcome.run
         self.ended_runs += 1
+        self.running = [other for other in self.running if other.folder != run.folder]
         if outcome.found:
-            self.epochs += _epochs(run) - self.done_before[run.folder]
+            self.epochs += _epochs_of(run) - self.done_before[run.folder]
         else:  # it is over before its time, which tells nothing of the others'
-            self.total -= _epochs(run) - self.done_before[run.folder]
+            self.total -= _epochs_of(run) - self.done_before[run.folder]
         began = self.run_began.get(run.folder)
         took = f", {clock(time.monotonic() - began)}" if began else ""
         found = f"Top-1 {outcome.found.top1:.2f} %" if outcome.found else f"failed: {outcome.failure}"
-        self.say(f"[{self.ended_runs}/{self.runs}] {title(run)}: {found}{took}{self._estimate(self.epochs)}")
+        self.say(f"[{self.ended_runs}/{self.runs}] {title(run)}: {found}{took}{self._estimate()}")
 
-    def show(self, running: Sequence[Run]) -> None:
+    def show(self) -> None:
         """Moves the bar to the epochs that the processes have logged."""
         if self.bar.disable or time.monotonic() - self.looked < 1:
             return
         self.looked = time.monotonic()
-        of_running = (max(0, epochs_done(run) - self.done_before[run.folder]) for run in running)
-        self.bar.n = min(self.total, self.epochs + sum(of_running))
-        self.bar.set_description(" · ".join(map(title, running)), refresh=False)
+        self.bar.n = min(self.total, self._epochs())
+        self.bar.set_description(" · ".join(map(title, self.running)), refresh=False)
         self.bar.refresh()
 
     def say(self, line: str) -> None:
@@ -72,7 +73,13 @@ class Progress:
         """Takes the bar away."""
         self.bar.close()
 
-    def _estimate(self, epochs: int) -> str:
+    def _epochs(self) -> int:
+        """Epochs since the beginning, those of unfinished runs among them."""
+        of_running = (max(0, epochs_done(run) - self.done_before[run.folder]) for run in self.running)
+        return self.epochs + sum(of_running)
+
+    def _estimate(self) -> str:
+        epochs = self._epochs()
         left = self.total - epochs
         if not left or not epochs:
             return ""
@@ -93,5 +100,5 @@ def clock(seconds: float) -> str:
     )
 
 
-def _epochs(run: Run) -> int:
+def _epochs_of(run: Run) -> int:
     return run.cell.config.schedule.epochs

@@ -110,9 +110,11 @@ def table(rows: Sequence[Row]) -> str:
 
 def legend(grid: Grid, rows: Sequence[Row]) -> str:
     """What the columns of the table are."""
-    images = next(iter([number for row in rows for number in row.of("images")]), None)
+    counts = sorted({number for row in rows for number in row.of("images")})
     devices = ", ".join(sorted({name for row in rows for name in row.of("device")})) or "nothing yet"
-    of_images = f" of {images:,} validation images, of which one is {100 / images:.2g} %" if images else ""
+    of_images = f" of {_range(counts)} validation images" if counts else ""
+    if len(counts) == 1:
+        of_images += f", of which one is {100 / counts[0]:.2g} %"
     epochs = sorted({cell.config.schedule.epochs for cell in grid.cells})
     return (
         f"Seeds {', '.join(map(str, grid.seeds))}; {_range(epochs)} epochs; measured on {devices}. "
@@ -211,7 +213,7 @@ def figure(grid: Grid, rows: Sequence[Row]) -> Any:
         axes.grid(axis="x", alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.spines[["top", "right"]].set_visible(False)
-    canvas.suptitle(grid.question or grid.name, fontsize=11)
+    canvas.suptitle(grid.question or grid.name, fontsize=11, parse_math=False)
     canvas.supxlabel(
         "points: single seeds; diamond and bar: mean and its 95 % interval", fontsize=8, color="0.4"
     )
@@ -265,7 +267,8 @@ def _difference(row: Row) -> str:
     value = row.difference
     if value is None:
         return "-"
-    return f"{value.mean:+.2f}" + (f" ({_interval(value, '+.2f')})" if value.interval else "")
+    pairs = f", {value.n} of {len(row.outcomes)} pairs" if value.n < len(row.outcomes) else ""
+    return f"{value.mean:+.2f}" + (f" ({_interval(value, '+.2f')})" if value.interval else "") + pairs
 
 
 def _figure(value: float | None, unit: float, form: str) -> str:
@@ -273,4 +276,4 @@ def _figure(value: float | None, unit: float, form: str) -> str:
 
 
 def _range(values: Sequence[int]) -> str:
-    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"

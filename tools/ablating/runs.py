@@ -18,6 +18,12 @@ from vil.yaml_files import read_yaml
 LOG, FAILURE = "log.txt", "failure.txt"
 """What train.py prints, and why its last call for the run failed."""
 
+HOW = (
+    "data.root", "data.workers", "data.download", "log_every", "tensorboard", "attention_every", "save_every",
+    "keep_checkpoints", "hang_timeout", "grace_period",
+)  # fmt: skip
+"""Options of how a run is made, which do not change what it finds."""
+
 COSTS = ("params", "flops", "train_memory_mb", "eval_memory_mb")
 
 
@@ -28,7 +34,7 @@ class Found:
     Attributes:
         top1: of the weights after the last epoch.
         ema_top1: of their moving average after the last epoch; None without one.
-        best_top1: the highest of all epochs, of the weights or their average.
+        best_top1: the highest of all evaluations, of the weights or their average.
         images: of the validation set.
         params, flops, train_memory_mb, eval_memory_mb, inference_images_per_second: as eval.py has them.
         images_per_second: of training, the median over the logged steps but the first.
@@ -67,11 +73,14 @@ class Outcome:
 
 
 def outcome_of(run: Run) -> Outcome:
-    """Reads the run's folder.
+    """Reads the run's folder; a file in it that cannot be read is a failure."""
+    try:
+        return _outcome(run)
+    except ConfigError as error:
+        return Outcome(run, failure=str(error))
 
-    Raises:
-        ConfigError: a file in it cannot be read.
-    """
+
+def _outcome(run: Run) -> Outcome:
     changes = _changes(run)
     if changes:
         key, before, now = changes[0]
@@ -116,7 +125,11 @@ def _changes(run: Run) -> list[tuple[str, Any, Any]]:
     except (AttributeError, LookupError, TypeError):
         raise ConfigError(str(path), "is no configuration of train.py") from None
     # A precision that is left to the device is written as what the device had.
-    return [change for change in found if change[0] != "precision" or change[2] is not None]
+    return [
+        (key, before, now)
+        for key, before, now in found
+        if key not in HOW and (key != "precision" or now is not None)
+    ]
 
 
 def _read(folder: Path) -> Found:
@@ -124,18 +137,19 @@ def _read(folder: Path) -> Found:
     try:
         (summary,) = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         records = _records(folder / METRICS)
-        last = next(record for record in reversed(records) if record["kind"] == "validation")
+        evaluations = [record for record in records if record["kind"] == "validation"]
+        last = evaluations[-1]
         return Found(
             top1=last["top1"],
             ema_top1=last.get("ema_top1"),
-            best_top1=summary["top1"],
+            best_top1=max(record.get(key, 0.0) for record in evaluations for key in ("top1", "ema_top1")),
             images=summary["images"],
             **{key: summary[key] for key in COSTS},
             inference_images_per_second=summary["images_per_second"],
             **_speed([record for record in records if record["kind"] == "train"]),
             device=summary["device"],
         )
-    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(str(folder), f"cannot be read: {type(error).__name__} {error}") from None
 
 

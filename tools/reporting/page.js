@@ -17,7 +17,8 @@ function interpolate(at, places, values) {
   return at.map((x) => {
     while (i < places.length - 1 && places[i] < x) i += 1;
     if (places.length < 2) return values[0] ?? null;
-    const share = (x - places[i - 1]) / (places[i] - places[i - 1]);
+    const width = places[i] - places[i - 1];
+    const share = width ? (x - places[i - 1]) / width : 1;
     return values[i - 1] + share * (values[i] - values[i - 1]);
   });
 }

@@ -285,8 +285,10 @@ def _panel(number: int, evaluated: Evaluated, charts: list[Chart]) -> str:
         "it was taken for, and how surely; its own class had the probability in brackets.</p>"
         f'<ul class="mistakes">{items}</ul></div>'
     )
+    if not pairs:
+        table = '<div class="card"><p class="empty">No image was taken for another class.</p></div>'
     if not found.mistakes:
-        table, gallery = '<div class="card"><p class="empty">No mistake to show.</p></div>', ""
+        gallery = ""
     return f'<p class="about">{about}</p><div class="split">{_card(chart)}{table}</div>{gallery}'
 
 

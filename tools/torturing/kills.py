@@ -56,6 +56,7 @@ def kill_often(stage: Stage, ranks: int, kills: int, name: str = "", words: Sequ
         if count >= kills and missing <= 0:
             break
         in_save = missing >= kills - count or draws.random() < 1.5 * INSIDE
+        left = run.unfinished()
         life = run.start()
         if in_save:
             strike_in_save(life, draws)
@@ -64,7 +65,7 @@ def kill_often(stage: Stage, ranks: int, kills: int, name: str = "", words: Sequ
         if life.steps():
             start_up = time.monotonic() - life.began
         life.kill()
-        with rows[bool(run.temporary_files())].trial() as trial:
+        with rows[bool(run.unfinished() - left)].trial() as trial:
             trial.expect_status(life.statuses(), *[-9] * ranks)
             check_words(trial, life)
             trial.expect(life.continued() in (0, before), f"continued from {life.first}, not {before}")

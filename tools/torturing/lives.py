@@ -107,6 +107,14 @@ class Run:
         except OSError:
             return []
 
+    def unfinished(self) -> set[tuple[str, int]]:
+        """(name, inode) of these: what an earlier life left is no save of a later one."""
+        found = set()
+        for name in self.temporary_files():
+            with suppress(OSError):
+                found.add((name, (self.folder / FOLDER / name).stat().st_ino))
+        return found
+
 
 class Life:
     """One call of train.py; see `Run.start`."""

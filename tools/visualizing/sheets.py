@@ -254,7 +254,7 @@ def _grid(rows: int, columns: int, title: str, wide: float = 1.0) -> tuple[Figur
         figsize=(max(columns, 3) * PANEL * wide, rows * (PANEL * wide + 0.4) + 0.55),
         layout=ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.05),
     )
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 

@@ -17,6 +17,7 @@ code in it can run:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -29,7 +30,7 @@ from typing import Any
 import timm
 import torch
 
-from vil.checkpoint_files import check_digest, digest_of, write_digest
+from vil.checkpoint_files import check_digest, digest_of, known_digests, write_digest
 from vil.config import ConfigError, of_option
 from vil.durable_files import replacing
 from vil.weight_files import read_pickle
@@ -140,6 +141,8 @@ def copy(source: Path, target: Path) -> None:
     with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
         digest = digest_of(temporary)
+        if digest not in known_digests(source):
+            raise OSError(errno.EIO, "what was read is damaged")
         write_digest(target, digest, keep_old=was_there)
     if was_there:
         write_digest(target, digest)

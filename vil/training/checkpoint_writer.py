@@ -54,7 +54,7 @@ class CheckpointWriter:
         self._failure: BaseException | None = None
         self._unsaved: tuple[Mapping[str, Any], bool] | None = None  # the last save, where it failed
         self._unsaved_best: Mapping[str, Any] | None = None
-        self._own: set[Path] = set()  # files known to be whole
+        self._whole: set[Path] = set()  # files known to be whole
 
     def save(self, state: Mapping[str, Any], is_best: bool) -> None:
         """Saves `state`, as best.pt too if it is the best; returns as soon as `state` may change again."""
@@ -126,7 +126,7 @@ class CheckpointWriter:
                     time.sleep(seconds)
         if self.problem is None:
             self._unsaved = self._unsaved_best = None
-            self._own |= {path, best} if is_best else {path}
+            self._whole |= {path, best} if is_best else {path}
             self._prune(state["step"])
         else:
             self._unsaved = state, is_best
@@ -136,21 +136,21 @@ class CheckpointWriter:
 
     def _prune(self, step: int) -> None:
         """Removes all whole checkpoints but the newest; damaged ones stay."""
-        earlier = [path for number, path in step_files(self.folder) if number <= step]
-        for path in earlier[self._keep :]:
-            if self._is_whole(path):
-                with suppress(OSError):
-                    path.unlink()
-                    digest_file(path).unlink()
-                self._own.discard(path)
+        with suppress(OSError, ConfigError):
+            earlier = [path for number, path in step_files(self.folder) if number <= step]
+            for path in list(filter(self._is_whole, earlier))[self._keep :]:
+                path.unlink()
+                digest_file(path).unlink()
+                self._whole.discard(path)
 
     def _is_whole(self, path: Path) -> bool:
-        if path in self._own:
+        if path in self._whole:
             return True
         try:
             check_digest(path, required=True)
         except ConfigError:
             return False
+        self._whole.add(path)
         return True
 
 

@@ -87,15 +87,19 @@ def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
             )
         except (RuntimeError, TimeoutError, ValueError) as error:
             raise LostRankError(f"the ranks do not reach one another: {_one_line(error)}") from error
+    is_over = False
     try:
         yield Process(rank, local_rank, world_size, own_device)
+        is_over = True
     except Exception as error:
         lost = lost_rank(error)
         if lost is None:
             raise
         raise LostRankError(lost) from error
     finally:
-        if world_size > 1:
+        # After an error NCCL would wait here for ranks that wait for this one: `command_line.main` says what
+        # it was, and ends the process with the group.
+        if world_size > 1 and (is_over or not on_gpu):
             dist.destroy_process_group()
 
 
@@ -144,12 +148,6 @@ def average_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
     parts = (total / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts):
         tensor.copy_(part.view_as(tensor))
-
-
-def barrier() -> None:
-    """Waits until every rank is here."""
-    if is_distributed():
-        dist.barrier()
 
 
 def broadcast_object(value: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vil.console import say
 from vil.training.distributed import all_reduce_sum
 
 REMEMBERED = 100
@@ -52,6 +53,7 @@ class FiniteSteps:
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self._optimizer = optimizer
         self._skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self._keeps_state = any(group.get("momentum", 1) for group in optimizer.param_groups)
         self._statistics = [
             buffer
             for module in model.modules()
@@ -67,7 +69,8 @@ class FiniteSteps:
     def take(self, is_finite: torch.Tensor) -> None:
         """The optimiser's step, where `is_finite` (a scalar, bool, equal on all ranks)."""
         # Momentum that a skipped first step makes in a fused SGD is never written: not before a first one.
-        if self._skips_on_device and self._optimizer.state:
+        has_begun = self._optimizer.state or not self._keeps_state
+        if self._skips_on_device and has_begun:
             self._optimizer.found_inf = (~is_finite).to(torch.float32)  # type: ignore[attr-defined]
             self._optimizer.step()
         elif is_finite:
@@ -236,7 +239,7 @@ class Watchdog:
                 self._say(f"no progress for {self._seconds:.0f} s while {self._place}{self._frame()}")
 
     def _say(self, words: str) -> None:
-        print(f"[rank {self._rank}] {words}", file=sys.stderr, flush=True)
+        say(f"[rank {self._rank}] {words}", sys.stderr)
 
     def _frame(self) -> str:
         """The innermost line of this project that the training thread is at."""

@@ -14,6 +14,7 @@ _POSITIVE: tuple[_Test, str] = (lambda x: x > 0, "more than 0")
 _AT_LEAST_1: tuple[_Test, str] = (lambda x: x >= 1, "1 or more")
 _NOT_NEGATIVE: tuple[_Test, str] = (lambda x: x >= 0, "0 or more")
 _BELOW_1: tuple[_Test, str] = (lambda x: 0 <= x < 1, "from 0 to below 1")
+_SECONDS: tuple[_Test, str] = (lambda x: 0 < x <= 1e6, "more than 0, up to 1,000,000 s")
 _FRACTION: tuple[_Test, str] = (lambda x: 0 <= x <= 1, "from 0 to 1")
 
 _LIMITS: dict[str, tuple[_Test, str]] = {
@@ -46,8 +47,8 @@ _LIMITS: dict[str, tuple[_Test, str]] = {
     "keep_checkpoints": _AT_LEAST_1,
     "max_skipped_steps": _NOT_NEGATIVE,
     "spike_threshold": _POSITIVE,
-    "hang_timeout": _POSITIVE,
-    "grace_period": _POSITIVE,
+    "hang_timeout": _SECONDS,
+    "grace_period": _SECONDS,
 }
 
 

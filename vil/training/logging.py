@@ -21,6 +21,7 @@ import yaml
 from tqdm import tqdm
 
 from vil.config import ConfigError, TrainConfig
+from vil.console import say
 from vil.durable_files import write_durably
 from vil.pictures import denormalised
 
@@ -56,7 +57,7 @@ class RunLog:
         self.shows_bars = self.enabled and config.progress and sys.stderr.isatty()
         self._config = config
         self._writer: Any = None
-        self._pending, self._lock = bytearray(), threading.Lock()
+        self._pending, self._unsynced, self._lock = bytearray(), bytearray(), threading.Lock()
         self._has_warned = False
         if folder is None:
             return
@@ -65,6 +66,7 @@ class RunLog:
             records = cut_metrics(self._path, step, finished_step)
             # Unbuffered: what a full disk takes of a line is known to the byte, and the rest waits.
             self._file = self._path.open("ab", buffering=0)
+            self._synced = self._file.tell()
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -110,7 +112,7 @@ class RunLog:
         """
         if self.enabled:
             self._write_pending()
-            os.fsync(self._file.fileno())
+            self._sync_written()
             if os.stat(self._path).st_ino != os.fstat(self._file.fileno()).st_ino:
                 raise OSError(errno.ENOENT, "another file has its place")
             self._tensorboard(lambda writer: writer.flush())
@@ -126,8 +128,25 @@ class RunLog:
     def _write_pending(self) -> None:
         with self._lock:  # a checkpoint's thread brings the log to the disk too
             while self._pending:
-                # Of a copy: the loop may add a line to the original meanwhile.
-                del self._pending[: self._file.write(bytes(self._pending))]
+                content = bytes(self._pending)  # the loop may add a line to the original meanwhile
+                count = self._file.write(content)
+                self._unsynced += content[:count]
+                del self._pending[:count]
+
+    def _sync_written(self) -> None:
+        """What a file system takes, and then, asked to keep it, does not (a quota of NFS), waits again."""
+        with self._lock:
+            written = len(self._unsynced)
+            try:
+                os.fsync(self._file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(self._file.fileno(), self._synced)
+                    self._pending[:0] = self._unsynced
+                    self._unsynced.clear()
+                raise
+            self._synced += written
+            del self._unsynced[:written]
 
     def _show(self, record: dict[str, Any]) -> None:
         """Adds the numbers of a record to TensorBoard."""
@@ -210,7 +229,7 @@ class RunLog:
     def say(self, line: str) -> None:
         """One line for people."""
         if self.enabled:
-            print(line, flush=True)
+            say(line)
 
     def close(self) -> None:
         """Closes all files."""

@@ -34,7 +34,8 @@ SILENT = ("output", "resume", "progress")
 
 def holds_run(folder: Path) -> bool:
     """Whether a run was started in `folder`."""
-    return (folder / CONFIG).exists() or bool(checkpoint_files.step_files(folder))
+    best = folder / checkpoint_files.BEST
+    return (folder / CONFIG).exists() or best.exists() or bool(checkpoint_files.step_files(folder))
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def open_run(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
     if found is None:
         return None
     state = found[1]
-    if state["best"] is not None:
+    if state["best"] is not None and found[0] != folder / checkpoint_files.BEST:
         _restore_best(folder, state)
     for key, before, now in differences(state["config"], config):
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED):

@@ -118,7 +118,7 @@ def fit(
         process: this process among those that train together.
         evaluate: vil.evaluation.accuracy.evaluate.
         mix: mixup and cutmix, from images and targets to images and soft targets.
-        state: the checkpoint to continue from (`vil.training.checkpoint`).
+        state: the checkpoint to continue from (`vil.training.checkpoint`); emptied once it was taken up.
         picture: of what a model attends to, (3, H, W) uint8, for the log.
 
     Raises:
@@ -221,8 +221,9 @@ class _Trainer:
             self.network = data_parallel(model, process, (config.model.in_chans, size, size))
         if config.compile:
             self.network = torch.compile(self.network)  # type: ignore[assignment]
-        # Without a best one, the last evaluation is made again.
-        known = self.finished_step if self.best is not None else self.finished_step - 1
+        # Without a best one, the run's last evaluation is made again.
+        is_repeated = self.best is None and self.finished_step >= self.last_step
+        known = self.finished_step - is_repeated
         self.log = RunLog(self.folder if process.is_main else None, config, self.step, known)
         self.writer = CheckpointWriter(self.folder, config.keep_checkpoints, prepare=self.log.sync)
         self.signals = Signals()
@@ -390,7 +391,11 @@ class _Trainer:
             self.has_warned = True
             self.log.say(warning)
         self.check_weights()
-        if epoch % self.config.eval_every == 0 or self.step == self.last_step:
+        is_last = self.step == self.last_step
+        every = self.config.attention_every
+        if self.picture is not None and every is not None and (epoch % every == 0 or is_last):
+            self.log.picture("attention", self.picture, self.step)
+        if epoch % self.config.eval_every == 0 or is_last:
             results = self.evaluate_and_save()
             line += f"   Top-1 {results['top1']:.2f} %"
             if "ema_top1" in results:
@@ -446,9 +451,6 @@ class _Trainer:
             results |= {"images": accuracy.images, "unreadable": accuracy.unreadable}
         results["seconds"] = time.perf_counter() - began
         self.log.write("validation", self.step, self.epoch_in_progress(), **results)
-        every = self.config.attention_every
-        if self.picture is not None and every is not None and self.epoch_in_progress() % every == 0:
-            self.log.picture("attention", self.picture, self.step)
         return results
 
     def evaluated_batch(self) -> bool:
@@ -509,6 +511,7 @@ class _Trainer:
             group.update(own)
         self.step_watch.restore(state["watched"])
         self.step, self.finished_step, self.best = state["step"], state["finished_step"], state["best"]
+        state.clear()  # its weights are held here now, or by nobody
 
     def choose_neighbors(self, epoch: int) -> None:
         """Random shift: one random neighbour until `random_shift_until` of the epochs, then all eight."""
@@ -565,7 +568,10 @@ class _Trainer:
         """Where the run can go on, in words."""
         if not (self.folder / checkpoint_files.FOLDER).exists():
             return f"{self.folder} is gone"
-        files = checkpoint_files.step_files(self.folder)
+        try:
+            files = checkpoint_files.step_files(self.folder)
+        except ConfigError as error:
+            return str(error)
         return f"the last checkpoint is {files[0][1]}" if files else "nothing was saved yet"
 
     def learning_rate(self) -> float:
