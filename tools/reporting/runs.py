@@ -90,7 +90,13 @@ class Run:
     @property
     def progress(self) -> str:
         """How far it has come: `10 of 300 epochs`, and whether it is finished."""
-        epochs = [r["epoch"] for kind in self.records.values() for r in kind if "epoch" in r]
+        begun = not self.summary  # the epoch of the last step may not be over
+        epochs = [
+            record["epoch"] - (begun and kind != "validation")
+            for kind, records in self.records.items()
+            for record in records
+            if isinstance(record.get("epoch"), int)
+        ]
         done = f"{max(epochs, default=0)} of {self.option('schedule', 'epochs', '?')}"
         return done if self.summary else f"{done}, not finished"
 
