@@ -539,6 +539,17 @@ def test_a_failed_run_has_its_reason_and_the_others_go_on(fake, folder, capsys):
     assert [processes.outcome_of(run).failure for run in grid.runs()] == [None] * 4
 
 
+@pytest.fixture
+def heard():
+    """Signals as a shell's foreground job has them, whatever nohup or `&` made of them."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
     ("number", "passed"),
     [(signal.SIGINT, "2"), (signal.SIGTERM, "15"), (signal.SIGHUP, "15")],  # runs do not save at a SIGHUP
