@@ -70,7 +70,7 @@ def evaluate(
             `unreadable`, where it has one, counts the images that it had to leave out.
         device: where the model is.
         precision: of the forward pass; the cross-entropy is always computed and summed in float64.
-        progress: show a bar; meant for rank 0 alone.
+        progress: show a bar where someone looks at a terminal; meant for rank 0 alone.
         class_count: number of classes of the data; the model may have more.
         class_rows: the logits that belong to these classes, class 0's first; all others are left out. None
             takes logit i for class i, and leaves none out.
@@ -87,7 +87,9 @@ def evaluate(
     refused = torch.zeros(2, dtype=torch.float64, device=device)  # ranks, and the classes of their models
     ended = torch.zeros(1, dtype=torch.float64, device=device)  # ranks
     with mode(model, training=False):
-        for images, targets in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress):
+        for images, targets in tqdm(
+            loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True
+        ):
             targets = targets.to(device, non_blocking=True)
             with autocast(precision, device):
                 logits = model(images.to(device, non_blocking=True))  # (B, classes)

@@ -100,7 +100,9 @@ def predict(
     mistakes: list[Mistake] = []
     seen = 0
     with mode(model, training=False):
-        for images, targets in tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress):
+        for images, targets in tqdm(
+            loader, desc="predict", unit="batch", leave=False, disable=None if progress else True
+        ):
             with autocast(precision, device):
                 logits = model(images.to(device, non_blocking=True))  # (B, rows)
             if logits.shape[1] < needed:
