@@ -15,6 +15,20 @@ def test_what_is_written_is_there_and_nothing_else(tmp_path: Path, content: str 
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path: Path):
+    """--json /dev/null, by root, must leave the device where it is."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_durably(pipe, "text")
+    assert os.read(reader, 99) == b"text"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+    with pytest.raises(IsADirectoryError):
+        write_durably(tmp_path, "text")
+
+
 @pytest.mark.parametrize("failing", ["os.fsync", "os.replace", "pathlib.Path.write_bytes"])
 def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str):
     path = tmp_path / "file"

@@ -11,6 +11,7 @@ digest too until the new file is there: whatever happens meanwhile, what lies un
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import logging
@@ -133,8 +134,10 @@ def keep_damaged(path: Path) -> None:
     free = next(name for name in names if not name.exists())
     try:
         os.link(path, free)
-    except OSError:  # a file system without links
-        os.replace(path, free)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        os.replace(path, free)  # a file system without links
 
 
 def tidy(folder: Path) -> None:

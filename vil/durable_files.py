@@ -33,11 +33,17 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_durably(path: Path, content: str | bytes) -> None:
     """Writes a file; `path` holds the old content or the new, also after a loss of power. Text is UTF-8.
 
+    What is no file, as /dev/null or a pipe, is written to and not replaced.
+
     Raises:
         OSError: it cannot be written.
     """
+    content = content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content)
 
 
 def _sync_folder(folder: Path) -> None:

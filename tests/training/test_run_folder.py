@@ -220,6 +220,12 @@ def test_damaged_files_are_kept_under_names_that_are_free(tmp_path: Path, monkey
     keep_damaged(path)
     monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(OSError(95, "Not supported")))
     keep_damaged(path)
+    path.write_text("3")
+    monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        keep_damaged(path)
+    assert path.read_text() == "3"  # on a full disk nothing would take its place
+    path.unlink()
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
         "best.pt.damaged": "2", "best.pt.damaged1": "1", "best.pt.damaged2": "2", "best.pt.damaged3": "2",
     }  # fmt: skip

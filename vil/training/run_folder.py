@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,10 @@ def occupied(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release(remove=not holds_run(folder))
+        is_unused = False
+        with suppress(OSError, ConfigError):  # a folder that cannot be read now
+            is_unused = not holds_run(folder)
+        lock.release(remove=is_unused)
 
 
 def open_run(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
