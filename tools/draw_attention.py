@@ -4,7 +4,7 @@
     python tools/draw_attention.py --folder FOLDER      elsewhere
 
 Nothing is drawn by hand. Which keys a query sees is read from the definition, `vil/attention/local/dense.py`
-(where its bias is finite); order and blocks of keys from the kernels, `fused.py`; tiles from `chunked.py`.
+(where its bias is finite); order and blocks of keys from the kernels, `fused.py`; strips from `chunked.py`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from torch import Tensor
 from vil.attention.local import chunked
 from vil.attention.local.dense import dense_bias
 from vil.attention.local.geometry import AROUND, Inputs, Mask, Window
+from vil.attention.local.strips import Strip
+from vil.attention.local.strips import strips as strip_layout
 from vil.command_line import ToolParser, main
 from vil.config import ConfigError
 
@@ -40,7 +42,8 @@ LINES = "#343a40"
 FAINT = "#adb5bd"
 MARK = "#d7263d"
 BLOCKS = ("#a9d0ea", "#cfe8cf", "#f7dfb0", "#dcd0ee")
-"""Colours of blocks and tiles, one after the other."""
+"""Colours of blocks, strips and rows of chunks, one after the other."""
+GLOBAL = "#f6bd60"
 
 
 class Cell(IntEnum):
@@ -155,7 +158,7 @@ def draw_kernel() -> Figure:
             axes.add_patch(Rectangle((column, row), 1, 1, fc="white", ec=FAINT, hatch="////", lw=0))
         _number_blocks(axes, blocks.where(on_map, -1))
         axes.add_patch(Rectangle((7, 7), 7, 7, fill=False, ec=MARK, lw=2.5))
-        axes.add_patch(Rectangle((0, -2.2), 1, 1, fc="#f6bd60", ec=LINES, clip_on=False))
+        axes.add_patch(Rectangle((0, -2.2), 1, 1, fc=GLOBAL, ec=LINES, clip_on=False))
         axes.text(1.5, -1.7, "first, in a block of their own: the global keys", va="center", fontsize=10)
         axes.set_ylim(21, -2.4)
     figure.legend(
@@ -170,32 +173,36 @@ def draw_kernel() -> Figure:
     return figure
 
 
-def draw_tiles() -> Figure:
-    """What `chunked` works on at a time, for a 56 × 56 map in stage 1 of ViL-Small and three batches."""
-    figure = _figure((11.5, 4.9))
-    for batch, axes in zip((1, 8, 128), figure.subplots(1, 3)):
-        found = tiles(batch)
-        images = found[0][1]
-        first = [tile for tile, part in found if part == images]
-        for number, tile in enumerate(first):
-            axes.add_patch(_rectangle(*_area(tile), fc=BLOCKS[number % len(BLOCKS)], ec="white", lw=2))
-            row, column = tile.rows.start + 3.5, tile.columns.start + 3.5
-            axes.text(column, row, str(tile.chunks), ha="center", va="center", fontsize=9)
-        _mark_tile(
-            axes, next(tile for tile in first if tile.rows.start == 28 and sum(_area(tile)[1::2]) > 14)
-        )
-        _frame(axes, (56, 56))
-        count, passes = min(images.stop, batch), len(found) // len(first)
-        axes.set_title(f"{batch} images, {count} at a time" if batch > 1 else "1 image")
-        axes.set_xlabel(f"{len(first)} tiles" + (f", {passes} times" if passes > 1 else ""))
+def draw_strips() -> Figure:
+    """What `chunked` works on at a time, and how the keys of a column of chunks are laid out."""
+    figure = _figure((11.5, 6.4))
+    on_map, layout = figure.subplots(1, 2, width_ratios=(1, 1.05))
+    found = strips(8)
+    for number, strip in enumerate(found):
+        first, width = strip.columns.start, strip.width * strip.count
+        on_map.add_patch(_rectangle(0, first, 56, width, fc=BLOCKS[number % len(BLOCKS)], ec="white", lw=3))
+    strip = next(strip for strip in found if strip.count > 1)
+    chunk = strip.chunks[3]
+    for number, style in {strip.count - 1: "--", 0: "-"}.items():
+        block = strip.blocks[0]
+        corner = ((chunk.rows.start - 7), block.columns[0].start + number * 7)
+        on_map.add_patch(_rectangle(*corner, 21, block.shape[1], fill=False, ec=LINES, ls=style, lw=2))
+    corner = (chunk.rows.start, strip.columns.start)
+    on_map.add_patch(_rectangle(*corner, 7, 7 * strip.count, fill=False, ec=MARK, lw=3))
+    _draw_grid(on_map, (56, 56), 7)
+    _frame(on_map, (56, 56))
+    on_map.set_title("56 × 56 tokens, w = 7, 3 heads × 32, 8 images")
+    on_map.set_xlabel(f"{len(found)} strips")
+    _draw_layout(layout)
     figure.legend(
         handles=[
-            Patch(fill=False, ec=MARK, lw=2.5, label="a tile"),
-            Patch(fill=False, ec=LINES, lw=1.5, label="keys of its first chunk"),
-            Patch(fill=False, ec=LINES, lw=1.5, ls="--", label="keys of its last chunk"),
+            Patch(fill=False, ec=MARK, lw=2.5, label="chunks worked on at a time"),
+            Patch(fill=False, ec=LINES, lw=1.5, label="keys of the first"),
+            Patch(fill=False, ec=LINES, lw=1.5, ls="--", label="keys of the last"),
+            Patch(fc=GLOBAL, ec=LINES, label="global keys"),
         ],
         loc="outside lower center",
-        ncols=3,
+        ncols=4,
         frameon=False,
     )
     return figure
@@ -206,7 +213,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "neighbors": draw_neighbors,
     "odd_map": draw_odd_map,
     "kernel": draw_kernel,
-    "tiles": draw_tiles,
+    "strips": draw_strips,
 }
 
 
@@ -271,13 +278,12 @@ def key_blocks(window: Window, chunk: Position, neighbor: int | None = None) -> 
     return numbers, inside[0][:, None] & inside[1]
 
 
-def tiles(batch: int) -> list[tuple[Any, slice]]:
-    """Tiles and slices of images in stage 1 of ViL-Small: 56 × 56 tokens, 3 heads × 32, w = 7, G = 1."""
+def strips(batch: int) -> tuple[Strip, ...]:
+    """The strips in stage 1 of ViL-Small: 56 × 56 tokens, 3 heads × 32, w = 7, G = 1."""
     tokens = torch.empty(batch, 3, 56**2, 32, device="meta")
     memory = torch.empty(batch, 3, 1, 32, device="meta")
     inputs = Inputs(tokens, tokens, tokens, memory, memory)
-    work = chunked._Work(inputs, Window((56, 56), 7), None)
-    return [(tile, images) for images in work.slices() for tile in work.tiles]
+    return chunked._Work(inputs, Window((56, 56), 7), None).strips
 
 
 def _kernels() -> Any:
@@ -314,15 +320,33 @@ def _number_blocks(axes: Axes, blocks: Tensor) -> None:
         )
 
 
-def _mark_tile(axes: Axes, tile: Any) -> None:
-    """Outlines a tile, and the keys of its first and last chunk."""
-    axes.add_patch(_rectangle(*_area(tile), fill=False, ec=MARK, lw=2.5))
-    rows, columns = tile.keys[0]
-    for chunk, style in {tile.chunks - 1: "--", 0: "-"}.items():
-        corner = (rows.start, columns.start + chunk * 7)
-        axes.add_patch(
-            _rectangle(*corner, rows.length, columns.length, fill=False, ec=LINES, ls=style, lw=1.5)
+def _draw_layout(axes: Axes) -> None:
+    """The keys of a strip of a 15 × 15 map, w = 3, one global key, from top to bottom; and every stretch."""
+    window = Window((15, 15), 3)
+    strip = strip_layout(window, window.seen(None), 1, 1)[1]
+    wide = strip.blocks[0].shape[1]
+    tops = [0]  # of what is drawn for each key: nine in a row, a global one in a row of its own
+    for at in range(strip.length):
+        ends_row = at in strip.global_keys or any(
+            at in range(b.keys.start, b.keys.stop) and (at - b.at) % wide == wide - 1 for b in strip.blocks
         )
+        tops.append(tops[-1] + ends_row)
+    for block in strip.blocks:
+        for row in range(block.rows.length):
+            color = BLOCKS[(block.rows.start + row) // 3 % len(BLOCKS)]
+            for column in range(wide):
+                axes.add_patch(_rectangle(tops[block.at] + row, column, 1, 1, fc=color, ec="white", lw=0.5))
+    for at in strip.global_keys:
+        axes.add_patch(_rectangle(tops[at], 0, 1, 1, fc=GLOBAL, ec=LINES))
+    for number, chunk in enumerate(strip.chunks):
+        top, stop, left = tops[chunk.keys.start], tops[chunk.keys.stop], wide + 1 + 2 * number
+        axes.add_patch(_rectangle(top, left, stop - top, 1, fc=BLOCKS[number % len(BLOCKS)], ec=LINES))
+        axes.add_patch(_rectangle(tops[chunk.keys.start + chunk.global_key], left, 1, 1, fc=GLOBAL, ec=LINES))
+        axes.text(left + 0.5, top - 0.5, str(number + 1), ha="center", va="center", fontsize=10)
+    axes.text(wide / 2, -0.5, "the keys, row by row", ha="center", va="center", fontsize=10)
+    _frame(axes, (tops[-1], wide + 1 + 2 * len(strip.chunks)))
+    axes.set_ylim(tops[-1], -1)
+    axes.set_title("15 × 15 tokens, w = 3: a strip, and what its chunks see")
 
 
 def _draw_grid(axes: Axes, shape: Sequence[int], side: int) -> None:
@@ -353,12 +377,6 @@ def _handles(cells: Sequence[Cell]) -> Iterator[Patch]:
         if cell in cells:
             hatch = "////" if cell in (Cell.PADDING, Cell.SEEN_PADDING) else None
             yield Patch(fc=color, ec=FAINT, hatch=hatch, label=meaning)
-
-
-def _area(tile: Any) -> tuple[int, int, int, int]:
-    """First row and column, rows and columns of all chunks of a tile."""
-    width = tile.columns.stop - tile.columns.start
-    return tile.rows.start, tile.columns.start, tile.rows.stop - tile.rows.start, width * tile.chunks
 
 
 def _rectangle(row: float, column: float, rows: int, columns: int, **style: Any) -> Rectangle:

@@ -227,6 +227,18 @@ def test_spatial_reduction_works_down_to_a_single_key():
     assert attention(tokens(attention, (4, 4)), (4, 4)).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "name", ["full", "vision_longformer", "linformer", "spatial_reduction", "global_only"]
+)
+def test_evaluation_on_a_cpu_keeps_scores_in_the_fused_kernel(name):
+    attention = build(name).eval()
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        attention(tokens(attention), SIZE)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in called
+    assert not called & {"aten::_softmax", "aten::_scaled_dot_product_attention_math"}
+
+
 @pytest.mark.parametrize("backend", ["chunked"])
 def test_training_memory_of_the_window_grows_linearly(backend):
     """Bytes kept for the backward pass, per token, at 28², 56² and 112²."""

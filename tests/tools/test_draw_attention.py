@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from tools import draw_attention
-from tools.draw_attention import Cell, draw_map, key_blocks, query_blocks, tiles
+from tools.draw_attention import Cell, draw_map, key_blocks, query_blocks, strips
 from vil.attention.local import local_attention
 from vil.attention.local.geometry import AROUND, Window
 from vil.config import ConfigError
@@ -71,13 +71,11 @@ def test_figures_of_masks_have_the_papers_counts():
     assert labels == [f"{count} keys" for row in counts for count in row]
 
 
-def test_tiles_cover_the_map_once():
-    for batch in (1, 8, 128):
-        count = torch.zeros(batch, 56, 56)
-        for tile, images in tiles(batch):
-            row, column, rows, columns = draw_attention._area(tile)
-            count[images, row : row + rows, column : column + columns] += 1
-        assert (count == 1).all()
+def test_strips_are_those_of_the_page():
+    page = (ROOT / "docs" / "attention.md").read_text()
+    assert "one image 1, 6 and 1 columns, for eight 1, 2, 2, 2 and 1." in page.replace("\n", " ")
+    assert [strip.count for strip in strips(1)] == [1, 6, 1]
+    assert [strip.count for strip in strips(8)] == [1, 2, 2, 2, 1]
 
 
 def test_kernels_go_through_what_is_seen():

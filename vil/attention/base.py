@@ -143,6 +143,20 @@ class Attention(nn.Module, ABC):
         """(B, h, T, D) → (B, T, C)."""
         return x.transpose(1, 2).flatten(2)
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Scaled dot-product attention, with dropout of attention weights while training.
+
+        Args:
+            query, key, value: (B, h, q, D), and two of (B, h, k, D).
+            bias: (h, q, k), added to the scores.
+
+        Returns:
+            (B, h, q, D).
+        """
+        if bias is not None:
+            bias = bias.to(query.dtype)[None]  # with three dimensions PyTorch's kernel for CPUs is not used
+        return F.scaled_dot_product_attention(query, key, value, bias, self.dropout_p())
+
     def dropout_p(self) -> float:
         """The probability of dropping an attention weight right now."""
         return self.attention_dropout if self.training else 0.0

@@ -37,10 +37,7 @@ class FullAttention(Attention):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`."""
         query, key, value = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
-        bias = self._bias(size, self.count_globals(x, size))
-        output = F.scaled_dot_product_attention(
-            query, key, value, None if bias is None else bias.to(query.dtype), self.dropout_p()
-        )
+        output = self.attend(query, key, value, self._bias(size, self.count_globals(x, size)))
         return self.output_dropout(self.projection(self.merge_heads(output)))
 
     def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:

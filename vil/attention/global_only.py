@@ -55,9 +55,7 @@ class GlobalMemoryAttention(Attention):
             global_query = self.split_heads(self.global_query(x[:, :globals_]))
             key, value = self.split_heads_many(self.global_key_value(x), 2)
         bias = None if self.global_bias is None else self.global_bias.of_global_queries(*split)
-        memory = F.scaled_dot_product_attention(
-            global_query, key, value, None if bias is None else bias.to(key.dtype), self.dropout_p()
-        )  # (B, h, G, D)
+        memory = self.attend(global_query, key, value, bias)  # (B, h, G, D)
         if self.shares_projection:
             return self.output_dropout(self.projection(self.merge_heads(torch.cat([memory, local], dim=2))))
         memory = self.global_projection(self.merge_heads(memory))
@@ -155,7 +153,7 @@ class GlobalOnlyAttention(GlobalMemoryAttention):
         size: tuple[int, int],
     ) -> Tensor:
         """See `GlobalMemoryAttention.attend_local`; local keys and values are not used."""
-        return F.scaled_dot_product_attention(query, global_key, global_value, dropout_p=self.dropout_p())
+        return self.attend(query, global_key, global_value)
 
     def weigh_local(
         self, query: Tensor, key: Tensor, global_key: Tensor, size: tuple[int, int], queries: Tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vil.attention.base import Attention, AttentionOptions
 from vil.attention.weights import AttentionWeights, softmax_weights
@@ -42,7 +41,7 @@ class LinformerAttention(Attention):
         value_mixture = self.key_mixture if self.value_mixture is None else self.value_mixture
         key = self.split_heads(self.key_mixture.t() @ key)  # (B, h, k, D)
         value = self.split_heads(value_mixture.t() @ value)
-        output = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout_p())
+        output = self.attend(query, key, value)
         return self.output_dropout(self.projection(self.merge_heads(output)))
 
     def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:

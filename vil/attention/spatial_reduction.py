@@ -36,7 +36,7 @@ class SpatialReductionAttention(Attention):
         """See `Attention.forward`."""
         query = self.split_heads(self.query(x))  # (B, h, G+N, D)
         key, value = self._keys_values(x, size)
-        output = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout_p())
+        output = self.attend(query, key, value)
         return self.output_dropout(self.projection(self.merge_heads(output)))
 
     def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:

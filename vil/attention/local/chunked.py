@@ -1,66 +1,29 @@
-"""2-D local attention in PyTorch's own operators, linear in tokens, tile by tile within the cache.
+"""2-D local attention in PyTorch's own operators, linear in tokens, strip by strip and chunk by chunk.
 
-A tile is one chunk, or several in a row, of some or all images. Its queries and the keys that they see are
-copied to one place, and their scores exist only while the tile is worked on. For the backward pass nothing is
-kept but the inputs: the weights of each tile are computed again.
+The keys of one column of chunks, or of several side by side, are laid out as a *strip* (`strips.py`), in
+which those of every chunk are one stretch. The scores of a chunk exist only while it is worked on, in the
+cache. For the backward pass nothing is kept but the inputs: the weights of each chunk are computed again.
 
-Legend: B images, h heads, c chunks of a tile, t queries of a chunk, G global keys, k keys of a query with the
-global ones in front, D head width. Products of matrices have one dimension B·h·c. A grid is (B, h, H, W, D).
+Legend: B images, h heads, c columns of chunks in a strip, L its keys for each of them, t queries of a chunk,
+G global keys, k keys of a query, D head width. Products of matrices have one dimension n = B·c·h. A grid is
+(B, h, H, W, D).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from vil.attention.local.geometry import Inputs, Run, Window, fold_window_bias, runs, window_bias
+from vil.attention.local.geometry import Inputs, Run, Window, fold_window_bias, window_bias
 from vil.attention.local.operator import empty_gradients, like_tokens, register
+from vil.attention.local.strips import Chunk, Strip, strips
 
-SCORES_PER_TILE = 2**20
-"""Scores of a tile at most, where one chunk of one image has not more: 4 MiB in float32 (measured)."""
-
-Rectangle = tuple[Run, Run]
-"""Rows and columns of keys."""
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """Chunks that follow each other in a row and see keys at the same places."""
-
-    rows: slice
-    columns: slice
-    """Queries of the first chunk; each further chunk lies one window to the right."""
-    chunks: int
-    keys: tuple[Rectangle, ...]
-    """Local keys of the first chunk."""
-
-    def moved(self, by: int) -> _Tile:
-        """The tile so many columns to the right."""
-        keys = tuple((rows, run._replace(start=run.start + by)) for rows, run in self.keys)
-        return replace(self, columns=slice(self.columns.start + by, self.columns.stop + by), keys=keys)
-
-    @cached_property
-    def places(self) -> tuple[tuple[Rectangle, slice], ...]:
-        """Where each rectangle of keys stands among the local keys of a chunk."""
-        ends = list(itertools.accumulate((r.length * c.length for r, c in self.keys), initial=0))
-        return tuple((rectangle, slice(*ends[i : i + 2])) for i, rectangle in enumerate(self.keys))
-
-    @cached_property
-    def shape(self) -> tuple[int, int, int]:
-        """Rows and columns of queries of a chunk, and its local keys."""
-        rows, columns = self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
-        return rows, columns, self.places[-1][1].stop
-
-    @cached_property
-    def signature(self) -> tuple[object, ...]:
-        """The same for tiles whose scores have the same biases."""
-        return (*self.shape, *[(r.length, r.place, c.length, c.place) for r, c in self.keys])
+SCORES_AT_ONCE = 2**20
+"""Scores worked on at most, where one chunk of one image has not more: 4 MiB in float32 (measured)."""
 
 
 def _forward(inputs: Inputs, window: Window, seed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -69,14 +32,12 @@ def _forward(inputs: Inputs, window: Window, seed: Tensor | None) -> tuple[Tenso
     for images in work.slices():
         query, key, value, memory, memory_value = work.of_images(images)
         (grid,) = work.grids(output[images])
-        for tile in work.tiles:
-            queries = work.load_queries("query", query, tile, work.scale)
-            keys, values = (
-                work.load_keys("key", key, memory, tile),
-                work.load_keys("value", value, memory_value, tile),
-            )
-            weights, _ = work.drop(work.weights(tile, queries, keys))
-            work.store(grid, tile, work.product("output", weights.to(values.dtype), values))
+        for strip in work.strips:
+            queries = work.load_queries("query", query, strip, work.scale)
+            keys = work.load_keys("key", key, memory, strip)
+            values = work.load_keys("value", value, memory_value, strip)
+            for chunk in strip.chunks:
+                work.store(grid, strip, chunk, work.attend(strip, chunk, queries, keys, values))
     return output, inputs.query.new_empty(0, dtype=torch.float32)
 
 
@@ -91,49 +52,53 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     work = _Work(inputs, window, seed)
     gradients = empty_gradients(inputs, of_biases)
-    # Sums over tiles, in float32 for the half precisions.
-    sums = [x.new_zeros(x.shape, dtype=inputs.score_dtype) for x in gradients[1:5]]
-    window_sum, global_sum = work.bias_sums()
+    # Sums over strips, in float32 for the half precisions.
+    sums = [x.to(inputs.score_dtype).zero_() for x in gradients[1:5]]
     for images in work.slices():
         query, key, value, memory, memory_value = work.of_images(images)
         of_query, of_key, of_value, upstream_grid = work.grids(
             *[x[images] for x in (gradients[0], *sums[:2], gradient)]
         )
         of_memory, of_memory_value = sums[2][images], sums[3][images]
-        for tile in work.tiles:
-            queries = work.load_queries("query", query, tile, work.scale)  # (B·h·c, t, D)
-            keys, values = (
-                work.load_keys("key", key, memory, tile),
-                work.load_keys("value", value, memory_value, tile),
-            )
-            upstream = work.load_queries("upstream", upstream_grid, tile)
-            weights = work.weights(tile, queries, keys)  # (B·h·c, t, k)
-            dropped, kept = work.drop(weights)
-            of_weights = work.product("of_weights", upstream, values.transpose(1, 2)).to(weights.dtype)
-            if kept is not None:
-                of_weights *= kept
-            of_scores = torch.ops.aten._softmax_backward_data.out(
-                of_weights, weights, -1, weights.dtype, grad_input=of_weights
-            )
-            if of_biases:
-                work.add_biases(window_sum, global_sum, tile, of_scores)
-            of_scores, dropped = of_scores.to(queries.dtype), dropped.to(queries.dtype)
-            work.store(of_query, tile, work.product("output", of_scores, keys).mul_(work.scale))
-            of_keys = work.product("of_keys", of_scores.transpose(1, 2), queries)
-            work.add_keys(of_key, of_memory, tile, of_keys)
-            of_values = work.product("of_keys", dropped.transpose(1, 2), upstream)
-            work.add_keys(of_value, of_memory_value, tile, of_values)
+        for strip in work.strips:
+            queries = work.load_queries("query", query, strip, work.scale)
+            upstream = work.load_queries("upstream", upstream_grid, strip)
+            keys = work.load_keys("key", key, memory, strip)
+            values = work.load_keys("value", value, memory_value, strip)
+            of_keys, of_values = work.zeros("of_keys", keys), work.zeros("of_values", values)
+            for chunk in strip.chunks:
+                at = strip.queries(chunk)
+                weights = work.weights(strip, chunk, queries, keys)  # (n, t, k)
+                dropped, kept = work.drop(weights)
+                of_weights = work.product(
+                    "of_weights", upstream[:, at], values[:, chunk.keys].transpose(1, 2)
+                ).to(weights.dtype)
+                if kept is not None:
+                    of_weights *= kept
+                of_scores = torch.ops.aten._softmax_backward_data.out(
+                    of_weights, weights, -1, weights.dtype, grad_input=of_weights
+                )
+                if of_biases:
+                    work.add_biases(strip, chunk, of_scores)
+                of_scores, dropped = of_scores.to(queries.dtype), dropped.to(queries.dtype)
+                of_queries = work.product("output", of_scores, keys[:, chunk.keys])
+                work.store(of_query, strip, chunk, of_queries, work.scale)
+                part = work.product("part", of_scores.transpose(1, 2), queries[:, at])
+                of_keys[:, chunk.keys].add_(part)
+                part = work.product("part", dropped.transpose(1, 2), upstream[:, at])
+                of_values[:, chunk.keys].add_(part)
+            work.add_keys(of_key, of_memory, strip, of_keys)
+            work.add_keys(of_value, of_memory_value, strip, of_values)
     for place, total in zip(gradients[1:5], sums):
-        place.copy_(total)
-    if gradients[5].numel():
-        gradients[5].copy_(fold_window_bias(window_sum, window.side))
-    if gradients[6].numel():
-        gradients[6].copy_(global_sum)
+        if place is not total:
+            place.copy_(total)
+    if of_biases:
+        work.store_biases(*gradients[5:])
     return gradients
 
 
 class _Work:
-    """What the tiles of one call have in common."""
+    """What the strips of one call have in common."""
 
     def __init__(self, inputs: Inputs, window: Window, seed: Tensor | None) -> None:
         self.inputs, self.window = inputs, window
@@ -141,181 +106,187 @@ class _Work:
         self.globals_ = inputs.global_key.shape[2]
         self.scale = self.width**-0.5
         self.window_bias = window_bias(inputs, window)  # (h or 1, w, w, 3w, 3w)
-        self.biases: dict[tuple[object, ...], Tensor] = {}
+        self.biases: dict[Hashable, Tensor] = {}
+        self.of_biases: dict[Hashable, tuple[Strip, Chunk, Tensor]] = {}
         self.memory: dict[str, Tensor] = {}
         self.generator: torch.Generator | None = None
         if seed is not None:
             self.generator = torch.Generator(inputs.query.device).manual_seed(int(seed))
         seen = window.seen(None if inputs.neighbor is None else int(inputs.neighbor))
         self.per_chunk = self.heads * window.side**2 * (self.globals_ + len(seen) * window.side**2)
-        self.tiles = _tiles(window, seen, max(1, SCORES_PER_TILE // (max(1, self.batch) * self.per_chunk)))
+        most = max(1, SCORES_AT_ONCE // (max(1, self.batch) * self.per_chunk))
+        self.strips = strips(window, seen, self.globals_, most)
 
     def slices(self) -> Iterator[slice]:
-        """All images, so many at a time that the scores of a tile stay in cache."""
-        images = max(1, SCORES_PER_TILE // self.per_chunk)
+        """All images, so many at a time that the scores of their chunks stay in cache."""
+        images = max(1, SCORES_AT_ONCE // self.per_chunk)
         for first in range(0, self.batch, images):
             yield slice(first, first + images)
 
     def of_images(self, images: slice) -> tuple[Tensor, ...]:
-        """Grids of queries, keys and values, and global keys and values.
-
-        Keys and values are read nine times: from rows of the map that lie in one piece.
-        """
-        query, key, value, *memory = (tensor[images] for tensor in self.inputs[:5])
-        key, value = key.contiguous(), value.contiguous()
-        return (*self.grids(query, key, value), *memory)
+        """Grids of queries, keys and values, and global keys and values."""
+        tokens = [tensor[images] for tensor in self.inputs[:5]]
+        return (*self.grids(*tokens[:3]), *tokens[3:])
 
     def grids(self, *tokens: Tensor) -> tuple[Tensor, ...]:
         """(B, h, H·W, D) → (B, h, H, W, D)."""
         return tuple(tensor.unflatten(2, self.window.size) for tensor in tokens)
 
-    def buffer(self, name: str, *shape: int) -> Tensor:
-        """Memory of that name, used again for every tile: fresh memory costs more than the work on it."""
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory of that name, used again and again: fresh memory costs more than the work on it."""
         count = math.prod(shape)
         if name not in self.memory or self.memory[name].numel() < count:
-            self.memory[name] = self.inputs.query.new_empty(count)
+            self.memory[name] = self.inputs.query.new_empty(count, dtype=dtype)
         return self.memory[name][:count].view(shape)
+
+    def zeros(self, name: str, like: Tensor) -> Tensor:
+        """Zeros for a sum, in the buffer of that name."""
+        return self.buffer(name, *like.shape, dtype=self.inputs.score_dtype).zero_()
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """(n, a, b) and (n, b, c) → (n, a, c), in the buffer of that name."""
         return torch.bmm(left, right, out=self.buffer(name, *left.shape[:2], right.shape[2]))
 
-    def load_queries(self, name: str, grid: Tensor, tile: _Tile, factor: float = 1.0) -> Tensor:
-        """What stands at a tile's queries, times a factor: (B, h, H, W, D) → (B·h·c, t, D)."""
-        source = self._chunks(grid, tile.rows, tile.columns, tile.chunks)
+    def load_queries(self, name: str, grid: Tensor, strip: Strip, factor: float = 1.0) -> Tensor:
+        """What stands at a strip's queries, times a factor: (B, h, H, W, D) → (n, H·columns, D)."""
+        source = self._columns(grid, slice(None), strip.columns, strip.count)
         copy = torch.mul(source, factor, out=self.buffer(name, *source.shape))
-        return copy.view(-1, tile.shape[0] * tile.shape[1], self.width)
+        return copy.view(-1, source.shape[3] * source.shape[4], self.width)
 
-    def store(self, grid: Tensor, tile: _Tile, values: Tensor) -> None:
-        """The inverse of `load_queries`."""
-        place = self._chunks(grid, tile.rows, tile.columns, tile.chunks)
-        place.copy_(values.view(place.shape))
+    def store(self, grid: Tensor, strip: Strip, chunk: Chunk, values: Tensor, factor: float = 1.0) -> None:
+        """Puts (n, t, D) or (B·c, h, t, D), times a factor, to where the queries of a chunk come from."""
+        place = self._columns(grid, chunk.rows, strip.columns, strip.count)
+        torch.mul(values.view(place.shape), factor, out=place)
 
-    def load_keys(self, name: str, grid: Tensor, memory: Tensor, tile: _Tile) -> Tensor:
-        """The keys of a tile, global ones first: (B, h, H, W, D) and (B, h, G, D) → (B·h·c, k, D)."""
-        count = self.globals_ + tile.shape[2]
-        keys = self.buffer(name, *grid.shape[:2], tile.chunks, count, self.width)
-        if self.globals_:
-            keys[:, :, :, : self.globals_] = memory[:, :, None]
-        local = keys[:, :, :, self.globals_ :]
-        for (rows, columns), place in tile.places:
-            if rows.start < 0 or columns.start < 0:
-                local[:, :, :, place] = 0
-            else:
-                target = local[:, :, :, place].unflatten(3, (rows.length, columns.length))
-                target.copy_(self._chunks(grid, _slice(rows), _slice(columns), tile.chunks))
-        return keys.view(-1, count, self.width)
+    def load_keys(self, name: str, grid: Tensor, memory: Tensor, strip: Strip) -> Tensor:
+        """The keys of a strip: (B, h, H, W, D) and (B, h, G, D) → (n, L, D)."""
+        keys = self.buffer(name, len(grid), strip.count, self.heads, strip.length, self.width)
+        for at in strip.global_keys:
+            keys[:, :, :, at : at + self.globals_] = memory[:, None]
+        for block in strip.blocks:
+            target = keys[:, :, :, block.keys].unflatten(3, block.shape)
+            for run, part in block.parts():
+                if block.rows.start < 0 or run.start < 0:
+                    target[..., part, :] = 0
+                else:
+                    source = self._columns(grid, _slice(block.rows), _slice(run), strip.count)
+                    target[..., part, :].copy_(source)
+        return keys.view(-1, strip.length, self.width)
 
-    def add_keys(self, grid: Tensor, memory: Tensor, tile: _Tile, values: Tensor) -> None:
-        """Adds (B·h·c, k, D) to where `load_keys` took keys from."""
-        values = values.view(*grid.shape[:2], tile.chunks, -1, self.width)  # (B, h, c, k, D)
-        if self.globals_:
-            memory += values[:, :, :, : self.globals_].sum(dim=2)
-        local = values[:, :, :, self.globals_ :]
-        for (rows, columns), place in tile.places:
-            if rows.start < 0 or columns.start < 0:
-                continue
-            shape = (rows.length, columns.length)
-            for chunk, part in enumerate(local[:, :, :, place].unflatten(3, shape).unbind(2)):
-                grid[:, :, _slice(rows), _slice(columns, chunk * self.window.side)] += part
+    def add_keys(self, grid: Tensor, memory: Tensor, strip: Strip, values: Tensor) -> None:
+        """Adds (n, L, D) to where `load_keys` took keys from."""
+        values = values.view(len(grid), strip.count, self.heads, strip.length, self.width)
+        for at in strip.global_keys:
+            memory += values[:, :, :, at : at + self.globals_].sum(dim=1)
+        for block in strip.blocks:
+            source = values[:, :, :, block.keys].unflatten(3, block.shape)
+            for run, part in block.parts():
+                if block.rows.start < 0 or run.start < 0:
+                    continue
+                for number, addend in enumerate(source[..., part, :].unbind(1)):
+                    columns = _slice(run, number * self.window.side)
+                    grid[:, :, _slice(block.rows), columns].add_(addend)
 
-    def weights(self, tile: _Tile, query: Tensor, key: Tensor) -> Tensor:
-        """Attention weights (B·h·c, t, k)."""
+    def attend(self, strip: Strip, chunk: Chunk, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The output of a chunk (B·c, h, t, D)."""
+        if self.generator is not None:
+            weights, _ = self.drop(self.weights(strip, chunk, queries, keys))
+            output = self.product("output", weights.to(values.dtype), values[:, chunk.keys])
+            return output.unflatten(0, (-1, self.heads))
+        query, key, value = (
+            tensor[:, part].unflatten(0, (-1, self.heads))
+            for tensor, part in zip((queries, keys, values), (strip.queries(chunk), chunk.keys, chunk.keys))
+        )
+        bias = self._bias(strip, chunk)
+        bias = None if bias is None else bias[None]  # four dimensions, which the kernel for CPUs wants
+        return F.scaled_dot_product_attention(query, key, value, bias, scale=1.0)
+
+    def weights(self, strip: Strip, chunk: Chunk, queries: Tensor, keys: Tensor) -> Tensor:
+        """Attention weights of a chunk (n, t, k) from the queries and keys of its strip."""
+        query, key = queries[:, strip.queries(chunk)], keys[:, chunk.keys]
         scores = self.product("scores", query, key.transpose(1, 2)).to(self.inputs.score_dtype)
-        bias = self._bias(tile)
+        bias = self._bias(strip, chunk)
         if bias is not None:
-            scores.view(-1, self.heads, tile.chunks, *scores.shape[1:]).add_(bias[:, None])
+            scores.view(-1, *bias.shape).add_(bias)
         return torch.softmax(scores, -1, out=scores)
 
     def drop(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The weights after dropout, and what each was multiplied by. Call it once per tile, in order."""
+        """The weights after dropout, and what each was multiplied by. Call it once per chunk, in order."""
         if self.generator is None:
             return weights, None
         keep = 1 - self.window.dropout
         kept = torch.empty_like(weights).bernoulli_(keep, generator=self.generator).div_(keep or 1)
         return weights * kept, kept
 
-    def _bias(self, tile: _Tile) -> Tensor | None:
-        """(h, t, k): what is added to scores; the same for all tiles of one signature."""
+    def _bias(self, strip: Strip, chunk: Chunk) -> Tensor | None:
+        """(h, t, k): what is added to scores; the same for all chunks of one signature."""
         if self.window_bias is None and self.inputs.global_bias is None:
             return None
-        if tile.signature not in self.biases:
-            rows, columns, count = tile.shape
+        signature = strip.signature(chunk)
+        if signature not in self.biases:
+            queries, keys = strip.queries(chunk), chunk.keys
             bias = self.inputs.query.new_zeros(
-                self.heads, rows * columns, self.globals_ + count, dtype=self.inputs.score_dtype
+                self.heads,
+                queries.stop - queries.start,
+                keys.stop - keys.start,
+                dtype=self.inputs.score_dtype,
             )
             if self.inputs.global_bias is not None:
-                bias[:, :, : self.globals_] = self.inputs.global_bias[:, None]
+                bias[..., self._global(chunk)] = self.inputs.global_bias[:, None]
             if self.window_bias is not None:
-                for rectangle, place in tile.places:
-                    part = self._part(self.window_bias, tile, rectangle)
-                    bias[:, :, self.globals_ :][:, :, place].view(self.heads, *part.shape[1:]).copy_(part)
-            self.biases[tile.signature] = bias
-        return self.biases[tile.signature]
+                for of_place, of_keys in self._places(self.window_bias, bias, strip, chunk):
+                    of_keys.copy_(of_place)
+            self.biases[signature] = bias
+        return self.biases[signature]
 
-    def bias_sums(self) -> tuple[Tensor, Tensor]:
-        """Zeros for the sums of gradients by place (h, w, w, 3w, 3w), and of the global keys (h, G)."""
-        side = self.window.side
-        zeros = self.inputs.query.new_zeros(
-            self.heads, side, side, 3 * side, 3 * side, dtype=self.inputs.score_dtype
+    def add_biases(self, strip: Strip, chunk: Chunk, of_scores: Tensor) -> None:
+        """Takes note of the gradients of a chunk's scores (n, t, k)."""
+        total = of_scores.unflatten(0, (-1, self.heads)).sum(dim=0)  # (h, t, k)
+        signature = strip.signature(chunk)
+        if signature in self.of_biases:
+            self.of_biases[signature][2].add_(total)
+        else:
+            self.of_biases[signature] = strip, chunk, total
+
+    def store_biases(self, of_table: Tensor, of_global: Tensor) -> None:
+        """Puts the sums of what `add_biases` noted into the gradients of the biases that are not empty."""
+        heads, side = self.heads, self.window.side
+        by_place = self.inputs.query.new_zeros(
+            heads, side, side, 3 * side, 3 * side, dtype=self.inputs.score_dtype
         )
-        return zeros, zeros.new_zeros(self.heads, self.globals_)
+        by_key = by_place.new_zeros(heads, self.globals_)
+        for strip, chunk, total in self.of_biases.values():
+            by_key += total[..., self._global(chunk)].sum(dim=1)
+            for of_place, of_keys in self._places(by_place, total, strip, chunk):
+                of_place += of_keys
+        if of_table.numel():
+            of_table.copy_(fold_window_bias(by_place, side))
+        if of_global.numel():
+            of_global.copy_(by_key)
 
-    def add_biases(self, window_sum: Tensor, global_sum: Tensor, tile: _Tile, of_scores: Tensor) -> None:
-        """Adds the gradients of a tile's scores (B·h·c, t, k) to those of the biases."""
-        by_image = of_scores.view(-1, self.heads, tile.chunks, *of_scores.shape[1:])  # (B, h, c, t, k)
-        total = by_image.sum(dim=0).sum(dim=1)  # (h, t, k); one sum over both dimensions is many times slower
-        global_sum += total[:, :, : self.globals_].sum(dim=1)
-        for rectangle, place in tile.places:
-            part = self._part(window_sum, tile, rectangle)
-            part += total[:, :, self.globals_ :][:, :, place].reshape(part.shape)
+    def _global(self, chunk: Chunk) -> slice:
+        """The global keys in a chunk's stretch."""
+        return slice(chunk.global_key, chunk.global_key + self.globals_)
 
     @staticmethod
-    def _part(by_place: Tensor, tile: _Tile, rectangle: Rectangle) -> Tensor:
-        """The part of (h, w, w, 3w, 3w) for a tile's queries and a rectangle of its keys."""
-        queries = [slice(length) for length in tile.shape[:2]]
-        keys = [slice(run.place, run.place + run.length) for run in rectangle]
-        at = (slice(None), *queries, *keys)
-        return by_place[at]
+    def _places(
+        by_place: Tensor, by_key: Tensor, strip: Strip, chunk: Chunk
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same entries of (h, w, w, 3w, 3w) and (h, t, k), for the local keys of a chunk."""
+        rows = chunk.rows.stop - chunk.rows.start
+        of_queries = by_place[:, :rows, : strip.width]
+        of_keys = by_key.unflatten(1, (rows, strip.width))
+        for block in chunk.blocks:
+            in_block = of_keys[..., block.keys].unflatten(3, block.shape)
+            rows_of_keys = slice(block.rows.place, block.rows.place + block.rows.length)
+            for run, part in block.parts():
+                yield of_queries[..., rows_of_keys, run.place : run.place + run.length], in_block[..., part]
 
-    def _chunks(self, grid: Tensor, rows: slice, columns: slice, chunks: int) -> Tensor:
-        """A view of one rectangle per chunk, each a window right of the last: (B, h, c, rows, columns, D)."""
+    def _columns(self, grid: Tensor, rows: slice, columns: slice, count: int) -> Tensor:
+        """A view of `count` rectangles, each a window right of the last: (B, c, h, rows, columns, D)."""
         side = self.window.side
-        across = grid[:, :, rows, columns.start : columns.stop + (chunks - 1) * side]
-        return across.unfold(3, columns.stop - columns.start, side).permute(0, 1, 3, 2, 5, 4)
-
-
-@lru_cache(maxsize=64)
-def _tiles(window: Window, seen: tuple[tuple[int, int], ...], most: int) -> tuple[_Tile, ...]:
-    """All tiles of a map, of `most` chunks at most."""
-    found: list[_Tile] = []
-    (height, width), side = window.size, window.side
-    for row, column in itertools.product(range(-(-height // side)), range(-(-width // side))):
-        rows = slice(row * side, min(row * side + side, height))
-        columns = slice(column * side, min(column * side + side, width))
-        tile = _Tile(rows, columns, 1, _rectangles(window, seen, row, column))
-        if column and found[-1].chunks < most:
-            last = found[-1]
-            if replace(last, chunks=1).moved(last.chunks * side) == tile:
-                found[-1] = replace(last, chunks=last.chunks + 1)
-                continue
-        found.append(tile)
-    return tuple(found)
-
-
-def _rectangles(
-    window: Window, seen: tuple[tuple[int, int], ...], row: int, column: int
-) -> tuple[Rectangle, ...]:
-    """The keys that a chunk sees: one rectangle of nine chunks where it can be, or one for each chunk."""
-    steps = [((-1, 0, 1), (-1, 0, 1))] if window.neighbors == "all" else [((r,), (c,)) for r, c in seen]
-    return tuple(
-        rectangle
-        for row_steps, column_steps in steps
-        for rectangle in itertools.product(
-            runs(window.size[0], window.side, window.mask, row, row_steps),
-            runs(window.size[1], window.side, window.mask, column, column_steps),
-        )
-    )
+        across = grid[:, :, rows, columns.start : columns.stop + (count - 1) * side]
+        return across.unfold(3, columns.stop - columns.start, side).permute(0, 3, 1, 2, 5, 4)
 
 
 def _slice(run: Run, further: int = 0) -> slice:

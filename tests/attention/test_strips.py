@@ -1,0 +1,80 @@
+"""The layout of keys for `chunked`: every chunk's stretch has what the chunk sees, and copies are few."""
+
+import itertools
+
+import pytest
+import torch
+from local_inputs import largest_difference, make_inputs, run
+
+from vil.attention.local import chunked
+from vil.attention.local.geometry import Window, runs
+from vil.attention.local.strips import strips
+
+SIZES = [(12, 12), (13, 10), (10, 13), (4, 4), (3, 21), (21, 3), (8, 9)]
+NEIGHBORS = [("all", None), ("self", None), *[("one", number) for number in range(8)]]
+
+
+@pytest.mark.parametrize("globals_", [0, 1, 5])
+@pytest.mark.parametrize(("neighbors", "neighbor"), NEIGHBORS)
+@pytest.mark.parametrize("mask", ["chunk", "cyclic"])
+@pytest.mark.parametrize("size", SIZES)
+def test_stretches_have_each_key_once(size, mask, neighbors, neighbor, globals_):
+    window = Window(size, 4, mask, neighbors)
+    seen = window.seen(neighbor)
+    steps = [((-1, 0, 1), (-1, 0, 1))] if neighbors == "all" else [((r,), (c,)) for r, c in seen]
+    met = torch.zeros(size, dtype=torch.int)
+    for strip in strips(window, seen, globals_, 2):
+        assert 1 <= strip.count <= 2
+        for row, chunk in enumerate(strip.chunks):
+            columns = slice(strip.columns.start, strip.columns.stop + (strip.count - 1) * 4)
+            met[chunk.rows, columns] += 1
+            taken = list(range(chunk.global_key, chunk.global_key + globals_))
+            for block in chunk.blocks:
+                taken += range(block.keys.start, block.keys.stop)
+            assert sorted(taken) == list(range(chunk.keys.stop - chunk.keys.start))
+            inside = [at for at in strip.global_keys if chunk.keys.start <= at < chunk.keys.stop]
+            assert not globals_ or inside == [chunk.keys.start + chunk.global_key]
+            column = strip.columns.start // 4
+            expected = sum(
+                rows.length * columns.length
+                for row_steps, column_steps in steps
+                for rows, columns in itertools.product(
+                    runs(size[0], 4, mask, row, row_steps), runs(size[1], 4, mask, column, column_steps)
+                )
+            )
+            assert len(taken) == globals_ + expected
+    assert (met == 1).all()
+
+
+def test_keys_are_copied_three_times():
+    """A map of 8 × 8 chunks: nine chunks of keys for each of 64, less what is off the map, would be 484."""
+    window = Window((56, 56), 7)
+    found = strips(window, window.seen(None), 1, 2)
+    assert [strip.count for strip in found] == [1, 2, 2, 2, 1]
+    local = sum(
+        strip.count * (block.keys.stop - block.keys.start) for strip in found for block in strip.blocks
+    )
+    assert local == 22 * 8 * 49
+    chunks = sum(
+        strip.count * (chunk.keys.stop - chunk.keys.start) for strip in found for chunk in strip.chunks
+    )
+    assert chunks == 484 * 49 + 64
+
+
+@pytest.mark.parametrize("scores", [1, 200, 1000, 3000, 10**6])
+@pytest.mark.parametrize("mask", ["chunk", "cyclic"])
+def test_any_number_of_scores_at_once(monkeypatch, mask, scores):
+    """Few images and columns at a time, or all: the same numbers."""
+    inputs = make_inputs((13, 22), 3, 2, bias=True, batch=3)
+    expected = run(inputs, size=(13, 22), window=3, mask=mask, backend="dense")
+    monkeypatch.setattr(chunked, "SCORES_AT_ONCE", scores)
+    found = run(inputs, size=(13, 22), window=3, mask=mask, backend="chunked")
+    assert largest_difference(found, expected) < 1e-10
+
+
+def test_far_keys_are_hidden_in_blocks_of_the_kernel():
+    """PyTorch's kernel takes 512 keys at a time; with this window some queries see none of the first."""
+    inputs = make_inputs((45, 45), 15, 1, bias=True, batch=1, heads=1)
+    expected = run(inputs, size=(45, 45), window=15, mask="exact", backend="dense")
+    found = run(inputs, size=(45, 45), window=15, mask="exact", backend="chunked")
+    assert largest_difference(found, expected) < 1e-10
