@@ -159,7 +159,7 @@ def draw_kernel() -> Figure:
         _number_blocks(axes, blocks.where(on_map, -1))
         axes.add_patch(Rectangle((7, 7), 7, 7, fill=False, ec=MARK, lw=2.5))
         axes.add_patch(Rectangle((0, -2.2), 1, 1, fc=GLOBAL, ec=LINES, clip_on=False))
-        axes.text(1.5, -1.7, "first, in a block of their own: the global keys", va="center", fontsize=10)
+        axes.text(1.5, -1.7, "before them, in block 1: the global key", va="center", fontsize=10)
         axes.set_ylim(21, -2.4)
     figure.legend(
         handles=[
@@ -253,24 +253,24 @@ def draw_map(axes: Axes, window: Window, query: Position, neighbor: int | None =
 
 def query_blocks(side: int) -> Tensor:
     """(w, w): the program that attends for each query of a chunk; head width 32, bfloat16."""
-    from_kernel = _kernels()
-    block = from_kernel._blocks(side**2, 9 * side**2, 32, torch.bfloat16)[0]
+    fused, _ = _kernels()
+    block = fused._blocks(side**2, 9 * side**2, 32, torch.bfloat16)[0]
     return (torch.arange(side**2) // block).view(side, side)
 
 
 def key_blocks(window: Window, chunk: Position, neighbor: int | None = None) -> tuple[Tensor, Tensor]:
-    """In which block a program of a chunk meets the keys around it; head width 32, bfloat16.
+    """In which block a program of a chunk meets the keys around it; G = 1, head width 32, bfloat16.
 
     Returns:
         (3w, 3w) the number of the block, −1 where it goes to none; and whether the place is on the map.
     """
-    kernels, side = _kernels(), window.side
+    (fused, kernels), side = _kernels(), window.side
     keys = len(window.seen(neighbor)) * side**2
     n = torch.arange(keys)
     step = (0, 0) if neighbor is None else window.seen(neighbor)[1]
     row, column = kernels._place.fn(n, *step, side, window.neighbors)
     numbers = torch.full((3 * side, 3 * side), -1)
-    numbers[row, column] = n // kernels._blocks(side**2, keys, 32, torch.bfloat16)[1]
+    numbers[row, column] = (1 + n) // fused._blocks(side**2, keys, 32, torch.bfloat16)[1]
     inside = []
     for length, number in zip(window.size, chunk):
         position = (number - 1) * side + torch.arange(3 * side)
@@ -286,12 +286,12 @@ def strips(batch: int) -> tuple[Strip, ...]:
     return chunked._Work(inputs, Window((56, 56), 7), None).strips
 
 
-def _kernels() -> Any:
+def _kernels() -> tuple[Any, Any]:
     try:
-        from vil.attention.local import fused
+        from vil.attention.local import fused, kernels
     except ImportError:
         raise ConfigError("triton", "the figure of the kernels needs this package") from None
-    return fused
+    return fused, kernels
 
 
 def _figure(inches: tuple[float, float]) -> Figure:

@@ -11,12 +11,17 @@ import torch
 from local_inputs import make_inputs, run
 from torch.utils.deterministic import fill_uninitialized_memory
 
-from vil.attention.local import local_attention
+from vil.attention.local import fused, local_attention
 from vil.attention.local.fused import INTERPRETED
+from vil.attention.local.geometry import Inputs, Window
 from vil.evaluation.benchmark import saved_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU and no interpreter")
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU and no interpreter"),
+    # Of the interpreter: an overflow, or a sum that is no number, is a sign of what was read from nowhere.
+    pytest.mark.filterwarnings("error::RuntimeWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +127,24 @@ def test_heads_inside_tokens_as_projections_leave_them():
     assert output.transpose(1, 2).is_contiguous()  # heads merge without a copy
     output.sum().backward()  # a gradient whose strides are all 0
     assert inputs["value"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("neighbors", ["all", "self", "one"])
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 7, 8, 15])
+def test_biases_are_as_wide_as_the_blocks_that_read_them(window, neighbors):
+    """Kernels read whole blocks of keys, global ones in front, and one of them blocks of local keys alone."""
+    for globals_, width in itertools.product((0, 1, 47, 63, 70, 256), (8, 64, 128)):
+        tokens, memory = (torch.empty(1, 1, count, width, device="meta") for count in (35, globals_))
+        number = torch.empty((), dtype=torch.int64, device="meta")
+        call = fused._Call(
+            Inputs(tokens, tokens, tokens, memory, memory, neighbor=number if neighbors == "one" else None),
+            Window((5, 7), window, "chunk", neighbors),
+        )
+        columns = call.hidden_keys().shape[1]
+        blocks = -(-(globals_ + call.keys) // call.block_k)
+        assert columns >= blocks * call.block_k
+        assert columns >= globals_ + -(-call.keys // call.block_k) * call.block_k
+        assert call.hidden_queries().shape[1] >= -(-call.keys // call.block_k) * call.block_k
 
 
 def test_gradients_are_the_same_every_time():
