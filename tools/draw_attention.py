@@ -4,7 +4,7 @@
     python tools/draw_attention.py --folder FOLDER      elsewhere
 
 Nothing is drawn by hand. Which keys a query sees is read from the definition, `vil/attention/local/dense.py`
-(where its bias is finite); order and blocks of keys from the kernels, `fused.py`; strips from `chunked.py`.
+(where its bias is finite); order and blocks of keys from the kernels, `fused.py`; strips from `strips.py`.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ def _number_blocks(axes: Axes, blocks: Tensor) -> None:
 def _draw_layout(axes: Axes) -> None:
     """The keys of a strip of a 15 × 15 map, w = 3, one global key, from top to bottom; and every stretch."""
     window = Window((15, 15), 3)
-    strip = strip_layout(window, window.seen(None), 1, 1)[1]
+    strip = strip_layout(window, window.seen(None), 1, columns=1, keys=10**6)[1]
     wide = strip.blocks[0].shape[1]
     tops = [0]  # of what is drawn for each key: nine in a row, a global one in a row of its own
     for at in range(strip.length):

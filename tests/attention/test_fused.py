@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from local_inputs import make_inputs, run
+from local_inputs import largest_difference, make_inputs, run
 from torch.utils.deterministic import fill_uninitialized_memory
 
 from vil.attention.local import fused, local_attention
@@ -127,6 +127,35 @@ def test_heads_inside_tokens_as_projections_leave_them():
     assert output.transpose(1, 2).is_contiguous()  # heads merge without a copy
     output.sum().backward()  # a gradient whose strides are all 0
     assert inputs["value"].grad.isfinite().all()
+
+
+def test_what_is_kept_may_come_back_with_other_strides():
+    """As from `save_on_cpu`, or any hook that makes it contiguous."""
+    inputs = make_inputs((5, 4), 2, 1, bias=True, dtype=torch.float32, device=DEVICE)
+    expected = run(inputs, size=(5, 4), window=2, backend="dense")
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
+        found = run(inputs, size=(5, 4), window=2, backend="fused")
+    assert largest_difference(found, expected) < 1e-4
+
+
+def test_global_biases_with_any_strides_and_of_any_size():
+    """Large ones are rounded to half precision once, for the weights and for their gradients."""
+    inputs = make_inputs((4, 4), 2, 3, bias=False, dtype=torch.float16, head_dim=16, device=DEVICE)
+    bias = (8 * torch.arange(1.0, 7).view(3, 2)).to(DEVICE).t().requires_grad_()  # (heads, G), not contiguous
+    inputs["global_bias"] = bias
+    rounded = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    expected = run(rounded, size=(4, 4), window=2, backend="dense")
+    found = run(inputs, size=(4, 4), window=2, backend="fused")
+    for a, b in zip(found, expected):
+        assert (a.double() - b).abs().max() < 2e-2 * max(1, b.abs().max())
+
+
+def test_neighbor_of_a_small_integer_type():
+    inputs = make_inputs((5, 4), 2, 1, bias=True, dtype=torch.float32, device=DEVICE)
+    options = {"size": (5, 4), "window": 2, "backend": "fused"}
+    number = torch.tensor(1, dtype=torch.uint8, device=DEVICE)
+    found = run(inputs, neighbors=number, **options)
+    assert largest_difference(found, run(inputs, neighbors=1, **options)) == 0
 
 
 @pytest.mark.parametrize("neighbors", ["all", "self", "one"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from local_inputs import largest_difference, make_inputs, run
 
-from vil.attention.local import chunked
+from vil.attention.local import chunked, local_attention
 from vil.attention.local.geometry import Window, runs
 from vil.attention.local.strips import strips
 
@@ -23,7 +23,7 @@ def test_stretches_have_each_key_once(size, mask, neighbors, neighbor, globals_)
     seen = window.seen(neighbor)
     steps = [((-1, 0, 1), (-1, 0, 1))] if neighbors == "all" else [((r,), (c,)) for r, c in seen]
     met = torch.zeros(size, dtype=torch.int)
-    for strip in strips(window, seen, globals_, 2):
+    for strip in strips(window, seen, globals_, 2, 10**6):
         assert 1 <= strip.count <= 2
         for row, chunk in enumerate(strip.chunks):
             columns = slice(strip.columns.start, strip.columns.stop + (strip.count - 1) * 4)
@@ -49,7 +49,7 @@ def test_stretches_have_each_key_once(size, mask, neighbors, neighbor, globals_)
 def test_keys_are_copied_three_times():
     """A map of 8 × 8 chunks: nine chunks of keys for each of 64, less what is off the map, would be 484."""
     window = Window((56, 56), 7)
-    found = strips(window, window.seen(None), 1, 2)
+    found = strips(window, window.seen(None), 1, 2, 10**6)
     assert [strip.count for strip in found] == [1, 2, 2, 2, 1]
     local = sum(
         strip.count * (block.keys.stop - block.keys.start) for strip in found for block in strip.blocks
@@ -61,14 +61,26 @@ def test_keys_are_copied_three_times():
     assert chunks == 484 * 49 + 64
 
 
+def test_strips_of_long_columns_are_narrow():
+    """However few scores their chunks have: working memory does not grow with the map's area."""
+    window = Window((56, 56), 1, neighbors="self")
+    found = strips(window, window.seen(None), 256, 10**6, 50_000)
+    assert {strip.length for strip in found} == {56 * 257}
+    assert {strip.count for strip in found} == {3, 2}  # of 56
+
+
 @pytest.mark.parametrize("scores", [1, 200, 1000, 3000, 10**6])
-@pytest.mark.parametrize("mask", ["chunk", "cyclic"])
-def test_any_number_of_scores_at_once(monkeypatch, mask, scores):
+@pytest.mark.parametrize(
+    ("mask", "neighbors"),
+    [("chunk", "all"), ("cyclic", "all"), ("exact", "all"), ("chunk", "self"), ("cyclic", 2)],
+)
+def test_any_number_of_scores_at_once(monkeypatch, mask, neighbors, scores):
     """Few images and columns at a time, or all: the same numbers."""
     inputs = make_inputs((13, 22), 3, 2, bias=True, batch=3)
-    expected = run(inputs, size=(13, 22), window=3, mask=mask, backend="dense")
+    options = {"size": (13, 22), "window": 3, "mask": mask, "neighbors": neighbors}
+    expected = run(inputs, **options, backend="dense")
     monkeypatch.setattr(chunked, "SCORES_AT_ONCE", scores)
-    found = run(inputs, size=(13, 22), window=3, mask=mask, backend="chunked")
+    found = run(inputs, **options, backend="chunked")
     assert largest_difference(found, expected) < 1e-10
 
 
@@ -78,3 +90,37 @@ def test_far_keys_are_hidden_in_blocks_of_the_kernel():
     expected = run(inputs, size=(45, 45), window=15, mask="exact", backend="dense")
     found = run(inputs, size=(45, 45), window=15, mask="exact", backend="chunked")
     assert largest_difference(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("scores", [100, 2000])
+@pytest.mark.parametrize(("mask", "neighbors"), [("chunk", "all"), ("cyclic", "all"), ("chunk", 2)])
+def test_gradients_are_those_of_the_weights_that_were_dropped(monkeypatch, mask, neighbors, scores):
+    """Over several slices of images, strips and chunks, the backward pass draws what the forward did."""
+    monkeypatch.setattr(chunked, "SCORES_AT_ONCE", scores)
+    inputs = make_inputs((5, 7), 2, 1, bias=True, batch=2, heads=1, head_dim=2)
+
+    def attend(*tensors):
+        torch.manual_seed(0)
+        return local_attention(
+            **dict(zip(inputs, tensors)), size=(5, 7), window=2, mask=mask, neighbors=neighbors,
+            dropout=0.3, backend="chunked",
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(attend, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_half_precision_with_and_without_autocast(dtype, bound):
+    """All gradients; and autocast changes nothing but the precision of queries, keys and values."""
+    exact = make_inputs((14, 10), 4, 1, bias=True, head_dim=16, dtype=torch.float32)
+    half = {name: x.detach().to(dtype) if "bias" not in name else x.detach() for name, x in exact.items()}
+    half = {name: x.requires_grad_() for name, x in half.items()}
+    options = {"size": (14, 10), "window": 4}
+    rounded = {name: x.detach().double().requires_grad_() for name, x in half.items()}
+    expected = run(rounded, **options, backend="dense")
+    found = run(half, **options, backend="chunked")
+    for a, b in zip(found, expected):
+        assert (a - b).abs().max() < bound * b.abs().max()
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        output = local_attention(**exact, **options, backend="chunked")
+    assert torch.equal(output, found[0])

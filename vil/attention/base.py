@@ -154,7 +154,9 @@ class Attention(nn.Module, ABC):
             (B, h, q, D).
         """
         if bias is not None:
-            bias = bias.to(query.dtype)[None]  # with three dimensions PyTorch's kernel for CPUs is not used
+            bias = bias.to(query.dtype)
+            if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+                bias = bias[None]  # with three dimensions PyTorch uses plain operators, which exporters know
         return F.scaled_dot_product_attention(query, key, value, bias, self.dropout_p())
 
     def dropout_p(self) -> float:

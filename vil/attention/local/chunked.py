@@ -23,12 +23,20 @@ from vil.attention.local.operator import empty_gradients, like_tokens, register
 from vil.attention.local.strips import Chunk, Strip, strips
 
 SCORES_AT_ONCE = 2**20
-"""Scores worked on at most, where one chunk of one image has not more: 4 MiB in float32 (measured)."""
+"""So many scores at a time, or those of one chunk of one image if these are more; fewer were slower."""
+ELEMENTS_OF_STRIP = 2**22
+"""So many numbers in the keys of a strip, or those of one column of chunks if these are more."""
 
 
 def _forward(inputs: Inputs, window: Window, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     work = _Work(inputs, window, seed)
     output = like_tokens(inputs.query)
+    with torch.autocast("cpu", enabled=False):  # it would round the biases
+        _attend_all(work, output)
+    return output, inputs.query.new_empty(0, dtype=torch.float32)
+
+
+def _attend_all(work: _Work, output: Tensor) -> None:
     for images in work.slices():
         query, key, value, memory, memory_value = work.of_images(images)
         (grid,) = work.grids(output[images])
@@ -38,7 +46,6 @@ def _forward(inputs: Inputs, window: Window, seed: Tensor | None) -> tuple[Tenso
             values = work.load_keys("value", value, memory_value, strip)
             for chunk in strip.chunks:
                 work.store(grid, strip, chunk, work.attend(strip, chunk, queries, keys, values))
-    return output, inputs.query.new_empty(0, dtype=torch.float32)
 
 
 def _backward(
@@ -107,15 +114,17 @@ class _Work:
         self.scale = self.width**-0.5
         self.window_bias = window_bias(inputs, window)  # (h or 1, w, w, 3w, 3w)
         self.biases: dict[Hashable, Tensor] = {}
-        self.of_biases: dict[Hashable, tuple[Strip, Chunk, Tensor]] = {}
-        self.memory: dict[str, Tensor] = {}
+        self.bias_gradients: dict[Hashable, tuple[Strip, Chunk, Tensor]] = {}
+        self.buffers: dict[str, Tensor] = {}
         self.generator: torch.Generator | None = None
         if seed is not None:
             self.generator = torch.Generator(inputs.query.device).manual_seed(int(seed))
         seen = window.seen(None if inputs.neighbor is None else int(inputs.neighbor))
         self.per_chunk = self.heads * window.side**2 * (self.globals_ + len(seen) * window.side**2)
-        most = max(1, SCORES_AT_ONCE // (max(1, self.batch) * self.per_chunk))
-        self.strips = strips(window, seen, self.globals_, most)
+        images = max(1, min(self.batch, SCORES_AT_ONCE // self.per_chunk))
+        columns = max(1, SCORES_AT_ONCE // (images * self.per_chunk))
+        keys = ELEMENTS_OF_STRIP // (images * self.heads * self.width)
+        self.strips = strips(window, seen, self.globals_, columns, keys)
 
     def slices(self) -> Iterator[slice]:
         """All images, so many at a time that the scores of their chunks stay in cache."""
@@ -133,11 +142,14 @@ class _Work:
         return tuple(tensor.unflatten(2, self.window.size) for tensor in tokens)
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory of that name, used again and again: fresh memory costs more than the work on it."""
+        """Memory of that name, used again and again: fresh memory costs more than the work on it.
+
+        A name has one type: that of the queries, or `dtype`.
+        """
         count = math.prod(shape)
-        if name not in self.memory or self.memory[name].numel() < count:
-            self.memory[name] = self.inputs.query.new_empty(count, dtype=dtype)
-        return self.memory[name][:count].view(shape)
+        if name not in self.buffers or self.buffers[name].numel() < count:
+            self.buffers[name] = self.inputs.query.new_empty(count, dtype=dtype)
+        return self.buffers[name][:count].view(shape)
 
     def zeros(self, name: str, like: Tensor) -> Tensor:
         """Zeros for a sum, in the buffer of that name."""
@@ -189,7 +201,7 @@ class _Work:
 
     def attend(self, strip: Strip, chunk: Chunk, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The output of a chunk (B·c, h, t, D)."""
-        if self.generator is not None:
+        if self.generator is not None or queries.device.type != "cpu":  # kernels of GPUs want other masks
             weights, _ = self.drop(self.weights(strip, chunk, queries, keys))
             output = self.product("output", weights.to(values.dtype), values[:, chunk.keys])
             return output.unflatten(0, (-1, self.heads))
@@ -243,10 +255,10 @@ class _Work:
         """Takes note of the gradients of a chunk's scores (n, t, k)."""
         total = of_scores.unflatten(0, (-1, self.heads)).sum(dim=0)  # (h, t, k)
         signature = strip.signature(chunk)
-        if signature in self.of_biases:
-            self.of_biases[signature][2].add_(total)
+        if signature in self.bias_gradients:
+            self.bias_gradients[signature][2].add_(total)
         else:
-            self.of_biases[signature] = strip, chunk, total
+            self.bias_gradients[signature] = strip, chunk, total
 
     def store_biases(self, of_table: Tensor, of_global: Tensor) -> None:
         """Puts the sums of what `add_biases` noted into the gradients of the biases that are not empty."""
@@ -255,7 +267,7 @@ class _Work:
             heads, side, side, 3 * side, 3 * side, dtype=self.inputs.score_dtype
         )
         by_key = by_place.new_zeros(heads, self.globals_)
-        for strip, chunk, total in self.of_biases.values():
+        for strip, chunk, total in self.bias_gradients.values():
             by_key += total[..., self._global(chunk)].sum(dim=1)
             for of_place, of_keys in self._places(by_place, total, strip, chunk):
                 of_place += of_keys

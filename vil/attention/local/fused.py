@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -54,9 +54,7 @@ class _Call:
 
     def __init__(self, inputs: Inputs, window: Window) -> None:
         self.inputs, self.window = inputs, window
-        self.query, self.key, self.value, self.global_key, self.global_value = map(
-            _with_unit_stride, inputs[:5]
-        )
+        self.query, self.key, self.value, self.global_key, self.global_value = map(_readable, inputs[:5])
         self.batch, self.heads, self.tokens, self.width = inputs.query.shape
         self.globals_ = inputs.global_key.shape[2]
         self.rows, self.columns = (-(-length // window.side) for length in window.size)
@@ -135,7 +133,7 @@ class _Call:
         inside = torch.arange(self.per_chunk, device=self.query.device)
         row, column = side + inside // side, side + inside % side
         if self.inputs.neighbor is not None:
-            number = self.inputs.neighbor.reshape(())
+            number = self.inputs.neighbor.reshape(()).long()
             chunk = number + (number >= 4)  # of the nine
             row = torch.cat([row, row + direction * (chunk // 3 - 1) * side])
             column = torch.cat([column, column + direction * (chunk % 3 - 1) * side])
@@ -151,7 +149,7 @@ class _Call:
         return {
             "D": self.width,
             "BLOCK_D": max(16, triton.next_power_of_2(self.width)),
-            "PRECISION": _precision(),
+            "PRECISION": _precision() if self.query.dtype == torch.float32 else "tf32",
             "num_warps": 4,
             "num_stages": self.stages,
         }
@@ -208,7 +206,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     call = _Call(inputs, window)
     gradients = empty_gradients(inputs, of_biases)
-    gradient, output = _with_unit_stride(gradient), _with_unit_stride(output)
+    gradient, output = _readable(gradient), _readable(output)
     delta = torch.empty_like(sums)
     tensors = (call.query, call.key, call.value, call.global_key, call.global_value)
     place = (*window.size, call.rows, call.columns, call.scale)
@@ -218,7 +216,7 @@ def _backward(
     with call.on_device():
         kernels.query_kernel[(call.programs(call.block_m),)](
             *tensors, bias, inputs.neighbor, output, sums, gradient, delta, gradients[0],
-            *_strides(*tensors, output, gradient),
+            *_strides(*tensors, output, gradient, gradients[0]),
             *of_bias, *call.borders.kinds, call.heads, *place, true_scale, ROW=row, **call.of_queries(),
         )  # fmt: skip
         bias, *of_bias, row = _by_kind(call.bias_of_keys(), call.hidden_queries())
@@ -230,7 +228,7 @@ def _backward(
             **(call.of_window() | blocks),
         )  # fmt: skip
         if call.globals_:
-            _differentiate_globals(call, sums, delta, gradient, gradients)
+            _differentiate_globals(call, bias_of_queries, sums, delta, gradient, gradients)
         if gradients[5].numel():
             assert bias_of_queries is not None
             gradients[5].copy_(_differentiate_table(call, bias_of_queries, hidden, sums, delta, gradient))
@@ -238,7 +236,12 @@ def _backward(
 
 
 def _differentiate_globals(
-    call: _Call, sums: Tensor, delta: Tensor, gradient: Tensor, gradients: tuple[Tensor, ...]
+    call: _Call,
+    bias: Tensor | None,
+    sums: Tensor,
+    delta: Tensor,
+    gradient: Tensor,
+    gradients: tuple[Tensor, ...],
 ) -> None:
     """Fills the gradients of global keys, values and biases."""
     block = min(call.block_k, max(16, triton.next_power_of_2(call.globals_)))
@@ -249,12 +252,11 @@ def _differentiate_globals(
     of_bias = sums.new_empty(shape)
     of_key, of_value = sums.new_empty(*shape, call.width), sums.new_empty(*shape, call.width)
     tensors = (call.query, call.global_key, call.global_value)
-    global_bias = call.query if call.inputs.global_bias is None else call.inputs.global_bias
     kernels.global_kernel[(call.batch * call.heads, parts, blocks)](
-        *tensors, global_bias, sums, delta, gradient, of_key, of_value, of_bias,
+        *tensors, call.query if bias is None else bias, sums, delta, gradient, of_key, of_value, of_bias,
         *_strides(*tensors, gradient),
-        call.heads, call.tokens, tokens_of_part, call.scale, call.width**-0.5,
-        GLOBALS=call.globals_, HAS_GLOBAL_BIAS=call.inputs.global_bias is not None,
+        _stride_of_heads(bias), call.heads, call.tokens, tokens_of_part, call.scale, call.width**-0.5,
+        GLOBALS=call.globals_, HAS_BIAS=bias is not None,
         BLOCK_M=call.block_m, BLOCK_G=block, **call.common(),
     )  # fmt: skip
     gradients[3].copy_(of_key.sum(dim=2))
@@ -274,7 +276,7 @@ def _differentiate_table(
     kernels.bias_kernel[(parts, blocks, call.heads)](
         *tensors, bias, hidden, call.inputs.neighbor, sums, delta, gradient, of_bias,
         *_strides(*tensors, gradient),
-        bias.stride(0), *call.borders.kinds, call.heads, call.batch, *call.window.size,
+        _stride_of_heads(bias), *call.borders.kinds, call.heads, call.batch, *call.window.size,
         call.rows, call.columns, call.scale,
         GLOBALS=call.globals_, ROW=bias.stride(1),
         **(call.of_window() | {"num_warps": 8}),  # the sum of a block's scores takes many registers
@@ -316,8 +318,10 @@ def _precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _with_unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor as kernels read it: vectors in one piece, tokens and heads within 32 bits of each other."""
+    far = max((length - 1) * stride for length, stride in zip(tensor.shape[1:3], tensor.stride()[1:3]))
+    return tensor if tensor.stride(-1) == 1 and far < 2**30 else tensor.contiguous()
 
 
 def _by_kind(bias: Tensor | None, hidden: Tensor) -> tuple[Tensor, int, int, int]:
@@ -340,32 +344,42 @@ class _Borders(NamedTuple):
     """What chunks do not see because the map ends; the same for chunks of one kind."""
 
     kinds: tuple[int, int, int]
-    """Of rows and of columns of chunks, numbers as `border_kinds` packs them; how many of columns."""
+    """What `border_kinds` packs for rows of chunks, and for columns; and how many kinds columns have."""
     hidden_keys: Tensor
-    """(kinds, 9w²), of rows times columns: −∞ for places that are no key of a query in the middle, else 0."""
+    """(kinds, 9w²), kinds of rows times columns: 0 for places that the chunk in the middle sees, else −∞."""
     hidden_queries: Tensor
-    """The same for places that are no query of such a key."""
+    """The same with 0 for places of queries that see the chunk in the middle."""
 
 
-@lru_cache(maxsize=64)
 def _borders(size: tuple[int, int], side: int, cyclic: bool, device: torch.device) -> _Borders:
-    found = [border_kinds(length, side, cyclic) for length in size]
-    hidden = []
-    for what in (0, 1):  # keys, queries
-        row, column = (torch.tensor([kind[what] for kind in kinds]) for _, kinds in found)  # (kinds, 3w)
-        seen = row[:, None, :, None] & column[None, :, None, :]
-        hidden.append(torch.zeros(seen.shape).masked_fill(~seen, float("-inf")).flatten(2).flatten(0, 1))
-    kinds = (found[0][0], found[1][0], len(found[1][1]))
-    return _Borders(kinds, *(tensor.to(device) for tensor in hidden))
+    (rows, row_kinds), (columns, column_kinds) = (border_kinds(length, side, cyclic) for length in size)
+    keys, queries = (
+        _hidden(rows, columns, device) for rows, columns in zip(zip(*row_kinds), zip(*column_kinds))
+    )
+    return _Borders((rows, columns, len(column_kinds)), keys, queries)
 
 
+@cache
+def _hidden(
+    rows: tuple[tuple[bool, ...], ...], columns: tuple[tuple[bool, ...], ...], device: torch.device
+) -> Tensor:
+    """(kinds, 9w²): 0 for places in one of the rows and of the columns (3w each, by kind), −∞ for others.
+
+    Kept for good: there are few, and a graph of CUDA may have its address.
+    """
+    seen = torch.tensor(rows)[:, None, :, None] & torch.tensor(columns)[None, :, None, :]
+    hidden = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    return hidden.flatten(2).flatten(0, 1).to(device)
+
+
+@lru_cache(maxsize=4096)
 def border_kinds(
     length: int, side: int, cyclic: bool
 ) -> tuple[int, tuple[tuple[tuple[bool, ...], tuple[bool, ...]], ...]]:
     """How many kinds of chunks there are along one axis, by what they see of the chunks before and after.
 
     That depends on whether there is a chunk before, and on whether there are none, one or more after: six
-    cases, of which some look the same.
+    cases, of which four occur on one map at most, and some look the same.
 
     Returns:
         The number of the kind of each case, three bits each, in the order that `kernels._kind` counts; and
@@ -390,10 +404,14 @@ def border_kinds(
     return packed, tuple(kinds)
 
 
+def _stride_of_heads(bias: Tensor | None) -> int:
+    return bias.stride(0) if bias is not None and len(bias) > 1 else 0
+
+
 def _is_aligned(tensor: Tensor) -> bool:
     """Whether every vector of it begins at a multiple of 16 bytes, as the widest instructions need it."""
-    strides = [s for s, length in zip(tensor.stride()[:-1], tensor.shape) if length > 1]
-    return not any(at % 16 for at in (tensor.data_ptr(), *(s * tensor.element_size() for s in strides)))
+    strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+    return not any(number % 16 for number in (tensor.data_ptr(), *strides))
 
 
 def _strides(*tensors: Tensor) -> list[int]:

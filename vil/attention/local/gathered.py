@@ -1,4 +1,4 @@
-"""2-D local attention as one piece of plain operators, without a loop over tiles: for exported graphs.
+"""2-D local attention as one piece of plain operators, without a loop over chunks: for exported graphs.
 
 `torch.export`, ONNX and `torch.jit.trace` write down each operator that they meet. What they write of this
 one runs where this package is not installed. It copies every key nine times, so nothing else uses it.

@@ -23,6 +23,11 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SIZES = (
+    "H", "W", "rows", "columns", "row_kinds", "column_kinds", "kinds_of_columns", "heads", "images", "tokens",
+    "tokens_of_part",
+)  # fmt: skip
+"""Parameters for whose values no kernel of its own is compiled."""
 
 
 @triton.jit
@@ -107,8 +112,8 @@ def _around(
 @triton.jit
 def _kind(chunk, chunks, kinds):
     """Along one axis, which of the layouts of the bias is that of a chunk: see `fused.border_kinds`."""
-    place = tl.where(chunk > 0, 3, 0) + tl.minimum(chunks - 1 - chunk, 2)
-    return kinds >> 3 * place & 7
+    case = tl.where(chunk > 0, 3, 0) + tl.minimum(chunks - 1 - chunk, 2)
+    return kinds >> 3 * case & 7
 
 
 @triton.jit
@@ -139,7 +144,7 @@ def _key_block(
 
 @triton.jit
 def _queries(m, chunk_row, chunk_column, H, W, WINDOW: tl.constexpr):
-    """For queries number m of a chunk: token on the map, and whether it is one."""
+    """For tokens number m of a chunk: which on the map, and is it on it."""
     row, column = chunk_row * WINDOW + m // WINDOW, chunk_column * WINDOW + m % WINDOW
     return row * W + column, (m < WINDOW * WINDOW) & (row < H) & (column < W)
 
@@ -173,7 +178,7 @@ def _accumulate(scores, value, top, total, output, PRECISION: tl.constexpr):
     return new_top, total, output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     query, key, value, global_key, global_value, bias, neighbor, output, sums,
     q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
@@ -211,12 +216,13 @@ def forward_kernel(
     tl.store(sums + (image * heads + head) * H * W + token, (top + tl.log2(total)) / LOG2E, mask=is_query)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     query, key, value, global_key, global_value, bias, neighbor, output, sums, gradient, delta, of_query,
     q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
     gk_image, gk_head, gk_token, gv_image, gv_head, gv_token, o_image, o_head, o_token,
-    d_image, d_head, d_token, b_kind, b_head, row_kinds, column_kinds, kinds_of_columns,
+    d_image, d_head, d_token, oq_image, oq_head, oq_token,
+    b_kind, b_head, row_kinds, column_kinds, kinds_of_columns,
     heads, H, W, rows, columns, scale, scale_of_query,
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr, GLOBALS: tl.constexpr,
     NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr, ALIGNED: tl.constexpr,
@@ -252,7 +258,7 @@ def query_kernel(
         of_scores = weights * (of_weights - dot[:, None])
         result = tl.dot(of_scores.to(keys.dtype), keys, result, input_precision=PRECISION)
     result *= scale_of_query
-    _write(of_query + image * o_image + head * o_head, token, o_token, is_query, result, D, BLOCK_D)
+    _write(of_query + image * oq_image + head * oq_head, token, oq_token, is_query, result, D, BLOCK_D)
 
 
 @triton.jit
@@ -275,7 +281,7 @@ def _add_gradients(
     return of_keys, of_values, of_scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     query, key, value, bias, neighbor, sums, delta, gradient, of_key, of_value,
     q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
@@ -320,12 +326,12 @@ def key_kernel(
     _write(of_value + image * o_image + head * o_head, token, o_token, is_key, of_values, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def global_kernel(
-    query, global_key, global_value, global_bias, sums, delta, gradient, of_key, of_value, of_bias,
+    query, global_key, global_value, bias, sums, delta, gradient, of_key, of_value, of_bias,
     q_image, q_head, q_token, gk_image, gk_head, gk_token, gv_image, gv_head, gv_token,
-    d_image, d_head, d_token, heads, tokens, tokens_of_part, scale, scale_of_query,
-    GLOBALS: tl.constexpr, HAS_GLOBAL_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    d_image, d_head, d_token, b_head, heads, tokens, tokens_of_part, scale, scale_of_query,
+    GLOBALS: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of global keys, their values and biases, from a part of the queries.
@@ -340,9 +346,8 @@ def global_kernel(
     keys = _matrix(global_key + image * gk_image + head * gk_head, g, gk_token, is_key, D, BLOCK_D)
     values = _matrix(global_value + image * gv_image + head * gv_head, g, gv_token, is_key, D, BLOCK_D)
     biases = tl.zeros([BLOCK_G, 1], tl.float32)
-    if HAS_GLOBAL_BIAS:
-        loaded = tl.load(global_bias + head * GLOBALS + g, mask=is_key, other=0.0)
-        biases += (loaded.to(tl.float32) * LOG2E)[:, None]
+    if HAS_BIAS:
+        biases += tl.load(bias + head * b_head + g, mask=is_key, other=0.0).to(tl.float32)[:, None]
     of_keys = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     of_values = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     of_biases = tl.zeros([BLOCK_G], tl.float32)
@@ -364,7 +369,7 @@ def global_kernel(
     tl.store(of_bias + target * GLOBALS + g, of_biases, mask=is_key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def bias_kernel(
     query, key, value, bias, hidden, neighbor, sums, delta, gradient, of_bias,
     q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,

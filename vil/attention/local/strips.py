@@ -1,8 +1,9 @@
-"""How `chunked` lays out keys: strips, in which the keys of every chunk are one stretch.
+"""How `chunked` lays out keys: strips, in which what each chunk sees is one stretch.
 
 Chunks that stand one below the other share most of their keys. So the keys of a column of chunks are laid out
 once: three columns of chunks wide, row of chunks by row of chunks. The keys of a chunk are then three rows of
-chunks that follow each other, and products of matrices read them there, without a copy for each chunk.
+chunks that follow each other, and products of matrices read them there, without a copy for each chunk. Where
+chunks see themselves alone, or one neighbour, little is shared, and the keys of each stand for themselves.
 """
 
 from __future__ import annotations
@@ -98,14 +99,17 @@ class Strip:
 
 
 @lru_cache(maxsize=64)
-def strips(window: Window, seen: tuple[tuple[int, int], ...], globals_: int, most: int) -> tuple[Strip, ...]:
-    """The strips of a map, of `most` columns of chunks at most.
+def strips(
+    window: Window, seen: tuple[tuple[int, int], ...], globals_: int, columns: int, keys: int
+) -> tuple[Strip, ...]:
+    """The strips of a map.
 
     Args:
         window: the map, and which keys its queries see.
         seen: (row, column) steps to the chunks that a chunk sees.
         globals_: number of global keys.
-        most: see above.
+        columns: of chunks, in one strip at most.
+        keys: of a strip at most, where one column of chunks has not more.
     """
     found: list[Strip] = []
     width, side = window.size[1], window.side
@@ -114,7 +118,7 @@ def strips(window: Window, seen: tuple[tuple[int, int], ...], globals_: int, mos
             strip = _overlapping(window, globals_, column)
         else:
             strip = _apart(window, seen, globals_, column)
-        if column and found[-1].count < most:
+        if column and found[-1].count < min(columns, keys // max(1, strip.length)):
             last = found[-1]
             if replace(last, count=1).moved(last.count * side) == strip:
                 found[-1] = replace(last, count=last.count + 1)
@@ -221,5 +225,5 @@ def _moved(blocks: tuple[Block, ...], by: int) -> tuple[Block, ...]:
 
 
 def _side(chunk: int, side: int, length: int) -> slice:
-    """What a chunk has of an axis of the map."""
+    """The part of an axis of the map that chunk number `chunk` covers."""
     return slice(chunk * side, min((chunk + 1) * side, length))
