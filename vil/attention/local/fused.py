@@ -149,7 +149,7 @@ class _Call:
         return {
             "D": self.width,
             "BLOCK_D": max(16, triton.next_power_of_2(self.width)),
-            "PRECISION": _precision() if self.query.dtype == torch.float32 else "tf32",
+            "PRECISION": _precision(self.query.dtype),
             "num_warps": 4,
             "num_stages": self.stages,
         }
@@ -311,9 +311,9 @@ def _blocks(per_chunk: int, keys: int, width: int, dtype: torch.dtype) -> tuple[
     )
 
 
-def _precision() -> str:
+def _precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as TF32 where PyTorch may, else as exactly as float32, by three of TF32."""
-    if torch.version.hip:
+    if torch.version.hip or dtype != torch.float32:
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -353,9 +353,8 @@ class _Borders(NamedTuple):
 
 def _borders(size: tuple[int, int], side: int, cyclic: bool, device: torch.device) -> _Borders:
     (rows, row_kinds), (columns, column_kinds) = (border_kinds(length, side, cyclic) for length in size)
-    keys, queries = (
-        _hidden(rows, columns, device) for rows, columns in zip(zip(*row_kinds), zip(*column_kinds))
-    )
+    by_what = zip(zip(*row_kinds), zip(*column_kinds))  # keys of rows and of columns; queries of both
+    keys, queries = (_hidden(*of_axes, device) for of_axes in by_what)
     return _Borders((rows, columns, len(column_kinds)), keys, queries)
 
 
