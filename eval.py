@@ -23,9 +23,9 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch import nn
 from data import ForeignImagesError, Validation, build_validation
 from data.loaders import ValidationLoader
 from vil import command_line, console
-from vil.command_line import COMMAND_LINE, CommandLine
+from vil.command_line import COMMAND_LINE, CommandLine, Line
 from vil.config import (
     ConfigError,
     DataConfig,
@@ -47,10 +47,12 @@ from vil.config import (
 from vil.evaluation import report
 from vil.evaluation.classes import find_rows
 from vil.evaluation.corruptions import corrupted_sets, with_summaries
+from vil.models.limits import sized_for
 from vil.models.released import read_config, read_weights
 from vil.models.weights import load_file
 from vil.models.zoo import check_device, model_from_config
 from vil.randomness import seed_generators
+from vil.schema import as_tree
 from vil.training import distributed
 from vil.training.distributed import LostRankError, Process, from_main
 from vil.training.precision import check_precision, set_deterministic
@@ -83,12 +85,12 @@ class Subject:
     weights: str
 
 
-def evaluate(words: Sequence[str]) -> None:
-    """Parses, loads everything, so that what cannot be used is found first, then evaluates and reports."""
-    words, printing = command_line.without_print_config(words)
-    command = command_line.parse(EvalConfig, words, prog="eval.py")
+def evaluate(argv: Sequence[str]) -> None:
+    """Parse, load everything, so that unusable input is found first, then evaluate and report."""
+    line = Line(EvalConfig, argv, prog="eval.py")
+    command = line.resolve()
     config = command.config
-    if not (printing or config.checkpoint or config.released_config or command.sets("model")):
+    if not (line.print_config or config.checkpoint or config.released_config or command.sets("model")):
         raise ConfigError(
             "checkpoint", "nothing to evaluate: give --checkpoint RUN, --model FILE or --model.name"
         )
@@ -105,7 +107,7 @@ def evaluate(words: Sequence[str]) -> None:
             paths: Sequence[str | None] = config.checkpoint or [None]
             precision = check_precision(config.precision, process.device)
             set_deterministic(config.deterministic)
-            subjects = [prepare(path, [*words, *printing], command, process) for path in paths]
+            subjects = [prepare(path, line, command, process) for path in paths]
             with command_line.reading_images():
                 results = [
                     result for subject in subjects for result in evaluate_subject(subject, precision, process)
@@ -149,12 +151,18 @@ def evaluate_subject(subject: Subject, precision: Precision, process: Process) -
 
 
 def prepare(
-    path: str | None, words: Sequence[str], command: CommandLine[EvalConfig], process: Process
+    path: str | None, line: Line[EvalConfig], command: CommandLine[EvalConfig], process: Process
 ) -> Subject:
-    """The model of a checkpoint, or an untrained one of the command line, and its validation images.
+    """Return the model of a checkpoint, or an untrained one of the command line, and its validation images.
 
-    With --print_config among the words, the configuration of this subject is printed instead, on its first
-    data set.
+    With --print_config on the line, the configuration of this subject is printed instead, on its first data
+    set.
+
+    Args:
+        path: the checkpoint; None for an untrained model.
+        line: the command line.
+        command: what it amounts to without a checkpoint.
+        process: this process.
     """
     file: WeightsFile | None = None
     config = command.config
@@ -173,15 +181,18 @@ def prepare(
                 raise ConfigError(file.path, f"{NO_MODEL}: --released_config")
         model = file.model
         data, transform = (file.data, {}) if file.origin == "run" else ({}, file.data)
-    lines = [
-        over_stored(model, data, transform, set_words, command_line.parse(EvalConfig, set_words))
-        for set_words in words_of_sets(config.sets, words)
+    lines = lines_of_sets(config.sets, line)
+    commands = [
+        over_stored(model, data, transform, set_line, path or config.released_config) for set_line in lines
     ]
-    config = lines[0].config
-    validations = [] if config.complexity else open_sets(lines, process)
+    config = commands[0].config
+    lines[0].finish(commands[0])
+    if file is not None and not config.complexity and commands[0].origins.get("data.source") == path:
+        _logger.info("evaluating on %s, as %s says", describe(config.data), file.path)
+    validations = [] if config.complexity else open_sets(commands, process)
     classes = validations[0].num_classes if validations else IMAGENET_CLASSES
     seed_generators(0, "weights")  # an untrained model is the same on every rank
-    with in_section("model"):
+    with in_section("model"), nullcontext() if file is None else sized_for(file):
         network = model_from_config(config.model, classes)
         check_device(network, process.device)
     if file is not None:
@@ -191,12 +202,12 @@ def prepare(
     rows = config.model.num_classes or getattr(network, "num_classes", None)
     sets = [
         DataSet(
-            describe(line.config.data),
+            describe(set_command.config.data),
             validation.loader,
             validation.num_classes,
             find_rows(validation.class_names, trained, rows),
         )
-        for line, validation in zip(lines, validations)
+        for set_command, validation in zip(commands, validations)
     ]
     if file is None:
         return Subject(config, network, sets, None, "untrained")
@@ -205,37 +216,35 @@ def prepare(
     return Subject(config, network, sets, file.path, file.kind)
 
 
-def words_of_sets(sets: Sequence[str] | None, words: Sequence[str]) -> list[list[str]]:
-    """The words of the line for each data set, as if the line named this one alone.
+def lines_of_sets(sets: Sequence[str] | None, line: Line[EvalConfig]) -> list[Line[EvalConfig]]:
+    """Return the line for each data set, as if it named this one alone.
 
-    A YAML file goes over the one that --data names, and under the words that follow it.
+    A YAML file goes over the one that --data names, and under the options that follow it.
     """
     if sets is None:
-        return [list(words)]
-    files = [place for place, word in enumerate(words) if word.partition("=")[0] == "--data"]
-    after = 0 if not files else files[-1] + (1 if "=" in words[files[-1]] else 2)
+        return [line]
     found = []
     for name in sets:
         if name.endswith((".yaml", ".yml")):
-            found.append([*words[:after], "--data", name, *words[after:]])
+            found.append(line.with_file("data", name))
             continue
         with of_option("sets"):
             folders = corrupted_sets(name)
         for folder in folders:
             # The set is its own training split, or a class named train would be taken for one.
-            splits = ["--data.train_split=.", "--data.val_split=."]
-            found.append([*words, "--data.source=folder", f"--data.root={folder}", *splits])
+            splits = {"data.train_split": ".", "data.val_split": "."}
+            found.append(line.with_values({"data.source": "folder", "data.root": str(folder), **splits}))
     if not found:
         raise ConfigError("sets", "expected at least one folder or YAML file")
     return found
 
 
-def open_sets(lines: Sequence[CommandLine[EvalConfig]], process: Process) -> list[Validation]:
-    """The images of every data set. Of several, ReaL labels are for those that are ImageNet's own."""
+def open_sets(commands: Sequence[CommandLine[EvalConfig]], process: Process) -> list[Validation]:
+    """Open the images of every data set. Of several, ReaL labels are for those that are ImageNet's own."""
     found: list[Validation] = []
     foreign: list[ForeignImagesError] = []
-    for line in lines:
-        config = line.config
+    for command in commands:
+        config = command.config
 
         def build(data: DataConfig, config: EvalConfig = config) -> Validation:
             return build_validation(
@@ -252,7 +261,7 @@ def open_sets(lines: Sequence[CommandLine[EvalConfig]], process: Process) -> lis
             found.append(build(config.data))
         except ForeignImagesError as error:
             foreign.append(error)
-            if len(foreign) == len(lines):
+            if len(foreign) == len(commands):
                 raise
             found.append(build(dataclasses.replace(config.data, real_labels=None)))
     return found
@@ -262,24 +271,29 @@ def over_stored(
     model: ModelConfig | None,
     data: Mapping[str, Any],
     transform: Mapping[str, Any],
-    words: Sequence[str],
-    command: CommandLine[EvalConfig],
+    line: Line[EvalConfig],
+    path: str | None,
 ) -> CommandLine[EvalConfig]:
-    """The command line over a stored model, of which a line that names a model keeps the classes alone.
+    """Resolve the line over a stored model, of which a line that names a model keeps the classes alone.
 
-    `data` lies under everything. `transform` belongs to the weights: it lies under the words of the line, but
-    over a file of --data, which tells of the images.
+    Args:
+        model: the stored model.
+        data: a stored data section, which lies under everything.
+        transform: what belongs to the weights: it lies under the options of the line, but over a file of
+            --data, which describes the images.
+        line: the command line.
+        path: the file of the stored values.
     """
+    origins = line.resolve().origins
     stored: dict[str, Any] = {"data": {**data, **transform}, "model": {}}
     if model is not None:
-        named = "model.name" in command.origins
-        stored["model"] = {"num_classes": model.num_classes} if named else dataclasses.asdict(model)
+        stored["model"] = {"num_classes": model.num_classes} if "model.name" in origins else as_tree(model)
     for key, value in transform.items():
-        source = command.origins.get(f"data.{key}", COMMAND_LINE)
+        source = origins.get(f"data.{key}", COMMAND_LINE)
         if source != COMMAND_LINE:
             _logger.info("data.%s: %s, of the checkpoint, not of %s", key, value, source)
-            words = [*words, f"--data.{key}={json.dumps(value)}"]
-    return command_line.parse(EvalConfig, words, base_values=stored, prog="eval.py")
+            line = line.with_values({f"data.{key}": value}, str(path))
+    return line.resolve(base_values=stored, base_origin=str(path))
 
 
 def describe(data: DataConfig) -> str:

@@ -21,7 +21,6 @@ if __name__ == "__main__" and hasattr(signal, "SIGUSR1"):
 # load images. PyTorch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch
 
 from data import Loaders, Mixing, build_loaders
 from vil import checkpoint_files, command_line, console
-from vil.command_line import CommandLine
+from vil.command_line import CommandLine, Line
 from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig, in_section, of_option
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.report import evaluate_model, write_json
@@ -42,6 +41,7 @@ from vil.models.weights import load_file, load_weights
 from vil.models.zoo import check_device, model_from_config
 from vil.modes import mode
 from vil.randomness import seed_generators
+from vil.schema import as_tree, without_timm_start_options
 from vil.training import checkpoint, distributed, run_folder
 from vil.training.distributed import LostRankError, Process, from_main
 from vil.training.limits import check_limits
@@ -49,6 +49,7 @@ from vil.training.precision import check_precision, set_deterministic
 from vil.training.signals import InterruptedRun
 from vil.training.trainer import Summary, TrainingError, fit
 from vil.weight_files import NO_MODEL, WeightsFile, choose_weights
+from vil.yaml_files import read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 DEMO = {
@@ -59,56 +60,69 @@ DEMO = {
 """What a section is where the command line names no file for it."""
 
 
-def configure(words: Sequence[str]) -> CommandLine[TrainConfig]:
-    """The command line over the demo's files, or over the configuration of the run that it continues.
+def configure(argv: Sequence[str]) -> CommandLine[TrainConfig]:
+    """Resolve the command line over the demo's files, or over the configuration of the run that it continues.
 
     Where it says what to start from and names no model, the model is the one that is started from.
+
+    Raises:
+        ConfigError: the line, or a file that it names, cannot be used.
+        SystemExit: after --help or --print_config.
     """
-    given = {word.partition("=")[0] for word in words}
-    words, printing = command_line.without_print_config(words)
-    files = demo_files(command_line.parse(TrainConfig, words, prog="train.py"))
-    command = command_line.parse(TrainConfig, words, files, prog="train.py")
+    line = Line(TrainConfig, argv, prog="train.py")
+    files = demo_files(line.resolve())
+    command = line.resolve(files)
     folder = Path(command.config.output or default_output(command.config.data))
     stored = folder / run_folder.CONFIG
-    values: dict[str, Any] = {}
     try:
-        if stored.exists() and not given & {"--model", "--schedule", "--data", "--config"}:
-            words, files = ["--config", str(stored), *words], {}
+        if stored.exists() and not line.assigns("", "model", "schedule", "data"):
+            command = line.resolve(base_values=stored_config(stored), base_origin=str(stored))
         elif command.config.model.init_from or command.config.model.init_released_config:
             files.pop("model", None)
-            command = command_line.parse(TrainConfig, words, files, prog="train.py")
+            command = line.resolve(files)
             if not command.origins.keys() & {"model.name", "model.stages"}:
-                values["model"] = stored_model(stored) if stored.exists() else initial_model(command)
-        command = command_line.parse(TrainConfig, [*words, *printing], files, values, prog="train.py")
+                model = stored_model(stored) if stored.exists() else initial_model(command)
+                command = line.resolve(files, {"model": model})
     except ConfigError as error:
         raise command.locate(error) from error
+    line.finish(command)
     command.config.output = str(folder)
     return command
 
 
-def demo_files(line: CommandLine[TrainConfig]) -> dict[str, Path]:
-    """The demo's files that may lie under a line: none of a model or of images other than the demo's."""
+def demo_files(command: CommandLine[TrainConfig]) -> dict[str, Path]:
+    """Return the demo's files that may lie under a line that names no other model and no other images."""
     files = dict(DEMO)
-    if "model.name" in line.origins:
+    if "model.name" in command.origins:
         del files["model"]
-    if line.config.data.source != DataConfig.source:
+    if command.config.data.source != DataConfig.source:
         del files["data"]
     return files
 
 
+def stored_config(path: Path) -> dict[str, Any]:
+    """Return what a run's config.yaml holds."""
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise ConfigError(str(path), "expected a mapping of keys to values")
+    if isinstance(content.get("model"), dict):  # runs of version 0.1.0 stored all of timm's options
+        content["model"] = without_timm_start_options(content["model"])
+    return content
+
+
 def stored_model(path: Path) -> dict[str, Any]:
-    """The model section of a run's config.yaml: whatever it was started from, it goes on with this."""
-    return dataclasses.asdict(command_line.parse(TrainConfig, ["--config", str(path)]).config.model)
+    """Return the model section of a run's config.yaml: whatever it was started from, it goes on with this."""
+    return as_tree(Line(TrainConfig, []).resolve(base_values=stored_config(path)).config.model)
 
 
 def initial_model(command: CommandLine[TrainConfig]) -> dict[str, Any]:
-    """The model section that belongs to init_from; its number of classes is left to the data."""
+    """Return the model section that belongs to init_from; its number of classes is left to the data."""
     file = initial_weights(command.config.model)
     if file.model is None:
         reason = f"{file.path}: {NO_MODEL}: model.init_released_config"
         raise ConfigError("model.init_from", reason)
     changes = {"num_classes": None, "init_from": None, "init_released_config": None}
-    return {**dataclasses.asdict(file.model), **changes}
+    return {**as_tree(file.model), **changes}
 
 
 def initial_weights(model: ModelConfig) -> WeightsFile:
@@ -147,10 +161,12 @@ def train(words: Sequence[str]) -> None:
 
 
 def run(config: TrainConfig, process: Process) -> None:
-    """What is left to do of the run in the folder `config.output`, which nobody else is working in."""
+    """Run the remaining epochs of the run in the folder `config.output`, and report the best model."""
     folder = Path(config.output or "")
     state = from_main(lambda: run_folder.open_run(folder, config))
     if state is not None:
+        # The weights are those of the checkpoint: nothing that a new run starts from is opened again.
+        config.model.timm_options = without_timm_start_options(as_tree(config.model))["timm_options"]
         top1 = from_main(lambda: run_folder.finished_top1(folder, state, config))
         if top1 is not None:
             line = f"{folder} is finished: Top-1 {top1:.2f} %; name another --output to train again"

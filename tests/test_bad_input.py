@@ -57,7 +57,7 @@ def write(path, text):
             ["--model.widnow", "3"],
             "command line: --model.widnow: unknown option; did you mean --model.window?",
         ),
-        (["--schedule.epochs", "many"], "command line: --schedule.epochs: expected an integer, got many"),
+        (["--schedule.epochs", "many"], "command line: schedule.epochs: expected an integer, got 'many'"),
         (["--data.source", "folder"], "data.root"),
         (["--data.source", "folder", "--data.root", "absent"], "data.root: "),
         (["--data.source", "torch/nothing", "--data.root", "."], "data.root: torch/nothing cannot be read"),

@@ -1,10 +1,10 @@
 """Every option of the framework: once, typed, with its default, its unit and one line of help.
 
-``train.py`` and ``eval.py`` build their command lines from these dataclasses with jsonargparse.
-``--model``, ``--schedule`` and ``--data`` each load one YAML file into one section, ``--config`` loads a
-partial file over all of them, and ``--section.field value`` overrides one field; the last one on the line
-wins. Whatever is wrong with any of these ends in a `ConfigError` whose text is one line: the file, the key,
-and what is wrong.
+``train.py`` and ``eval.py`` build their command lines from these dataclasses (`vil.command_line`), and
+`vil.schema` validates plain data, from whatever file, against them. ``--model``, ``--schedule`` and
+``--data`` each load one YAML file into one section, ``--config`` loads a partial file over all of them, and
+``--section.field value`` overrides one field; the last one on the line wins. Invalid input ends in a
+`ConfigError` whose text is one line: the file, the key, and the reason.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 AttentionName = Literal[
     "full", "vision_longformer", "linformer", "performer", "spatial_reduction", "global_only"
 ]
 Precision = Literal["float32", "bfloat16", "float16"]
 Color3 = tuple[float, float, float]
-
+Scalar = bool | int | float | str | None
+PlainValue = Scalar | list[Scalar] | list[list[Scalar]]
+"""A number, text, true, false or null, or a list of them: data that cannot name anything to import."""
 
 LONGEST_LINE = 4000
 """Characters of a message that are shown."""
@@ -40,27 +42,37 @@ def printable(text: str) -> str:
     )
 
 
+COMMAND_LINE = "command line"
+"""Origin of a value that the command line sets."""
+
+
 class ConfigError(ValueError):
-    """An option that cannot be used. Its text is one line that can be printed.
+    """An option that cannot be used. Its text is one printable line.
 
     Args:
-        key: the option, as `window` or `data.root`; a section is put in front with `in_section`.
-        reason: what is wrong with it, on one line, with what would be right.
+        key: the option, as `window` or `data.root`; `in_section` prepends a section.
+        reason: what is wrong with it, on one line, and what would be right.
+        origin: where the value comes from: the name of a file, or `COMMAND_LINE`; empty if unknown.
     """
 
-    def __init__(self, key: str, reason: str) -> None:
-        super().__init__(printable(f"{key}: {reason}" if key else reason))
+    def __init__(self, key: str, reason: str, origin: str = "") -> None:
+        super().__init__(key, reason, origin)
         self.key = key
         self.reason = reason
+        self.origin = origin
+
+    def __str__(self) -> str:
+        """Return `origin: key: reason`, without the parts that are empty."""
+        return printable(": ".join(part for part in (self.origin, self.key, self.reason) if part))
 
 
 @contextmanager
 def in_section(section: str) -> Iterator[None]:
-    """Puts `section.` in front of the key of a ConfigError that is raised inside."""
+    """Put `section.` in front of the key of a ConfigError that is raised inside."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{section}.{error.key}", error.reason) from error
+        raise ConfigError(f"{section}.{error.key}", error.reason, error.origin) from error
 
 
 @contextmanager
@@ -154,8 +166,10 @@ class ModelConfig:
     """The stages themselves, for name: vil."""
     norm_embed: bool = True
     """LayerNorm after each patch embedding."""
-    timm_options: dict[str, Any] | None = None
-    """Further keyword arguments for a timm/<name> model."""
+    timm_options: dict[str, PlainValue] | None = None
+    """Further keyword arguments for a timm/<name> model, as {depth: 6, qkv_bias: false}. A file may set
+    options of the architecture only; what loads or downloads weights (pretrained, checkpoint_path, ...) is
+    taken from the command line alone."""
     init_from: str | None = None
     """Training starts from these weights: a run's folder, a checkpoint, safetensors, or a published
     checkpoint. Where neither a file nor the line names a model, the architecture is theirs too; another
@@ -292,7 +306,7 @@ class DataConfig:
     val_split: str = "val"
     """Name of the validation split: the sub-folder, for folders."""
     download: bool = False
-    """Let a timm data set download what is missing."""
+    """Let a timm data set (torch/..., hfds/...) download what is missing; for the command line alone."""
     workers: int = 4
     """Processes that load images, per rank; 0 loads in the training process."""
     on_error: Literal["fail", "skip"] = "fail"

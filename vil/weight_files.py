@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -19,15 +18,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from vil import checkpoint_files
-from vil.config import ConfigError, DataConfig, ModelConfig
+from vil.config import ConfigError, DataConfig, EvalConfig, ModelConfig
 from vil.durable_files import write_durably
-from vil.plain_values import check_plain
+from vil.schema import check_plain, validate, without_start_options
+
+STORED = "stored configuration"
+"""Origin of what a file of weights says of its model and data."""
 
 TRANSFORM = ("crop_pct", "interpolation", "mean", "std")
 """The options of a data section that belong to a model: how its images are brought to it."""
@@ -223,41 +224,21 @@ def write_safetensors(path: str | Path, file: WeightsFile) -> None:
 
 
 def model_section(values: Any) -> ModelConfig:
-    """A stored model section, as a mapping, with every key and type checked.
+    """Return a stored model section, a mapping, as a configuration; every key, type and range is checked.
+
+    What only starts a run (`init_from`, and timm's options that load weights) is left out: a file of weights
+    needs none of it.
 
     Raises:
         ConfigError: an unknown key or a value of another type.
     """
-    if not isinstance(values, Mapping):
-        raise ConfigError("stored configuration", "model: expected a mapping of keys to values")
     try:
         check_plain(values)
+        if isinstance(values, Mapping):
+            values = without_start_options(values)
+        return validate(EvalConfig, {"model": values}).model
     except ConfigError as error:
-        raise ConfigError("stored configuration", f"model: {error.reason}") from None
-    stages = values.get("stages")
-    if isinstance(stages, list) and not all(isinstance(stage, Mapping) for stage in stages):
-        raise ConfigError("stored configuration", "model.stages: expected a mapping for each stage")
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    for key in values:
-        if key not in known:
-            raise ConfigError("stored configuration", f"model.{key}: unknown key")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ModelConfig, None)
-    try:
-        return ModelConfig(**vars(parser.instantiate(parser.parse_object(dict(values)))))
-    except ArgumentError as error:
-        raise ConfigError("stored configuration", f"model.{_explained(str(error))}") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError("stored configuration", f"model: {_first_line(error)}") from None
-
-
-def _explained(message: str) -> str:
-    """The many lines of jsonargparse on one: the keys down to the bad one, what is expected and given."""
-    lines = [line.strip(" -") for line in message.splitlines()]
-    about = ("Does not validate", "Subtypes:", "Errors:", "Problem with given", "Given value type:")
-    told = [line for line in lines if not line.startswith(about) and "NoneType" not in line]
-    text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(told))
-    return _shown(re.sub(r"Expected (?:a )?<class '(\w+)'>\.?", r"expected \1.", text))
+        raise ConfigError(error.key or "model", error.reason, STORED) from None
 
 
 def _read_checkpoint(path: Path, weights: Choice) -> WeightsFile:

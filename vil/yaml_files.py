@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import yaml
 
 from vil.config import ConfigError
-from vil.plain_values import MOST_VALUES, check_plain
+from vil.schema import MAX_VALUES, check_plain
 
-MOST_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
 """Size of a file that may be a configuration; ours have some thousand bytes."""
 
 
@@ -20,17 +21,14 @@ def read_yaml(path: str | Path) -> Any:
 
     Raises:
         ConfigError: the file cannot be read, is no valid YAML, gives a key twice, or holds what no
-            configuration does (`vil.plain_values`); names the file, and the line where it is known.
+            configuration does (`vil.schema.check_plain`); names the file, and the line where it is known.
     """
     try:
         with Path(path).open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ConfigError("", f"more than {MOST_BYTES:,} bytes, which no configuration has")
-        # A subclass of SafeLoader: no tag constructs anything but plain values.
-        tree = yaml.load(content.decode("utf-8"), Loader=_StrictLoader)  # noqa: S506
-        check_plain(tree)
-        return tree
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError("", f"more than {MAX_BYTES:,} bytes, which no configuration has")
+        return parse_yaml(content.decode("utf-8"))
     except ConfigError as error:
         raise ConfigError(str(path), error.reason) from None
     except FileNotFoundError:
@@ -45,6 +43,19 @@ def read_yaml(path: str | Path) -> Any:
     except Exception as error:  # PyYAML lets through whatever its constructors come upon
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(str(path), f"not valid YAML: {_one_line(reason)}") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        ConfigError: it holds too much (`vil.schema.check_plain`).
+        Exception: of PyYAML, if it is not valid.
+    """
+    # A subclass of SafeLoader: no tag constructs anything but plain values.
+    tree = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+    check_plain(tree)
+    return tree
 
 
 class _RepeatedKeyError(Exception):
@@ -62,8 +73,8 @@ class _StrictLoader(yaml.SafeLoader):
         while waiting:
             inner = waiting.pop()
             seen += 1
-            if seen > MOST_VALUES:
-                reason = f"holds more than {MOST_VALUES:,} values, or values inside of themselves"
+            if seen > MAX_VALUES:
+                reason = f"holds more than {MAX_VALUES:,} values, or values inside of themselves"
                 raise ConfigError("", reason)
             if isinstance(inner, yaml.SequenceNode):
                 waiting += inner.value
@@ -95,6 +106,12 @@ class _StrictLoader(yaml.SafeLoader):
         ) as error:  # of any kind: IndexError for `!!int ""`, AttributeError for `!!timestamp x`
             problem = f"{_one_line(repr(node.value))} is no value of {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
+# YAML 1.1, which PyYAML reads, takes 1e-3 for text: a point and a sign are needed there, in YAML 1.2 neither.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _one_line(value: Any, most: int = 200) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def _class_names(dataset: Any, name: str) -> tuple[str, ...]:
 def open_timm(data: DataConfig, split: Split, mode: Mode) -> Source:
     """Whatever timm.data.create_dataset reads, by its own string, if its images have an index.
 
-    `data.download` is for torchvision's; Hugging Face's library (hfds) fetches what its cache lacks unasked.
+    Nothing is fetched without `data.download`, which only the command line sets: Hugging Face's library
+    (hfds) reads its cache otherwise.
     """
     source = data.source.lower()
     name = split_name(data, split)
@@ -110,7 +112,7 @@ def open_timm(data: DataConfig, split: Split, mode: Mode) -> Source:
     if lacking:
         raise ConfigError("data.root", f"{lacking[0]}: no such file or folder")
     try:
-        with _one_at_a_time(root if data.download else None):
+        with _one_at_a_time(root if data.download else None), nullcontext() if data.download else _offline():
             dataset = create_dataset(
                 data.source, root=str(root) if root else None, split=name, download=data.download
             )
@@ -119,7 +121,7 @@ def open_timm(data: DataConfig, split: Split, mode: Mode) -> Source:
     except Exception as error:  # of whatever kind: each of timm's readers has its own
         key, where = ("data.root", f" from {root}") if root else ("data.source", "")
         reason = " ".join(str(error).split()) or type(error).__name__
-        hint = " (--data.download true)" if source.startswith("torch/") and not data.download else ""
+        hint = "" if data.download else " (--data.download true)"
         raise ConfigError(key, f"{data.source} cannot be read{where}: {reason}{hint}") from error
     return TimmDataset(dataset, data.source, mode)
 
@@ -131,6 +133,29 @@ def refuse_stream(data: DataConfig, split: Split, mode: Mode) -> Source:
         f"{data.source} is a stream of samples without an index, which is not supported; "
         "hfds/... reads Hugging Face data sets with one, and wds the WebDataset shards of a folder",
     )
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep Hugging Face's libraries off the network inside: they then read what their cache holds."""
+    modules = []
+    for name in (
+        "huggingface_hub.constants",
+        "datasets.config",
+    ):  # all before any flag: one copies the other's
+        with suppress(ImportError):
+            modules.append(importlib.import_module(name))
+    flags = [
+        (m, name) for m in modules for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if hasattr(m, name)
+    ]
+    changed = [(module, name, getattr(module, name)) for module, name in flags]
+    for module, name in flags:
+        setattr(module, name, True)
+    try:
+        yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)
 
 
 @contextmanager

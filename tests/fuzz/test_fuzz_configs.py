@@ -290,7 +290,11 @@ def test_exit_statuses_of_processes(seeds, number):
         ),
         ("--model", "stages: [3]", "model.stages[0]: expected a mapping of keys to values, got 3"),
         ("--model", "stages: [antigravity.geohash]", "model.stages[0]: expected a mapping"),
-        ("--model", "timm_options: {a: {class_path: antigravity.geohash}}", "class_path: unknown key"),
+        (
+            "--model",
+            "timm_options: {a: {class_path: antigravity.geohash}}",
+            "model.timm_options: expected a mapping of names to plain values",
+        ),
         ("--schedule", f"batch_size: 0x{'f' * 5000}", "holds a number of more than 18 digits"),
         (
             "--schedule",

@@ -287,7 +287,7 @@ def test_memory_and_speed_on_a_gpu():
         (["--markdown", "{folder}"], "markdown: {folder} cannot be written: Is a directory"),
         (["--json", "{folder}"], "json: {folder} cannot be written: Is a directory"),
         (["--jsn", "x"], "--jsn: unknown option; did you mean --json?"),
-        (["--memory", "often"], "--memory: expected true or false"),
+        (["--memory", "often"], "memory: expected true or false, got 'often'"),
         (["extra"], "extra"),
     ],
 )

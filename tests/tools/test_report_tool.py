@@ -19,7 +19,7 @@ from tools.reporting.runs import differences, open_runs
 from vil.command_line import main
 from vil.config import ConfigError, TrainConfig
 from vil.evaluation.predictions import Mistake, Predictions
-from vil.training.logging import plain
+from vil.schema import stored_tree
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = "<img src=x onerror=window.hacked=1>"
@@ -30,7 +30,7 @@ STEPS = 30
 def write_run(folder, records=True, finished=False, **changes):
     """A run folder by hand: half of its epochs done, a damaged line, a spike, a record of an unknown kind."""
     folder.mkdir(parents=True)
-    config = plain(TrainConfig())
+    config = stored_tree(TrainConfig())
     config["model"] |= {"name": "vil_tiny", "image_size": 64, "num_classes": 10}
     for section, values in changes.items():
         config[section] |= values

@@ -174,7 +174,7 @@ def test_a_file_that_differs_is_not_kept(tool, folder, tmp_path, monkeypatch):
         (["--jpeg_quality", "0"], "command line: jpeg_quality: expected 1 to 100"),
         (["--max_resolution", "0"], "command line: max_resolution: expected 1 to 65535 pixels, or null"),
         (["--data.train_fraction", "0.5"], "command line: data.train_fraction: is for training"),
-        (["--splits", "[test]"], "command line: --splits: expected a list of one of train, val, got"),
+        (["--splits", "[test]"], "command line: splits: expected a list of one of train, val, got"),
     ],
 )
 def test_values_that_cannot_be(tool, folder, tmp_path, options, message):

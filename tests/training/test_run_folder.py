@@ -97,7 +97,7 @@ def test_other_differences_are_allowed_and_listed(tmp_path: Path):
 def test_the_stored_configuration_reads_back(tmp_path: Path):
     config = make_config(tmp_path, resume="never", betas=(0.8, 0.9))
     run_folder.write_config(tmp_path, config)
-    parsed = parse(TrainConfig, ["--config", str(tmp_path / "config.yaml")]).config
+    parsed = parse(TrainConfig, ["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path)]).config
     assert parsed == replace(config, resume="auto")  # who names it wants to go on
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["schedule"]["betas"] == [0.8, 0.9]
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 import train
-from vil.command_line import COMMAND_LINE
+from vil.command_line import COMMAND_LINE, COMMAND_LINE_KEYS
 from vil.config import ConfigError, TrainConfig, in_section
 from vil.models.zoo import model_from_config
+from vil.schema import check_timm_options
 from vil.training.limits import check_limits
 from vil.yaml_files import read_yaml
 
@@ -201,6 +202,10 @@ def _setting(option: str, value: Any, key: str) -> Setting:
             example = f", as {option}.NAME: value for an option" if option in SECTIONS else ""
             raise ConfigError(f"{key}.{option}", f"expected the path of a YAML file{example}, got {value!r}")
         value = _found(value, f"{key}.{option}")
+    if option in COMMAND_LINE_KEYS and not COMMAND_LINE_KEYS[option](value):
+        raise ConfigError(f"{key}.{option}", "is taken from the command line alone, not from a file")
+    if option == "model.timm_options" and isinstance(value, dict):
+        check_timm_options(f"{key}.{option}", value)
     try:
         text = value if isinstance(value, str) else json.dumps(value)
     except (TypeError, ValueError):  # a date, say
@@ -282,12 +287,12 @@ def _check_images(config: TrainConfig) -> None:
 
 def _located(error: ConfigError, parts: Mapping[str, Sequence[Setting]], name: str) -> ConfigError:
     """The error with the place in the grid that set the option, or else the name of the cell."""
-    match = re.fullmatch(rf"{COMMAND_LINE}: (?:--)?([\w.]+)(\S*): (.*)", str(error))
-    if match:
-        option, rest, reason = match.groups()
+    if error.origin == COMMAND_LINE:
+        option = error.key.removeprefix("--")
         for place, settings in reversed(parts.items()):
-            if place != COMMAND_LINE and option in dict(settings):
-                return ConfigError(f"{place}.{option}{rest}", reason)
+            for name in dict(settings):
+                if place != COMMAND_LINE and (option == name or option.startswith((f"{name}.", f"{name}["))):
+                    return ConfigError(f"{place}.{option}", error.reason)
         return error
     return ConfigError(f"cell {name}", str(error))
 

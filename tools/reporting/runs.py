@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vil.config import ConfigError, TrainConfig
-from vil.training.logging import METRICS, plain
+from vil.schema import stored_tree
+from vil.training.logging import METRICS
 from vil.training.run_folder import CONFIG, SILENT, SUMMARY
 from vil.yaml_files import read_yaml
 
@@ -205,7 +206,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     An option that a run's configuration does not have, because it is older than the option, has the default:
     what it does then is what was always done. None stands for a null and for a stage that is not there.
     """
-    defaults = leaves(plain(TrainConfig()))
+    defaults = leaves(stored_tree(TrainConfig()))
     values = [leaves(run.config) for run in runs]
     keys = dict.fromkeys(key for found in values for key in found)
     rows = {key: [found.get(key, defaults.get(key)) for found in values] for key in keys}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +24,14 @@ from torch import nn
 from vil import weight_files
 from vil.attention import Attention
 from vil.config import AttentionName, ConfigError, ModelConfig, StageConfig
-from vil.models.limits import buildable, check_numbers
+from vil.models.limits import buildable, check_numbers, sized_for
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.released_names import convert_weights
 from vil.models.weights import load_file, resized
+from vil.schema import TIMM_START_OPTIONS
 from vil.weight_files import NO_MODEL, WeightsFile
+
+_logger = logging.getLogger(__name__)
 
 Position = Literal["relative", "absolute"]
 
@@ -128,7 +133,8 @@ def create_model(
     given = {"image_size": 224, "num_classes": 1000, **given}
     check_numbers({key: value for key, value in given.items() if key != "image_size"})  # has its own limit
     if name.startswith("timm/"):
-        model = _timm_model({"name": name, **given})
+        with nullcontext() if file is None else sized_for(file):
+            model = _timm_model({"name": name, **given})
         if file is not None:
             load_file(model, file, given["image_size"])
         return model
@@ -136,7 +142,7 @@ def create_model(
         close = difflib.get_close_matches(name, SIZES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(SIZES)}, vil and timm/<name>"
         raise ConfigError("name", f"there is no model {name!r}; {hint}")
-    with buildable("name"):
+    with buildable("name"), nullcontext() if file is None else sized_for(file):
         model = _build(name, **{_TIMM_NAMES.get(key, key): value for key, value in given.items()})
     if file is not None:
         load_file(model, file)
@@ -181,7 +187,8 @@ def model_from_file(
         raise ConfigError(file.path, NO_MODEL)
     changes: dict[str, Any] = {"image_size": image_size, "num_classes": num_classes}
     config = dataclasses.replace(file.model, **{k: v for k, v in changes.items() if v is not None})
-    model = model_from_config(config)
+    with sized_for(file):
+        model = model_from_config(config)
     load_file(model, file, config.image_size)
     return model
 
@@ -259,6 +266,8 @@ def _timm_model(options: dict[str, Any]) -> nn.Module:
         options.pop("pool")
     if options:
         raise ConfigError(next(iter(options)), f"timm/{name} has no such option; see timm_options")
+    if start := arguments.keys() & TIMM_START_OPTIONS:
+        _logger.info("timm/%s: timm loads weights, as asked by %s", name, ", ".join(sorted(start)))
     try:
         if (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).fixed_input_size:
             arguments["img_size"] = image_size

@@ -172,7 +172,7 @@ def from_main(function: Callable[[], Result]) -> Result:
         try:
             outcome = (function(), None)
         except ConfigError as error:
-            outcome = (None, (error.key, error.reason))
+            outcome = (None, (error.key, error.reason, error.origin))
         except Exception as error:  # the others wait: they must hear of it, whatever it is
             failure = error
             outcome = (None, repr(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import logging
@@ -24,6 +23,7 @@ from vil.config import ConfigError, TrainConfig
 from vil.console import say
 from vil.durable_files import write_durably
 from vil.pictures import denormalised
+from vil.schema import stored_tree
 
 METRICS = "metrics.jsonl"
 
@@ -82,7 +82,7 @@ class RunLog:
         if self._writer is not None:
             self._show_options()
         if step == 0:
-            text = yaml.safe_dump(plain(config), sort_keys=False)
+            text = yaml.safe_dump(stored_tree(config), sort_keys=False)
             self._tensorboard(lambda writer: writer.add_text("config", f"```yaml\n{text}```", 0))
 
     def write(self, kind: str, step: int, epoch: int, **values: float | int | list[str]) -> None:
@@ -191,7 +191,7 @@ class RunLog:
 
         values = {
             key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
-            for key, value in leaves(plain(self._config)).items()
+            for key, value in leaves(stored_tree(self._config)).items()
             if key.partition(".")[0] in ("model", "schedule", "data", "seed", "precision")
         }
         shown = dict.fromkeys(("validation/top1", "validation/loss", "ema/top1", "best/top1"), 0.0)
@@ -274,12 +274,6 @@ def _record(line: str) -> dict[str, Any] | None:
         return None
     is_whole = isinstance(record, dict) and type(record.get("step")) is int and "kind" in record
     return record if is_whole else None
-
-
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as nested dicts, lists and scalars, as YAML has them."""
-    content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return content
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

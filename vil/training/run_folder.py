@@ -16,10 +16,11 @@ import yaml
 from vil import checkpoint_files
 from vil.config import ConfigError, TrainConfig, of_option
 from vil.durable_files import write_durably
+from vil.schema import stored_tree, without_timm_start_options
 from vil.training import checkpoint
 from vil.training.distributed import from_main
 from vil.training.folder_lock import FolderLock
-from vil.training.logging import leaves, plain
+from vil.training.logging import leaves
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ CONFIG, SUMMARY = "config.yaml", "summary.json"
 _FIXED = ("model", "data.source", "schedule.batch_size", "schedule.optimizer", "seed")
 """Sections and keys without which a continued run would be another run."""
 
-SILENT = ("output", "resume", "progress")
+SILENT = ("output", "resume", "progress", "data.download")
 """Keys whose difference is nobody's concern."""
 
 
@@ -121,11 +122,12 @@ def differences(stored: dict[str, Any], config: TrainConfig) -> list[tuple[str, 
 
     A number of classes that is left to the data differs from none.
     """
-    before, now = leaves(json.loads(json.dumps(stored))), leaves(plain(config))
+    stored = {**stored, "model": without_timm_start_options(stored["model"])}
+    before, now = leaves(json.loads(json.dumps(stored))), leaves(stored_tree(config))
     if now["model.num_classes"] is None:
         now["model.num_classes"] = before.get("model.num_classes")
     # An option that did not exist when the run began had the effect that is now its default.
-    defaults = leaves(plain(TrainConfig()))
+    defaults = leaves(stored_tree(TrainConfig()))
     keys = [key for key in now if key not in SILENT]
     pairs = [(key, before.get(key, defaults[key]), now[key]) for key in keys]
     return [pair for pair in pairs if pair[1] != pair[2]]
@@ -149,8 +151,8 @@ def check_class_names(folder: Path, config: TrainConfig, before: Sequence[str], 
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
-    """Writes the resolved configuration to config.yaml, as --config reads it; whoever loads it, continues."""
-    content = plain(dataclasses.replace(config, resume="auto"))
+    """Write the resolved configuration to config.yaml, as --config reads it on a line with --output."""
+    content = stored_tree(dataclasses.replace(config, resume="auto"))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_durably(folder / CONFIG, text)
 

@@ -27,6 +27,7 @@ from torch import nn
 from vil import checkpoint_files
 from vil.config import ConfigError, TrainConfig
 from vil.randomness import seed_generators
+from vil.schema import stored_tree
 from vil.training import checkpoint
 from vil.training.checkpoint_writer import CheckpointWriter, check_room
 from vil.training.distributed import (
@@ -477,7 +478,7 @@ class _Trainer:
             "epoch": self.step // self.steps_per_epoch,
             "watched": self.step_watch.state(),
             "best": self.best,
-            "config": dataclasses.asdict(self.config),
+            "config": stored_tree(self.config),
             "class_names": list(self.loaders.class_names),
             "versions": checkpoint.versions(),
         }

@@ -1,0 +1,279 @@
+"""Validation of plain data against the dataclasses of `vil.config`.
+
+YAML files, stored configurations and command lines all become trees of plain values: mappings, lists, text,
+numbers, true, false and null. `validate` is the only way from such a tree to a configuration. It compares
+values with the annotated types; text stays text, and nothing that a value names is imported, called or
+opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import re
+import types
+import typing
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from vil.config import ConfigError
+
+Config = TypeVar("Config")
+
+MAX_VALUES = 10_000
+"""Values in a configuration, counted once per reference; ours have some hundred."""
+MAX_DEPTH = 30
+"""Nesting of mappings and lists."""
+MAX_DIGITS = 18
+"""Digits of an integer."""
+
+TIMM_NUMBER_OPTIONS = frozenset({
+    "always_partition", "attn_drop_rate", "avg_down", "base_width", "cardinality", "channels", "class_token",
+    "conv_bias", "conv_mlp", "depth", "depths", "dim", "dims", "downsamples", "drop_block_rate",
+    "drop_path_rate", "drop_rate", "dynamic_img_pad", "dynamic_img_size", "embed_dim", "embed_dims",
+    "expand_ratio", "fc_norm", "final_norm", "fix_init", "head_dim", "head_init_scale", "head_norm_first",
+    "hidden_size", "img_size", "init_values", "kernel_size", "kernel_sizes", "layer_scale_init_value",
+    "layers", "ls_init_value", "mlp_ratio", "mlp_ratios", "no_embed_class", "norm_eps", "num_heads",
+    "num_kv_heads", "output_stride", "patch_drop_rate", "patch_norm", "patch_size", "pos_drop_rate",
+    "pre_norm", "proj_bias", "proj_drop_rate", "qk_norm", "qkv_bias", "reg_tokens", "sr_ratios",
+    "stem_kernel_size", "stem_size", "stem_stride", "stem_width", "strict_img_size", "stride", "strides",
+    "use_abs_pos_emb", "use_fc_norm", "use_grn", "use_pos_embed", "use_post_norm", "use_rel_pos_bias",
+    "use_rope", "use_shared_rel_pos_bias", "width", "widths", "window_ratio", "window_size",
+    "zero_init_last",
+})  # fmt: skip
+TIMM_TEXT_OPTIONS = frozenset({
+    "act_layer", "global_pool", "norm_layer", "pad_type", "pool_type", "pos_embed", "stem_type",
+    "weight_init",
+})  # fmt: skip
+"""Keyword arguments of timm's model classes that a file may set: numbers and flags; and those that may also
+be the short name of a layer or a variant. None of them downloads, opens a file or names a path."""
+
+TIMM_START_OPTIONS = frozenset({
+    "cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "pretrained_strict",
+})  # fmt: skip
+"""Keyword arguments of `timm.create_model` that give a new model its first weights. A run is started with
+them from the command line; neither its continuation nor an evaluation needs them, so they are not stored."""
+
+
+def without_start_options(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model section, as a tree, without what only gives a new model its first weights."""
+    kept = {key: value for key, value in model.items() if key not in ("init_from", "init_released_config")}
+    return without_timm_start_options(kept)
+
+
+def without_timm_start_options(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model section, as a tree, without `TIMM_START_OPTIONS`; without any option left, with null."""
+    options = model.get("timm_options")
+    if not isinstance(options, Mapping):
+        return dict(model)
+    kept = {key: value for key, value in options.items() if key not in TIMM_START_OPTIONS}
+    return {**model, "timm_options": kept or None}
+
+
+def as_tree(config: Any) -> dict[str, Any]:
+    """Return a configuration as nested mappings, lists and scalars, as YAML and JSON have them."""
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return tree
+
+
+def stored_tree(config: Any) -> dict[str, Any]:
+    """Return a configuration as a run stores it: `as_tree`, without `TIMM_START_OPTIONS`."""
+    tree = as_tree(config)
+    return {**tree, "model": without_timm_start_options(tree["model"])}
+
+
+def validate(
+    config_class: type[Config], tree: Mapping[str, Any], command_line_keys: Iterable[str] = ()
+) -> Config:
+    """Return the configuration that a tree of plain values describes.
+
+    Args:
+        config_class: a dataclass whose fields are options or sections (dataclasses).
+        tree: values by key; keys that are left out keep their defaults.
+        command_line_keys: dotted keys whose value the user typed. All other values are treated as a
+            stranger's: see `check_timm_options`.
+
+    Raises:
+        ConfigError: an unknown or missing key, a value of another type, or an option that a file must not
+            set. Its key is the full dotted key, as `model.stages[0].heads`.
+    """
+    check_plain(tree)
+    try:
+        # JSON holds nothing but plain values, and lists stand for tuples in it.
+        adapter = _adapter(typing.cast(Hashable, config_class))
+        config: Config = adapter.validate_json(json.dumps([tree]))[0]
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ValidationError):
+            problems = [_config_error(config_class, tree, problem) for problem in error.errors()]
+            # A misspelt key explains why another one is missing.
+            raise min(problems, key=lambda problem: "unknown key" not in problem.reason) from None
+        raise ConfigError(*_first_other_value(tree)) from None
+    for key, options in _timm_options(config):
+        if key not in set(command_line_keys):
+            check_timm_options(key, options)
+    return config
+
+
+def check_timm_options(key: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an option that only the command line may pass to `timm.create_model`."""
+    known = TIMM_NUMBER_OPTIONS | TIMM_TEXT_OPTIONS
+    for name, value in options.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            reason = "not an option of an architecture; a file may set no other, the command line may"
+            raise ConfigError(f"{key}.{name}", f"{reason}{hint}")
+        is_text = name in TIMM_TEXT_OPTIONS and isinstance(value, str) and re.fullmatch(r"\w{0,40}", value)
+        if not is_text and any(isinstance(inner, str) for inner in _scalars(value)):
+            expected = "a name" if name in TIMM_TEXT_OPTIONS else "a number, a flag or a list of them"
+            raise ConfigError(f"{key}.{name}", f"expected {expected}, got {shown(value)}")
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    for inner in value if isinstance(value, list) else [value]:
+        yield from _scalars(inner) if isinstance(inner, list) else (inner,)
+
+
+def check_plain(tree: Any) -> None:
+    """Refuse a tree that is too large to visit or to print.
+
+    A value that is repeated by reference can stand for more values than a computer could visit; numbers of
+    thousands of digits cannot be printed.
+
+    Raises:
+        ConfigError: what is wrong, without a key.
+    """
+    waiting, seen = [(tree, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if seen > MAX_VALUES:
+            raise ConfigError("", f"holds more than {MAX_VALUES:,} values, or values inside of themselves")
+        if depth > MAX_DEPTH:
+            raise ConfigError("", f"values are nested more than {MAX_DEPTH} levels deep")
+        if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+            raise ConfigError("", f"holds a number of more than {MAX_DIGITS} digits")
+        if isinstance(value, Mapping):
+            waiting += [(key, depth + 1) for key in value]
+            waiting += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += [(inner, depth + 1) for inner in value]
+
+
+def field_types(config_class: Any) -> dict[str, Any]:
+    """Return the type of each field of a dataclass, by name."""
+    hints = typing.get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+
+
+def union_members(hint: Any) -> tuple[Any, ...]:
+    """Return the types that a union joins, nested ones included; any other type is its only member."""
+    if typing.get_origin(hint) is typing.Union or isinstance(hint, types.UnionType):
+        return tuple(inner for member in typing.get_args(hint) for inner in union_members(member))
+    return (hint,)
+
+
+def type_name(hint: Any) -> str:
+    """Return a type in words, as a user writes its values: `an integer or null`, `one of avg, cls`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    members = union_members(hint)
+    if len(members) > 1:
+        return " or ".join(type_name(member) for member in members)
+    if hint is type(None):
+        return "null"
+    if origin is Literal:
+        return "one of " + ", ".join(str(argument) for argument in arguments)
+    if origin is tuple:
+        count = "integers, as [1, 2]" if arguments[-1] is ... else f"{len(arguments)} numbers"
+        return f"a list of {count}"
+    if origin is list:
+        return f"a list of {'stages' if dataclasses.is_dataclass(arguments[0]) else type_name(arguments[0])}"
+    if origin is dict:
+        return "a mapping of names to plain values"
+    if dataclasses.is_dataclass(hint):
+        return "a mapping of keys to values"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def suggestion(key: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return the end of a message about an unknown key: the nearest known one, or all if they are few."""
+    known = list(known)
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
+        return f"; did you mean {prefix}{close[0]}?"
+    return f"; known are {', '.join(sorted(known))}" if len(known) <= 40 else "; --help lists all"
+
+
+def shown(value: Any, max_length: int = 60) -> str:
+    """Return the repr of a value, shortened."""
+    text = repr(value)
+    return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
+
+
+@functools.cache
+def _adapter(config_class: Any) -> TypeAdapter[Any]:
+    # A tuple around the dataclass: pydantic takes a configuration for that, not for a plain dataclass.
+    wrapped: Any = tuple[config_class]
+    return TypeAdapter(wrapped, config=ConfigDict(extra="forbid", strict=True))
+
+
+def _config_error(config_class: type[Any], tree: Any, problem: Mapping[str, Any]) -> ConfigError:
+    """Translate an error of pydantic, whose `loc` is the path of a value, also within unions and lists."""
+    if problem["type"] == "json_invalid":
+        return ConfigError("", "holds text that is not valid Unicode")
+    key, hint, value = "", config_class, tree
+    for part in problem["loc"][1:]:
+        if isinstance(part, str) and dataclasses.is_dataclass(hint):
+            prefix = f"{key}." if key else ""
+            fields, key = field_types(hint), f"{prefix}{part}"
+            if part not in fields:
+                return ConfigError(key, f"unknown key{suggestion(part, fields, prefix)}")
+            if part not in value:
+                return ConfigError(key, f"is missing; expected {type_name(fields[part])}")
+            hint, value = fields[part], value[part]
+        elif isinstance(part, int) and (element := _element_dataclass(hint)) is not None:
+            key, hint, value = f"{key}[{part}]", element, value[part]
+        else:  # within an option: that as a whole is named
+            break
+    return ConfigError(key, f"expected {type_name(hint)}, got {shown(value)}")
+
+
+def _element_dataclass(hint: Any) -> Any:
+    """Return the dataclass X of list[X] or list[X] | None, else None."""
+    for member in union_members(hint):
+        if typing.get_origin(member) is list and dataclasses.is_dataclass(typing.get_args(member)[0]):
+            return typing.get_args(member)[0]
+    return None
+
+
+def _first_other_value(tree: Any) -> tuple[str, str]:
+    """Return the key of the first value that JSON does not have, and what is wrong with it."""
+
+    def values(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+        yield key, value
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                yield f"{key}.{name}" if key else str(name), name
+                yield from values(inner, f"{key}.{name}" if key else str(name))
+        elif isinstance(value, list | tuple):
+            for index, inner in enumerate(value):
+                yield from values(inner, f"{key}[{index}]")
+
+    for key, value in values(tree, ""):
+        if type(value) not in (dict, list, tuple, str, int, float, bool, type(None)):
+            return key, f"expected text, a number or a list, got {shown(value)}"
+    return "", "holds values that no configuration has"
+
+
+def _timm_options(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every option `timm_options` that is set, with its dotted key."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "timm_options" and value is not None:
+            yield f"{prefix}{field.name}", value
+        elif dataclasses.is_dataclass(value):
+            yield from _timm_options(value, f"{prefix}{field.name}.")
