@@ -14,7 +14,7 @@ PYTEST ?=
 .PHONY: demo test pytest lint format hooks setup clean help
 
 demo: $(INSTALLED)  ## train a small Vision Longformer on the bundled digits, print its accuracy
-	$(BIN)/python train.py --output runs/digits
+	$(BIN)/python train.py
 
 test: lint pytest  ## run the linters, then all tests
 

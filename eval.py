@@ -8,9 +8,10 @@
 
 Alone or as one of the processes that torchrun starts. A run's checkpoint brings its model and its data; any
 option on the line goes over them. With --sets, the folders or files named there take the place of the data;
-of a data set that holds a part of the model's classes, the other logits are left out. A published or a
-converted checkpoint brings its model and how images are brought to it, over which the words of the line go,
-but no file of --data. Every option of `EvalConfig` in vil/config.py can be given; --help lists them.
+of a data set that holds a part of the model's classes, the other logits are left out. How images are resized,
+cropped and normalised belongs to the weights: options of the line go over what the checkpoint says of it, a
+file of --data does not, which one line says. Every option of `EvalConfig` in vil/config.py can be given;
+--help lists them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from vil.schema import as_tree
 from vil.training import distributed
 from vil.training.distributed import LostRankError, Process, from_main
 from vil.training.precision import check_precision, set_deterministic
-from vil.weight_files import NO_MODEL, WeightsFile, transform_of
+from vil.weight_files import NO_MODEL, TRANSFORM, WeightsFile, transform_of
 
 _logger = logging.getLogger("vil.eval")  # a child of vil, whose records are shown
 
@@ -180,7 +181,8 @@ def prepare(
             if file.model is None and "model.name" not in command.origins:
                 raise ConfigError(file.path, f"{NO_MODEL}: --released_config")
         model = file.model
-        data, transform = (file.data, {}) if file.origin == "run" else ({}, file.data)
+        transform = {key: value for key, value in file.data.items() if key in TRANSFORM}
+        data = {key: value for key, value in file.data.items() if key not in TRANSFORM}
     lines = lines_of_sets(config.sets, line)
     commands = [
         over_stored(model, data, transform, set_line, path or config.released_config) for set_line in lines
@@ -200,12 +202,16 @@ def prepare(
     else:
         trained = validations[0].class_names if validations and config.model.num_classes is None else None
     rows = config.model.num_classes or getattr(network, "num_classes", None)
+    # The classes of an untrained model mean nothing yet.
+    by_position = config.match_classes == "position" or file is None
+    if config.match_classes == "position" and file is not None:
+        _logger.info("classes are matched by position: class k of the data is row k of the head")
     sets = [
         DataSet(
             describe(set_command.config.data),
             validation.loader,
             validation.num_classes,
-            find_rows(validation.class_names, trained, rows),
+            find_rows(validation.class_names, trained, rows, by_position),
         )
         for set_command, validation in zip(commands, validations)
     ]
@@ -284,15 +290,20 @@ def over_stored(
         line: the command line.
         path: the file of the stored values.
     """
-    origins = line.resolve().origins
+    command = line.resolve()
     stored: dict[str, Any] = {"data": {**data, **transform}, "model": {}}
     if model is not None:
-        stored["model"] = {"num_classes": model.num_classes} if "model.name" in origins else as_tree(model)
+        stored["model"] = (
+            {"num_classes": model.num_classes} if "model.name" in command.origins else as_tree(model)
+        )
+    given = as_tree(command.config.data)
     for key, value in transform.items():
-        source = origins.get(f"data.{key}", COMMAND_LINE)
-        if source != COMMAND_LINE:
+        source = command.origins.get(f"data.{key}", COMMAND_LINE)
+        if source == COMMAND_LINE:
+            continue
+        if (list(value) if isinstance(value, tuple) else value) != given[key]:
             _logger.info("data.%s: %s, of the checkpoint, not of %s", key, value, source)
-            line = line.with_values({f"data.{key}": value}, str(path))
+        line = line.with_values({f"data.{key}": value}, str(path))
     return line.resolve(base_values=stored, base_origin=str(path))
 
 

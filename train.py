@@ -30,7 +30,7 @@ import torch
 
 from data import Loaders, Mixing, build_loaders
 from vil import checkpoint_files, command_line, console
-from vil.command_line import CommandLine, Line
+from vil.command_line import COMMAND_LINE, CommandLine, Line
 from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig, in_section, of_option
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.report import evaluate_model, write_json
@@ -74,6 +74,9 @@ def configure(argv: Sequence[str]) -> CommandLine[TrainConfig]:
     command = line.resolve(files)
     folder = Path(command.config.output or default_output(command.config.data))
     stored = folder / run_folder.CONFIG
+    if {a.key for a in line.assignments} == {"output"} and not is_run(folder):
+        reason = f"{folder} holds no run to continue; to start one there, name what to train, as with --data"
+        raise ConfigError("output", reason, COMMAND_LINE)
     try:
         if stored.exists() and not line.assigns("", "model", "schedule", "data"):
             command = line.resolve(base_values=stored_config(stored), base_origin=str(stored))
@@ -88,6 +91,14 @@ def configure(argv: Sequence[str]) -> CommandLine[TrainConfig]:
     line.finish(command)
     command.config.output = str(folder)
     return command
+
+
+def is_run(folder: Path) -> bool:
+    """Return True if a folder holds a run, or cannot be read now, which is said where it is opened."""
+    try:
+        return run_folder.holds_run(folder)
+    except ConfigError:
+        return True
 
 
 def demo_files(command: CommandLine[TrainConfig]) -> dict[str, Path]:

@@ -36,12 +36,13 @@ class Validation:
 
 @dataclass
 class Loaders:
-    """What training needs: both loaders and the classes, in the order of their indices."""
+    """What training needs: both loaders, the number of training images, and the classes by their indices."""
 
     train: EpochLoader
     validation: ValidationLoader
     num_classes: int
     class_names: tuple[str, ...]
+    train_images: int
 
 
 def build_loaders(
@@ -115,6 +116,7 @@ def build_loaders(
         validation.loader,
         validation.num_classes,
         validation.class_names,
+        len(source),
     )
 
 

@@ -99,7 +99,9 @@ def test_a_backend_that_the_device_lacks(refused, monkeypatch):
     monkeypatch.setenv("VIL_ATTENTION_BACKEND", "fused")
     assert message in refused(train_program.main, "--device", "cpu")
     monkeypatch.setenv("VIL_ATTENTION_BACKEND", "fast")
-    assert "VIL_ATTENTION_BACKEND: backend must be one of auto, " in refused(train_program.main)
+    assert "VIL_ATTENTION_BACKEND: backend must be one of auto, " in refused(
+        train_program.main, "--seed", "1"
+    )
 
 
 def test_bfloat16_where_the_device_lacks_it(refused, monkeypatch):
@@ -152,6 +154,14 @@ def test_folders_that_hold_no_data_set(refused, tmp_path):
     for image in (tmp_path / "data" / "train" / "b").iterdir():
         image.unlink()
     assert "data.root: " in refused(train_program.main, *words, "--schedule.batch_size", "2")
+
+
+def test_a_mistyped_folder_starts_no_demo(refused, tmp_path):
+    line = refused(train_program.main)
+    assert line == (
+        f"error: command line: output: {tmp_path / 'output'} holds no run to continue; "
+        "to start one there, name what to train, as with --data\n"
+    )
 
 
 def test_output_that_cannot_be_written(refused, tmp_path, monkeypatch, capsys):

@@ -409,6 +409,9 @@ class EvalConfig:
     sets: list[str] | None = None
     """Several data sets, in the place of data's own: folders of class folders (ImageNet's val, -V2, -A, -R,
     -Sketch, -C or one of its corruptions), or YAML files for the section data."""
+    match_classes: Literal["names", "position"] = "names"
+    """Which row of the head a class of the data is: the one of its name, or, where the checkpoint knows none
+    of the names, position: class k is row k."""
     batch_size: int = 128
     """Images per forward pass and rank."""
     json: str | None = None

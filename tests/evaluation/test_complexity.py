@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vil.evaluation.complexity import measure_complexity, multiply_adds
+from vil.evaluation.report import evaluate_model, table
 
 
 class Attention(nn.Module):
@@ -41,12 +42,53 @@ def test_shared_parameters_count_once_and_buffers_do_not() -> None:
 
 @pytest.mark.parametrize(
     ("name", "params", "flops"),
-    [("deit_tiny_patch16_224", 5.717416e6, 1.2537e9), ("resnet18", 11.689512e6, 1.8141e9)],
+    [
+        ("deit_tiny_patch16_224", 5.717416e6, 1.2537e9),
+        ("resnet18", 11.689512e6, 1.8141e9),
+        ("cait_xxs24_224", 11.956264e6, 2.523e9),
+        ("pit_ti_224", 4.8479e6, 0.699e9),
+    ],
 )
 def test_known_models(name: str, params: float, flops: float) -> None:
     found = measure_complexity(timm.create_model(name), 224, 3)
-    assert found.params == params
-    assert found.flops == pytest.approx(flops, rel=1e-4)
+    assert found.params == pytest.approx(params, rel=1e-3)
+    assert found.flops == pytest.approx(flops, rel=3e-3)
+
+
+def test_a_module_that_hands_on_a_view_of_a_parameter() -> None:
+    """PyTorch's counter breaks on it while the parameter needs a gradient, as in CaiT and PiT."""
+
+    class Expanding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.layer = nn.Parameter(torch.zeros(1, 1, 3)), nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.token.expand(len(x), -1, -1))
+
+    model = Expanding()
+    assert multiply_adds(model, 4, 3) == 15
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_cost_that_cannot_be_counted_loses_no_accuracy(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) == 1:
+                raise RuntimeError("needs two images")
+            return self.layer(x.mean((2, 3)))
+
+    batch = (torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64))
+    options = {"image_size": 8, "in_chans": 3, "device": torch.device("cpu"), "precision": "float32"}
+    result = evaluate_model(Odd(), [batch], checkpoint=None, model_name="odd", **options)  # type: ignore[arg-type]
+    assert result["images"] == 4
+    assert (result["flops"], result["params"]) == (None, 8)
+    assert "warning: FLOPs cannot be measured: needs two images" in caplog.text
+    assert "odd" in table([result])
 
 
 def test_a_models_own_formula_is_asked() -> None:

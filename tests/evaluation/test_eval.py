@@ -101,11 +101,16 @@ def test_several_checkpoints_and_a_choice_of_weights(run: Path, tmp_path: Path) 
     assert len({expected(seed)["loss"] for seed in (1, 2, 3)}) == 3
 
 
-def test_the_line_goes_over_what_the_checkpoint_brings(run: Path, tmp_path: Path) -> None:
-    (same,) = results(["--checkpoint", str(run), "--data", str(ROOT / "configs/data/digits.yaml")], tmp_path)
-    (other,) = results(["--checkpoint", str(run), "--data.mean", "[0.9, 0.9, 0.9]"], tmp_path)
+def test_the_line_goes_over_what_the_checkpoint_brings(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = ["--data", str(ROOT / "configs/data/digits.yaml")]  # of another mean, which belongs to the weights
+    with caplog.at_level("INFO", logger="vil.eval"):
+        (same,) = results(["--checkpoint", str(run), *file], tmp_path)
+    assert f"of the checkpoint, not of {file[1]}" in caplog.text
+    (other,) = results(["--checkpoint", str(run), *file, "--data.mean", "[0.9, 0.9, 0.9]"], tmp_path)
     (larger,) = results(["--checkpoint", str(run), "--complexity", "--model.pool", "cls"], tmp_path)
-    assert len({same["loss"], other["loss"], expected(2)["loss"]}) == 3
+    assert same["loss"] == expected(2)["loss"] != other["loss"]
     assert larger["top1"] is None
     assert larger["weights"] == "ema"
 
@@ -177,7 +182,10 @@ def test_data_of_other_classes(run: Path, tmp_path: Path) -> None:
         Image.new("RGB", (40, 40)).save(tmp_path / "val" / name / "1.png")
     folder = ["--data.source", "folder", "--data.root", str(tmp_path)]
     message = refusal(["--checkpoint", str(run), *folder])
-    assert "data.source: the data has 2 classes, the checkpoint was trained on 10" in message
+    assert "data.source: none of its classes, as 'cat', is one that the checkpoint was trained on" in message
+    positions = [*folder, "--match_classes", "position", "--data.workers", "0", "--progress", "false"]
+    (found,) = results(["--checkpoint", str(run), *positions], tmp_path)
+    assert (found["images"], found["classes"]) == (2, 2)
     reordered = make_run(tmp_path / "reordered", class_names=list("1023456789"))
     message = refusal(["--checkpoint", str(reordered)])
     assert "another order: class 0 is '0' in the data, '1' in the checkpoint" in message

@@ -46,6 +46,24 @@ def test_logits_and_tokens(case):
         close(ours, expected[f"stage{number}.tokens"], 2e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "copy", "original"),
+    [
+        ("vil_ape_chunk", "layer1.1.attn.query_global.weight", "layer1.1.attn.query.weight"),
+        ("vil_ape_chunk", "layer1.1.attn.kv_global.bias", "layer1.1.attn.kv.bias"),
+        ("linformer_shared_kv", "layer1.1.attn.proj_v", "layer1.1.attn.proj_k"),
+    ],
+)
+def test_copies_of_a_shared_weight_that_differ_are_refused(tmp_path, name, copy, original):
+    folder = CASES[0].parent / name
+    content = torch.load(folder / "model_best.pth", weights_only=True)
+    assert torch.equal(content["net"][copy], content["net"][original])
+    content["net"][copy] = content["net"][copy] + 0.01
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match=f"other.pth: {copy} and {original} differ, but the configuration"):
+        load_released(folder / "config.yaml", tmp_path / "other.pth")
+
+
 def test_gradients(case):
     expected = load_file(case / "expected.safetensors")
     model = load(case)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import re
@@ -7,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim import list_optimizers
 from tiny_run import CLASSES, SIZE, STEPS, TinyModel, load_last, make_batch, make_config, make_loaders, run
 from torch import nn
 
 from vil import checkpoint_files
-from vil.config import ConfigError, DataConfig, ModelConfig
+from vil.config import ConfigError, DataConfig, ModelConfig, ScheduleConfig, TrainConfig
 from vil.evaluation.accuracy import evaluate
 from vil.randomness import seed_generators
 from vil.training import checkpoint, checkpoint_writer
 from vil.training.distributed import Process
 from vil.training.logging import TIMING_FIELDS, RunLog
+from vil.training.optimizer import build_optimizer
 from vil.training.trainer import TrainingError, fit
 
 
@@ -115,6 +118,58 @@ def test_a_continued_run_is_the_same_to_the_bit(tmp_path: Path, options: dict[st
     one, other = (load_last(folder) for folder in (whole, parts))
     for key in ("model", "ema", "optimizer", "scaler", "step"):
         assert same(one[key], other[key]), key
+
+
+@pytest.mark.parametrize("lookahead", [False, True], ids=["", "lookahead"])
+@pytest.mark.parametrize("name", list_optimizers())
+def test_every_optimizer_of_timm_resumes_exactly(tmp_path: Path, name: str, lookahead: bool):
+    """Some keep state in their parameter groups, which the schedule's options must not overwrite."""
+    name = f"lookahead_{name}" if lookahead else name
+    options = {"optimizer": name, "epochs": 2, "eval_every": 2, "lr": 1e-3, "weight_decay": 0.1}
+    try:
+        build_optimizer(TinyModel(), ScheduleConfig(optimizer=name))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    try:
+        run(make_config(tmp_path / "whole", **options))
+    except TrainingError as error:
+        pytest.skip(str(error))
+    # Lookahead's slow weights follow every sixth step, the last of which is then made after the interruption.
+    run(make_config(tmp_path / "parts", **options, max_steps=7))
+    run(make_config(tmp_path / "parts", **options), state=load_last(tmp_path / "parts"))
+    whole, parts = (load_last(tmp_path / folder) for folder in ("whole", "parts"))
+    for key in ("model", "optimizer"):
+        assert same(whole[key], parts[key]), key
+
+
+def test_a_training_set_of_another_size_is_refused(tmp_path: Path):
+    config = make_config(tmp_path, max_steps=STEPS + 2)
+    run(config)
+    state = load_last(tmp_path)
+    assert (state["train_images"], state["steps_per_epoch"]) == (80, STEPS)
+    for images, steps in ((160, 2 * STEPS), (40, STEPS // 2), (81, STEPS)):
+        loaders = dataclasses.replace(make_loaders(16, 1), train_images=images)
+        loaders.train.steps_per_epoch = steps
+        with pytest.raises(ConfigError) as refusal:
+            fit_loaders(loaders, make_config(tmp_path), state)
+        words = (
+            f"trained on 80 images, 5 steps per epoch; the data now has {images} images, {steps} steps per"
+        )
+        assert words in refusal.value.reason
+        assert refusal.value.key == "data.root"
+    del state["train_images"], state["steps_per_epoch"]  # a checkpoint of version 0.1.0
+    loaders = make_loaders(16, 1)
+    loaders.train.steps_per_epoch = 2 * STEPS
+    with pytest.raises(
+        ConfigError, match="trained on 7 steps in 1 epochs; the data now has 80 images, 10 steps"
+    ):
+        fit_loaders(loaders, make_config(tmp_path), state)
+    run(make_config(tmp_path), state=state)
+
+
+def fit_loaders(loaders: Any, config: TrainConfig, state: dict[str, Any]) -> None:
+    process = Process(0, 0, 1, torch.device("cpu"))
+    fit(TinyModel(), loaders, config, process, evaluate=evaluate, state=dict(state))
 
 
 def test_dropout_is_a_function_of_the_step(tmp_path: Path):

@@ -75,6 +75,7 @@ class TinyLoaders:
     validation: list[tuple[torch.Tensor, torch.Tensor]]
     num_classes: int = CLASSES
     class_names: tuple[str, ...] = ("red", "green", "blue", "none")
+    train_images: int = STEPS * 16
 
 
 def make_batch(number: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

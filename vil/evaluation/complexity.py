@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +48,27 @@ def multiply_adds(model: nn.Module, image_size: int, in_chans: int) -> int:
     image = torch.zeros(
         1, in_chans, image_size, image_size, device=some_tensor.device, dtype=some_tensor.dtype
     )
-    # The math backend takes attention apart into the products that the counter knows on every device.
+    # The math backend takes attention apart into the products that the counter knows on every device. The
+    # counter's hooks break on views of parameters that need gradients (CaiT, PiT), so none does here.
     with (
         torch.no_grad(),
         mode(model, training=False),
+        _frozen(model),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
         model(image)
     return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter need a gradient inside; afterwards each is as it was."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

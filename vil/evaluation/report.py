@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ from vil.training.distributed import from_main
 from vil.training.precision import check_precision
 
 Result = dict[str, Any]
+Measured = TypeVar("Measured")
+
+_logger = logging.getLogger(__name__)
 
 _COLUMNS: dict[str, tuple[str, float | None, str]] = {  # heading: key, divisor of a number, format
     "model": ("model", None, ""),
@@ -93,7 +97,8 @@ def evaluate_model(
         top1, top5, ece (per cent), loss (nats), images, unreadable, and real_top1 (per cent) with ReaL
         labels, all None without a loader; classes, how many logits were compared, None for all; params; flops
         (multiply-adds of one image); train_memory_mb and eval_memory_mb (10^6 bytes per image) and memory,
-        how they were found; images_per_second of inference (each None where a GPU cannot hold one image);
+        how they were found; images_per_second of inference (each None where it cannot be
+        measured, as where a GPU cannot hold one image);
         device, precision, train_precision, image_size, model, checkpoint, weights, data.
 
     Raises:
@@ -137,34 +142,50 @@ def _cost(
     precision: Precision,
     batch_size: int,
 ) -> Result:
-    complexity = measure_complexity(model, image_size, in_chans)
     train_precision = check_precision(None, device)
-    memory = measure_memory(
-        model,
-        image_size,
-        in_chans,
-        device=device,
-        train_precision=train_precision,
-        eval_precision=precision,
-        batch_size=batch_size,
+    complexity = _attempt("FLOPs", lambda: measure_complexity(model, image_size, in_chans))
+    memory = _attempt(
+        "memory",
+        lambda: measure_memory(
+            model,
+            image_size,
+            in_chans,
+            device=device,
+            train_precision=train_precision,
+            eval_precision=precision,
+            batch_size=batch_size,
+        ),
     )
-    speed = images_per_second(
-        model,
-        image_size,
-        in_chans,
-        device=device,
-        precision=precision,
-        batch_size=batch_size if device.type == "cuda" else min(batch_size, 16),
+    speed = _attempt(
+        "images per second",
+        lambda: images_per_second(
+            model,
+            image_size,
+            in_chans,
+            device=device,
+            precision=precision,
+            batch_size=batch_size if device.type == "cuda" else min(batch_size, 16),
+        ),
     )
     return {
-        "params": complexity.params,
-        "flops": complexity.flops,
-        "train_memory_mb": _megabytes(memory.train),
-        "eval_memory_mb": _megabytes(memory.eval),
-        "memory": memory.kind,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "flops": complexity and complexity.flops,
+        "train_memory_mb": memory and _megabytes(memory.train),
+        "eval_memory_mb": memory and _megabytes(memory.eval),
+        "memory": memory.kind if memory else "not measured",
         "train_precision": train_precision,
         "images_per_second": speed,
     }
+
+
+def _attempt(what: str, measure: Callable[[], Measured]) -> Measured | None:
+    """Return what `measure` finds; None with a warning if it fails, which must not lose the accuracy."""
+    try:
+        return measure()
+    except Exception as error:  # of whatever kind: any model of timm is measured
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        _logger.warning("warning: %s cannot be measured: %s", what, reason)
+        return None
 
 
 def _megabytes(size: float | None) -> float | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from vil.config import ConfigError
 from vil.models.multiscale_vit import MultiScaleViT
 
 
@@ -14,8 +16,12 @@ def convert_weights(model: MultiScaleViT, published: Mapping[str, Tensor]) -> di
     """Published names and shapes → those of `model`, but for what depends on image size and classes.
 
     A name without a counterpart stays as it is, for the caller to report.
+
+    Raises:
+        ConfigError: two copies of a weight that the model shares differ.
     """
     weights: dict[str, Tensor] = {}
+    _check_copies(model, published)
     for key, value in published.items():
         if key.endswith(("relative_position_index", "calls_since_last_redraw")):
             continue  # derived from the window, and a counter that a step number replaces
@@ -26,6 +32,29 @@ def convert_weights(model: MultiScaleViT, published: Mapping[str, Tensor]) -> di
         except (IndexError, RuntimeError):  # of a shape that no such weight has
             weights[key] = value
     return weights
+
+
+_COPIES = {"query_global": "query", "kv_global": "kv", "proj_global": "proj", "proj_v": "proj_k"}
+"""Layers that a published checkpoint holds once more under another name where their weights are shared."""
+
+
+def _check_copies(model: MultiScaleViT, published: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError if weights that the model shares differ: their configuration is of another model."""
+    for key, value in published.items():
+        match = re.fullmatch(r"(layer\d{1,4}\.\d{1,4}\.attn\.)(\w+)((?:\.\w+)?)", key)
+        if not match or match[2] not in _COPIES:
+            continue
+        original = f"{match[1]}{_COPIES[match[2]]}{match[3]}"
+        other = published.get(original)
+        if other is None or other.shape != value.shape or torch.equal(value, other):
+            continue  # what is missing or of another shape is found when it is loaded
+        try:
+            is_copy = not _renamed(model, key, value)
+        except (AttributeError, IndexError, RuntimeError):  # of a layer that the model does not have
+            continue
+        if is_copy:
+            reason = f"{key} and {original} differ, but the configuration shares them (SHARE_W, SHARE_KV)"
+            raise ConfigError("", reason)
 
 
 def _renamed(model: MultiScaleViT, key: str, value: Tensor) -> list[tuple[str, Tensor]]:

@@ -39,7 +39,10 @@ def load_file(
     before = file.model.image_size if file.model is not None and own_way else image_size
     if isinstance(model, MultiScaleViT):
         if file.origin == "published":
-            weights = convert_weights(model, weights)
+            try:
+                weights = convert_weights(model, weights)
+            except ConfigError as error:
+                raise ConfigError(file.path, error.reason) from None
         weights = resized(model, weights)
     weights = _with_head(model, weights, new_head)
     if before != image_size:

@@ -12,6 +12,7 @@ code in it can run:
     best              {"top1", "weights": "raw" | "ema", "epoch"} of the best evaluation, or None
     config            dataclasses.asdict of the resolved TrainConfig
     class_names       list of str
+    train_images, steps_per_epoch     the training set's size and the length of an epoch (from version 0.1.1)
     versions          {"python", "torch", "timm"}
 """
 
@@ -33,6 +34,7 @@ import torch
 from vil.checkpoint_files import check_digest, digest_of, known_digests, write_digest
 from vil.config import ConfigError, of_option
 from vil.durable_files import replacing
+from vil.schema import check_plain
 from vil.weight_files import read_pickle
 
 
@@ -48,6 +50,7 @@ def _is_mapping(value: Any, of: type | tuple[type, ...] = object) -> bool:
 
 def _is_config(value: Any) -> bool:
     try:
+        check_plain(value)  # also of a value that is repeated by reference, which no one could write out
         json.dumps(value)
     except (TypeError, ValueError, RecursionError):
         return False
@@ -88,6 +91,12 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What the value of each key must be, so that nobody who reads a checkpoint needs to ask."""
 
 KEYS = tuple(_FORMS)
+
+_LATER_FORMS = {
+    "train_images": (_is_count, "a whole number, 0 or more"),
+    "steps_per_epoch": (lambda x: _is_count(x) and x > 0, "a whole number, 1 or more"),
+}
+"""The same for keys that checkpoints of version 0.1.0 lack."""
 
 
 class _Hashing(io.RawIOBase):
@@ -175,8 +184,10 @@ def read(path: str | Path) -> dict[str, Any]:
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
     if missing:
         raise ConfigError(str(path), f"not a checkpoint of train.py: lacks {', '.join(missing)}")
-    for key, (fits, words) in _FORMS.items():
-        if not fits(state[key]):
+    if len(_LATER_FORMS.keys() & state.keys()) == 1:
+        raise ConfigError(str(path), "damaged: has one of train_images and steps_per_epoch")
+    for key, (fits, words) in {**_FORMS, **_LATER_FORMS}.items():
+        if key in state and not fits(state[key]):
             raise ConfigError(str(path), f"damaged: {key} is not {words}")
     return state
 

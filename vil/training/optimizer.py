@@ -19,6 +19,9 @@ from vil.config import ConfigError, ScheduleConfig
 _FUSED = ("adam", "adamw", "sgd", "momentum")
 """timm's names of PyTorch's optimisers that can skip a step on the device, which their fused forms do."""
 
+CONFIGURED = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum", "dampening")
+"""Keys of an optimiser's parameter groups that a schedule sets; the others are state of the optimiser."""
+
 
 def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.Optimizer:
     """The optimiser that `schedule` names, at its peak learning rate.

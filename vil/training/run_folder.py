@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,36 @@ def check_class_names(folder: Path, config: TrainConfig, before: Sequence[str], 
         number = next(i for i, (name, other) in enumerate(zip(now, before)) if name != other)
         reason = f"{before[number]!r} as class {number}, the data has {now[number]!r}"
     raise ConfigError(key, f"other classes than the run in {folder}, which has {reason}")
+
+
+def check_train_images(
+    folder: Path, config: TrainConfig, state: Mapping[str, Any], images: int, steps_per_epoch: int
+) -> None:
+    """Compare the training set of the run in `folder` with the one that it would continue on.
+
+    A step means another epoch and another learning rate once an epoch has another length.
+
+    Args:
+        folder: the run's.
+        config: what the run is asked to continue with.
+        state: its checkpoint; one of version 0.1.0 tells the epoch of its step alone.
+        images: number of training images.
+        steps_per_epoch: optimiser steps of an epoch.
+
+    Raises:
+        ConfigError: the number of images or of steps per epoch differs.
+    """
+    if "train_images" in state:
+        before, now = (state["train_images"], state["steps_per_epoch"]), (images, steps_per_epoch)
+        trained_on = f"{before[0]:,} images, {before[1]:,} steps per epoch"
+    else:
+        before, now = state["epoch"], state["step"] // steps_per_epoch
+        trained_on = f"{state['step']:,} steps in {before} epochs"
+    if before != now:
+        key = "data.train_fraction" if config.data.train_fraction != 1 else "data.root"
+        found = f"the data now has {images:,} images, {steps_per_epoch:,} steps per epoch"
+        reason = f"{found}; restore the training set, or name another output"
+        raise ConfigError(key, f"the run in {folder} was trained on {trained_on}; {reason}")
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

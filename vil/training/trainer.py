@@ -42,9 +42,9 @@ from vil.training.guards import FiniteSteps, Look, StepWatch, Watchdog, spreadin
 from vil.training.input_wait import StepClock, input_bound_warning
 from vil.training.logging import RunLog
 from vil.training.loss import build_loss
-from vil.training.optimizer import build_optimizer, build_scheduler, clipped_parameters
+from vil.training.optimizer import CONFIGURED, build_optimizer, build_scheduler, clipped_parameters
 from vil.training.precision import autocast, check_precision, grad_scaler
-from vil.training.run_folder import begin, check_class_names
+from vil.training.run_folder import begin, check_class_names, check_train_images
 from vil.training.signals import InterruptedEvaluation, InterruptedRun, Signals
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -78,6 +78,10 @@ class Loaders(Protocol):
     @property
     def class_names(self) -> Sequence[str]:
         """Names of the classes, by number."""
+
+    @property
+    def train_images(self) -> int:
+        """Number of training images."""
 
 
 class TrainingError(RuntimeError):
@@ -480,6 +484,8 @@ class _Trainer:
             "best": self.best,
             "config": stored_tree(self.config),
             "class_names": list(self.loaders.class_names),
+            "train_images": self.loaders.train_images,
+            "steps_per_epoch": self.steps_per_epoch,
             "versions": checkpoint.versions(),
         }
 
@@ -495,9 +501,11 @@ class _Trainer:
             raise TrainingError(f"step {self.step}: {problem}; {self.last_checkpoint()}")
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up where `state` stands; options of the optimiser are those of the configuration."""
+        """Continue from `state`; options of the optimiser are those of the configuration."""
         check_class_names(self.folder, self.config, state["class_names"], self.loaders.class_names)
-        options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        check_train_images(self.folder, self.config, state, self.loaders.train_images, self.steps_per_epoch)
+        # What else is in a group is state of the optimiser, as the step count of Lookahead.
+        options = [{k: g[k] for k in CONFIGURED if k in g} for g in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -508,8 +516,8 @@ class _Trainer:
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError("output", f"the checkpoint in {self.folder} does not fit: {reason}") from error
-        for group, own in zip(self.optimizer.param_groups, options):
-            group.update(own)
+        for group, configured in zip(self.optimizer.param_groups, options):
+            group.update(configured)
         self.step_watch.restore(state["watched"])
         self.step, self.finished_step, self.best = state["step"], state["finished_step"], state["best"]
         state.clear()  # its weights are held here now, or by nobody
