@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from vil import checkpoint_files
 from vil.config import ConfigError, DataConfig, ModelConfig
-from vil.durable_files import write_durably
 from vil.plain_values import check_plain
+from vil.runtime import files
 
 TRANSFORM = ("crop_pct", "interpolation", "mean", "std")
 """The options of a data section that belong to a model: how its images are brought to it."""
@@ -217,7 +217,7 @@ def write_safetensors(path: str | Path, file: WeightsFile) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in file.weights.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, save(tensors, metadata))
+        files.write_output(path, save(tensors, metadata))
     except (OSError, SafetensorError) as error:
         raise ConfigError(str(path), f"cannot be written: {_first_line(error)}") from None
 

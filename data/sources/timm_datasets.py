@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from timm.data import create_dataset
 from data.decoding import Mode, Picture
 from data.sources.base import Source, Split, root_folder, split_name
 from vil.config import ConfigError, DataConfig
+from vil.runtime.files import open_for_appending
 
 # Two ways in which timm answers a misspelt split with other images instead of an error. These data sets of
 # torchvision take every name but train and training for the test set ...
@@ -139,6 +141,6 @@ def _one_at_a_time(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    with open(folder / ".download.lock", "w") as lock:
+    with os.fdopen(open_for_appending(folder / ".download.lock"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
