@@ -10,6 +10,7 @@ import yaml
 
 from vil.config import ConfigError
 from vil.plain_values import MOST_VALUES, check_plain
+from vil.runtime.files import open_regular
 
 MOST_BYTES = 1_000_000
 """Size of a file that may be a configuration; ours have some thousand bytes."""
@@ -23,7 +24,7 @@ def read_yaml(path: str | Path) -> Any:
             configuration does (`vil.plain_values`); names the file, and the line where it is known.
     """
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise ConfigError("", f"more than {MOST_BYTES:,} bytes, which no configuration has")
