@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tools import ablate, convert, draw_attention, export, predict, report, visualize
 from tools.ablating import pages, processes
 from tools.ablating.grid import read_grid
+from tools.ablating.results import collect
 from vil.config import ConfigError, ModelConfig, StageConfig
 from vil.models.zoo import model_from_config
 from vil.runtime.csv_text import csv_text
@@ -158,7 +159,7 @@ def test_links_in_the_folder_of_a_grid(tmp_path: Path):
     (tmp_path / "output").mkdir()
     outside.plant(tmp_path / "output" / "grid", is_folder=True, exists=True)
     with pytest.raises(ConfigError, match="symbolic link"):
-        pages.write_results(grid, [], "command")
+        pages.write_results(grid, collect(grid), "command")
     with pytest.raises(ConfigError, match="symbolic link"):
         processes._take(grid.runs()[0], 0, {}, None)
     assert outside.changes() == []
