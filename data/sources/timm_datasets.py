@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from timm.data import create_dataset
 
-from data.decoding import Mode, Picture
+from data.decoding import MAX_ENCODED_BYTES, Mode, Picture
 from data.sources.base import Source, Split, root_folder, split_name
 from vil.config import ConfigError, DataConfig
 from vil.runtime.files import open_for_appending
@@ -51,7 +52,10 @@ class TimmDataset(Source):
             return Picture(self._dataset[index][0], self._mode)
         file, _ = self._reader[index]
         with file:
-            return Picture(file.read(), self._mode)
+            content = file.read(MAX_ENCODED_BYTES + 1)
+        if len(content) > MAX_ENCODED_BYTES:
+            raise OSError(errno.EFBIG, f"is larger than {MAX_ENCODED_BYTES:,} bytes")
+        return Picture(content, self._mode)
 
     def describe(self, index: int) -> str:
         """The image's file where it has one."""
