@@ -5,6 +5,7 @@ import json
 import os
 import zipfile
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -212,3 +213,26 @@ def test_a_log_is_cut_without_its_strange_lines(tmp_path: Path):
 def test_pixels_are_unchanged_by_the_limits():
     content = encoded("JPEG", 64)
     assert np.array_equal(Picture(content, "RGB").pixels(), np.zeros((64, 64, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("image_size", "crop_pct", "key"), [(15000, 0.9, "model.image_size"), (224, 0.01, "data.crop_pct")]
+)
+def test_stored_sizes_of_images(tmp_path: Path, image_size: int, crop_pct: float, key: str):
+    """Of a file of weights, whose options decide how images are resized."""
+    from safetensors.torch import save_file
+
+    from tools.predict import predict
+    from vil.config import ModelConfig, StageConfig
+    from vil.models.zoo import model_from_config
+
+    stage = StageConfig(dim=8, heads=2, blocks=1, patch=16, attention="full")
+    small = ModelConfig(name="vil", stages=[stage], image_size=32, num_classes=3)
+    stored = {**asdict(small), "image_size": image_size}
+    metadata = {"model": json.dumps(stored), "data": json.dumps({"crop_pct": crop_pct})}
+    save_file(model_from_config(small).state_dict(), tmp_path / "x.safetensors", metadata)
+    (tmp_path / "x.png").write_bytes(encoded("PNG", 64))
+    words = [str(tmp_path / "x.safetensors"), str(tmp_path / "x.png"), "--device", "cpu", "--workers", "0"]
+    outcome, _ = measured(predict, words)
+    assert outcome.startswith("ConfigError: ")
+    assert key in outcome or "memory" in outcome  # the model itself may be refused before its images
