@@ -28,6 +28,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -53,6 +54,7 @@ from vil.models.released import read_config, read_weights
 from vil.models.weights import load_file
 from vil.models.zoo import check_device, model_from_config
 from vil.randomness import seed_generators
+from vil.runtime.files import refuse_input_as_output
 from vil.schema import as_tree
 from vil.training import distributed
 from vil.training.distributed import LostRankError, Process, from_main
@@ -104,6 +106,8 @@ def evaluate(argv: Sequence[str]) -> None:
     try:
         with distributed.start(config.device) as process:
             if output := config.json:
+                inputs = [path for path in (*(config.checkpoint or ()), config.released_config) if path]
+                refuse_input_as_output(Path(output), inputs, "json")
                 from_main(lambda: report.check_writable(output))
             paths: Sequence[str | None] = config.checkpoint or [None]
             precision = check_precision(config.precision, process.device)

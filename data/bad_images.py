@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
+import os
 from pathlib import Path
 
 from vil.config import ConfigError
+from vil.runtime.files import MAX_TEXT_BYTES, open_for_appending
 
 FILE = "bad_images.txt"
 _logger = logging.getLogger("vil.data")  # a child of vil, whose records are shown
@@ -59,8 +62,11 @@ class BadImages:
         assert self._path is not None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a+", encoding="utf-8", errors="surrogateescape") as file:
+            descriptor = open_for_appending(self._path)
+            with open(descriptor, "a+", encoding="utf-8", errors="surrogateescape") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
+                if os.fstat(descriptor).st_size > MAX_TEXT_BYTES:
+                    raise OSError(errno.EFBIG, f"is larger than {MAX_TEXT_BYTES:,} bytes")
                 file.seek(0)
                 listed = set(file.read().split("\n")) - {""}
                 if name not in listed:

@@ -30,6 +30,23 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000"
 """Formats that are read, whatever a file is named. Pillow knows more; for one of them, PostScript, it runs a
 program of its own, which nobody's images are to decide."""
 
+MAX_ENCODED_BYTES = 1 << 29
+"""Size of an encoded image: of 134 megapixels, RGB, not compressed."""
+
+MAX_DECODED_BYTES = 1_600_000_000
+"""Memory that decoding one image may take at its peak."""
+
+_BYTES_PER_PIXEL = {"WEBP": 22, "JPEG2000": 25, "AVIF": 26, "TIFF": 22}
+"""Peak memory per pixel from the file to RGB pixels, the decoder's own included, as measured with Pillow 12;
+for AVIF with 10 bits and alpha, and TIFF in one strip, added up."""
+_OTHER_BYTES_PER_PIXEL = 14
+
+_MAX_PIXELS_PER_BYTE = 1000
+"""Of formats in which a few bytes can stand for any number of pixels; photographs have less than 200."""
+_FREE_PIXELS = 24_000_000
+"""Images up to this size may be as small as they like."""
+_DENSE_FORMATS = ("WEBP", "JPEG2000", "AVIF")
+
 SCALES = (8, 4, 2, 1)
 """Divisors at which libjpeg-turbo decodes a JPEG directly, by smaller and fast transforms."""
 
@@ -119,10 +136,23 @@ class Picture:
             # Above 89 megapixels Pillow warns, above 179 it refuses: the first is no news to a training run.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             try:
-                return Image.open(io.BytesIO(self._content), formats=_known_formats())
+                image = Image.open(io.BytesIO(self._content), formats=_known_formats())
             except UnidentifiedImageError:
                 reason = f"no image of {', '.join(FORMATS)}" if self._content else "the file is empty"
                 raise OSError(reason) from None
+        limit = max_pixels(image.format or "", len(self._content))
+        if image.width * image.height > limit:
+            size = f"{image.width}×{image.height} pixels"
+            raise OSError(f"{size} are more than the {limit:,} that such a {image.format} file may have")
+        return image
+
+
+def max_pixels(image_format: str, encoded_bytes: int) -> int:
+    """Return how many pixels an image may have, so that decoding it takes at most `MAX_DECODED_BYTES`."""
+    limit = MAX_DECODED_BYTES // _BYTES_PER_PIXEL.get(image_format, _OTHER_BYTES_PER_PIXEL)
+    if image_format in _DENSE_FORMATS:
+        limit = min(limit, max(_FREE_PIXELS, _MAX_PIXELS_PER_BYTE * encoded_bytes))
+    return limit
 
 
 @functools.cache
@@ -151,9 +181,8 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError:
         return None
-    limit = Image.MAX_IMAGE_PIXELS
-    bomb = limit is not None and width * height > 2 * limit
-    return None if bomb or colorspace not in ("YCbCr", "Gray") else (width, height)
+    is_bomb = width * height > max_pixels("JPEG", len(content))
+    return None if is_bomb or colorspace not in ("YCbCr", "Gray") else (width, height)
 
 
 def _converted(image: Image.Image, mode: Mode) -> Image.Image:

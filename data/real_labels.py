@@ -6,7 +6,6 @@ list with the class numbers of ILSVRC2012_val_00000001.JPEG, of ..2.JPEG, and so
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from data.loaders import EvaluationImages, Unreadable
 from data.sources import Source
-from data.text_files import read_text
 from vil.config import ConfigError
+from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\b")
 
@@ -43,10 +42,11 @@ class RelabelledImages(EvaluationImages):
         super().__init__(images.source, images.transform, images.normalised)
         labels = read_real_labels(path)
         places = _class_places(images.source)
-        self._labels = torch.full((len(labels), max(map(len, labels), default=0)), -1)  # (numbers, K)
-        for row, numbers in enumerate(labels):
-            kept = [places[number] for number in numbers if places[number] >= 0]
-            self._labels[row, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
+        kept = [[places[number] for number in numbers if places[number] >= 0] for numbers in labels]
+        self._width = max(map(len, kept), default=0)  # K
+        # Flat: a table would have the width of its longest row everywhere.
+        self._labels = torch.tensor([target for row in kept for target in row], dtype=torch.int64)
+        self._ends = torch.tensor([len(row) for row in kept], dtype=torch.int64).cumsum(0)
         image_number(images.source, 0, len(labels))  # of many, the first is asked; each is when it is loaded
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Unreadable:  # type: ignore[override]
@@ -54,15 +54,22 @@ class RelabelledImages(EvaluationImages):
         if isinstance(sample, Unreadable):
             return sample
         image, target = sample
-        row = self._labels[image_number(self.source, index, len(self._labels)) - 1]
-        return image, torch.cat([torch.tensor([target]), row])
+        number = image_number(self.source, index, len(self._ends)) - 1
+        start = self._ends[number - 1] if number else 0
+        row = self._labels[start : self._ends[number]]
+        filler = torch.full((self._width - len(row),), -1)
+        return image, torch.cat([torch.tensor([target]), row, filler])
 
 
 def read_real_labels(path: str) -> list[list[int]]:
-    """The class numbers of every image. Raises ConfigError where the file is no list of such lists."""
+    """Return the class numbers of every image, each once.
+
+    Raises:
+        ConfigError: the file is no list of such lists, or larger than `MAX_JSON_BYTES`.
+    """
     try:
-        content = json.loads(read_text(Path(path).expanduser()))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(read_text(Path(path).expanduser(), MAX_JSON_BYTES))
+    except ValueError as error:
         raise ConfigError("data.real_labels", f"{path} is not JSON: {error}") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
         reason = getattr(error, "strerror", None) or error
@@ -72,7 +79,7 @@ def read_real_labels(path: str) -> list[list[int]]:
         if not isinstance(row, list) or not all(type(c) is int and 0 <= c < 1000 for c in row):
             reason = f"expected a list with a list of classes 0 to 999 for each image, not so for {number}"
             raise ConfigError("data.real_labels", f"{path}: {reason}")
-    return rows
+    return [list(dict.fromkeys(row)) for row in rows]
 
 
 def image_number(source: Source, index: int, most: int) -> int:

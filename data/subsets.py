@@ -12,9 +12,9 @@ import numpy as np
 
 from data.decoding import Picture
 from data.sources.base import Source
-from data.text_files import read_text
 from vil.config import ConfigError, DataConfig
 from vil.randomness import seed_sequence
+from vil.runtime.files import read_text
 
 SUBSET_SEED = 20210515  # a constant: figures of a tenth of ImageNet belong to one tenth
 

@@ -197,6 +197,7 @@ def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int
     Raises:
         ConfigError: a value of `augment` or `data` is out of range, or the policy is unknown.
     """
+    _check_side(image_size)
     _check_ranges(augment)
     _check_policy(augment.auto_augment)
     mean, std = channel_statistics(data, in_chans)
@@ -237,15 +238,27 @@ def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) ->
     """The transform of evaluation images: short side to image_size / crop_pct, centre crop, normalisation.
 
     Raises:
-        ConfigError: crop_pct, mean or std is out of range.
+        ConfigError: image_size, crop_pct, mean or std is out of range.
     """
+    _check_side(image_size)
     if not 0.01 <= data.crop_pct <= 1:  # below, an image would be enlarged a hundredfold and thrown away
         raise ConfigError("data.crop_pct", f"expected a fraction from 0.01 to 1, got {data.crop_pct}")
+    if image_size / data.crop_pct > MAX_SIDE:
+        reason = (
+            f"resizes to {image_size / data.crop_pct:,.0f} pixels, of which at most {MAX_SIDE} are possible"
+        )
+        raise ConfigError("data.crop_pct", reason)
     mean, std = channel_statistics(data, in_chans)
     timms = create_transform(
         image_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std
     )
     return Transform(_OfWhole(timms.transforms[:2]), mean, std)  # resize and centre crop
+
+
+def _check_side(image_size: int) -> None:
+    """Raise ConfigError for images whose pixels as float32 would take more than 0.8 GB each."""
+    if image_size > MAX_SIDE:
+        raise ConfigError("model.image_size", f"expected at most {MAX_SIDE} pixels, got {image_size}")
 
 
 def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -258,6 +271,9 @@ def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ..
         return (sum(data.mean) / 3,), (sum(data.std) / 3,)
     return data.mean, data.std
 
+
+MAX_SIDE = 8192
+"""Of an image as a model sees it, and of one that is resized before it is cropped; stored options decide."""
 
 LONGEST = 64
 """Longer than so many times its width an image is cut to its middle before it is resized: a picture of one

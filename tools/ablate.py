@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.ablating.grid import Run, read_grid
+from tools.ablating.grid import Run, grid_name, read_grid
 from tools.ablating.pages import check_page, command_of, insert, text_of, write_results
 from tools.ablating.processes import Stopped, execute, visible_gpus
 from tools.ablating.progress import Progress
@@ -35,7 +35,7 @@ def ablate(words: Sequence[str]) -> None:
     arguments, options = _parser().parse_known_args(words)
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ConfigError(COMMAND_LINE, f"--jobs must be at least 1, got {arguments.jobs}")
-    names = [Path(path).stem for path in arguments.grids]
+    names = [grid_name(path) for path in arguments.grids]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(COMMAND_LINE, f"two grids are called {name}; their runs would share a folder")

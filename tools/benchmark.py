@@ -30,7 +30,7 @@ from tools.benchmarking.check import check
 from tools.benchmarking.methods import BASELINE
 from tools.benchmarking.output import Figure, check_writable, write_csv, write_png
 from vil.attention.local import BACKENDS
-from vil.command_line import COMMAND_LINE, ToolParser, main
+from vil.command_line import COMMAND_LINE, ToolParser, main, write_output
 from vil.config import ConfigError, Precision
 from vil.training import distributed
 from vil.training.precision import check_precision
@@ -141,7 +141,7 @@ def _write(
     if arguments.png:
         write_png(arguments.png, figures, head.split("\n")[0].lstrip("- "))
     if arguments.markdown:
-        Path(arguments.markdown).write_text(text + "\n", encoding="utf-8")
+        write_output(Path(arguments.markdown), text + "\n", "--markdown")
     print(text)
 
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vil.command_line import ToolParser, main
 from vil.models.released import open_model
+from vil.runtime.files import refuse_input_as_output
 from vil.weight_files import write_safetensors
 
 
@@ -28,6 +29,8 @@ def convert(words: Sequence[str]) -> None:
     parser.add_argument("output", help="the safetensors file to write")
     arguments = vars(parser.parse_args(words))
     output = arguments.pop("output")
+    inputs = [path for path in (arguments["checkpoint"], arguments["released_config"]) if path]
+    refuse_input_as_output(Path(output), inputs, "output")
     _, file = open_model(**arguments)
     write_safetensors(output, file)
     size = Path(output).stat().st_size / 1e6

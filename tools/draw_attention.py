@@ -9,6 +9,7 @@ Nothing is drawn by hand. Which keys a query sees is read from the definition, `
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
@@ -32,6 +33,7 @@ from vil.attention.local.strips import Strip
 from vil.attention.local.strips import strips as strip_layout
 from vil.command_line import ToolParser, main
 from vil.config import ConfigError
+from vil.runtime.files import write_durably
 
 ROOT = Path(__file__).resolve().parents[1]
 Position = tuple[int, int]
@@ -78,8 +80,9 @@ def draw(words: Sequence[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, make in FIGURES.items():
-            path = folder / f"{name}.png"
-            make().savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+            path, content = folder / f"{name}.png", io.BytesIO()
+            make().savefig(content, dpi=110, format="png", facecolor="white", metadata={"Software": None})
+            write_durably(path, content.getvalue())
             print(path)
     except OSError as error:
         raise ConfigError("--folder", f"cannot write there: {error}") from None

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import warnings
@@ -32,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vil.command_line import ToolParser, main
 from vil.config import ConfigError
 from vil.models.released import open_model
+from vil.runtime.files import move_output, refuse_input_as_output
 from vil.weight_files import WeightsFile, write_safetensors
 
 TOLERANCE = 1e-4
 """Largest difference between a logit of the model and of its export."""
+HUB_FILES = ("config.json", "model.safetensors")
 BATCHES = (1, 8)
 """Numbers of images on which the two are compared."""
 
@@ -48,6 +49,11 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--format", choices=FORMATS, required=True)
     arguments = vars(parser.parse_args(words))
     output, form = Path(arguments.pop("output")), arguments.pop("format")
+    inputs = [path for path in (arguments["checkpoint"], arguments["released_config"]) if path]
+    refuse_input_as_output(output, inputs, "output")
+    if form == "hf":
+        for name in HUB_FILES:
+            refuse_input_as_output(output / name, inputs, "output")
     model, file = open_model(**arguments)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +61,11 @@ def export(words: Sequence[str]) -> None:
             temporary = Path(folder) / output.name
             FORMATS[form](model, file, temporary)
             if temporary.is_dir():
-                shutil.copytree(temporary, output, dirs_exist_ok=True)
+                output.mkdir(exist_ok=True)
+                for file_of_hub in temporary.iterdir():  # a link of such a name is replaced, not followed
+                    os.replace(file_of_hub, output / file_of_hub.name)
             else:
-                os.replace(temporary, output)
+                move_output(temporary, output)
     except OSError as error:
         raise ConfigError(str(output), f"cannot be written: {error.strerror or error}") from None
     print(f"{output}: {form}, {file.kind} weights")

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from data.decoding import Mode, Picture, decoding
+from data.decoding import MAX_ENCODED_BYTES, Mode, Picture, decoding
 from data.transforms import Transform, evaluation_transform
 from vil import command_line
 from vil.config import ConfigError, DataConfig, EvalConfig, ModelConfig
 from vil.models.released import open_model
+from vil.runtime.files import read_bytes
 from vil.weight_files import TRANSFORM
 
 
@@ -71,7 +72,7 @@ def data_section(stored: Mapping[str, Any]) -> DataConfig:
 def read_picture(path: str | Path, mode: Mode) -> Picture:
     """A file as the sources of the training read it. Raises UnreadableImageError where it cannot be read."""
     with decoding():
-        return Picture(Path(path).read_bytes(), mode)
+        return Picture(read_bytes(path, MAX_ENCODED_BYTES), mode)
 
 
 def check_channels(config: ModelConfig, path: str) -> None:

@@ -648,7 +648,9 @@ def run(words: Sequence[str]) -> None:
         content += [{"table": "claims", "text": claim.text, "holds": claim.holds} for claim in found]
         report.write_json(config.json, content)
     if config.markdown:
-        Path(config.markdown).write_text(page(sizes, rows, found, memory, machine), encoding="utf-8")
+        command_line.write_output(
+            Path(config.markdown), page(sizes, rows, found, memory, machine), "markdown"
+        )
     if not all(claim.holds for claim in found):
         raise SystemExit(1)
 

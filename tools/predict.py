@@ -14,8 +14,6 @@ status: 0 when every image was read, 1 when some were not, 2 for arguments or we
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
@@ -40,6 +38,8 @@ from tools.opening import check_channels, open_checkpoint, read_picture
 from vil.command_line import ToolParser, main, write_output
 from vil.config import ConfigError, Precision, printable
 from vil.models.zoo import check_device
+from vil.runtime.csv_text import csv_text
+from vil.runtime.files import refuse_input_as_output
 from vil.training import distributed
 from vil.training.precision import autocast, check_precision
 
@@ -101,6 +101,9 @@ def predict(words: Sequence[str]) -> None:
         precision = check_precision(arguments.precision, process.device)
         check_device(opened.model, process.device)
         images = Images(list(find_images(arguments.images)), opened.transform(), opened.mode)
+        if arguments.output is not None:
+            inputs = [arguments.checkpoint, arguments.released_config, *images.paths]
+            refuse_input_as_output(arguments.output, filter(None, inputs), "--output")
         loader = DataLoader(
             images, arguments.batch_size, num_workers=arguments.workers, collate_fn=_collate,
             pin_memory=process.device.type == "cuda",
@@ -269,18 +272,19 @@ def table(predictions: Sequence[Prediction]) -> str:
 
 
 def comma_separated(predictions: Sequence[Prediction]) -> str:
-    """CSV, one row per image and class: image, rank, class, label, name, probability, error."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["image", "rank", "class", "label", "name", "probability", "error"])
+    """Return CSV, one row per image and class: image, rank, class, label, name, probability, error.
+
+    Texts that a spreadsheet could take for a formula have an apostrophe in front.
+    """
+    rows: list[list[Any]] = [["image", "rank", "class", "label", "name", "probability", "error"]]
     for prediction in predictions:
         image = _encodable(prediction.image)
         if prediction.error is not None:
-            rows.writerow([image, "", "", "", "", "", _encodable(prediction.error)])
+            rows.append([image, "", "", "", "", "", _encodable(prediction.error)])
         for rank, (class_, share) in enumerate(prediction.classes, 1):
             label, name = _encodable(class_.label), _encodable(class_.name)
-            rows.writerow([image, rank, class_.index, label, name, f"{share:.6g}", ""])
-    return text.getvalue()
+            rows.append([image, rank, class_.index, label, name, f"{share:.6g}", ""])
+    return csv_text(rows)
 
 
 def as_json(predictions: Sequence[Prediction]) -> str:
@@ -302,12 +306,16 @@ FORMATS = {"table": table, "csv": comma_separated, "json": as_json}
 
 
 def write(text: str, path: Path | None) -> None:
-    """To a file, which holds the old content or the new, or to standard output, as long as someone reads it.
+    """Write to a file, which holds the old content or the new, or to standard output while someone reads it.
+
+    What could steer a terminal is escaped where standard output is one.
 
     Raises:
         ConfigError: the file cannot be written.
     """
     if path is None:
+        if sys.stdout.isatty():
+            text = "".join(f"{printable(line)}\n" for line in text.splitlines())
         try:
             sys.stdout.write(text)
             sys.stdout.flush()

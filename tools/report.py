@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vil.command_line import ToolParser, main, out_of_memory, write_output
 from vil.config import ConfigError
 from vil.evaluation.report import check_writable
+from vil.runtime.files import refuse_input_as_output
 from vil.training import distributed
 
 
@@ -42,6 +43,7 @@ def report(words: Sequence[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     arguments = parser.parse_args(words)
     output = Path(arguments.output)
+    refuse_input_as_output(output, arguments.runs, "--output")
     try:
         check_writable(output)
     except ConfigError as error:

@@ -31,6 +31,7 @@ from vil.config import ConfigError, EvalConfig, in_section
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import model_from_config
 from vil.pictures import denormalised
+from vil.runtime.files import refuse_input_as_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,6 +59,7 @@ def visualize(words: Sequence[str]) -> None:
     )
     arguments = vars(parser.parse_args(words))
     path, output = arguments.pop("image"), arguments.pop("output")
+    inputs = [word for word in (path, arguments.get("checkpoint"), arguments.get("released_config")) if word]
     queries, stages, blocks = (arguments.pop(key) for key in ("query", "stages", "blocks"))
     config = arguments.pop("model")
     opened = open_untrained(config) if untrained else open_checkpoint(**arguments)
@@ -82,6 +84,7 @@ def visualize(words: Sequence[str]) -> None:
     picture = denormalised(images[0], transform.mean.flatten().tolist(), transform.std.flatten().tolist())
     title = f"{opened.title}: {Path(path).name}"
     for name, figure in sheets(model, images, picture, title, queries, sorted(set(stages)), blocks == "all"):
+        refuse_input_as_output(output / f"{name}.png", inputs, "--output")
         write(figure, output / f"{name}.png")
         print(output / f"{name}.png", flush=True)
 

@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,7 @@ from data.sources.base import listed
 from data.sources.beton import description_file
 from vil.command_line import main, parse
 from vil.config import ConfigError, DataConfig
+from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text, write_durably
 
 Split = Literal["train", "val"]
 PAGE = 8 << 20
@@ -155,11 +157,11 @@ def write_split(config: WriteConfig, split: Split) -> None:
         return
     import_ffcv()
     begun = time.perf_counter()
-    partial = path.with_suffix(".partial")
-    notes = path.with_suffix(".unreadable")
     indices = np.arange(len(source))
     page = page_size(3 * (config.max_resolution or 0) ** 2)
-    try:
+    # A folder of a name that nobody can predict: FFCV opens its file by its name, and follows links.
+    with temporary_folder(path) as folder:
+        partial, notes = folder / path.name, folder / "unreadable.jsonl"
         while True:  # once more with larger pages, or without the images that turn out to be unreadable
             notes.unlink(missing_ok=True)
             samples = Samples(source, config, page, notes)
@@ -173,15 +175,27 @@ def write_split(config: WriteConfig, split: Split) -> None:
                 indices = np.setdiff1d(indices, list(unreadable))
         compare(partial, samples, indices, config)
         try:
-            description_file(path).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            write_durably(description_file(path), json.dumps(described, indent=1) + "\n")
             os.replace(partial, path)
         except OSError as error:
             raise ConfigError("output", f"cannot be written: {error.strerror or error}") from None
-    finally:
-        for left in (partial, notes):
-            left.unlink(missing_ok=True)
     size, seconds = path.stat().st_size / 1e6, time.perf_counter() - begun
     print(f"{path}: {len(indices)} images, {size:.1f} MB, {seconds:.0f} s")
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Give a folder beside `path` for what is not finished; it goes with all that is in it.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise ConfigError("output", f"cannot be written: {error.strerror or error}") from None
+    with folder:
+        yield Path(folder.name)
 
 
 def description(config: WriteConfig, split: Split, source: Source) -> dict[str, Any]:
@@ -200,7 +214,7 @@ def description(config: WriteConfig, split: Split, source: Source) -> dict[str, 
 def keep_or_refuse(path: Path, described: dict[str, Any]) -> None:
     """Keeps a file that says of itself that it is what is to be written."""
     with suppress(OSError, ValueError):
-        found = json.loads(description_file(path).read_text(encoding="utf-8"))
+        found = parse_json(read_text(description_file(path), MAX_JSON_BYTES))
         if {**found, "unreadable": []} == described:
             images = described["images"] - len(found["unreadable"])
             if len(Beton(path)) == images:

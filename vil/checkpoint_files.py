@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vil.config import ConfigError
-from vil.durable_files import write_durably
+from vil.runtime.files import open_regular, read_text, refuse_link, remove_leftovers, write_durably
 
 Content = TypeVar("Content")
 
@@ -32,7 +32,9 @@ FOLDER, BEST = Path("checkpoints"), Path("checkpoints/best.pt")
 """Where a run's checkpoints lie, relative to its folder."""
 
 _NAME = re.compile(r"step_(\d{8,})\.pt")
+_TARGETS = rf"(?:{_NAME.pattern}|best\.pt)(?:\.sha256)?"  # what a save writes
 _CHUNK = 1 << 22
+_MAX_DIGEST_BYTES = 1 << 16
 
 
 class UnreadableFileError(ConfigError):
@@ -104,7 +106,7 @@ def check_digest(path: Path, required: bool = False) -> None:
 def digest_of(path: Path) -> str:
     """SHA-256 of a file, 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -141,15 +143,21 @@ def keep_damaged(path: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Removes what a process left that was killed in a save: unfinished files, and digests of none.
+    """Remove what a process left that was killed in a save: unfinished files, and digests without a file.
 
     Raises:
-        OSError: the disk says no.
+        OSError: the disk says no, or the folder of the checkpoints is a link.
     """
     checkpoints = folder / FOLDER
-    for leftover in (*checkpoints.glob("*.tmp"), *checkpoints.glob("*.pt.sha256")):
-        if leftover.suffix == ".tmp" or not leftover.with_suffix("").exists():
-            leftover.unlink()
+    refuse_link(checkpoints)
+    remove_leftovers(checkpoints, _TARGETS)
+    for name in os.listdir(checkpoints):
+        path = checkpoints / name
+        # Versions up to 0.1.0 named temporary files without a random part.
+        is_old_leftover = name.endswith(".tmp") and re.fullmatch(_TARGETS, name.removesuffix(".tmp"))
+        is_digest = name.endswith(".sha256") and re.fullmatch(_TARGETS, name)
+        if is_old_leftover or (is_digest and not path.with_suffix("").exists()):
+            path.unlink(missing_ok=True)
 
 
 def newest(folder: Path, read: Callable[[Path], Content]) -> tuple[Path, Content] | None:
@@ -189,5 +197,5 @@ def known_digests(path: Path) -> list[str]:
     Raises:
         OSError: there is none, or it cannot be read.
     """
-    text = digest_file(path).read_text(encoding="ascii", errors="replace")
+    text = read_text(digest_file(path), _MAX_DIGEST_BYTES, errors="replace")
     return re.findall(r"^([0-9a-f]{64})  \S", text, flags=re.MULTILINE)

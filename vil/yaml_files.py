@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from vil.config import ConfigError
+from vil.runtime.files import open_regular
 from vil.schema import MAX_VALUES, check_plain
 
 MAX_BYTES = 1_000_000
@@ -24,7 +25,7 @@ def read_yaml(path: str | Path) -> Any:
             configuration does (`vil.schema.check_plain`); names the file, and the line where it is known.
     """
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ConfigError("", f"more than {MAX_BYTES:,} bytes, which no configuration has")

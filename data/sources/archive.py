@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.decoding import Mode, Picture
+from data.decoding import MAX_ENCODED_BYTES, Mode, Picture
 from data.sources.base import Source
 from vil.config import ConfigError
 
 PLAIN, ZIP_STORED, ZIP_DEFLATED = range(3)
 _ZIP_HEADER = 30  # bytes of a local header before the name
 
-DEFLATE_LIMIT = 1 << 30
-"""No image takes more bytes than this, whatever an archive says."""
+FREE_INFLATED_BYTES, MAX_INFLATION = 1 << 26, 64
+"""A deflated image may have this size, or be so many times as large as in the archive: images that are
+compressed already do not shrink, and a blank one that is not, does."""
 
 
 class Member(NamedTuple):
@@ -40,6 +41,8 @@ class Member(NamedTuple):
     """How it is stored."""
     checksum: int = 0
     """CRC-32 (zip)."""
+    full_size: int = 0
+    """Once it is inflated (zip)."""
 
 
 class ArchivedImages(Source):
@@ -67,14 +70,21 @@ class ArchivedImages(Source):
         # Arrays, not lists: reading a list changes the reference counts of its elements, and so copies its
         # memory, page by page, into every forked worker.
         self._names = np.array([os.fsencode(member.name) for member in members], dtype=np.bytes_)
-        places = [(m.archive, m.offset, m.size, m.kind, m.checksum) for m in members]
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 5)
+        most = MAX_ENCODED_BYTES + 1
+        places = [
+            # A directory may claim up to 2^64 bytes, and an offset as large.
+            (m.archive, min(m.offset, 1 << 62), min(m.size, most), m.kind, m.checksum, min(m.full_size, most))
+            for m in members
+        ]
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 6)
         self._mode = mode
         self._files: dict[int, int] = {}
 
     def picture(self, index: int) -> Picture:
         """The image's bytes, out of its archive."""
-        archive, offset, size, kind, checksum = self._places[index].tolist()
+        archive, offset, size, kind, checksum, full_size = self._places[index].tolist()
+        if max(size, full_size) > MAX_ENCODED_BYTES:
+            raise OSError(f"is larger than {MAX_ENCODED_BYTES:,} bytes")
         if kind == PLAIN:
             return Picture(self._read(archive, offset, size), self._mode)
         # The local header repeats the name, with an extra field of its own length.
@@ -89,7 +99,10 @@ class ArchivedImages(Source):
         if len(content) < size:
             content = self._read(archive, offset + start, size)
         if kind == ZIP_DEFLATED:
-            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, DEFLATE_LIMIT)
+            if full_size > max(FREE_INFLATED_BYTES, MAX_INFLATION * size):
+                raise OSError(f"would be {full_size:,} bytes of {size:,} in the archive, which no image is")
+            # No more than the archive says; 0 would be no limit.
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, max(1, full_size))
         if zlib.crc32(content) != checksum:
             raise OSError("its checksum differs from the archive's")
         return Picture(content, self._mode)

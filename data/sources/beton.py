@@ -5,7 +5,6 @@ Here their images are read one by one, as they are evaluated; training reads the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from PIL import Image
@@ -14,6 +13,7 @@ from data.beton import Beton
 from data.decoding import Mode, Picture
 from data.sources.base import Source, Split, root_folder, split_name
 from vil.config import ConfigError, DataConfig
+from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text
 
 
 class BetonImages(Source):
@@ -59,7 +59,7 @@ def _class_names(beton: Beton) -> tuple[str, ...]:
     if not path.exists():
         return tuple(str(target) for target in range(highest + 1))
     try:
-        names = tuple(str(name) for name in json.loads(path.read_text(encoding="utf-8"))["class_names"])
+        names = tuple(str(name) for name in parse_json(read_text(path, MAX_JSON_BYTES))["class_names"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError("data.root", f"{path}: no list class_names can be read from it") from None
     if highest >= len(names) or beton.targets.min(initial=0) < 0:

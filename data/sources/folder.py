@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.decoding import Mode, Picture
+from data.decoding import MAX_ENCODED_BYTES, Mode, Picture
 from data.sources.base import Source, Split, listed, root_folder, split_name
 from vil.config import ConfigError, DataConfig
+from vil.runtime.files import read_bytes
 
 
 class Folder(Source):
@@ -48,8 +49,7 @@ class Folder(Source):
 
     def picture(self, index: int) -> Picture:
         """The image's file, read."""
-        with open(self.describe(index), "rb") as file:
-            return Picture(file.read(), self._mode)
+        return Picture(read_bytes(self.describe(index), MAX_ENCODED_BYTES), self._mode)
 
     def describe(self, index: int) -> str:
         """The image's path."""

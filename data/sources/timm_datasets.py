@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -12,9 +14,10 @@ from typing import Any
 import numpy as np
 from timm.data import create_dataset
 
-from data.decoding import Mode, Picture
+from data.decoding import MAX_ENCODED_BYTES, Mode, Picture
 from data.sources.base import Source, Split, root_folder, split_name
 from vil.config import ConfigError, DataConfig
+from vil.runtime.files import open_for_appending
 
 # Two ways in which timm answers a misspelt split with other images instead of an error. These data sets of
 # torchvision take every name but train and training for the test set ...
@@ -50,7 +53,10 @@ class TimmDataset(Source):
             return Picture(self._dataset[index][0], self._mode)
         file, _ = self._reader[index]
         with file:
-            return Picture(file.read(), self._mode)
+            content = file.read(MAX_ENCODED_BYTES + 1)
+        if len(content) > MAX_ENCODED_BYTES:
+            raise OSError(errno.EFBIG, f"is larger than {MAX_ENCODED_BYTES:,} bytes")
+        return Picture(content, self._mode)
 
     def describe(self, index: int) -> str:
         """The image's file where it has one."""
@@ -164,6 +170,6 @@ def _one_at_a_time(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    with open(folder / ".download.lock", "w") as lock:
+    with os.fdopen(open_for_appending(folder / ".download.lock"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -24,6 +24,7 @@ from data.sources.archive import (
 )
 from data.sources.base import Source, Split, root_folder, split_name
 from vil.config import ConfigError, DataConfig
+from vil.runtime.files import read_text
 
 _CLASS = re.compile("[0-9]{1,6}")
 _KINDS = {zipfile.ZIP_STORED: ZIP_STORED, zipfile.ZIP_DEFLATED: ZIP_DEFLATED}
@@ -46,7 +47,7 @@ def read_map(path: Path) -> list[Entry]:
         ConfigError: the file cannot be read, has no image, or a line that is none or leads out of the root.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # names may hold other line ends of Unicode
+        lines = read_text(path).split("\n")  # names may hold other line ends of Unicode
     except (OSError, ValueError) as error:
         raise ConfigError("data.root", f"{path}: {one_line(error)}") from None
     entries = []
@@ -92,7 +93,8 @@ def members(path: Path, index: int) -> dict[str, Member]:
                 if name is None or info.is_dir():
                     continue
                 kind = -1 if info.flag_bits & _ENCRYPTED else _KINDS.get(info.compress_type, -1)
-                found[name] = Member(index, info.header_offset, info.compress_size, name, kind, info.CRC)
+                place = Member(index, info.header_offset, info.compress_size, name, kind, info.CRC)
+                found[name] = place._replace(full_size=info.file_size)
     except Exception as error:  # of whatever kind: zipfile lets struct.error and others through
         raise ConfigError("data.root", f"{path}: cannot be read as a zip: {one_line(error)}") from None
     return found

@@ -267,8 +267,8 @@ def test_exit_statuses_of_processes(seeds, number):
     [
         ("--data", "crop_pct: 1.0e-320", "data.crop_pct: expected a fraction from 0.01 to 1"),
         ("--data", "workers: 1000000000", "data.workers: expected 0 to 1,024"),
-        ("--data", "list_file: /dev/zero", "data.list_file: /dev/zero: is a device"),
-        ("--data", "real_labels: /dev/zero", "data.real_labels: /dev/zero: is a device"),
+        ("--data", "list_file: /dev/zero", "data.list_file: /dev/zero: is not a regular file"),
+        ("--data", "real_labels: /dev/zero", "data.real_labels: /dev/zero: is not a regular file"),
         ("--data", "workers: null", "data.workers: expected an integer, got None"),
         ("--model", "name: null", "model.name: expected text, got None"),
         ("--model", "{name: vil, stages: [{dim: 1000000000, heads: 1}]}", "model.stages: numbers must be"),

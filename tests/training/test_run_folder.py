@@ -194,7 +194,7 @@ def test_the_best_checkpoint_is_one_to_go_on_from(tmp_path: Path, caplog: pytest
         run_folder.open_run(tmp_path, config)
 
 
-@pytest.mark.parametrize("what", ["os.listdir", "pathlib.Path.open"])
+@pytest.mark.parametrize("what", ["os.listdir", "vil.checkpoint_files.open_regular"])
 def test_what_cannot_be_read_now_is_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ):

@@ -128,7 +128,7 @@ def read_grid(
     content = read_yaml(path)
     with _of_file(path):
         _check_keys(content)
-        name = Path(path).stem
+        name = grid_name(path)
         base, line = _settings(content.get("base"), "base"), list(_line_settings(words))
         factors = _factors(content.get("factors"))
         chosen = _seeds(content.get("seeds") if seeds is None else list(seeds))
@@ -141,6 +141,18 @@ def read_grid(
         cells = tuple(_cell(levels, factors, base, line, folder, needs_images) for levels in combinations)
         _check_differ(cells)
     return Grid(name, question.strip(), cells, _references(cells, compare), chosen, folder)
+
+
+def grid_name(path: str) -> str:
+    """Return the name of a grid's folder: that of the file, without its ending.
+
+    Raises:
+        ConfigError: it is no name of a folder below another, as that of `...yaml` or `.hidden.yaml`.
+    """
+    name = Path(path).stem
+    if not re.fullmatch(r"\w[\w.+\-]*( [\w.+\-]+)*", name):
+        raise ConfigError(path, f"{name!r} cannot name a folder of results; rename the file")
+    return name
 
 
 @contextmanager

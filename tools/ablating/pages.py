@@ -12,6 +12,7 @@ from tools.ablating.grid import Grid
 from tools.ablating.results import Row, as_csv, as_json, figure, legend, table
 from vil.command_line import write_output
 from vil.config import ConfigError
+from vil.runtime.files import make_folders, read_text, write_durably
 
 
 def command_of(words: Sequence[str]) -> str:
@@ -37,10 +38,18 @@ def write_results(grid: Grid, rows: Sequence[Row], command: str) -> None:
         ConfigError: one cannot be written.
     """
     text = f"# {grid.name}\n\n{text_of(grid, rows, command)}\n\n![results](results.png)\n"
-    write_output(grid.folder / "results.md", text)
-    write_output(grid.folder / "results.csv", as_csv(rows))
-    write_output(grid.folder / "results.json", as_json(grid, rows, command))
-    write_output(grid.folder / "results.png", _png(grid, rows))
+    results: dict[str, str | bytes] = {
+        "results.md": text,
+        "results.csv": as_csv(rows),
+        "results.json": as_json(grid, rows, command),
+        "results.png": _png(grid, rows),
+    }
+    try:
+        make_folders(grid.folder.parent, grid.folder.name)
+        for name, content in results.items():
+            write_durably(grid.folder / name, content)
+    except OSError as error:
+        raise ConfigError(str(grid.folder), f"cannot be written: {error.strerror or error}") from None
 
 
 def insert(page: Path, grid: Grid, rows: Sequence[Row], command: str) -> None:
@@ -73,7 +82,7 @@ def _place(page: Path, name: str) -> tuple[int, int]:
 
 def _read(page: Path) -> str:
     try:
-        return page.read_text(encoding="utf-8")
+        return read_text(page)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is no text"
         raise ConfigError(f"--markdown {page}", f"cannot be read: {reason}") from None

@@ -22,6 +22,7 @@ from tools.ablating.grid import ROOT, Run
 from tools.ablating.progress import Progress
 from tools.ablating.runs import FAILURE, LOG, Outcome, outcome_of
 from vil.config import ConfigError
+from vil.runtime.files import make_folders, open_for_appending, read_text, write_durably
 
 PROGRAM = [sys.executable, str(ROOT / "train.py")]
 ERRORS, LOCK = "errors.txt", ".ablate.lock"
@@ -110,13 +111,14 @@ def _take(run: Run, slot: int, environment: dict[str, str], progress: Progress) 
     Where another process is at work on it, the place that it has on this machine; -1 for another machine.
     """
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        with (run.folder / LOCK).open("a") as lock:
+        cell = run.folder.parent  # --output/GRID/CELL/seed=N: --output alone may be a link
+        make_folders(cell.parent.parent, cell.parent.name, cell.name, run.folder.name)
+        with os.fdopen(open_for_appending(run.folder / LOCK), "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 progress.taken(run)
-                return _place((run.folder / LOCK).read_text(encoding="utf-8"))
+                return _place(read_text(run.folder / LOCK, 4096, errors="replace"))
             if outcome_of(run).found:  # by another call of this program, in the meantime
                 progress.ended(outcome_of(run))
                 return []
@@ -127,7 +129,12 @@ def _take(run: Run, slot: int, environment: dict[str, str], progress: Progress) 
             progress.started(run)
             return [Child(run, _start(run, environment, lock), slot)]
     except OSError as error:
-        raise ConfigError(str(run.folder), f"cannot be written: {error.strerror or error}") from None
+        reason = f"{_which(error)}cannot be written: {error.strerror or error}"
+        raise ConfigError(str(run.folder), reason) from None
+
+
+def _which(error: OSError) -> str:
+    return f"{Path(error.filename).name} " if isinstance(error.filename, str) else ""
 
 
 def _place(note: str) -> int:
@@ -138,7 +145,11 @@ def _place(note: str) -> int:
 
 def _start(run: Run, environment: dict[str, str], lock: IO[str]) -> subprocess.Popen[bytes]:
     """A process that holds the lock as long as it lives, whatever becomes of this one."""
-    with (run.folder / LOG).open("ab") as log, (run.folder / ERRORS).open("wb") as errors:
+    with (
+        os.fdopen(open_for_appending(run.folder / LOG), "ab") as log,
+        os.fdopen(open_for_appending(run.folder / ERRORS), "ab") as errors,
+    ):
+        errors.truncate(0)
         return subprocess.Popen(  # noqa: S603 - our own program, with options that were parsed
             [*PROGRAM, *run.words],
             stdin=subprocess.DEVNULL,
@@ -160,7 +171,7 @@ def _finish(child: Child) -> Outcome:
         if status == 0 and outcome_of(child.run).found:
             return outcome_of(child.run)
         reason = _reason(status, folder / ERRORS)
-        (folder / FAILURE).write_text(f"{reason}\n", encoding="utf-8")
+        write_durably(folder / FAILURE, f"{reason}\n")
         return outcome_of(child.run)
     except ConfigError as error:
         return Outcome(child.run, failure=str(error))
@@ -179,7 +190,7 @@ def _environment(jobs: int, slot: int, gpus: Sequence[str]) -> dict[str, str]:
 
 def _reason(status: int, errors: Path) -> str:
     """Why a process failed: its last line on standard error, or the signal that ended it."""
-    lines = [line.strip() for line in errors.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [line.strip() for line in read_text(errors, errors="replace").splitlines()]
     told = next((line for line in reversed(lines) if line.startswith("error: ")), "")
     told = told.removeprefix("error: ") or next(filter(None, reversed(lines)), "")
     if status < 0:

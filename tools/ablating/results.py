@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import statistics
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from tools.ablating.grid import Cell, Grid
 from tools.ablating.progress import title
 from tools.ablating.runs import Outcome, outcome_of
 from tools.paper_tables import show_table
+from vil.runtime.csv_text import csv_text
 
 
 @dataclass(frozen=True)
@@ -152,13 +151,9 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """The records; empty where there is no figure."""
-    file = io.StringIO()
+    """Return the records; empty where there is no figure."""
     lines = records(rows)
-    writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return file.getvalue()
+    return csv_text([list(lines[0]), *(line.values() for line in lines)])
 
 
 def as_json(grid: Grid, rows: Sequence[Row], command: str) -> str:

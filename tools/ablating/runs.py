@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.ablating.grid import Grid, Run
-from vil.config import ConfigError
+from vil.config import ConfigError, printable
+from vil.runtime.files import MAX_JSON_BYTES, open_regular, parse_json, read_lines, read_text
 from vil.training.logging import METRICS
 from vil.training.run_folder import CONFIG, SUMMARY, differences
 from vil.yaml_files import read_yaml
@@ -89,7 +89,8 @@ def _outcome(run: Run) -> Outcome:
     if (run.folder / SUMMARY).exists():
         return Outcome(run, found=_read(run.folder))
     try:
-        return Outcome(run, failure=(run.folder / FAILURE).read_text(encoding="utf-8").strip())
+        text = read_text(run.folder / FAILURE, MAX_JSON_BYTES, errors="replace")
+        return Outcome(run, failure=printable(text.strip()))
     except OSError:
         return Outcome(run)
 
@@ -106,9 +107,9 @@ def check_unchanged(grid: Grid) -> None:
 def epochs_done(run: Run) -> int:
     """Whole epochs that the run has behind it, by its log."""
     try:
-        with (run.folder / METRICS).open("rb") as file:
+        with open_regular(run.folder / METRICS) as file:
             file.seek(max(0, file.seek(0, 2) - 4096))
-            last = json.loads(file.read().splitlines()[-1])
+            last = parse_json(file.read(4096).splitlines()[-1].decode("utf-8", "replace"))
         return int(last["epoch"]) - (last["kind"] == "train")
     except (OSError, ValueError, LookupError, TypeError):
         return 0
@@ -135,7 +136,7 @@ def _changes(run: Run) -> list[tuple[str, Any, Any]]:
 def _read(folder: Path) -> Found:
     """What the files of a finished run say."""
     try:
-        (summary,) = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        (summary,) = parse_json(read_text(folder / SUMMARY, MAX_JSON_BYTES))
         records = _records(folder / METRICS)
         evaluations = [record for record in records if record["kind"] == "validation"]
         last = evaluations[-1]
@@ -154,7 +155,7 @@ def _read(folder: Path) -> Found:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [parse_json(line) for line in read_lines(path)]
 
 
 def _speed(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

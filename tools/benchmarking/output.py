@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import Any
 
 from tools.benchmarking.measure import Missing
 from tools.paper_tables import show_table
+from vil.command_line import write_output
 from vil.config import ConfigError
 from vil.evaluation import report
+from vil.runtime.csv_text import csv_text
 
 Cell = tuple[str, Callable[[Any], str]]
 """The key of a record, and how its value is written."""
@@ -76,11 +78,8 @@ def check_writable(**paths: str | None) -> None:
 
 
 def write_csv(path: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """One line per record; empty where there is no figure."""
-    with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
+    """Write one line per record; empty where there is no figure."""
+    write_output(Path(path), csv_text([list(records[0]), *(record.values() for record in records)]), "--csv")
 
 
 def write_png(path: str, figures: Sequence[Figure], title: str) -> None:
@@ -110,4 +109,6 @@ def write_png(path: str, figures: Sequence[Figure], title: str) -> None:
             axes.bar_label(bar, fmt="%.4g", padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.15)
-    canvas.savefig(path, dpi=120, format="png")
+    content = io.BytesIO()
+    canvas.savefig(content, dpi=120, format="png")
+    write_output(Path(path), content.getvalue(), "--png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
@@ -12,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from vil.config import ConfigError, TrainConfig
+from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_lines, read_text
 from vil.schema import stored_tree
 from vil.training.logging import METRICS
 from vil.training.run_folder import CONFIG, SILENT, SUMMARY
-from vil.yaml_files import read_yaml
+from vil.yaml_files import MAX_BYTES, read_yaml
 
 Record = dict[str, Any]
+MAX_WARNINGS = 20
 _logger = logging.getLogger("vil.report")  # a child of vil, whose records are shown
 
 
@@ -141,7 +142,7 @@ def open_run(path: Path, given: str, name: str) -> Run:
     config = read_yaml(path / CONFIG)
     if not isinstance(config, dict):
         raise ConfigError(f"{given}/{CONFIG}", "expected a mapping of keys to values")
-    text = (path / CONFIG).read_text(encoding="utf-8")
+    text = read_text(path / CONFIG, MAX_BYTES)
     records, warnings = _read_records(path / METRICS, f"{given}/{METRICS}")
     summary, problem = _read_summary(path / SUMMARY, f"{given}/{SUMMARY}")
     warnings += problem
@@ -162,26 +163,38 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _read_records(path: Path, shown: str) -> tuple[dict[str, list[Record]], list[str]]:
     """The records by kind, and a line about each that cannot be used. No file is no record yet."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        records, skipped = _records(path)
     except FileNotFoundError:
         return {}, []
     except OSError as error:
         return {}, [f"{shown}: cannot be read: {error.strerror or error}"]
+    warnings = [
+        f"{shown}: line {line} is skipped: not a record of train.py" for line in skipped[:MAX_WARNINGS]
+    ]
+    if len(skipped) > MAX_WARNINGS:
+        warnings.append(f"{shown}: {len(skipped) - MAX_WARNINGS} more lines are skipped")
     by_step: dict[str, dict[int, Record]] = {}
-    warnings = []
-    for place, line in enumerate(lines, start=1):
+    for record in records:
+        by_step.setdefault(record["kind"], {})[record["step"]] = record
+    return {kind: [found[step] for step in sorted(found)] for kind, found in by_step.items()}, warnings
+
+
+def _records(path: Path) -> tuple[list[Record], list[int]]:
+    """Return the records of a log, and the numbers of the lines that are none. Raises OSError."""
+    records, skipped = [], []
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.endswith("\n"):
             continue  # the last line of a run in progress, which is being written
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             kind, step = record["kind"], record["step"]
             if not isinstance(kind, str) or isinstance(step, bool) or not isinstance(step, int):
                 raise TypeError
-        except (ValueError, LookupError, TypeError, RecursionError):
-            warnings.append(f"{shown}: line {place} is skipped: not a record of train.py")
+        except (ValueError, LookupError, TypeError):
+            skipped.append(number)
             continue
-        by_step.setdefault(kind, {})[step] = record
-    return {kind: [found[step] for step in sorted(found)] for kind, found in by_step.items()}, warnings
+        records.append(record)
+    return records, skipped
 
 
 def _read_summary(path: Path, shown: str) -> tuple[Record, list[str]]:
@@ -189,10 +202,10 @@ def _read_summary(path: Path, shown: str) -> tuple[Record, list[str]]:
     if not path.exists():
         return {}, []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))[0]
+        found = parse_json(read_text(path, MAX_JSON_BYTES))[0]
         if not isinstance(found, dict):
             raise TypeError
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return {}, [f"{shown} is passed over: not a result of eval.py"]
     return found, []
 

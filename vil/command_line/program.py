@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from vil.config import COMMAND_LINE, ConfigError, printable
 from vil.console import finish, say
-from vil.durable_files import write_durably
+from vil.runtime import files
 
 
 class OneRankError(ConfigError):
@@ -84,7 +84,9 @@ def _has_process_group() -> bool:
 
 
 def write_output(path: Path, content: str | bytes, option: str = "") -> None:
-    """Writes a result, and the folders above it; `path` holds the old content or all of the new.
+    """Write a result, and the folders above it; `path` holds the old content or all of the new.
+
+    A device, a pipe and /dev/stdout are written to, and not replaced.
 
     Args:
         path: the file.
@@ -96,7 +98,7 @@ def write_output(path: Path, content: str | bytes, option: str = "") -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, content)
+        files.write_output(path, content)
     except OSError as error:
         reason = f"cannot be written: {error.strerror or error}"
         raise ConfigError(*((option, f"{path} {reason}") if option else (str(path), reason))) from None

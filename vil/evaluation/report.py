@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from vil.config import ConfigError, Precision
-from vil.durable_files import write_durably
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.benchmark import images_per_second, measure_memory
 from vil.evaluation.complexity import measure_complexity
+from vil.runtime import files
 from vil.training.distributed import from_main
 from vil.training.precision import check_precision
 
@@ -226,6 +226,8 @@ def check_writable(path: str | Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if files.is_stream(path):
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -247,6 +249,6 @@ def write_json(path: str | Path, results: Sequence[Result]) -> None:
         for result in results
     ]
     try:
-        write_durably(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")
+        files.write_output(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise ConfigError("json", f"{path} cannot be written: {error.strerror or error}") from None

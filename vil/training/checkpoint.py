@@ -23,17 +23,16 @@ import hashlib
 import io
 import json
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import timm
 import torch
 
-from vil.checkpoint_files import check_digest, digest_of, known_digests, write_digest
+from vil.checkpoint_files import check_digest, known_digests, write_digest
 from vil.config import ConfigError, of_option
-from vil.durable_files import replacing
+from vil.runtime.files import open_regular, replacing
 from vil.schema import check_plain
 from vil.weight_files import read_pickle
 
@@ -91,6 +90,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What the value of each key must be, so that nobody who reads a checkpoint needs to ask."""
 
 KEYS = tuple(_FORMS)
+_CHUNK = 1 << 22
 
 _LATER_FORMS = {
     "train_images": (_is_count, "a whole number, 0 or more"),
@@ -100,10 +100,14 @@ _LATER_FORMS = {
 
 
 class _Hashing(io.RawIOBase):
-    """A file that is written once, front to back, and the digest of what was written."""
+    """A file that is written once, front to back, and the digest of what was written.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+    Args:
+        file: stays open when this one is closed.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._digest = hashlib.sha256()
 
     def writable(self) -> bool:
@@ -118,10 +122,6 @@ class _Hashing(io.RawIOBase):
         """SHA-256 of what was written, 64 hexadecimal digits."""
         return self._digest.hexdigest()
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` to `path`, and its SHA-256 beside it.
@@ -133,8 +133,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """
     was_there = path.exists()
     with replacing(path) as temporary:
-        with _Hashing(temporary) as file:
-            _write(state, file)
+        file = _Hashing(temporary)
+        _write(state, file)
+        temporary.flush()
         write_digest(path, file.digest(), keep_old=was_there)
     if was_there:
         write_digest(path, file.digest())
@@ -147,9 +148,12 @@ def copy(source: Path, target: Path) -> None:
         OSError: the disk is full or the folder is gone; the old target is untouched.
     """
     was_there = target.exists()
-    with replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
-        digest = digest_of(temporary)
+    with open_regular(source) as content, replacing(target) as temporary:
+        file = _Hashing(temporary)
+        while chunk := content.read(_CHUNK):
+            file.write(chunk)
+        temporary.flush()
+        digest = file.digest()
         if digest not in known_digests(source):
             raise OSError(errno.EIO, "what was read is damaged")
         write_digest(target, digest, keep_old=was_there)

@@ -24,6 +24,7 @@ from vil.checkpoint_files import (
     step_files,
 )
 from vil.config import ConfigError
+from vil.runtime.files import refuse_link
 from vil.training import checkpoint
 
 RETRIES = (1.0, 4.0)
@@ -105,6 +106,7 @@ class CheckpointWriter:
         for seconds in (*RETRIES, None):
             try:
                 self._prepare()
+                refuse_link(self.folder / FOLDER)
                 (self.folder / FOLDER).mkdir(exist_ok=True)
                 for target in (path, best) if is_best else (path,):
                     if target.exists() and not self._is_whole(target):

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from vil.config import ConfigError
+from vil.runtime.files import open_for_appending, read_bytes
 
 try:
     import fcntl
@@ -55,7 +56,8 @@ class FolderLock:
                 time.sleep(0.1)
         except OSError as error:
             self.release(remove=True)
-            raise ConfigError("output", f"{folder} cannot be written: {error.strerror}") from None
+            reason = f"{error.filename or folder} cannot be written: {error.strerror}"
+            raise ConfigError("output", reason) from None
 
     def release(self, remove: bool) -> None:
         """Gives the folder up; with `remove` also takes away what `acquire` made, as far as it is empty."""
@@ -71,11 +73,11 @@ class FolderLock:
                     path.rmdir()
 
     def _try(self) -> bool:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_for_appending(self._path)  # what lies there is changed once it is held
         try:
             if fcntl is not None:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino != os.stat(self._path).st_ino:  # removed by who had it before
+            if os.fstat(descriptor).st_ino != os.lstat(self._path).st_ino:  # removed by who had it before
                 raise BlockingIOError
         except (BlockingIOError, PermissionError, FileNotFoundError):
             os.close(descriptor)
@@ -91,6 +93,6 @@ class FolderLock:
 
     def _holder(self) -> str:
         try:
-            return self._path.read_text(encoding="utf-8", errors="replace").strip() or "by another process"
+            return read_bytes(self._path, 4096).decode("utf-8", "replace").strip() or "by another process"
         except OSError:
             return "by another process"

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from vil.config import ConfigError, TrainConfig
 from vil.console import say
-from vil.durable_files import write_durably
 from vil.pictures import denormalised
+from vil.runtime.files import open_for_appending, parse_json, read_lines, refuse_link, write_durably
 from vil.schema import stored_tree
 
-METRICS = "metrics.jsonl"
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 TIMING_FIELDS = ("time", "step_time", "data_wait", "images_per_second", "seconds")
 """Fields that depend on the clock; all others are bit-identical between identical runs.
@@ -65,7 +65,7 @@ class RunLog:
         try:
             records = cut_metrics(self._path, step, finished_step)
             # Unbuffered: what a full disk takes of a line is known to the byte, and the rest waits.
-            self._file = self._path.open("ab", buffering=0)
+            self._file = os.fdopen(open_for_appending(self._path), "ab", buffering=0)
             self._synced = self._file.tell()
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -73,11 +73,13 @@ class RunLog:
                 _silence_the_events_thread()
                 # An evaluation after the last step may have been shown that the checkpoint knows nothing of.
                 purged = step + 1 if step == finished_step else step
-                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purged)
+                refuse_link(folder / TENSORBOARD)
+                self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purged)
                 for record in (record for record in records if record["step"] >= purged):
                     self._show(record)
         except OSError as error:
-            reason = f"the log cannot be written to {folder}: {error.strerror or error}"
+            where = error.filename or folder
+            reason = f"the log cannot be written to {where}: {error.strerror or error}"
             raise ConfigError("output", reason) from None
         if self._writer is not None:
             self._show_options()
@@ -256,10 +258,10 @@ def _silence_the_events_thread() -> None:
 def cut_metrics(path: Path, step: int, finished_step: int) -> list[dict[str, Any]]:
     """Removes what `path` holds about later steps than `step`, evaluations after that of `finished_step`, and
     a line that a crash left unfinished; returns what is left."""
-    if not path.exists():
+    try:
+        records = [(line, _record(line)) for line in read_lines(path)]
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    records = [(line, _record(line)) for line in lines]
     last = {"validation": finished_step}
     kept = [(line, r) for line, r in records if r is not None and 0 < r["step"] <= last.get(r["kind"], step)]
     write_durably(path, "".join(line for line, _ in kept))
@@ -269,7 +271,7 @@ def cut_metrics(path: Path, step: int, finished_step: int) -> list[dict[str, Any
 def _record(line: str) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None for one that a crash left unfinished."""
     try:
-        record = json.loads(line) if line.endswith("\n") else None
+        record = parse_json(line) if line.endswith("\n") else None
     except ValueError:
         return None
     is_whole = isinstance(record, dict) and type(record.get("step")) is int and "kind" in record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,16 +16,24 @@ import yaml
 
 from vil import checkpoint_files
 from vil.config import ConfigError, TrainConfig, of_option
-from vil.durable_files import write_durably
+from vil.runtime.files import (
+    MAX_JSON_BYTES,
+    parse_json,
+    read_text,
+    refuse_link,
+    remove_leftovers,
+    write_durably,
+)
 from vil.schema import stored_tree, without_timm_start_options
 from vil.training import checkpoint
 from vil.training.distributed import from_main
 from vil.training.folder_lock import FolderLock
-from vil.training.logging import leaves
+from vil.training.logging import METRICS, TENSORBOARD, leaves
 
 _logger = logging.getLogger(__name__)
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
+_FOLDERS = (str(checkpoint_files.FOLDER), TENSORBOARD)
 
 _FIXED = ("model", "data.source", "schedule.batch_size", "schedule.optimizer", "seed")
 """Sections and keys without which a continued run would be another run."""
@@ -71,8 +80,9 @@ def open_run(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
+        _refuse_links(folder)
     except OSError as error:
-        raise ConfigError("output", f"{folder} cannot be written: {error.strerror}") from None
+        raise _not_writable(folder, error) from None
     with of_option("output"):
         found = checkpoint_files.newest(folder, checkpoint.read)
     if found is None:
@@ -86,6 +96,17 @@ def open_run(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
                 key, f"the run in {folder} has {before}, not {now}; name another output or keep its value"
             )
     return state
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise OSError where a folder that a run writes to is a link: it may lead out of the run's folder."""
+    for name in _FOLDERS:
+        refuse_link(folder / name)
+
+
+def _not_writable(folder: Path, error: OSError) -> ConfigError:
+    where = error.filename if isinstance(error.filename, str) else folder
+    return ConfigError("output", f"{where} cannot be written: {error.strerror}")
 
 
 def _restore_best(folder: Path, state: dict[str, Any]) -> None:
@@ -194,12 +215,14 @@ def begin(folder: Path, config: TrainConfig) -> None:
         ConfigError: the folder cannot be written.
     """
     try:
+        _refuse_links(folder)
         (folder / checkpoint_files.FOLDER).mkdir(exist_ok=True)
         checkpoint_files.tidy(folder)
+        remove_leftovers(folder, "|".join(map(re.escape, (CONFIG, SUMMARY, METRICS))))
         (folder / SUMMARY).unlink(missing_ok=True)
         write_config(folder, config)
     except OSError as error:
-        raise ConfigError("output", f"{folder} cannot be written: {error.strerror}") from None
+        raise _not_writable(folder, error) from None
 
 
 def finished_top1(folder: Path, state: dict[str, Any], config: TrainConfig) -> float | None:
@@ -209,6 +232,6 @@ def finished_top1(folder: Path, state: dict[str, Any], config: TrainConfig) -> f
     if not trained:
         return None
     try:
-        return float(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))[0]["top1"])
+        return float(parse_json(read_text(folder / SUMMARY, MAX_JSON_BYTES))[0]["top1"])
     except (OSError, ValueError, LookupError, TypeError):
         return None

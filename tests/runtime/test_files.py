@@ -1,0 +1,190 @@
+import errno
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vil.config import ConfigError
+from vil.runtime import files
+from vil.runtime.files import open_regular, replacing, write_durably, write_output
+
+
+@pytest.mark.parametrize("content", ["naïve\n", b"\x00\xff"])
+def test_what_is_written_is_there_and_nothing_else(tmp_path: Path, content: str | bytes):
+    path = tmp_path / "file"
+    for written in ("old", content):
+        write_durably(path, written)
+    assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path):
+    """--json /dev/null, by root, must leave the device where it is."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_output(pipe, "text")
+    assert os.read(reader, 99) == b"text"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+    with pytest.raises(IsADirectoryError):
+        write_output(tmp_path, "text")
+
+
+@pytest.mark.parametrize("failing", ["os.fsync", "os.replace", "os.fdopen"])
+def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str):
+    path = tmp_path / "file"
+    write_durably(path, "old")
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_durably(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_file_has_its_name_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Content first, then the name, then the folder that holds the name."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))
+    )
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("renamed"), replace(*paths)))
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write(b"new")
+        assert not (tmp_path / "file").exists()
+    assert done[1:] == ["renamed", str(tmp_path)]
+    assert re.fullmatch(rf"{tmp_path}/file\.[0-9a-f]{{16}}\.tmp", done[0])
+
+
+def test_permissions_are_those_of_any_file_and_stay(tmp_path: Path):
+    mask = os.umask(0o027)
+    try:
+        write_durably(tmp_path / "file", "new")
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+        (tmp_path / "file").chmod(0o604)
+        write_durably(tmp_path / "file", "newer")
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o604
+
+
+def test_names_may_be_as_long_as_the_system_allows(tmp_path: Path):
+    for name in ("x" * 255, "é" * 127):
+        write_durably(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+
+
+def test_a_name_that_this_project_chose_is_replaced_whatever_it_is(tmp_path: Path):
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "outside")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        write_durably(tmp_path / name, "new")
+        assert (tmp_path / name).read_text() == "new"
+        assert not (tmp_path / name).is_symlink()
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+@pytest.mark.parametrize("target", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_standard_output_is_written_to_also_where_it_is_a_file(tmp_path: Path, target: str):
+    code = f"from vil.runtime.files import *; print('first'); write_output(Path({target!r}), 'text\\n')"
+    with (tmp_path / "out").open("wb") as out:
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True, timeout=60)
+    assert (tmp_path / "out").read_text() == "first\ntext\n"
+    assert Path("/dev/stdout").is_symlink()
+
+
+def test_a_moved_result_does_not_replace_a_device(tmp_path: Path):
+    (tmp_path / "result").write_text("text")
+    reader, writer = os.pipe()
+    files.move_output(tmp_path / "result", Path(f"/dev/fd/{writer}"))
+    assert os.read(reader, 99) == b"text"
+    files.move_output(tmp_path / "result", tmp_path / "moved")
+    assert (tmp_path / "moved").read_text() == "text"
+
+
+def special_files(folder: Path) -> list[Path]:
+    os.mkfifo(folder / "fifo")
+    (folder / "folder").mkdir()
+    (folder / "to_zero").symlink_to("/dev/zero")
+    return [folder / "fifo", folder / "folder", folder / "to_zero", Path("/dev/zero")]
+
+
+def test_only_regular_files_are_opened(tmp_path: Path):
+    for path in special_files(tmp_path):
+        with pytest.raises(OSError, match=r"not a regular file|Is a directory") as caught:
+            open_regular(path)
+        assert caught.value.filename == str(path)
+        with pytest.raises(OSError, match=r"not a regular file|Is a directory|symbolic link"):
+            files.open_for_appending(path)
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "link").symlink_to("file")
+    assert open_regular(tmp_path / "link").read() == b"text"
+    with pytest.raises(OSError, match="symbolic link") as caught:
+        open_regular(tmp_path / "link", follow_links=False)
+    assert caught.value.errno == errno.ELOOP
+
+
+def test_limits_of_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "file"
+    path.write_text("12345")
+    assert files.read_bytes(path, 5) == b"12345"
+    with pytest.raises(OSError, match="is larger than 4 bytes"):
+        files.read_bytes(path, 4)
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # sparse: takes no room on the disk
+    for read in (files.read_text, lambda path: list(files.read_lines(path))):
+        with pytest.raises(OSError, match="is larger than"):
+            read(path)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 10)
+    path.write_text("1\n" + 11 * "x")
+    lines = files.read_lines(path)
+    assert next(lines) == "1\n"
+    with pytest.raises(OSError, match="a line of more than 10 bytes"):
+        next(lines)
+
+
+def test_leftovers_of_a_kill_go_and_nothing_else(tmp_path: Path):
+    kept = ["a.tmp", "a.0123456789abcdef.tmp", "config.yaml.0123.tmp", "config.yaml"]
+    for name in (*kept, "config.yaml.0123456789abcdef.tmp"):
+        (tmp_path / name).touch()
+    files.remove_leftovers(tmp_path, r"config\.yaml")
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+
+
+def test_folders_below_one_that_the_user_named_are_no_links(tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "output").symlink_to("elsewhere")
+    assert files.make_folders(tmp_path / "output", "a", "b").is_dir()
+    (tmp_path / "output" / "c").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="symbolic link"):
+        files.make_folders(tmp_path / "output", "c", "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_an_input_is_no_output(tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("in", "config.yaml", "checkpoints/best.pt", "predictions.csv"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to("in")
+    for name in ("in", "link", "config.yaml", "checkpoints/best.pt"):
+        with pytest.raises(ConfigError, match=r"--output: .* is an input of this command"):
+            files.refuse_input_as_output(tmp_path / name, [tmp_path / "in", tmp_path, "missing"], "--output")
+    for name in ("predictions.csv", "new", "checkpoints", "."):
+        files.refuse_input_as_output(tmp_path / name, [tmp_path / "in", tmp_path], "--output")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "1" * 400, "-" + "1" * 19 + "0"])
+def test_json_that_cannot_be_used(text: str):
+    with pytest.raises(ValueError):
+        files.parse_json(text)

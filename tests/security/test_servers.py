@@ -1,0 +1,86 @@
+"""No program starts a server that other machines can reach."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
+
+
+def processes_below(pid: int) -> list[int]:
+    """The process and all that it has started."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += processes_below(int(child))
+    return found
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses, as /proc/net/tcp has them, on which a process or one that it started listens."""
+    inodes = set()
+    for one in processes_below(pid):
+        try:
+            names = [os.readlink(path) for path in Path(f"/proc/{one}/fd").iterdir()]
+        except OSError:
+            continue
+        inodes |= {name[8:-1] for name in names if name.startswith("socket:[")}
+    found = set()
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            is_server = fields[3] == ("0A" if table.startswith("tcp") else "07")
+            if is_server and fields[9] in inodes:
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
+def addresses(command: list[str]) -> set[str]:
+    """Those on which a command, or what it starts, listens while it runs."""
+    found = set()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                found |= listening(process.pid)
+            except OSError:  # it has ended meanwhile
+                continue
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == 0, process.stderr.read().decode()
+    return found
+
+
+TRAIN = [
+    "train.py",
+    "--device",
+    "cpu",
+    "--schedule.epochs",
+    "1",
+    "--schedule.max_steps",
+    "2",
+    "--data.workers",
+    "1",
+]
+
+
+def test_the_test_sees_a_server(tmp_path: Path):
+    code = "import socket, time; s = socket.create_server(('0.0.0.0', 0)); time.sleep(1)"
+    assert addresses([sys.executable, "-c", code]) == {"00000000"}
+
+
+def test_a_training_and_an_evaluation_of_one_process(tmp_path: Path):
+    run = str(tmp_path / "run")
+    assert addresses([sys.executable, *TRAIN, "--output", run]) <= set(LOOPBACK)
+    assert addresses([sys.executable, "eval.py", "--checkpoint", run, "--device", "cpu"]) <= set(LOOPBACK)
+
+
+@pytest.mark.parametrize("text", ["Trusted network only", "listens on all interfaces"])
+def test_the_store_of_torchrun_is_documented(text: str):
+    page = " ".join((ROOT / "docs" / "training.md").read_text().split())
+    assert text in page

@@ -1,0 +1,1 @@
+"""What training, evaluation and the input pipeline stand on; imports of the project `vil.config` alone."""
