@@ -211,8 +211,8 @@ def test_a_checkpoint_of_another_architecture(refused, tmp_path, monkeypatch):
     assert str(folder) in line
     assert "it is of another architecture; " in line
     assert "stages.2" in line
-    wide = refused(eval_program.evaluate, "--checkpoint", folder, "--model.window", 3)
-    assert "bias_table" in wide
+    wide = refused(eval_program.evaluate, "--checkpoint", folder, "--model.blocks", "[2, 1, 1]")
+    assert "stages.0.blocks.1" in wide
     changed = ["--schedule.epochs", "1", "--model.window", "3", "--output", folder]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, changed)])
     before = (folder / "metrics.jsonl").read_text()

@@ -270,6 +270,9 @@ class ScheduleConfig:
     """Length of the linear warm-up, in epochs; fractions are allowed."""
     warmup_factor: float = 0.002
     """Learning rate at the first step, as a fraction of the peak."""
+    warmup_prefix: bool = True
+    """cosine and poly begin at the peak after the warm-up; false lets them begin with the run, and the warm-up
+    take the place of their first part, as in the code of the paper and of DeiT."""
     decay_epochs: float = 30.0
     """scheduler step: epochs between two drops."""
     decay_rate: float = 0.1

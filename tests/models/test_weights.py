@@ -73,10 +73,21 @@ def test_what_depends_on_the_image_size_is_resized(caplog: pytest.LogCaptureFixt
     assert "stages.1.position.rows: (4, 8) → (6, 8)" in lines
 
 
-def test_another_window_is_another_architecture() -> None:
-    config = dataclasses.replace(CONFIG, window=3)
-    with pytest.raises(ConfigError, match=r"stages\.0\.blocks\.0\.attn\.bias_table is \(2, 7, 7\)"):
-        load_file(model_from_config(config), file_of(CONFIG))
+def test_another_window_resizes_the_local_bias_tables(caplog: pytest.LogCaptureFixture) -> None:
+    """Bilinearly and without aligned corners, as the paper's code takes window 7 to 12 for 384² images."""
+    file, name = file_of(CONFIG), "stages.0.blocks.0.attn.bias_table"
+    model = model_from_config(dataclasses.replace(CONFIG, window=3))
+    with caplog.at_level("INFO", logger="vil"):
+        load_file(model, file)
+    before, after = file.weights[name], model.state_dict()[name]
+    assert (before.shape, after.shape) == ((2, 7, 7), (2, 11, 11))
+    assert f"{name}: (2, 7, 7) → (2, 11, 11)" in caplog.text
+    expected = nn.functional.interpolate(before[None], (11, 11), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(after, expected)
+    for shape in ((2, 9, 9), (2, 7, 8), (3, 7, 7)):  # tables of no window, or of other heads
+        odd = dataclasses.replace(file, weights={**file.weights, name: torch.zeros(shape)})
+        with pytest.raises(ConfigError, match=r"attn\.bias_table is "):
+            load_file(model, odd)
 
 
 def test_heads(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,6 @@
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -6,7 +8,8 @@ import torch
 from tiny_run import TinyModel
 from torch import nn
 
-from vil.config import ConfigError, ScheduleConfig
+from vil.command_line import parse
+from vil.config import ConfigError, ScheduleConfig, TrainConfig
 from vil.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -24,6 +27,27 @@ def rates(schedule: ScheduleConfig, steps_per_epoch: int, total: int | None = No
         scheduler.step_update(step)
         learning_rates.append(optimizer.param_groups[0]["lr"])
     return learning_rates
+
+
+def test_cosine_that_begins_with_the_run_as_in_the_papers_code():
+    schedule = ScheduleConfig(
+        epochs=10, lr=1e-3, warmup_epochs=1.5, warmup_factor=0.002, min_lr=1e-6, warmup_prefix=False
+    )
+    lr = rates(schedule, steps_per_epoch=4)
+    assert lr[0] == pytest.approx(2e-6)
+    assert lr[5] == pytest.approx(2e-6 + (1e-3 - 2e-6) * 5 / 6)
+    for step in (6, 20, 39):
+        expected = 1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * step / 39)) / 2
+        assert lr[step] == pytest.approx(expected), step
+    assert lr[39] == pytest.approx(1e-6)
+    with_prefix = rates(dataclasses.replace(schedule, warmup_prefix=True), steps_per_epoch=4)
+    assert sum(with_prefix[6:]) > sum(lr[6:])
+
+
+def test_recipes_say_where_their_cosine_begins():
+    for name in ("vil_300", "deit_300", "finetune_384"):
+        path = Path(__file__).parents[2] / "configs" / "schedules" / f"{name}.yaml"
+        assert parse(TrainConfig, ["--schedule", str(path)]).config.schedule.warmup_prefix is False, name
 
 
 def test_cosine_with_warmup():

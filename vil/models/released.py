@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.VIT.AVG_POOL": False,
     "MODEL.VIT.NORM_EMBED": True,
     "MODEL.VIT.DROP": 0.0,
-    "MODEL.VIT.DROP_PATH": 0.0,
+    "MODEL.VIT.DROP_PATH": 0.1,
     "MODEL.VIT.MSVIT.ATTN_TYPE": "longformerhand",
     "MODEL.VIT.MSVIT.SHARE_W": True,
     "MODEL.VIT.MSVIT.SHARE_KV": True,

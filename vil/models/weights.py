@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from vil.attention.full import FullAttention, resize_offsets
+from vil.attention.vision_longformer import VisionLongformerAttention
 from vil.config import ConfigError
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.position import resize_embedding
 from vil.models.released_names import convert_weights
 from vil.weight_files import WeightsFile
+
+_WITH_TABLE = (FullAttention, VisionLongformerAttention)
+"""Attentions with a bias per head and offset: (heads, 2H−1, 2W−1), H = W = 2 × window for the local one."""
 
 _logger = logging.getLogger(__name__)
 
@@ -90,7 +94,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
 
 
 def resized(model: MultiScaleViT, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Row and column embeddings and the bias tables of full attention, for the maps of the model."""
+    """Return the weights with embeddings and bias tables resized for the maps and windows of the model.
+
+    Row and column embeddings, bias tables of full attention, and those of local attention with another window
+    are resized bilinearly, without aligned corners, as the paper's code does. What is resized is logged.
+    """
     expected = model.state_dict()
     result = dict(weights)
     for name, value in weights.items():
@@ -102,9 +110,10 @@ def resized(model: MultiScaleViT, weights: Mapping[str, Tensor]) -> dict[str, Te
         module, _, _ = name.rpartition(".")
         if name.endswith((".position.rows", ".position.columns")) and value.shape[1] == target.shape[1]:
             fitted = resize_embedding(value, target.shape[0])
-        elif name.endswith(".bias_table") and isinstance(model.get_submodule(module), FullAttention):
-            if value.shape[0] != target.shape[0]:
-                continue
+        elif name.endswith(".bias_table") and isinstance(model.get_submodule(module), _WITH_TABLE):
+            divisor = 2 if isinstance(model.get_submodule(module), FullAttention) else 4
+            if value.shape[0] != target.shape[0] or any((side + 1) % divisor for side in value.shape[1:]):
+                continue  # of other heads, or no table of offsets
             fitted = resize_offsets(value, ((target.shape[1] + 1) // 2, (target.shape[2] + 1) // 2))
         else:
             continue

@@ -149,9 +149,11 @@ def build_scheduler(
 ) -> Scheduler:
     """The learning rate as a function of the step alone: call `step_update(step)` before step 0, 1, 2, …
 
-    It rises linearly from `warmup_factor` × peak at step 0 to the peak after `warmup_epochs`. From there
-    cosine (Loshchilov & Hutter, SGDR, 2017) and poly (a straight line) reach `min_lr` at the last step of the
-    last epoch. step is multiplied by `decay_rate` every `decay_epochs`, counted from the start.
+    It rises linearly from `warmup_factor` × peak at step 0 to the peak after `warmup_epochs`. Cosine
+    (Loshchilov & Hutter, SGDR, 2017) and poly (a straight line) reach `min_lr` at the last step of the last
+    epoch. With `warmup_prefix` they begin at the peak after the warm-up; without it they begin with the run,
+    and what follows the warm-up is the rest of them. step is multiplied by `decay_rate` every `decay_epochs`,
+    counted from the start.
     """
     peak = peak_learning_rate(schedule)
     warmup = schedule.warmup_epochs * steps_per_epoch
@@ -166,12 +168,12 @@ def build_scheduler(
         decay_t = schedule.decay_epochs * steps_per_epoch
         rate = schedule.decay_rate
         return StepLRScheduler(optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=False, **options)
-    remaining = schedule.epochs * steps_per_epoch - 1 - warmup
+    remaining = schedule.epochs * steps_per_epoch - 1 - (warmup if schedule.warmup_prefix else 0)
     # Where the warm-up outlasts the run, nothing remains, and any length does. timm warns of the length 1, as
     # if the rate would then stay; half a step is over after one step just so.
     if remaining <= 0 or remaining == 1:
         remaining = 0.5
-    options |= {"t_initial": remaining, "lr_min": schedule.min_lr, "warmup_prefix": True}
+    options |= {"t_initial": remaining, "lr_min": schedule.min_lr, "warmup_prefix": schedule.warmup_prefix}
     if schedule.scheduler == "poly":
         return PolyLRScheduler(optimizer, power=1.0, **options)
     return CosineLRScheduler(optimizer, **options)
