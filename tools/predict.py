@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.decoding import Mode, UnreadableImageError, extensions
+from data.decoding import Mode, UnreadableImageError
+from data.image_files import has_image_extension, is_metadata
 from data.transforms import Transform
 from tools.opening import check_channels, open_checkpoint, read_picture
 from vil.command_line import ToolParser, main, write_output
@@ -149,9 +150,11 @@ def _images_below(folder: str, entered: set[tuple[int, int]]) -> Iterator[str]:
     entered.add((status.st_dev, status.st_ino))
     for name in sorted(names, key=natural_key):
         path = os.path.join(folder, name)
+        if is_metadata(name):
+            continue
         if os.path.isdir(path):
             yield from _images_below(path, entered)
-        elif name.lower().endswith(extensions()):
+        elif has_image_extension(name):
             yield path
 
 
