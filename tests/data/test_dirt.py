@@ -119,8 +119,8 @@ def test_a_share_out_of_range_is_refused(folder_data, share):
 
 def test_a_set_without_a_readable_image_ends(tmp_path):
     for split in ("train", "val"):
-        for number in range(2):
-            path = tmp_path / split / "ant" / f"{number}.jpg"
+        for name in ("ant", "bear"):
+            path = tmp_path / split / name / "0.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
     data = DataConfig(source="folder", root=str(tmp_path), workers=0, on_error="skip", max_bad=1.0)

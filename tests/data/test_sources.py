@@ -266,3 +266,24 @@ def test_a_missing_package_is_named(monkeypatch):
     error = error_of(DataConfig(source="hfds/imagenet-1k"))
     assert error.key == "data.source"
     assert "datasets" in error.reason
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def test_training_images_of_one_class_are_refused(tmp_path):
+    for split in ("train", "val"):
+        write_image(tmp_path / split / "ant/0.png", 0)
+    data = DataConfig(source="folder", root=str(tmp_path))
+    error = error_of(data)
+    assert error.key == "data.root"
+    assert error.reason.endswith("all 1 images are of one class, ant; training needs two classes or more")
+    assert open_source(data, "val", 3).class_names == ("ant",)  # a part of a model's classes may be evaluated
+
+
+def test_classes_that_are_splits_are_refused(image_folder):
+    (image_folder / "both").mkdir()
+    for split in ("train", "val"):
+        (image_folder / split).rename(image_folder / "both" / split)
+    error = error_of(DataConfig(source="folder", root=str(image_folder), val_split="both"), "val")
+    assert "the classes are named like splits (train, val)" in error.reason
