@@ -13,6 +13,7 @@ from PIL import Image
 from data.beton import Beton
 from data.decoding import Mode, Picture
 from data.sources.base import Source, Split, root_folder, split_name
+from data.text_files import read_text
 from vil.config import ConfigError, DataConfig
 
 
@@ -59,10 +60,10 @@ def _class_names(beton: Beton) -> tuple[str, ...]:
     if not path.exists():
         return tuple(str(target) for target in range(highest + 1))
     try:
-        names = tuple(str(name) for name in json.loads(path.read_text(encoding="utf-8"))["class_names"])
+        names = tuple(str(name) for name in json.loads(read_text(path))["class_names"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError("data.root", f"{path}: no list class_names can be read from it") from None
-    if highest >= len(names) or beton.targets.min(initial=0) < 0:
+    if highest >= len(names):
         raise ConfigError("data.root", f"{path}: {len(names)} classes, but {beton.path} has class {highest}")
     return names
 
