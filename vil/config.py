@@ -299,7 +299,8 @@ class DataConfig:
     """An image that cannot be read ends the program, or is skipped: in training the next of the epoch takes
     its place, and bad_images.txt in the run's folder lists it; in evaluation it is counted and reported."""
     max_bad: float = 0.001
-    """on_error skip: the largest share of the training images that may be unreadable; more stop the run."""
+    """on_error skip: the largest share of the training images that may be unreadable, one image at
+    least unless it is 0; more stop the run."""
     train_fraction: float = 1.0
     """Train on this share of each class; a larger share holds the images of a smaller one."""
     images_per_class: int | None = None
