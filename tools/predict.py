@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from data.decoding import Mode, UnreadableImageError
 from data.image_files import has_image_extension, is_metadata
+from data.loaders import end_with_parent, explain_shared_memory
 from data.transforms import Transform
 from tools.opening import check_channels, open_checkpoint, read_picture
 from vil.command_line import ToolParser, main, write_output
@@ -104,7 +105,7 @@ def predict(words: Sequence[str]) -> None:
         images = Images(list(find_images(arguments.images)), opened.transform(), opened.mode)
         loader = DataLoader(
             images, arguments.batch_size, num_workers=arguments.workers, collate_fn=_collate,
-            pin_memory=process.device.type == "cuda",
+            worker_init_fn=end_with_parent, pin_memory=process.device.type == "cuda",
         )  # fmt: skip
         found: list[Prediction] = []
         # Without a terminal there is no bar; a line about an unreadable image goes above it.
@@ -213,7 +214,7 @@ def predict_images(
         precision: of the forward pass.
     """
     classes: list[Class] | None = None
-    for places, images, wrong in loader:
+    for places, images, wrong in explain_shared_memory(loader):
         rows = {}
         if images is not None:
             with autocast(precision, device):
