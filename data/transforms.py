@@ -216,7 +216,7 @@ def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int
     policy = [transforms.TrivialAugmentWide()] if trivial else secondary.transforms
     for step in policy:
         _mend_posterize(step)
-    crop = _crop(augment, image_size)
+    crop = _crop(augment, data, image_size)
     return Transform(crop, mean, std, flips, policy, random_erasing(augment))
 
 
@@ -239,13 +239,17 @@ def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) ->
     Raises:
         ConfigError: crop_pct, mean or std is out of range.
     """
-    if not 0.01 <= data.crop_pct <= 1:  # below, an image would be enlarged a hundredfold and thrown away
-        raise ConfigError("data.crop_pct", f"expected a fraction from 0.01 to 1, got {data.crop_pct}")
+    _check_crop_pct(data)
     mean, std = channel_statistics(data, in_chans)
     timms = create_transform(
         image_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std
     )
     return Transform(_OfWhole(timms.transforms[:2]), mean, std)  # resize and centre crop
+
+
+def _check_crop_pct(data: DataConfig) -> None:
+    if not 0.01 <= data.crop_pct <= 1:  # below, an image would be enlarged a hundredfold and thrown away
+        raise ConfigError("data.crop_pct", f"expected a fraction from 0.01 to 1, got {data.crop_pct}")
 
 
 def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -282,14 +286,26 @@ class _OfWhole:
         return np.asarray(image)
 
 
-def _crop(augment: AugmentConfig, image_size: int) -> Callable[[Picture], np.ndarray]:
-    """The crop of a recipe; all but the Inception crop resize the short side to image_size first."""
+def _crop(augment: AugmentConfig, data: DataConfig, image_size: int) -> Callable[[Picture], np.ndarray]:
+    """Return the crop of a recipe.
+
+    All but the Inception crop resize the short side first: to image_size, or as in evaluation.
+
+    Raises:
+        ConfigError: data.crop_pct is out of range.
+    """
     if augment.crop == "random_resized":
         return RandomResizedCrop(image_size, augment.scale, augment.ratio, augment.interpolation)
+    short_side = image_size
+    if augment.crop == "eval_resize_random":
+        _check_crop_pct(data)
+        short_side = math.floor(image_size / data.crop_pct)  # as timm's evaluation transform
     drawn = ("bilinear", "bicubic") if augment.interpolation == "random" else (augment.interpolation,)
     resize_short_side = transforms.RandomChoice(
-        [transforms.Resize(image_size, InterpolationMode(interpolation)) for interpolation in drawn]
+        [transforms.Resize(short_side, InterpolationMode(interpolation)) for interpolation in drawn]
     )
+    if augment.crop == "eval_resize_random":
+        return _OfWhole([resize_short_side, transforms.RandomCrop(image_size)])
     centre = transforms.CenterCrop(image_size)
     if augment.crop == "none":
         return _OfWhole([resize_short_side, centre])

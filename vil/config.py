@@ -168,9 +168,12 @@ class ModelConfig:
 class AugmentConfig:
     """How training images are changed; evaluation never uses any of this."""
 
-    crop: Literal["random_resized", "pad_random", "resize_random", "none"] = "random_resized"
+    crop: Literal["random_resized", "pad_random", "resize_random", "eval_resize_random", "none"] = (
+        "random_resized"
+    )
     """random_resized: Inception crop; pad_random: shift by up to `pad`; resize_random: short side, reflected
-    padding, then crop (DeiT III); none: short side, centre crop."""
+    padding, then crop (DeiT III); eval_resize_random: short side as in evaluation (image_size /
+    data.crop_pct), then crop, without padding; none: short side, centre crop."""
     scale: tuple[float, float] = (0.08, 1.0)
     """random_resized: smallest and largest area, as a fraction of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)

@@ -159,7 +159,8 @@ def test_evaluation_is_that_of_the_folder(folders, world_size):
 
 def test_workers_read_the_same_file(folders):
     """Grey images, AugMix and other crops are not for threads."""
-    for options, in_chans in (({}, 1), ({"auto_augment": "augmix-m3-w2"}, 3), ({"crop": "pad_random"}, 3)):
+    crops = [({"crop": crop}, 3) for crop in ("pad_random", "resize_random", "eval_resize_random")]
+    for options, in_chans in (({}, 1), ({"auto_augment": "augmix-m3-w2"}, 3), *crops):
         augment, settings = AugmentConfig(**options), {"batch_size": 12, "in_chans": in_chans}
         train = load(configured(folders, "raw", workers=2), augment, **settings).train
         assert isinstance(train, TrainLoader)
