@@ -124,7 +124,12 @@ class RandomResizedCrop:
     """The Inception crop, drawn as timm draws it, from the size that the header tells.
 
     So the image is decoded at the smallest scale that covers the crop: resized afterwards, always with
-    antialiasing, by PyTorch's vectorised resize of bytes. It differs from Pillow's by rounding.
+    antialiasing, by PyTorch's vectorised resize of bytes.
+
+    It is Pillow's crop but for rounding where it is decoded at full scale: values of 256 ImageNet photographs
+    at 224² differ by 0.03 of 255 levels on average, and 1 in 7,600 by more than 1 (bicubic, by up to 19).
+    Crops of 448 pixels or more (2 % of theirs) are decoded at half scale or less, where libjpeg averages
+    pixels that Pillow interpolates: values differ by 3 levels on average, by up to 124 at edges.
 
     Args:
         size: side of the result, in pixels.

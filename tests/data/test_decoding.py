@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +128,30 @@ def test_the_crop_is_timms_but_for_rounding_also_of_its_box_at_a_scale(size, mos
         difference = np.abs(ours.astype(int) - np.asarray(timms))
         assert difference.max() <= most
         assert difference.mean() < mean
+
+
+def test_crops_of_photographs_differ_from_pillows_as_documented(photographs):
+    """At full scale by rounding; at half scale by another filter, most at edges."""
+    differences = {1: [], 2: []}
+    for place, path in enumerate(sorted(Path(photographs).rglob("*.JPEG"))):
+        picture = Picture(path.read_bytes(), "RGB")
+        interpolation = ("bilinear", "bicubic")[place % 2]
+        crop = RandomResizedCrop(224, (0.08, 1.0), (3 / 4, 4 / 3), interpolation)
+        with seeded(0, "test", place):
+            box, _ = crop.draw(*picture.size)
+        top, left, rows, columns = box
+        sides = (left, top, left + columns, top + rows)
+        filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+        pillows = picture.image().crop(sides).resize((224, 224), filters[interpolation])
+        ours = crop.cut(picture, box, interpolation)
+        difference = np.abs(ours.astype(int) - np.asarray(pillows))
+        differences[covering_scale((columns, rows), 224)].append((difference.mean(), difference.max()))
+    full, half = (np.array(found) for found in differences.values())
+    assert full[:, 0].mean() < 0.05
+    assert np.median(full[:, 1]) == 1
+    assert full[:, 1].max() <= 19
+    assert 1 < half[:, 0].mean() < 4
+    assert half[:, 1].max() <= 124
 
 
 def test_a_photograph_of_100_megapixels_is_cropped_from_an_eighth_of_it(monkeypatch):
