@@ -70,7 +70,8 @@ def _check_classes(source: Source, data: DataConfig, split: Split) -> None:
     A validation split may hold one class alone: a part of the classes of a model, which are found by name.
 
     Raises:
-        ConfigError: all training images are of one class, or the classes are named like splits.
+        ConfigError: all training images are of one class, the classes are named like splits, or an image has
+            none of them, as in test splits that are published with -1 in place of labels.
     """
     key = "data.source" if data.root is None else "data.root"
     place = f"{data.source if data.root is None else data.root}, split {split_name(data, split)}"
@@ -78,6 +79,10 @@ def _check_classes(source: Source, data: DataConfig, split: Split) -> None:
     if {name.lower() for name in names} <= SPLIT_NAMES:
         reason = f"the classes are named like splits ({listed(names)}); expected <split>/<class>/<images>"
         raise ConfigError(key, f"{place}: {reason}")
+    outside = np.flatnonzero((source.targets < 0) | (source.targets >= len(names)))
+    if len(outside):
+        reason = f"{source.describe(int(outside[0]))} has the class {source.targets[outside[0]]}"
+        raise ConfigError(key, f"{place}: {reason}, expected 0 to {len(names) - 1}: images without labels?")
     if split != "train":
         return
     counts = np.bincount(source.targets, minlength=len(names))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sample_images import write_image
 
-from data.sources import open_source
+from data.sources import SOURCES, open_source
 from data.sources.digits import split_indices
 from vil.config import ConfigError, DataConfig
 
@@ -287,3 +287,18 @@ def test_classes_that_are_splits_are_refused(image_folder):
         (image_folder / split).rename(image_folder / "both" / split)
     error = error_of(DataConfig(source="folder", root=str(image_folder), val_split="both"), "val")
     assert "the classes are named like splits (train, val)" in error.reason
+
+
+@pytest.mark.parametrize(("split", "target"), [("train", -1), ("val", -1), ("val", 10)])
+def test_images_without_a_class_are_refused(split, target, monkeypatch):
+    """Test splits of Hugging Face are published with -1 in place of labels."""
+
+    def open_unlabelled(data, split, mode):
+        source = SOURCES["digits"](data, split, mode)
+        source.targets[5] = target
+        return source
+
+    monkeypatch.setitem(SOURCES, "hfds/", lambda data, *rest: open_unlabelled(DataConfig(), *rest))
+    error = error_of(DataConfig(source="hfds/digits"), split, 1)
+    assert error.key == "data.source"
+    assert f"has the class {target}, expected 0 to 9" in error.reason

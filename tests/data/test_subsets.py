@@ -59,6 +59,7 @@ def test_a_list_may_begin_with_a_byte_order_mark(folder_data, tmp_path):
         ("cat/1.png\ndog/1.png\n", "line 2: dog/1.png is no image"),
         ("1.png\n", "line 1: 1.png is the name of several"),
         ("\n", "names no image"),
+        ("cat/1.png\ncat/2.png\n", "all of its images are of one class, cat"),
         (None, "No such file"),
     ],
 )
