@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple
 
 from data.decoding import extensions
@@ -20,7 +22,12 @@ METADATA_FOLDERS = frozenset(
 
 def has_image_extension(name: str) -> bool:
     """Return True if a file name ends as one of a format that `data.decoding` reads, in any case."""
-    return name.lower().endswith(extensions())
+    return os.path.splitext(name)[1].lower() in _known_extensions()
+
+
+@functools.cache
+def _known_extensions() -> frozenset[str]:
+    return frozenset(extensions())
 
 
 def is_metadata(path: str) -> bool:
@@ -29,8 +36,8 @@ def is_metadata(path: str) -> bool:
     Args:
         path: a file name, or a path with slashes.
     """
-    *folders, name = PurePosixPath(path).parts or ("",)
-    return name.startswith("._") or name in METADATA_FOLDERS or not METADATA_FOLDERS.isdisjoint(folders)
+    parts = path.split("/")
+    return parts[-1].startswith("._") or not METADATA_FOLDERS.isdisjoint(parts)
 
 
 class SkippedFiles:
@@ -93,7 +100,7 @@ def find_files(class_folders: Sequence[Path]) -> list[FolderFiles]:
             folder = pending.pop()
             images, others = found[index].setdefault(folder, ([], []))
             with os.scandir(folder) as entries:
-                for entry in sorted(entries, key=lambda entry: entry.name):
+                for entry in sorted(entries, key=attrgetter("name")):
                     if is_metadata(entry.name):
                         others.append(entry.path)
                     elif not _is_folder(entry):
