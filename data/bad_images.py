@@ -15,12 +15,17 @@ FILE = "bad_images.txt"
 _logger = logging.getLogger("vil.data")  # a child of vil, whose records are shown
 
 
+def allowed_bad_images(share: float, num_images: int) -> int:
+    """Return how many images may be unreadable: a share of them, and one at least unless the share is 0."""
+    return max(1, int(share * num_images + 1e-9)) if share > 0 else 0
+
+
 class BadImages:
     """Keeps the list of a run, which all its ranks and all its continuations share.
 
     Args:
         num_images: size of the training set.
-        most: the largest share of it that may be unreadable.
+        most: the largest share of it that may be unreadable; one image at least, unless it is 0.
         folder: the run's; the list is its bad_images.txt, one image a line. None keeps it in memory.
 
     Raises:
@@ -49,7 +54,7 @@ class BadImages:
         self.images.add(name)
         if self._path is not None:
             self._share(name)
-        if len(self.images) > self._most * self._num_images:
+        if len(self.images) > allowed_bad_images(self._most, self._num_images):
             listed = f", listed in {self._path}" if self._path else f", the last is {name}"
             raise ConfigError(
                 "data.max_bad",

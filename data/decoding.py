@@ -1,10 +1,13 @@
 """Encoded images, decoded when their pixels are asked for, and only at the scale at which they are.
 
 Pixels are those of Pillow's `Image.open(file).convert(mode)`, which is what torchvision's ImageFolder gives:
-grey, CMYK, palette and 16-bit images become RGB (or grey) as Pillow converts them, transparency is dropped,
-and an orientation in EXIF is not applied. Ordinary JPEGs are decoded by simplejpeg where it is installed:
-the same libjpeg-turbo, hence the same pixels, in three quarters of the time. Whatever it refuses is Pillow's
-to decode or to refuse.
+grey, CMYK and palette images become RGB (or grey) as Pillow converts them, transparency is dropped, and an
+orientation in EXIF is not applied. Grey images of 16 bits are the exception: their upper 8 bits are kept, as
+Pillow itself does with colours of 16 bits, where it turns grey values above 255 white. Floats and 32-bit
+integers have no defined range, and are refused.
+
+Ordinary JPEGs are decoded by simplejpeg where it is installed: the same libjpeg-turbo, hence the same pixels,
+in three quarters of the time. Whatever it refuses is Pillow's to decode or to refuse.
 """
 
 from __future__ import annotations
@@ -117,9 +120,13 @@ class Picture:
                 pass  # Pillow is more lenient, and says more about what is wrong
         with decoding():
             image = self._opened()
-            if scale > 1:
-                image.draft(None, (image.width // scale, image.height // scale))
-            return np.asarray(_converted(image, self._mode))
+            if scale == 1:
+                return np.asarray(_converted(image, self._mode))
+            image.draft(None, (image.width // scale, image.height // scale))
+            try:
+                return np.asarray(_converted(image, self._mode))
+            except OSError:  # lossless JPEGs have no reduced scales
+                return np.asarray(_converted(self._opened(), self._mode))
 
     def image(self) -> Image.Image:
         """The whole image. Raises UnreadableImageError where it is damaged."""
@@ -138,8 +145,7 @@ class Picture:
             try:
                 image = Image.open(io.BytesIO(self._content), formats=_known_formats())
             except UnidentifiedImageError:
-                reason = f"no image of {', '.join(FORMATS)}" if self._content else "the file is empty"
-                raise OSError(reason) from None
+                raise OSError(_why_unidentified(self._content)) from None
         limit = max_pixels(image.format or "", len(self._content))
         if image.width * image.height > limit:
             size = f"{image.width}×{image.height} pixels"
@@ -168,6 +174,21 @@ def extensions() -> tuple[str, ...]:
     return tuple(end for end, name in Image.registered_extensions().items() if name in _known_formats())
 
 
+def _why_unidentified(content: bytes) -> str:
+    """Return why Pillow opens nothing: its own reason, as for a 12-bit JPEG, if the format is one of ours."""
+    if not content:
+        return "the file is empty"
+    for name in _known_formats():
+        factory, accepts = Image.OPEN[name]
+        if accepts is None or accepts(content[:16]) is not True:
+            continue
+        try:
+            factory(io.BytesIO(content), "")
+        except Exception as error:
+            return f"a {name} image that cannot be decoded: {error or type(error).__name__}"
+    return f"no image of {', '.join(FORMATS)}"
+
+
 def covering_scale(box: tuple[int, int], size: int) -> int:
     """The greatest of `SCALES` at which a box of (width, height) keeps `size` pixels on both sides."""
     return next((scale for scale in SCALES if min(box) >= size * scale), 1)
@@ -189,4 +210,28 @@ def _converted(image: Image.Image, mode: Mode) -> Image.Image:
     with warnings.catch_warnings():
         # "Palette images with transparency should be converted to RGBA": nothing here looks through an image.
         warnings.filterwarnings("ignore", message="Palette images with Transparency")
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            image = _eight_bits(image)
+        elif image.mode == "LAB":
+            image = image.convert("RGB")  # the only mode that Pillow converts it to
         return image.convert(mode)
+
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 8
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Reduce a grey image of 16 bits, or of as many as a TIFF declares, to its upper 8.
+
+    Raises:
+        ValueError: its values have no defined range.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these hold 16 bits
+        kind = "floats" if image.mode == "F" else "32-bit or signed integers"
+        raise ValueError(f"its pixels are {kind}, of no defined range; 8 or 16 bits without sign are read")
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+    values = (np.asarray(image) >> (bits - 8)).astype(np.uint8)  # (H, W)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow applies to at most 8 bits
+        values = 255 - values
+    return Image.fromarray(values)

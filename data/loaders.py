@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import multiprocessing
 import os
+import re
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -240,15 +245,57 @@ could be read; and the images that could not."""
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's iterator. Processes that it forks begin with the signals held back that end the trainer:
+    """Start the loader. Processes that it forks begin with the signals held back that end the trainer:
     until they know what to do with them, they would pass them off as its own."""
     if not hasattr(signal, "pthread_sigmask"):
-        return iter(loader)
+        return explain_shared_memory(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        return iter(loader)
+        return explain_shared_memory(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+SHARED_MEMORY = "/dev/shm"  # noqa: S108
+_SHARED_MEMORY_ERRORS = re.compile(
+    r"shared memory.*(No space left|Bus error)|Bus error.*shared memory|unable to write to file </torch_",
+    re.DOTALL,
+)
+
+
+def explain_shared_memory(loader: Iterable[Any]) -> Iterator[Any]:
+    """Iterate over a loader, which starts with the call; say in one line that shared memory is too small.
+
+    Worker processes return their batches in shared memory, of which a Docker container has 64 MB unless it is
+    given more.
+
+    Raises:
+        ConfigError: the workers, or the objects that they share, do not fit into shared memory.
+    """
+
+    def checked(batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if _SHARED_MEMORY_ERRORS.search(str(error)) is None:
+                raise
+            raise _shared_memory_error() from None
+
+    try:
+        return checked(iter(loader))
+    except OSError as error:  # of a semaphore
+        if error.errno != errno.ENOSPC:
+            raise
+        raise _shared_memory_error() from None
+
+
+def _shared_memory_error() -> ConfigError:
+    size = ""
+    with suppress(OSError):
+        size = f" ({os.statvfs(SHARED_MEMORY).f_frsize * os.statvfs(SHARED_MEMORY).f_blocks / 1e6:,.0f} MB)"
+    reason = f"shared memory, {SHARED_MEMORY}{size}, is too small for the batches of the worker processes"
+    advice = "docker run takes --shm-size=16g or --ipc=host; 0 workers need none"
+    return ConfigError("data.workers", f"{reason}; {advice} (--data.workers 0)")
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -256,14 +303,33 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     need images for the step that it is in."""
     signal.set_wakeup_fd(-1)  # which is the trainer's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_trainer, name="signals", daemon=True).start()
+    end_with_parent(worker)
 
 
-def _end_with_the_trainer() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+_PARENT_POLL_S = 1.0
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """End this worker process with its parent, however that ends and whatever this process waits for.
+
+    PyTorch's workers look for their parent between two batches only, and not while a file system does not
+    answer. A blocked SIGTERM is obeyed where it comes from the parent.
+    """
+    threading.Thread(target=_watch_parent, args=(os.getppid(),), name="parent", daemon=True).start()
+
+
+def _watch_parent(parent: int) -> None:
+    trainer = multiprocessing.parent_process()  # not the parent where a fork server starts the workers
+    obeyed = {parent, trainer.pid if trainer is not None else parent}
+    while os.getppid() == parent:
+        if hasattr(signal, "sigtimedwait"):
+            received = signal.sigtimedwait({signal.SIGTERM}, _PARENT_POLL_S)
+            if received is not None and received.si_pid in obeyed:
+                break
+        else:
+            time.sleep(_PARENT_POLL_S)
     os._exit(0)
 
 

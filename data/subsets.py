@@ -59,7 +59,8 @@ def chosen(source: Source, data: DataConfig) -> Source:
     """The part of a training set that `data` asks for: of those in list_file, the share, of these the number.
 
     Raises:
-        ConfigError: an option is out of range, or the list is not one of images of the source.
+        ConfigError: an option is out of range, the list is not one of images of the source, or its images
+            are all of one class.
     """
     if not 0 < data.train_fraction <= 1:
         raise ConfigError("data.train_fraction", f"expected a share in (0, 1], got {data.train_fraction}")
@@ -67,6 +68,9 @@ def chosen(source: Source, data: DataConfig) -> Source:
         raise ConfigError("data.images_per_class", f"expected at least 1, got {data.images_per_class}")
     if data.list_file is not None:
         source = Subset(source, listed_images(source, data.list_file))
+        if len(np.unique(source.targets)) < 2:
+            reason = f"all of its images are of one class, {source.class_names[source.targets[0]]}"
+            raise ConfigError("data.list_file", f"{data.list_file}: {reason}; training needs two or more")
     if data.train_fraction == 1 and data.images_per_class is None:
         return source
     places, sizes = _places_in_class(source)

@@ -124,7 +124,12 @@ class RandomResizedCrop:
     """The Inception crop, drawn as timm draws it, from the size that the header tells.
 
     So the image is decoded at the smallest scale that covers the crop: resized afterwards, always with
-    antialiasing, by PyTorch's vectorised resize of bytes. It differs from Pillow's by rounding.
+    antialiasing, by PyTorch's vectorised resize of bytes.
+
+    It is Pillow's crop but for rounding where it is decoded at full scale: values of 256 ImageNet photographs
+    at 224² differ by 0.03 of 255 levels on average, and 1 in 7,600 by more than 1 (bicubic, by up to 19).
+    Crops of 448 pixels or more (2 % of theirs) are decoded at half scale or less, where libjpeg averages
+    pixels that Pillow interpolates: values differ by 3 levels on average, by up to 124 at edges.
 
     Args:
         size: side of the result, in pixels.
@@ -217,7 +222,7 @@ def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int
     policy = [transforms.TrivialAugmentWide()] if trivial else secondary.transforms
     for step in policy:
         _mend_posterize(step)
-    crop = _crop(augment, image_size)
+    crop = _crop(augment, data, image_size)
     return Transform(crop, mean, std, flips, policy, random_erasing(augment))
 
 
@@ -241,13 +246,7 @@ def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) ->
         ConfigError: image_size, crop_pct, mean or std is out of range.
     """
     _check_side(image_size)
-    if not 0.01 <= data.crop_pct <= 1:  # below, an image would be enlarged a hundredfold and thrown away
-        raise ConfigError("data.crop_pct", f"expected a fraction from 0.01 to 1, got {data.crop_pct}")
-    if image_size / data.crop_pct > MAX_SIDE:
-        reason = (
-            f"resizes to {image_size / data.crop_pct:,.0f} pixels, of which at most {MAX_SIDE} are possible"
-        )
-        raise ConfigError("data.crop_pct", reason)
+    _check_crop_pct(data, image_size)
     mean, std = channel_statistics(data, in_chans)
     timms = create_transform(
         image_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std
@@ -259,6 +258,15 @@ def _check_side(image_size: int) -> None:
     """Raise ConfigError for images whose pixels as float32 would take more than 0.8 GB each."""
     if image_size > MAX_SIDE:
         raise ConfigError("model.image_size", f"expected at most {MAX_SIDE} pixels, got {image_size}")
+
+
+def _check_crop_pct(data: DataConfig, image_size: int) -> None:
+    if not 0.01 <= data.crop_pct <= 1:  # below, an image would be enlarged a hundredfold and thrown away
+        raise ConfigError("data.crop_pct", f"expected a fraction from 0.01 to 1, got {data.crop_pct}")
+    side = image_size / data.crop_pct
+    if side > MAX_SIDE:
+        reason = f"resizes to {side:,.0f} pixels, of which at most {MAX_SIDE} are possible"
+        raise ConfigError("data.crop_pct", reason)
 
 
 def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -298,14 +306,26 @@ class _OfWhole:
         return np.asarray(image)
 
 
-def _crop(augment: AugmentConfig, image_size: int) -> Callable[[Picture], np.ndarray]:
-    """The crop of a recipe; all but the Inception crop resize the short side to image_size first."""
+def _crop(augment: AugmentConfig, data: DataConfig, image_size: int) -> Callable[[Picture], np.ndarray]:
+    """Return the crop of a recipe.
+
+    All but the Inception crop resize the short side first: to image_size, or as in evaluation.
+
+    Raises:
+        ConfigError: data.crop_pct is out of range.
+    """
     if augment.crop == "random_resized":
         return RandomResizedCrop(image_size, augment.scale, augment.ratio, augment.interpolation)
+    short_side = image_size
+    if augment.crop == "eval_resize_random":
+        _check_crop_pct(data, image_size)
+        short_side = math.floor(image_size / data.crop_pct)  # as timm's evaluation transform
     drawn = ("bilinear", "bicubic") if augment.interpolation == "random" else (augment.interpolation,)
     resize_short_side = transforms.RandomChoice(
-        [transforms.Resize(image_size, InterpolationMode(interpolation)) for interpolation in drawn]
+        [transforms.Resize(short_side, InterpolationMode(interpolation)) for interpolation in drawn]
     )
+    if augment.crop == "eval_resize_random":
+        return _OfWhole([resize_short_side, transforms.RandomCrop(image_size)])
     centre = transforms.CenterCrop(image_size)
     if augment.crop == "none":
         return _OfWhole([resize_short_side, centre])

@@ -32,7 +32,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.decoding import Mode, UnreadableImageError, extensions
+from data.decoding import Mode, UnreadableImageError
+from data.image_files import has_image_extension, is_metadata
+from data.loaders import end_with_parent, explain_shared_memory
 from data.transforms import Transform
 from tools.opening import check_channels, open_checkpoint, read_picture
 from vil.command_line import ToolParser, main, write_output
@@ -106,7 +108,7 @@ def predict(words: Sequence[str]) -> None:
             refuse_input_as_output(arguments.output, filter(None, inputs), "--output")
         loader = DataLoader(
             images, arguments.batch_size, num_workers=arguments.workers, collate_fn=_collate,
-            pin_memory=process.device.type == "cuda",
+            worker_init_fn=end_with_parent, pin_memory=process.device.type == "cuda",
         )  # fmt: skip
         found: list[Prediction] = []
         # Without a terminal there is no bar; a line about an unreadable image goes above it.
@@ -152,9 +154,11 @@ def _images_below(folder: str, entered: set[tuple[int, int]]) -> Iterator[str]:
     entered.add((status.st_dev, status.st_ino))
     for name in sorted(names, key=natural_key):
         path = os.path.join(folder, name)
+        if is_metadata(name):
+            continue
         if os.path.isdir(path):
             yield from _images_below(path, entered)
-        elif name.lower().endswith(extensions()):
+        elif has_image_extension(name):
             yield path
 
 
@@ -213,7 +217,7 @@ def predict_images(
         precision: of the forward pass.
     """
     classes: list[Class] | None = None
-    for places, images, wrong in loader:
+    for places, images, wrong in explain_shared_memory(loader):
         rows = {}
         if images is not None:
             with autocast(precision, device):

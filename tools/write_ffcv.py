@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
+from data.bad_images import allowed_bad_images
 from data.beton import Beton
 from data.ffcv_pipeline import import_ffcv
 from data.sources import Source, open_source
@@ -282,7 +283,7 @@ def skipped(source: Source, unreadable: dict[int, str], config: WriteConfig) -> 
     names = [f"{source.describe(index)}: {reason}" for index, reason in sorted(unreadable.items())]
     if config.data.on_error == "fail":
         raise ConfigError("data.root", f"cannot be read: {listed(names)}")
-    if len(unreadable) > config.data.max_bad * len(source):
+    if len(unreadable) > allowed_bad_images(config.data.max_bad, len(source)):
         share = f"{len(unreadable)} of {len(source)} images cannot be read"
         raise ConfigError("data.max_bad", f"{share}, more than {config.data.max_bad:.2%}: {listed(names)}")
     return [source.describe(index) for index in sorted(unreadable)]

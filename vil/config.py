@@ -182,9 +182,12 @@ class ModelConfig:
 class AugmentConfig:
     """How training images are changed; evaluation never uses any of this."""
 
-    crop: Literal["random_resized", "pad_random", "resize_random", "none"] = "random_resized"
+    crop: Literal["random_resized", "pad_random", "resize_random", "eval_resize_random", "none"] = (
+        "random_resized"
+    )
     """random_resized: Inception crop; pad_random: shift by up to `pad`; resize_random: short side, reflected
-    padding, then crop (DeiT III); none: short side, centre crop."""
+    padding, then crop (DeiT III); eval_resize_random: short side as in evaluation (image_size /
+    data.crop_pct), then crop, without padding; none: short side, centre crop."""
     scale: tuple[float, float] = (0.08, 1.0)
     """random_resized: smallest and largest area, as a fraction of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -271,8 +274,8 @@ class ScheduleConfig:
     warmup_factor: float = 0.002
     """Learning rate at the first step, as a fraction of the peak."""
     warmup_prefix: bool = True
-    """cosine and poly begin at the peak after the warm-up; false lets them begin with the run, and the warm-up
-    take the place of their first part, as in the code of the paper and of DeiT."""
+    """cosine and poly begin at the peak after the warm-up; false lets them begin with the run, and the
+    warm-up replace their first part, as in the code of the paper and of DeiT."""
     decay_epochs: float = 30.0
     """scheduler step: epochs between two drops."""
     decay_rate: float = 0.1
@@ -316,7 +319,8 @@ class DataConfig:
     """An image that cannot be read ends the program, or is skipped: in training the next of the epoch takes
     its place, and bad_images.txt in the run's folder lists it; in evaluation it is counted and reported."""
     max_bad: float = 0.001
-    """on_error skip: the largest share of the training images that may be unreadable; more stop the run."""
+    """on_error skip: the largest share of the training images that may be unreadable, one image at
+    least unless it is 0; more stop the run."""
     train_fraction: float = 1.0
     """Train on this share of each class; a larger share holds the images of a smaller one."""
     images_per_class: int | None = None

@@ -62,7 +62,7 @@ def _class_names(beton: Beton) -> tuple[str, ...]:
         names = tuple(str(name) for name in parse_json(read_text(path, MAX_JSON_BYTES))["class_names"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError("data.root", f"{path}: no list class_names can be read from it") from None
-    if highest >= len(names) or beton.targets.min(initial=0) < 0:
+    if highest >= len(names):
         raise ConfigError("data.root", f"{path}: {len(names)} classes, but {beton.path} has class {highest}")
     return names
 

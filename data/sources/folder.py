@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.decoding import MAX_ENCODED_BYTES, Mode, Picture
+from data.decoding import MAX_ENCODED_BYTES, Mode, Picture, extensions
+from data.image_files import SkippedFiles, find_files, is_metadata
 from data.sources.base import Source, Split, listed, root_folder, split_name
 from vil.config import ConfigError, DataConfig
 from vil.runtime.files import read_bytes
@@ -24,7 +25,8 @@ class Folder(Source):
         mode: RGB or L (grey).
 
     Raises:
-        ConfigError: `folder` is missing, has a class that `class_names` lacks, or one without images.
+        ConfigError: `folder` is missing or cannot be listed, has a class that `class_names` lacks, one
+            without images, or two that are the same folder.
     """
 
     def __init__(self, folder: Path, class_names: tuple[str, ...], mode: Mode) -> None:
@@ -34,15 +36,15 @@ class Folder(Source):
             reason = f"class folders that the training split lacks: {listed(unknown)}"
             raise ConfigError("data.root", f"{folder}: {reason}")
         class_to_index = {name: index for index, name in enumerate(class_names)}
-        samples = [(path, class_to_index[name]) for name in present for path in image_files(folder / name)]
+        samples = [
+            (path, class_to_index[name])
+            for name, paths in zip(present, _images_by_class(folder, present))
+            for path in paths
+        ]
         # Arrays, not lists: reading a list changes the reference counts of its elements, and so copies its
         # memory, page by page, into every forked worker.
         self._paths = np.array([os.fsencode(path) for path, _ in samples], dtype=np.bytes_)
         self.targets = np.array([target for _, target in samples], dtype=np.int64)
-        empty = sorted(set(present) - {class_names[index] for index in np.unique(self.targets)})
-        if empty:
-            reason = f"class folders without images ({', '.join(IMG_EXTENSIONS)}): {listed(empty)}"
-            raise ConfigError("data.root", f"{folder}: {reason}")
         self.class_names = class_names
         self._folder = folder
         self._mode = mode
@@ -60,25 +62,40 @@ class Folder(Source):
         return os.path.relpath(self.describe(index), self._folder)
 
 
-def image_files(folder: Path) -> list[str]:
-    """The paths of all images below a folder, in the order in which torchvision's ImageFolder finds them.
+def _images_by_class(folder: Path, class_names: Sequence[str]) -> list[list[str]]:
+    """List the images below each class folder, see `find_files`, and log how many files were skipped.
 
-    Broken links are among them, and also folders without images that are named like an image: what was meant
-    to be an image and cannot be read is the business of `data.on_error`, not passed over here.
+    Raises:
+        ConfigError: a folder cannot be listed, a class has no images, or two classes are the same folder.
     """
-    found: list[str] = []
-    for parent, folders, files in sorted(os.walk(folder, followlinks=True)):
-        meant = [name for name in folders if _named_like_image(name) and not image_files(Path(parent, name))]
-        found += [os.path.join(parent, name) for name in sorted([*filter(_named_like_image, files), *meant])]
-    return found
-
-
-def _named_like_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
+    folders = [folder / name for name in class_names]
+    try:
+        real = {os.path.realpath(path): path.name for path in folders}
+        found = find_files(folders)
+    except OSError as error:
+        place = error.filename or folder
+        raise ConfigError("data.root", f"{place}: cannot be listed: {error.strerror}") from None
+    if len(real) < len(folders):
+        twice = next(path for path in folders if real[os.path.realpath(path)] != path.name)
+        other = real[os.path.realpath(twice)]
+        raise ConfigError("data.root", f"{folder}: the classes {twice.name} and {other} are the same folder")
+    empty = [name for name, files in zip(class_names, found) if not files.images]
+    if empty:
+        reason = f"class folders without images ({', '.join(sorted(extensions()))}): {listed(empty)}"
+        raise ConfigError("data.root", f"{folder}: {reason}")
+    skipped = SkippedFiles(folder)
+    for path in (path for files in found for path in files.others):
+        skipped.add(os.path.relpath(path, folder))
+    skipped.report()
+    return [files.images for files in found]
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """The sorted names of the class folders, but hidden ones. Raises ConfigError where there are none."""
+    """Return the sorted names of the class folders, without hidden folders and those of `is_metadata`.
+
+    Raises:
+        ConfigError: the folder cannot be listed, or has no class folders.
+    """
     try:
         entries = list(os.scandir(folder))
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
@@ -87,7 +104,11 @@ def class_folders(folder: Path) -> tuple[str, ...]:
         with suppress(OSError, ValueError):
             reason += f"; {folder.parent} holds {listed(sorted(os.listdir(folder.parent)), 6) or 'nothing'}"
         raise ConfigError("data.root", f"{folder}: {reason}") from None
-    names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(
+        entry.name
+        for entry in entries
+        if os.path.isdir(entry.path) and not entry.name.startswith(".") and not is_metadata(entry.name)
+    )
     if not names:
         state = "no class folders in it" if entries else "the folder is empty"
         raise ConfigError("data.root", f"{folder}: {state}; expected {folder.name}/<class>/<images>")

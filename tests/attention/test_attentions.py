@@ -209,17 +209,56 @@ def test_performer_features_approximate_the_exponential_kernel():
     assert (exact.std(dim=-1) / exact.mean(dim=-1)).mean() > 0.4  # so a flat kernel would not pass
 
 
-def test_performer_redraws_orthogonal_rows_every_1_plus_5_epochs_steps():
+def redrawn_steps(attention, epoch, count):
+    """Steps, counted from 0, before which the projection changes."""
+    steps = []
+    for step in range(count):
+        before = attention.random_projection.clone()
+        attention.set_training_progress(step, epoch)
+        if not torch.equal(before, attention.random_projection):
+            steps.append(step)
+    return steps
+
+
+def test_performer_redraws_orthogonal_rows_every_2_plus_5_epochs_steps():
     attention = build("performer", dim=24, heads=3, random_features=20)
-    first = attention.random_projection.clone()
-    redrawn = []
-    for step in range(1, 14):
-        attention.set_training_progress(step, epoch=1)
-        redrawn.append(not torch.equal(first, attention.random_projection))
-        first = attention.random_projection.clone()
-    assert [step for step, new in zip(range(1, 14), redrawn) if new] == [6, 12]
-    block = F.normalize(first[:8], dim=1)
+    # As a counter does that starts at 0, rises with every step, and has the projection redrawn, and itself
+    # set to 0 again, in a step that begins with it at 1 + 5·epoch.
+    assert redrawn_steps(attention, 0, 8) == [1, 3, 5, 7]
+    assert redrawn_steps(attention, 1, 22) == [6, 13, 20]
+    assert redrawn_steps(attention, 3, 40) == [16, 33]
+    block = F.normalize(attention.random_projection[:8], dim=1)
     torch.testing.assert_close(block @ block.T, torch.eye(8), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_performer_kernel_estimates_have_no_bias(width):
+    """E exp(w·u − |u|²/2) is 1 for every u; with Q as LAPACK signs it, it is not along ±(1, …, 1)."""
+    performer = build("performer", dim=width, heads=1, random_features=4096)
+    rows = []
+    for _ in range(16):
+        performer.redraw()
+        rows.append(performer.random_projection.clone())
+    generator = torch.Generator().manual_seed(2)
+    directions = [torch.ones(width), -torch.ones(width), torch.eye(width)[0], -torch.eye(width)[-1]]
+    directions += [torch.randn(width, generator=generator) for _ in range(4)]
+    units = F.normalize(torch.stack(directions), dim=1)  # (directions, width)
+    means = (torch.cat(rows) @ units.T - 0.5).exp().mean(dim=0)
+    torch.testing.assert_close(means, torch.ones(8), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_linformer_projections_start_uniform(shared):
+    """In ±k^−½, as in the paper's code: its deviation is the bound over √3."""
+    attention = build("linformer", size=(40, 40), projected_tokens=64, share_key_value_projection=shared)
+    mixtures = [attention.key_mixture] if shared else [attention.key_mixture, attention.value_mixture]
+    assert (attention.value_mixture is None) == shared
+    for mixture in mixtures:
+        assert 0.124 < mixture.abs().max() <= 0.125
+        assert mixture.std().item() == pytest.approx(0.125 / 3**0.5, rel=0.02)
+        assert mixture.mean().item() == pytest.approx(0, abs=2e-3)
+        counts = torch.histc(mixture.detach(), 8, -0.125, 0.125) / mixture.numel()
+        assert (counts - 1 / 8).abs().max() < 0.01
 
 
 def test_spatial_reduction_works_down_to_a_single_key():

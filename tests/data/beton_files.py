@@ -6,7 +6,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from data.beton import _ALLOCATION, _FIELD, _HEADER, _IMAGE, RAW, VERSION
+from data.beton import _ALLOCATION, _FIELD, _HEADER, _RECORDS, RAW, VERSION
 
 PAGE = 1 << 14
 
@@ -18,25 +18,36 @@ def as_jpeg(image, quality=95):
     return file.getvalue()
 
 
-def write_beton(path, contents, targets, class_names=None):
-    """Writes images (Pillow's: as pixels; bytes with a size: as a JPEG) and their classes."""
-    record = np.dtype([("0", _IMAGE), ("1", "<i8")], align=True)
-    records, fields = np.zeros(len(contents), record), np.zeros(2, _FIELD)
-    fields["kind"] = 2, 1
-    for field, name in zip(fields, (b"image", b"label")):
-        field["name"][: len(name)] = np.frombuffer(name, np.uint8)
+FIELDS = {"image": 2, "label": 1}
+"""Names and kinds of the fields, as tools/write_ffcv.py writes them."""
+
+
+def write_beton(path, contents, targets, class_names=None, fields=FIELDS, kinds=_RECORDS):
+    """Writes images (Pillow's: as pixels; bytes with a size: as a JPEG) and their classes.
+
+    `fields` are others than the usual: `label` has the classes, further integers count from 0.
+    """
+    record = np.dtype([(name, kinds[kind]) for name, kind in fields.items()], align=True)
+    records, descriptors = np.zeros(len(contents), record), np.zeros(len(fields), _FIELD)
+    descriptors["kind"] = list(fields.values())
+    for field, name in zip(descriptors, fields):
+        field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    for name, kind in fields.items():
+        if kind in (0, 1):
+            records[name] = targets if name in ("label", "Target") else range(len(contents))
+    fields, image = descriptors, next(name for name, kind in fields.items() if kind == 2)
     place = -(-(_HEADER.itemsize + fields.nbytes + records.nbytes) // PAGE) * PAGE
     first, pages, allocations = place, b"", []
-    for number, (content, target) in enumerate(zip(contents, targets)):
+    for number, content in enumerate(contents):
         raw = isinstance(content, Image.Image)
         (width, height), stored = (content.size, content.tobytes()) if raw else content
         if place // PAGE != (place + len(stored) - 1) // PAGE:
             pages += bytes(PAGE - place % PAGE)
             place = first + len(pages)
-        records[number] = (RAW if raw else 0, width, height, place), target
+        records[image][number] = RAW if raw else 0, width, height, place
         allocations.append((number, place, len(stored)))
         pages, place = pages + stored, place + len(stored)
-    header = np.array([(VERSION, 2, PAGE, len(contents), place)], _HEADER)
+    header = np.array([(VERSION, len(fields), PAGE, len(contents), place)], _HEADER)
     start = header.tobytes() + fields.tobytes() + records.tobytes()
     table = np.array(allocations[::-1], _ALLOCATION).tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)

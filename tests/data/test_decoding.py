@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,10 +29,6 @@ def encoded(image, kind="JPEG", **options):
     return file.getvalue()
 
 
-def sixteen_bits():
-    return Image.fromarray((np.arange(70 * 90) * 10).astype(np.uint16).reshape(70, 90))
-
-
 def rotated():
     """A JPEG whose EXIF asks for a quarter turn."""
     exif = Image.Exif()
@@ -54,7 +51,6 @@ KINDS = {
     "palette, transparent": encoded(smooth().quantize(16), "PNG", transparency=b"\0\x80"),
     "alpha": encoded(smooth().convert("RGBA"), "PNG"),
     "grey and alpha": encoded(smooth(mode="L").convert("LA"), "PNG"),
-    "16 bits": encoded(sixteen_bits(), "PNG"),
     "1 bit": encoded(smooth(mode="1"), "PNG"),
     "gif": encoded(smooth(), "GIF"),
     "webp": encoded(smooth(), "WEBP"),
@@ -134,6 +130,30 @@ def test_the_crop_is_timms_but_for_rounding_also_of_its_box_at_a_scale(size, mos
         assert difference.mean() < mean
 
 
+def test_crops_of_photographs_differ_from_pillows_as_documented(photographs):
+    """At full scale by rounding; at half scale by another filter, most at edges."""
+    differences = {1: [], 2: []}
+    for place, path in enumerate(sorted(Path(photographs).rglob("*.JPEG"))):
+        picture = Picture(path.read_bytes(), "RGB")
+        interpolation = ("bilinear", "bicubic")[place % 2]
+        crop = RandomResizedCrop(224, (0.08, 1.0), (3 / 4, 4 / 3), interpolation)
+        with seeded(0, "test", place):
+            box, _ = crop.draw(*picture.size)
+        top, left, rows, columns = box
+        sides = (left, top, left + columns, top + rows)
+        filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+        pillows = picture.image().crop(sides).resize((224, 224), filters[interpolation])
+        ours = crop.cut(picture, box, interpolation)
+        difference = np.abs(ours.astype(int) - np.asarray(pillows))
+        differences[covering_scale((columns, rows), 224)].append((difference.mean(), difference.max()))
+    full, half = (np.array(found) for found in differences.values())
+    assert full[:, 0].mean() < 0.05
+    assert np.median(full[:, 1]) == 1
+    assert full[:, 1].max() <= 19
+    assert 1 < half[:, 0].mean() < 4
+    assert half[:, 1].max() <= 124
+
+
 def test_a_photograph_of_100_megapixels_is_cropped_from_an_eighth_of_it(monkeypatch):
     content = encoded(Image.new("RGB", (11600, 8700), (200, 100, 50)))
     asked = []
@@ -175,3 +195,132 @@ def test_without_numbers_between_pixels_and_the_tensor():
             pixels = transform.pixels(picture)
         assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 32, 32))
         assert torch.equal(transform.finish(pixels), whole)
+
+
+# ------------------------------------------------------------------------------- more than 8 bits per sample
+
+RAMP = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+
+
+def tiff(values, bits, photometric=1, sample_format=1):
+    """A little-endian grey TIFF of one strip, of `bits` per sample."""
+    if bits == 12:  # two samples in three bytes
+        pairs = values.reshape(-1, 2).astype(np.uint32)
+        packed = (pairs[:, 0] << 12) | pairs[:, 1]
+        strip = np.stack([packed >> 16, packed >> 8, packed], axis=1).astype(np.uint8).tobytes()
+    else:
+        strip = values.tobytes()
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height}
+    tags |= {279: len(strip), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8 + len(strip))
+        + strip
+        + struct.pack("<H", len(tags))
+        + entries
+        + bytes(4)
+    )
+
+
+def pgm(values, highest):
+    return f"P5 {values.shape[1]} {values.shape[0]} {highest}\n".encode() + values.astype(">u2").tobytes()
+
+
+DEEP = {
+    "png": encoded(Image.fromarray(RAMP), "PNG"),
+    "tiff": encoded(Image.fromarray(RAMP), "TIFF"),
+    "tiff, big endian": encoded(Image.fromarray(RAMP.astype(">u2")), "TIFF"),
+    "tiff of 12 bits": tiff(RAMP >> 4, 12),
+    "tiff, white is zero": tiff(65535 - RAMP, 16, photometric=0),
+    "jpeg 2000": encoded(Image.fromarray(RAMP), "JPEG2000"),
+    "pgm": pgm(RAMP, 65535),
+    "pgm of 12 bits": pgm(RAMP >> 4, 4095),
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("kind", DEEP)
+def test_the_upper_eight_bits_of_deep_grey_images_are_kept(kind, mode):
+    picture = Picture(DEEP[kind], mode)
+    expected = (RAMP >> 8).astype(int)
+    for pixels in (picture.pixels(), np.asarray(picture.image()), picture.pixels(8)):
+        assert pixels.dtype == np.uint8
+        grey = pixels[..., 0] if mode == "RGB" else pixels
+        # a PGM of another maximum is scaled by it
+        assert np.abs(grey.astype(int) - expected).max() <= (1 if kind == "pgm of 12 bits" else 0)
+        assert mode == "L" or (pixels == pixels[..., :1]).all()
+
+
+def test_deep_grey_images_in_memory_are_reduced():
+    assert (Picture(Image.fromarray(RAMP), "L").pixels() == RAMP >> 8).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (encoded(Image.fromarray((RAMP / 65535).astype(np.float32)), "TIFF"), "floats"),
+        (b"Pf 64 64 -1.0\n" + (RAMP / 65535).astype("<f4").tobytes(), "floats"),
+        (encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "32-bit or signed integers"),
+        (tiff(RAMP.astype(np.int16), 16, sample_format=2), "32-bit or signed integers"),
+        (Image.fromarray(RAMP.astype(np.int32)), "32-bit or signed integers"),
+    ],
+)
+def test_pixels_without_a_defined_range_are_refused(content, kind):
+    for action in (Picture.image, Picture.pixels, lambda picture: picture.pixels(8)):
+        with pytest.raises(UnreadableImageError, match=f"its pixels are {kind}, of no defined range"):
+            action(Picture(content, "RGB"))
+
+
+def lossless_jpeg(values):
+    """A lossless grey JPEG (SOF3, ITU-T T.81 annex H), each sample predicted by the one to its left."""
+    predicted = np.full(values.shape, 128)
+    predicted[:, 1:] = values[:, :-1]
+    predicted[1:, 0] = values[:-1, 0]
+    bits = ""
+    for difference in (values.astype(int) - predicted).ravel().tolist():
+        size = abs(difference).bit_length()
+        bits += f"{size:04b}"  # the code of each size is itself
+        if size:
+            bits += f"{difference if difference > 0 else difference + (1 << size) - 1:0{size}b}"
+    bits += "1" * (-len(bits) % 8)
+    scan = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    height, width = values.shape
+    table = bytes([0, 0, 0, 0, 9, *[0] * 12, *range(9)])  # nine codes of four bits
+    segments = [(0xC3, struct.pack(">BHHB3B", 8, height, width, 1, 1, 0x11, 0)), (0xC4, table),
+                (0xDA, bytes([1, 1, 0, 1, 0, 0]))]  # fmt: skip
+    head = b"".join(struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments)
+    return b"\xff\xd8" + head + scan + b"\xff\xd9"
+
+
+@pytest.mark.usefixtures("either_decoder")
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_lossless_jpeg_is_read_at_every_scale(mode):
+    values = np.asarray(smooth((90, 70), "L"))
+    picture = Picture(lossless_jpeg(values), mode)
+    for scale in decoding.SCALES:
+        pixels = picture.pixels(scale)
+        assert (pixels == (values if mode == "L" else values[..., None])).all()
+    with seeded(0, "test", 0):
+        assert RandomResizedCrop(16, (0.9, 1.0), (3 / 4, 4 / 3), "bicubic")(picture).shape[:2] == (16, 16)
+
+
+def test_what_is_an_image_but_not_decoded_is_not_called_no_image():
+    twelve_bits = bytearray(KINDS["rgb"])
+    twelve_bits[twelve_bits.index(b"\xff\xc0") + 4] = 12
+    for content, reason in (
+        (bytes(twelve_bits), "a JPEG image that cannot be decoded: .*12-bit"),
+        (tiff(RAMP, 16, photometric=9), "a TIFF image that cannot be decoded: "),
+        (b"text" * 9, "no image of JPEG"),
+        (b"", "the file is empty"),
+    ):
+        with pytest.raises(UnreadableImageError, match=f"^{reason}") as error:
+            Picture(content, "RGB").image()
+        assert "\n" not in str(error.value)
+
+
+def test_lab_becomes_grey():
+    content = encoded(Image.new("LAB", (8, 8), (128, 128, 128)), "TIFF")
+    grey, colours = (Picture(content, mode).pixels() for mode in ("L", "RGB"))
+    assert (grey == np.asarray(Image.fromarray(colours).convert("L"))).all()

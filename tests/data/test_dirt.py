@@ -109,6 +109,20 @@ def test_too_many_stop_the_run_with_one_line(dirty, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_one_image_may_be_unreadable_in_a_small_set(folder_data, image_folder):
+    """0.001, the default, of 12 images is less than one."""
+    (image_folder / "train/ant/1.png").write_bytes(b"")
+    folder_data.on_error = "skip"
+    assert sum(len(targets) for _, targets in load(folder_data, batch_size=12).train.epoch(0)) == 12
+    folder_data.max_bad = 0.0
+    with pytest.raises(ConfigError, match="1 of 12 training images cannot be read"):
+        list(load(folder_data, batch_size=12).train.epoch(0))
+    folder_data.max_bad = 0.001
+    (image_folder / "train/ant/2.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match="2 of 12 training images cannot be read"):
+        list(load(folder_data, batch_size=12).train.epoch(0))
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_out_of_range_is_refused(folder_data, share):
     folder_data.max_bad = share
@@ -119,8 +133,8 @@ def test_a_share_out_of_range_is_refused(folder_data, share):
 
 def test_a_set_without_a_readable_image_ends(tmp_path):
     for split in ("train", "val"):
-        for number in range(2):
-            path = tmp_path / split / "ant" / f"{number}.jpg"
+        for name in ("ant", "bear"):
+            path = tmp_path / split / name / "0.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
     data = DataConfig(source="folder", root=str(tmp_path), workers=0, on_error="skip", max_bad=1.0)

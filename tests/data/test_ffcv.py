@@ -15,7 +15,7 @@ from sample_images import write_image
 from test_loaders import equal, load
 
 from data import build_validation, ffcv_pipeline
-from data.beton import Beton
+from data.beton import _RECORDS, Beton
 from data.ffcv_pipeline import FFCVTrainLoader, QuasiRandomBatches
 from data.loaders import TrainLoader
 from data.sources import open_source
@@ -159,7 +159,8 @@ def test_evaluation_is_that_of_the_folder(folders, world_size):
 
 def test_workers_read_the_same_file(folders):
     """Grey images, AugMix and other crops are not for threads."""
-    for options, in_chans in (({}, 1), ({"auto_augment": "augmix-m3-w2"}, 3), ({"crop": "pad_random"}, 3)):
+    crops = [({"crop": crop}, 3) for crop in ("pad_random", "resize_random", "eval_resize_random")]
+    for options, in_chans in (({}, 1), ({"auto_augment": "augmix-m3-w2"}, 3), *crops):
         augment, settings = AugmentConfig(**options), {"batch_size": 12, "in_chans": in_chans}
         train = load(configured(folders, "raw", workers=2), augment, **settings).train
         assert isinstance(train, TrainLoader)
@@ -295,3 +296,59 @@ def test_a_file_is_mapped_anew_in_another_process(folders):
     assert PAGE == 1 << 14
     assert isinstance(Image.fromarray(stored), Image.Image)
     assert json.loads((folders / "raw" / "train.json").read_text())["class_names"] == ["ant", "bear", "cat"]
+
+
+def open_fields(folder, fields, targets=(2, 0, 1), **options):
+    images = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(len(targets))]
+    write_beton(folder / "train.beton", images, targets, fields=fields, **options)
+    return open_source(DataConfig(source="ffcv", root=str(folder)), "train", 3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"index": 1, "image": 2, "label": 1},
+        {"image": 2, "Target": 1, "weight": 0},
+        {"index": 1, "covariate": 2, "label": 1},
+        {"image": 2, "label": 1, "attributes": 5, "features": 4, "tensor": 6, "text": 3},
+    ],
+)
+def test_the_class_is_the_field_of_that_name(fields, tmp_path):
+    source = open_fields(tmp_path, fields)
+    assert source.targets.tolist() == [2, 0, 1]
+    assert [source.load(index)[0].getpixel((0, 0))[0] for index in range(3)] == [0, 1, 2]
+
+
+def test_the_only_integer_field_needs_no_name(tmp_path):
+    assert open_fields(tmp_path, {"image": 2, "category": 1}).targets.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"a": 1, "image": 2, "b": 1}, "which field is the class is not clear: it has 'a' (integers), "),
+        ({"label": 1, "image": 2, "target": 1}, "which field is the class is not clear"),
+        ({"image": 2, "label": 0}, "it has 'image' (images), 'label' (floats)"),
+        (
+            {"index": 1, "image": 2, "label": 3},
+            "it has 'index' (integers), 'image' (images), 'label' (bytes)",
+        ),
+        ({"index": 1, "image": 2}, "which field is the class is not clear"),
+        ({"left": 2, "right": 2, "label": 1}, "which field is an image is not clear"),
+        ({"image": 2, "label": 255}, "field 'label' is of a kind that is not FFCV's own"),
+    ],
+)
+def test_fields_that_may_mean_several_things_are_refused_with_their_names(fields, reason, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        open_fields(tmp_path, fields, kinds={**_RECORDS, 255: "<u8"})
+    assert error.value.reason.startswith(f"{tmp_path / 'train.beton'}: ")
+    assert reason in error.value.reason
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("targets", [(0, -1, 1), (0, 1 << 40, 1)])
+def test_classes_out_of_range_are_refused(targets, tmp_path):
+    with pytest.raises(
+        ConfigError, match=rf"image 1 has the class {targets[1]} in field 'label'; expected 0 to"
+    ):
+        open_fields(tmp_path, {"image": 2, "label": 1}, targets)

@@ -2,18 +2,25 @@
 
 import dataclasses
 import itertools
+import os
 import pickle
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from sample_images import NO_AUGMENT, generator_states, write_image
 
 from data import build_loaders, build_validation
-from data.loaders import _started
+from data.loaders import _started, explain_shared_memory
 from vil.config import AugmentConfig, ConfigError, DataConfig
 
+ROOT = Path(__file__).parents[2]
 RECIPE = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
 
 
@@ -245,3 +252,108 @@ def test_processes_are_forked_with_the_trainers_signals_held_back():
 
     assert next(_started(Loader())) >= {signal.SIGINT, signal.SIGTERM}
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+SMALL_SHARED_MEMORY = """
+from data import build_loaders
+from vil.config import AugmentConfig, ConfigError, DataConfig
+options = {"image_size": 224, "in_chans": 3, "batch_size": 64, "accumulation": 1, "seed": 0}
+try:
+    list(build_loaders(DataConfig(workers=2), AugmentConfig(), **options).train.epoch(0))
+except ConfigError as error:
+    print(error)
+"""
+
+
+def run_with_small_shared_memory(program):
+    """Standard output of a Python program for which /dev/shm has 4 MB, as in a container."""
+    mount = "mount -t tmpfs -o size=4m tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("a small /dev/shm needs the right to mount one")
+    line = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, program]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=100).stdout
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs Linux")
+def test_too_little_shared_memory_is_one_line_that_says_what_to_do():
+    said = run_with_small_shared_memory(SMALL_SHARED_MEMORY)
+    assert said.startswith("data.workers: shared memory, /dev/shm (4 MB), is too small")
+    assert said.count("\n") == 1
+    for advice in ("--shm-size", "--ipc=host", "--data.workers 0"):
+        assert advice in said
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm) for "
+         "file </torch_1_2_0>: No space left on device (28)", ConfigError),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+         "are out of shared memory. Please try to raise your shared memory limit.", ConfigError),
+        ("unable to write to file </torch_1_2_0>: No space left on device (28)", ConfigError),
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", RuntimeError),
+    ],
+)  # fmt: skip
+def test_only_shared_memory_is_explained(message, expected):
+    def batches():
+        yield 1
+        raise RuntimeError(message)
+
+    loaded = explain_shared_memory(batches())
+    assert next(loaded) == 1
+    with pytest.raises(expected) as error:
+        next(loaded)
+    assert type(error.value) is expected
+
+
+ORPHANS = """
+import os, sys, torch
+from torch.utils.data import DataLoader, Dataset
+from data import loaders
+
+class Unanswered(Dataset):
+    def __getitem__(self, index):
+        with open(sys.argv[1], "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        open(sys.argv[2]).read()  # a pipe that nobody writes to, as a dead mount
+
+    def __len__(self):
+        return 8
+
+init = {"train": loaders._leave_signals_to_the_trainer, "predict": loaders.end_with_parent}[sys.argv[3]]
+list(DataLoader(Unanswered(), 1, num_workers=2, worker_init_fn=init))
+"""
+
+
+def is_running(pid):
+    """True for a process that is there, and no zombie that nobody waits for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux")
+@pytest.mark.parametrize("init", ["train", "predict"])
+def test_workers_end_with_the_trainer_also_while_a_file_does_not_answer(init, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    line = [sys.executable, "-c", ORPHANS, str(tmp_path / "pids"), str(tmp_path / "pipe"), init]
+    trainer = subprocess.Popen(line, cwd=ROOT)
+    try:
+        end = time.monotonic() + 60
+        pids = []
+        while len(pids) < 2 and time.monotonic() < end:
+            time.sleep(0.1)
+            pids = (tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []
+        assert len(pids) == 2
+        assert all(map(is_running, pids))
+    finally:
+        trainer.kill()
+        trainer.wait()
+    end = time.monotonic() + 15
+    while any(map(is_running, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    left = [pid for pid in pids if is_running(pid)]
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert left == []

@@ -37,6 +37,12 @@ def test_labels_follow_the_class(data):
     ]
 
 
+def test_the_file_may_begin_with_a_byte_order_mark(data, tmp_path):
+    path = tmp_path / "real.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert build_validation(data, **OPTIONS).loader.num_images == 5
+
+
 def test_folders_that_are_named_by_number(tmp_path):
     """They are sorted as text, so that class 2 stands behind 199."""
     for number in range(1000):

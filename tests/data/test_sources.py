@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sample_images import write_image
 
-from data.sources import open_source
+from data.sources import SOURCES, open_source
 from data.sources.digits import split_indices
 from vil.config import ConfigError, DataConfig
 
@@ -266,3 +266,39 @@ def test_a_missing_package_is_named(monkeypatch):
     error = error_of(DataConfig(source="hfds/imagenet-1k"))
     assert error.key == "data.source"
     assert "datasets" in error.reason
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def test_training_images_of_one_class_are_refused(tmp_path):
+    for split in ("train", "val"):
+        write_image(tmp_path / split / "ant/0.png", 0)
+    data = DataConfig(source="folder", root=str(tmp_path))
+    error = error_of(data)
+    assert error.key == "data.root"
+    assert error.reason.endswith("all 1 images are of one class, ant; training needs two classes or more")
+    assert open_source(data, "val", 3).class_names == ("ant",)  # a part of a model's classes may be evaluated
+
+
+def test_classes_that_are_splits_are_refused(image_folder):
+    (image_folder / "both").mkdir()
+    for split in ("train", "val"):
+        (image_folder / split).rename(image_folder / "both" / split)
+    error = error_of(DataConfig(source="folder", root=str(image_folder), val_split="both"), "val")
+    assert "the classes are named like splits (train, val)" in error.reason
+
+
+@pytest.mark.parametrize(("split", "target"), [("train", -1), ("val", -1), ("val", 10)])
+def test_images_without_a_class_are_refused(split, target, monkeypatch):
+    """Test splits of Hugging Face are published with -1 in place of labels."""
+
+    def open_unlabelled(data, split, mode):
+        source = SOURCES["digits"](data, split, mode)
+        source.targets[5] = target
+        return source
+
+    monkeypatch.setitem(SOURCES, "hfds/", lambda data, *rest: open_unlabelled(DataConfig(), *rest))
+    error = error_of(DataConfig(source="hfds/digits"), split, 1)
+    assert error.key == "data.source"
+    assert f"has the class {target}, expected 0 to 9" in error.reason

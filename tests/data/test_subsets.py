@@ -46,12 +46,20 @@ def test_a_list_names_paths_or_plain_files(folder_data, image_folder, tmp_path):
     assert part.load(1)[1] == 1
 
 
+def test_a_list_may_begin_with_a_byte_order_mark(folder_data, tmp_path):
+    folder_data.list_file = str(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfcat/1.png\r\nbear/3.png\r\n")
+    part = chosen(open_source(folder_data, "train", 3), folder_data)
+    assert [part.name(index) for index in range(len(part))] == ["bear/3.png", "cat/1.png"]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         ("cat/1.png\ndog/1.png\n", "line 2: dog/1.png is no image"),
         ("1.png\n", "line 1: 1.png is the name of several"),
         ("\n", "names no image"),
+        ("cat/1.png\ncat/2.png\n", "all of its images are of one class, cat"),
         (None, "No such file"),
     ],
 )

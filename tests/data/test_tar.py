@@ -151,3 +151,245 @@ def test_an_archive_that_ends_early_has_unreadable_images(class_tars, tmp_path):
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(OSError, match="archive ends before"):
         source.load(8)
+
+
+# --------------------------------------------------------------------------------- damaged archives, links
+
+BLOCK = 512
+
+
+def image_bytes(image_folder):
+    return (image_folder / "train/ant/0.png").read_bytes()
+
+
+def write_tar(path, names, content, mode="w"):
+    """Images of one content under these names, in the ustar format: one block of header each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+NAMES = [f"{name}/{number}.png" for name in CLASSES for number in range(4)]
+
+
+def damage(path, how, stride):
+    content = bytearray(path.read_bytes())
+    place = 5 * stride  # the header of the sixth member
+    if how == "bad header":
+        content[place + 100] ^= 1
+    elif how == "cut at a member":
+        del content[place:]
+    elif how == "cut in a member":
+        del content[place + BLOCK + 1 :]
+    elif how == "cut in a header":
+        del content[place + 100 :]
+    elif how == "zeroed block":
+        content[place : place + BLOCK] = bytes(BLOCK)
+    elif how == "concatenated":
+        content += bytes(content)
+    path.write_bytes(content)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("bad header", "damaged: no header of a file at byte {place}"),
+        ("cut at a member", "it ends at byte {place} without an end mark"),
+        ("cut in a member", "unexpected end of data"),
+        ("cut in a header", "damaged: no header of a file at byte {place}"),
+        ("zeroed block", "its end mark at byte {place} is followed by further content"),
+        ("concatenated", "is followed by further content, as of archives joined by cat"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["tar", "wds"])
+def test_damaged_archives_are_refused(kind, how, reason, image_folder, tmp_path):
+    content = image_bytes(image_folder)
+    path = tmp_path / "tars/train.tar"
+    write_tar(path, NAMES, content)
+    place = damage(path, how, BLOCK + -(-len(content) // BLOCK) * BLOCK)
+    said = refusal(DataConfig(source=kind, root=str(path.parent)))
+    assert said.startswith(f"{path}: cannot be read as an uncompressed tar: ")
+    assert reason.format(place=f"{place:,}") in said
+
+
+def test_zeros_behind_the_end_are_no_damage(image_folder, tmp_path):
+    path = tmp_path / "tars/train.tar"
+    write_tar(path, NAMES, image_bytes(image_folder))
+    with open(path, "ab") as file:
+        file.write(bytes(3 << 20))
+    assert len(open_source(DataConfig(source="tar", root=str(path.parent)), "train", 3)) == 12
+
+
+def test_hard_and_symbolic_links_are_images_as_after_unpacking(image_folder, tmp_path):
+    content = image_bytes(image_folder)
+    path = tmp_path / "tars/train.tar"
+    write_tar(path, ["ant/0.png", "bear/0.png"], content)
+    other = (image_folder / "train/bear/0.png").read_bytes()
+    with tarfile.open(path, "a") as tar:
+        for name, kind, target in (
+            ("ant/1.png", tarfile.LNKTYPE, "ant/0.png"),
+            ("bear/1.png", tarfile.SYMTYPE, "../ant/0.png"),
+            ("bear/2.png", tarfile.SYMTYPE, "1.png"),  # a link to a link
+            ("bear/3.png", tarfile.SYMTYPE, "/etc/passwd"),
+            ("bear/4.png", tarfile.SYMTYPE, "4.png"),
+            ("bear/5.png", tarfile.LNKTYPE, "bear/9.png"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    write_tar(path, ["ant/0.png"], other, "a")  # once more: the last one counts, but not for the hard link
+    source = open_source(DataConfig(source="tar", root=str(path.parent)), "train", 3)
+    found = {source.name(index): source.picture(index)._content for index in range(len(source))}
+    assert found == {
+        "ant/0.png": other, "ant/1.png": content,
+        "bear/0.png": content, "bear/1.png": other, "bear/2.png": other,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ classes of archives
+
+
+def archive_classes(tmp_path, split="train", **archives):
+    """Classes and counts of a split of these archives: names of images, under the archive's name."""
+    picture = tmp_path / "0.png"
+    picture.write_bytes(b"an image")
+    for name, names in archives.items():
+        write_tar(tmp_path / "tars" / split / f"{name}.tar", names, b"an image")
+    source = open_source(DataConfig(source="tar", root=str(tmp_path / "tars")), split, 3)
+    return source.class_names, np.bincount(source.targets).tolist()
+
+
+@pytest.mark.parametrize("prefix", ["", "train/", "./", "data/tiny/train/"])
+@pytest.mark.parametrize("inner", ["", "images/", "more/images/"])
+def test_the_classes_are_those_of_the_folder_source(prefix, inner, tmp_path):
+    names = [f"{prefix}{name}/{inner}{number}.png" for name in CLASSES for number in range(2)]
+    write_tar(tmp_path / "tars/train.tar", names, b"an image")
+    source = open_source(DataConfig(source="tar", root=str(tmp_path / "tars")), "train", 3)
+    assert source.class_names == CLASSES
+    assert source.targets.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("archives", "classes"),
+    [
+        ({"cat": ["images/0.png"], "dog": ["images/0.png", "images/1.png"]}, ("cat", "dog")),
+        ({"n01": ["images/0.png"], "n02": ["images/0.png"]}, ("n01", "n02")),
+        ({"cat": ["0.png"], "dog": ["pictures/0.png"]}, ("cat", "dog")),
+        ({"cat": ["cat/0.png"], "dog": ["dog/more/0.png"]}, ("cat", "dog")),
+        ({"cat-0": ["cat/0.png"], "cat-1": ["cat/1.png"], "dog-0": ["dog/0.png"]}, ("cat", "dog")),
+        ({"part0": ["cat/0.png", "dog/0.png"], "part1": ["cat/1.png", "eel/1.png"]}, ("cat", "dog", "eel")),
+        ({"part0": ["train/cat/0.png"], "part1": ["train/cat/1.png"], "part2": ["train/dog/1.png"]},
+         ("cat", "dog")),
+        ({"cat": ["0.png"], "others": ["dog/0.png", "eel/0.png"]}, ("cat", "dog", "eel")),
+    ],
+)  # fmt: skip
+def test_archives_of_one_class_and_of_many(archives, classes, tmp_path):
+    assert archive_classes(tmp_path, **archives)[0] == classes
+
+
+@pytest.mark.parametrize(
+    "archives",
+    [
+        {"cat": ["indoor/0.png", "outdoor/0.png"], "dog": ["indoor/0.png", "outdoor/0.png"]},
+        {"cat": ["images/0.png"], "dog": ["images/0.png"], "eel": ["photos/0.png"]},
+    ],
+)
+def test_classes_that_may_be_archives_or_folders_are_refused(archives, tmp_path):
+    with pytest.raises(ConfigError, match=r"the classes may be the archives \(cat, …\) or the folders"):
+        archive_classes(tmp_path, **archives)
+
+
+def test_validation_archives_have_the_classes_of_training(tmp_path):
+    archive_classes(tmp_path, ant=["images/0.png"], bear=["images/0.png"], cat=["images/0.png"])
+    found = archive_classes(tmp_path, "val", bear=["a/0.png", "b/1.png"], cat=["a/0.png"])
+    assert found == (CLASSES, [0, 2, 1])
+    (tmp_path / "tars/val/bear.tar").unlink()
+    (tmp_path / "tars/val/cat.tar").unlink()
+    assert archive_classes(tmp_path, "val", all=["val/bear/0.png", "val/bear/more/1.png"]) == (
+        CLASSES,
+        [0, 2],
+    )
+
+
+def test_images_beside_the_class_folders_are_skipped_with_a_line(tmp_path, caplog):
+    names = ["train/0.png", "train/ant/0.png", "train/bear/0.png"]
+    assert archive_classes(tmp_path, all=names) == (("ant", "bear"), [1, 1])
+    assert "1 file was skipped" in caplog.text
+    assert "train/0.png" in caplog.text
+
+
+def test_an_archive_of_all_splits_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"the classes are named like splits \(train, val\)"):
+        archive_classes(tmp_path, all=["tiny/train/a/0.png", "tiny/train/b/0.png", "tiny/val/a/0.png"])
+
+
+# ----------------------------------------------------------------------------------- samples of WebDataset
+
+
+def shard_targets(tmp_path, *files):
+    """Names and targets of a shard of these files; a content that is no bytes becomes text."""
+    path = tmp_path / "wds/train-0.tar"
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in (*files, ("z0.jpg", b""), ("z0.cls", 0), ("z1.jpg", b""), ("z1.cls", 1)):
+            encoded = content if isinstance(content, bytes) else str(content).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(encoded)
+            tar.addfile(info, io.BytesIO(encoded))
+    source = open_source(DataConfig(source="wds", root=str(path.parent)), "train", 3)
+    return {source.name(i): int(source.targets[i]) for i in range(len(source)) if source.name(i)[0] != "z"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([("a.input.jpg", b""), ("a.cls", 1)], {"a.input.jpg": 1}),
+        ([("a.AVIF", b""), ("a.CLS", 1)], {"a.AVIF": 1}),
+        ([("a.JPG", b""), ("a.json", '{"label": 1, "width": 3}')], {"a.JPG": 1}),
+        ([("a.jpg", b""), ("a.json", "1")], {"a.jpg": 1}),
+        ([("a.jpg", b""), ("a.json", '{"cls": 1}')], {"a.jpg": 1}),
+        ([("a.jpg", b""), ("a.json", '{"label": 0}'), ("a.cls", "\ufeff1\n")], {"a.jpg": 1}),
+        ([("a.1.jpg", b""), ("a.1.cls", 1), ("a.2.jpg", b""), ("a.2.cls", 0)], {"a.1.jpg": 1, "a.2.jpg": 0}),
+        ([("d/a.jpg", b""), ("d/a.cls", 1), ("d/a.txt", "a caption")], {"d/a.jpg": 1}),
+    ],
+)
+def test_samples_of_one_image_and_one_class(files, expected, tmp_path):
+    assert shard_targets(tmp_path, *files) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([("a.jpg", b""), ("a.png", b""), ("a.cls", 1)], "sample a: 2 images under one key: a.jpg, a.png"),
+        ([("a.jpg", b""), ("a.seg.png", b""), ("a.cls", 1)], "sample a: 2 images under one key"),
+        ([("d/a.jpg", b""), ("d/a.cls", 1)] * 2, "sample d/a: 2 images under one key: d/a.jpg, d/a.jpg"),
+        ([("a.jpg", b""), ("a.cls", 1), ("a.cls", 1)], "sample a: 2 classes under one key"),
+        ([("a.1.jpg", b""), ("a.2.jpg", b""), ("a.cls", 1)], "sample a: 2 images under one key"),
+        ([("a.heic", b""), ("a.cls", 1)], "sample a: a class without an image (a.cls, a.heic)"),
+        ([("a.jpg", b"")], "sample a: images without a .cls or .json beside them: a.jpg"),
+        (
+            [("a.jpg", b""), ("a.json", '{"caption": "ant"}')],
+            "a.json holds no class: expected a whole number",
+        ),
+        ([("a.jpg", b""), ("a.json", '{"label": 1, "cls": 1}')], "a.json holds no class"),
+        ([("a.jpg", b""), ("a.json", "true")], "a.json holds no class"),
+        ([("a.jpg", b""), ("a.json", "{")], "a.json is not JSON"),
+        ([("a.jpg", b""), ("a.json", "-1")], "a.json is no class: '-1'"),
+        ([("a.jpg", b""), ("a.cls", "0" * 65)], "a.cls is no class"),
+    ],
+)
+def test_samples_that_are_not_one_image_and_one_class_are_refused(files, reason, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        shard_targets(tmp_path, *files)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "wds/train-0.tar") in error.value.reason
+    assert reason in error.value.reason
+
+
+def test_other_files_of_a_shard_are_counted(tmp_path, caplog):
+    assert shard_targets(tmp_path, ("README.txt", "text"), ("._a.jpg", b"metadata")) == {}
+    assert "2 files were skipped" in caplog.text

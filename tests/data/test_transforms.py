@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import random
+from pathlib import Path
 
 import numpy as np
 import PIL
 import pytest
 import torch
+import yaml
 from PIL import Image
 from sample_images import NO_AUGMENT, write_image
 
@@ -54,6 +56,7 @@ EFFECTS = [
     (NO_AUGMENT, "crop", "random_resized"),
     (NO_AUGMENT, "crop", "pad_random"),
     (NO_AUGMENT, "crop", "resize_random"),
+    (NO_AUGMENT, "crop", "eval_resize_random"),
     (BASE, "scale", (0.5, 0.6)),
     (BASE, "ratio", (1.0, 1.0)),
     ({**NO_AUGMENT, "crop": "pad_random"}, "pad", 8),
@@ -118,6 +121,45 @@ def test_pad_random_shifts_by_up_to_pad_and_shows_black_beside(image):
         assert len(place) == 1
         shifts.add(place[0])
     assert {y for y, _ in shifts} == {x for _, x in shifts} == set(range(9))
+
+
+def test_eval_resize_random_crops_anywhere_of_the_image_as_evaluation_resizes_it(image):
+    data = DataConfig(crop_pct=0.8, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
+    augment = AugmentConfig(**{**NO_AUGMENT, "crop": "eval_resize_random", "interpolation": "bicubic"})
+    resized = image.resize((53, 40), Image.Resampling.BICUBIC)  # the short side: 32 / 0.8
+    whole = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255  # (3, 40, 53)
+    transform = train_transform(augment, data, image_size=32, in_chans=3)
+    offsets = set()
+    for view in range(400):
+        with seeded(0, "test", view):
+            crop = transform(image)
+        found = [
+            (y, x)
+            for y in range(9)
+            for x in range(22)
+            if torch.allclose(crop, whole[:, y : y + 32, x : x + 32])
+        ]
+        assert len(found) == 1
+        offsets.add(found[0])
+    assert {y for y, _ in offsets} == set(range(9))
+    assert {x for _, x in offsets} == set(range(22))
+    centre = evaluation_transform(data, image_size=32, in_chans=3)(image)
+    assert torch.allclose(centre, whole[:, 4:36, 10:42])
+
+
+def test_the_recipe_of_fine_tuning_is_the_papers():
+    """416, random crop 384, flip, label smoothing 0.1: appendix and code of the paper."""
+    path = Path(__file__).parents[2] / "configs/schedules/finetune_384.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert recipe["label_smoothing"] == 0.1
+    augment = AugmentConfig(**recipe["augment"])
+    assert dataclasses.replace(augment, crop="random_resized") == AugmentConfig(interpolation="bicubic")
+    picture = Image.new("RGB", (600, 500))
+    transform = train_transform(augment, DataConfig(crop_pct=0.922), image_size=384, in_chans=3)
+    resize, crop = transform.crop.steps
+    assert resize(picture).size == (499, 416)
+    assert crop(resize(picture)).size == (384, 384)
+    assert crop.padding is None
 
 
 def test_resize_random_keeps_the_short_side_and_moves_along_the_long_one(image):

@@ -2,8 +2,12 @@
 
 import os
 import pickle
+import re
+import shutil
+import subprocess
 import zipfile
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ import torch
 
 from data import build_loaders
 from data.sources import open_source
+from data.sources.zipped import members
 from vil.config import AugmentConfig, ConfigError, DataConfig
 
 CLASSES = ("ant", "bear", "cat")
@@ -100,6 +105,101 @@ def test_a_pickled_source_opens_its_own_files(zip_data):
     again = pickle.loads(pickle.dumps(source))
     assert again._files == {}
     assert (np.asarray(again.load(3)[0]) == np.asarray(source.load(3)[0])).all()
+
+
+def test_a_validation_map_with_other_numbers_is_refused(zip_data, image_folder):
+    lines = [
+        f"val.zip@/{name}/{i}.png\t{k}" for k, name in enumerate(("bear", "ant", "cat")) for i in range(2)
+    ]
+    write_zip(Path(zip_data.root), image_folder, "val", lines=lines)
+    said = refusal(zip_data, "val")
+    assert said == f"{zip_data.root}/val_map.txt: folder bear has class 0, but class 1 in train_map.txt"
+
+
+def test_numbers_are_compared_by_class_folder_also_around_other_folders(tmp_path):
+    root = tmp_path / "nested"
+    root.mkdir()
+    for split, numbers in (("train", (0, 1)), ("val", (1, 0))):
+        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+            for name in ("ant", "bear"):
+                archive.writestr(f"{split}/{name}/images/0.png", b"")
+        lines = [f"{split}.zip@/{split}/{n}/images/0.png\t{k}" for n, k in zip(("ant", "bear"), numbers)]
+        (root / f"{split}_map.txt").write_text("\n".join(lines))
+    data = DataConfig(source="zip", root=str(root))
+    assert open_source(data, "train", 3).class_names == ("ant", "bear")
+    assert "folder ant has class 1, but class 0 in train_map.txt" in refusal(data, "val")
+
+
+def test_classes_without_training_images_are_said(zip_data, caplog):
+    lines = [f"train.zip@/{name}/0.png\t{3 * k}" for k, name in enumerate(("ant", "bear"))]
+    assert len(open_source(with_lines(zip_data, *lines), "train", 3).class_names) == 4
+    assert "split train: 2 classes have no training images: 1, 2" in caplog.text
+
+
+def test_a_map_may_begin_with_a_byte_order_mark(zip_data):
+    path = Path(zip_data.root, "train_map.txt")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(open_source(zip_data, "train", 3)) == 12
+
+
+class _UnflaggedInfo(zipfile.ZipInfo):
+    """Names in UTF-8 without the flag that says so, as Info-ZIP's program writes them."""
+
+    def _encodeFilenameFlags(self):  # noqa: N802
+        return self.filename.encode("utf-8"), self.flag_bits & ~(1 << 11)
+
+
+def test_names_in_utf_8_without_the_flag(image_folder, tmp_path):
+    root = tmp_path / "zip"
+    root.mkdir()
+    content = (image_folder / "train/ant/0.png").read_bytes()
+    names = ["café/é 1.png", "日本/a b.png", "plain/0.png"]
+    with zipfile.ZipFile(root / "train.zip", "w") as archive:
+        for name in names:
+            archive.writestr(_UnflaggedInfo(name), content)
+    assert b"\xc3\xa9 1.png" in (root / "train.zip").read_bytes()
+    assert zipfile.ZipFile(root / "train.zip").namelist()[0] != names[0]  # as zipfile reads it
+    (root / "train_map.txt").write_text(
+        "".join(f"train.zip@/{n}\t{k}\n" for k, n in enumerate(names)), "utf-8"
+    )
+    source = open_source(DataConfig(source="zip", root=str(root)), "train", 3)
+    assert [source.name(index) for index in range(3)] == names
+    assert source.class_names == ("café", "日本", "plain")
+    assert source.load(1)[0].size == (40, 30)
+
+
+def test_names_of_code_page_437_stay_what_zipfile_reads(image_folder, tmp_path):
+    class Info(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self):  # noqa: N802
+            return self.filename.encode("cp437"), 0
+
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(Info("café/é.png"), b"")
+    assert list(members(tmp_path / "a.zip", 0)) == ["café/é.png"]
+
+
+def test_the_recipe_of_the_documentation(image_folder, tmp_path):
+    """Classes in any alphabet and with spaces, and one that has no validation images."""
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"```sh\ncd /datasets/imagenet && zip.*?\n(.*?)```", page, re.DOTALL)
+    root = tmp_path / "recipe"
+    for split in ("train", "val"):
+        for name, other in zip(("ant", "bear", "cat"), ("Zebra", "a b", "çé")):
+            if (split, name) != ("val", "bear"):
+                shutil.copytree(image_folder / split / name, root / split / other)
+        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+            for path in sorted((root / split).rglob("*.png")):
+                info = _UnflaggedInfo(path.relative_to(root).as_posix())
+                archive.writestr(info, path.read_bytes())
+    subprocess.run(["bash", "-ec", recipe], cwd=root, check=True)
+    for split in ("train", "val"):
+        zipped = open_source(DataConfig(source="zip", root=str(root)), split, 3)
+        folder = open_source(DataConfig(source="folder", root=str(root)), split, 3)
+        assert zipped.class_names == folder.class_names == ("Zebra", "a b", "çé")
+        assert zipped.targets.tolist() == folder.targets.tolist()
+        assert [zipped.name(i) for i in range(len(zipped))] == [
+            f"{split}/{folder.name(i)}" for i in range(len(folder))
+        ]
 
 
 def test_flat_archives_number_their_classes(zip_data, image_folder):

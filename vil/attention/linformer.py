@@ -13,7 +13,8 @@ from vil.config import ConfigError
 class LinformerAttention(Attention):
     """Every token attends to k learned mixtures of all tokens, the global ones included.
 
-    The mixtures belong to one number of tokens, so the map must have the size that the module was built for.
+    The mixtures start uniformly distributed in ±k^−½, as in the paper's code. They belong to one number of
+    tokens, so the map must have the size that the module was built for.
     """
 
     def __init__(
@@ -28,10 +29,11 @@ class LinformerAttention(Attention):
         self.projection = nn.Linear(dim, dim)
         self.key_mixture = nn.Parameter(torch.empty(tokens, options.projected_tokens))
         self.value_mixture: nn.Parameter | None = None
-        nn.init.trunc_normal_(self.key_mixture, std=0.02)
+        bound = options.projected_tokens**-0.5
+        nn.init.uniform_(self.key_mixture, -bound, bound)
         if not options.share_key_value_projection:
             self.value_mixture = nn.Parameter(torch.empty(tokens, options.projected_tokens))
-            nn.init.trunc_normal_(self.value_mixture, std=0.02)
+            nn.init.uniform_(self.value_mixture, -bound, bound)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`. Raises ValueError for another map than the one it was built for."""

@@ -13,12 +13,26 @@ from vil.config import ConfigError
 EPS = 1e-4
 
 
+def _random_orthogonal(width: int) -> Tensor:
+    """Draw an orthogonal (width, width) matrix from the Haar distribution, uniform over all of them.
+
+    Q of a Gaussian matrix alone is not: LAPACK's choice of signs prefers directions, and the kernel estimate
+    is biased with it. The signs of R's diagonal correct that.
+
+    Source: F. Mezzadri, How to generate random matrices from the classical compact groups, Notices of the
+    AMS 54, 2007, section 5.
+    """
+    q, r = torch.linalg.qr(torch.randn(width, width))
+    return q * r.diagonal().sign()
+
+
 class PerformerAttention(Attention):
     """softmax(q·k) approximated by φ(q)·φ(k) with m random features, linear in the number of tokens.
 
-    The projection is orthogonal within blocks of D rows, its rows scaled by norms of Gaussian rows. It is a
-    buffer, saved with the model, and drawn anew while training: see `set_training_progress`. Attention
-    dropout drops a key for all queries of a head at once, since no weight of a single pair is ever computed.
+    The projection is orthogonal within blocks of D rows, Haar-distributed, its rows scaled by norms of
+    Gaussian rows. It is a buffer, saved with the model, and drawn anew while training: see
+    `set_training_progress`. Attention dropout drops a key for all queries of a head at once, since no weight
+    of a single pair is ever computed.
     """
 
     def __init__(
@@ -35,18 +49,19 @@ class PerformerAttention(Attention):
 
     @torch.no_grad()
     def redraw(self) -> None:
-        """Draws a new random projection, from the CPU's default generator: the same on every device."""
+        """Draw a new random projection, from the CPU's default generator: the same on every device."""
         features, width = self.random_projection.shape
-        blocks = [
-            torch.linalg.qr(torch.randn(width, width)).Q.T[: features - start]
-            for start in range(0, features, width)
-        ]
+        blocks = [_random_orthogonal(width)[: features - start] for start in range(0, features, width)]
         norms = torch.randn(features, width).norm(dim=1, keepdim=True)
         self.random_projection.copy_(torch.cat(blocks) * norms)
 
     def set_training_progress(self, step: int, epoch: int) -> None:
-        """See `Attention.set_training_progress`: a new projection every 1 + 5·epoch steps."""
-        if step % (1 + 5 * epoch) == 0:
+        """See `Attention.set_training_progress`: a new projection every 2 + 5·epoch steps, as in the paper.
+
+        The first projection, too, is used for a whole period. The periods are counted from the first step of
+        the run, so that a continued run needs no counter.
+        """
+        if (step + 1) % (2 + 5 * epoch) == 0:
             self.redraw()
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:

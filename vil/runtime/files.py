@@ -68,13 +68,13 @@ def read_bytes(path: str | Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
-    """Return the content of a regular file of UTF-8; `errors` as of `open`.
+    """Return the content of a regular file of UTF-8, without a byte order mark; `errors` as of `open`.
 
     Raises:
         OSError: as `read_bytes`.
         ValueError: it is not UTF-8, and `errors` is strict.
     """
-    return read_bytes(path, max_bytes).decode("utf-8", errors)
+    return read_bytes(path, max_bytes).decode("utf-8-sig", errors)
 
 
 def read_lines(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> Iterator[str]:

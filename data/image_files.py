@@ -1,0 +1,146 @@
+"""Which files of a folder or an archive are images, judged by their names."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
+
+from data.decoding import extensions
+
+_logger = logging.getLogger("vil.data")  # a child of vil, whose records are shown
+
+METADATA_FOLDERS = frozenset(
+    {"__MACOSX", ".AppleDouble", "@eaDir", ".@__thumb", ".ipynb_checkpoints", "lost+found"}
+)
+"""Folders that macOS, network storage and others add: metadata, previews and copies under names of images."""
+
+
+def has_image_extension(name: str) -> bool:
+    """Return True if a file name ends as one of a format that `data.decoding` reads, in any case."""
+    return os.path.splitext(name)[1].lower() in _known_extensions()
+
+
+@functools.cache
+def _known_extensions() -> frozenset[str]:
+    return frozenset(extensions())
+
+
+def is_metadata(path: str) -> bool:
+    """Return True for what macOS, network storage and others add: `._x.jpg`, `__MACOSX/x.jpg`, `@eaDir`, …
+
+    Args:
+        path: a file name, or a path with slashes.
+    """
+    parts = path.split("/")
+    return parts[-1].startswith("._") or not METADATA_FOLDERS.isdisjoint(parts)
+
+
+class SkippedFiles:
+    """Count the files of a data set that are not read because they are not named like images.
+
+    Args:
+        origin: the folder or archive, for the message.
+    """
+
+    def __init__(self, origin: str | Path) -> None:
+        self._origin = origin
+        self._first = ""
+        self.count = 0
+
+    def add(self, path: str) -> None:
+        """Count a file."""
+        self._first = self._first or path
+        self.count += 1
+
+    def report(self) -> None:
+        """Log one line with the count, if there are any."""
+        if self.count:
+            files = "1 file was" if self.count == 1 else f"{self.count:,} files were"
+            reason = "not named like images, or metadata"
+            _logger.warning("%s: %s skipped (%s), as %s", self._origin, files, reason, self._first)
+
+
+class FolderFiles(NamedTuple):
+    """What lies below one class folder."""
+
+    images: list[str]
+    """Paths, sorted by folder, then by name."""
+    others: list[str]
+    """Paths of the other files."""
+
+
+def find_files(class_folders: Sequence[Path]) -> list[FolderFiles]:
+    """List the files below each class folder; links to folders are followed.
+
+    Every folder is entered once, whatever links lead to it: a folder at its own place rather than through a
+    link, and a class folder, or the folder around them, never from inside of a class. Links that lead back,
+    or into another class, therefore neither repeat an image nor go on for ever.
+
+    Broken links that are named like images are among them, and also folders without images that are: what was
+    meant to be an image and cannot be read is for `data.on_error` to decide.
+
+    Returns:
+        One entry per class folder. Images are in the order of torchvision's ImageFolder.
+
+    Raises:
+        OSError: a folder cannot be listed; its `filename` is the folder.
+    """
+    entered = {_identity(path) for folder in class_folders for path in (folder, folder.parent)}
+    found: list[dict[str, tuple[list[str], list[str]]]] = [{} for _ in class_folders]  # by folder
+    links: list[tuple[int, str]] = []
+
+    def walk(index: int, top: str) -> None:
+        pending = [top]
+        while pending:
+            folder = pending.pop()
+            images, others = found[index].setdefault(folder, ([], []))
+            with os.scandir(folder) as entries:
+                for entry in sorted(entries, key=attrgetter("name")):
+                    if is_metadata(entry.name):
+                        others.append(entry.path)
+                    elif not _is_folder(entry):
+                        (images if has_image_extension(entry.name) else others).append(entry.path)
+                    elif entry.is_symlink():
+                        links.append((index, entry.path))
+                    elif (identity := _identity(entry.path)) not in entered:
+                        entered.add(identity)
+                        pending.append(entry.path)
+
+    for index, folder in enumerate(class_folders):
+        walk(index, os.fspath(folder))
+    for index, link in links:  # which grows meanwhile
+        if (identity := _identity(link)) not in entered:
+            entered.add(identity)
+            walk(index, link)
+    return [_sorted_files(folders) for folders in found]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to what may not be looked at
+        return False
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _sorted_files(by_folder: dict[str, tuple[list[str], list[str]]]) -> FolderFiles:
+    images = {folder: files for folder, (files, _) in by_folder.items()}
+    for folder in sorted(images, key=len, reverse=True):  # a folder after those that it holds
+        parent = os.path.dirname(folder)
+        if parent not in images or not has_image_extension(folder):
+            continue
+        if not any(images[below] for below in images if f"{below}/".startswith(f"{folder}/")):
+            images[parent].append(folder)
+    return FolderFiles(
+        [path for folder in sorted(images) for path in sorted(images[folder], key=os.path.basename)],
+        [path for folder in sorted(by_folder) for path in by_folder[folder][1]],
+    )
