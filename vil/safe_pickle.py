@@ -1,9 +1,9 @@
 """What a file of `torch.save` asks for, found out before anything of it is made.
 
-`torch.load(weights_only=True)` runs no code, but makes what a pickle asks for: `bytearray(6_000_000_000)` in
-a hundred bytes, a tensor of four billion numbers over a storage of one. Here the pickle is first read with
-inert values in the place of tensors. What is no tensor over bytes of the file, and no plain value, is
-refused: then nothing that `torch.load` makes is larger than the file by more than a constant factor.
+`torch.load(weights_only=True)` runs no code, but makes what a pickle asks for: `bytearray(6_000_000_000)` or
+a `FloatTensor` of four billion numbers in a hundred bytes. Here the pickle is first read with inert values in
+the place of tensors. What is no tensor over bytes of the file, and no plain value, is refused: then nothing
+that `torch.load` makes is larger than the file by more than a constant factor.
 """
 
 from __future__ import annotations
