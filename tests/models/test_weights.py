@@ -223,3 +223,50 @@ def test_weights_of_odd_shapes_are_named(name: str, shape: tuple[int, ...], dtyp
     changed = dataclasses.replace(file, weights={**file.weights, name: torch.zeros(shape, dtype=dtype)})
     with pytest.raises(ConfigError, match=name.replace(".", r"\.") + " is "):
         model_from_file(changed, num_classes=4)
+
+
+@pytest.mark.parametrize("knows_size", [True, False], ids=["own file", "foreign file"])
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("swin_tiny_patch4_window7_224", 224, 256),
+        ("vit_tiny_patch16_224", 32, 64),
+        ("resnet10t", 64, 96),
+    ],
+)
+def test_timm_models_at_another_image_size(name: str, before: int, after: int, knows_size: bool) -> None:
+    config = ModelConfig(name=f"timm/{name}", image_size=before, num_classes=5)
+    weights = model_from_config(config).state_dict()
+    file = WeightsFile("x.pth", "converted", "raw", weights, config if knows_size else None)
+    model = model_from_config(dataclasses.replace(config, image_size=after))
+    load_file(model, file, after)
+    assert model(torch.zeros(1, 3, after, after)).shape == (1, 5)
+    name = max(weights, key=lambda key: weights[key].numel())
+    assert torch.equal(model.state_dict()[name], weights[name])
+
+
+@pytest.mark.parametrize("name", ["timm/resnet10t", "vil_tiny"])
+def test_grey_images_for_a_model_of_colour_images(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The first convolution is summed over the colours, as timm does: grey images keep their activations."""
+    config = ModelConfig(name=name, image_size=64, num_classes=5)
+    colour = model_from_config(config).eval()
+    grey = model_from_config(dataclasses.replace(config, in_chans=1)).eval()
+    with caplog.at_level("INFO", logger="vil"):
+        load_file(grey, WeightsFile("x.pth", "converted", "raw", colour.state_dict(), config), 64)
+    assert "from 3 to 1 channels" in caplog.text
+    image = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(grey(image), colour(image.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
+
+
+def test_errors_name_three_weights_and_count_the_others() -> None:
+    config = ModelConfig(name="timm/resnet10t", image_size=64, num_classes=5)
+    other = model_from_config(dataclasses.replace(config, name="timm/vit_tiny_patch16_224")).state_dict()
+    with pytest.raises(
+        ConfigError, match="it is of another architecture; 86 missing: conv1.0.weight, "
+    ) as error:
+        load_file(model_from_config(config), WeightsFile("x.pth", "converted", "raw", other))
+    assert len(str(error.value)) < 400
+    wide = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
+    with pytest.raises(ConfigError, match="it is of another size; 2 of another shape: weight is"):
+        load_weights(nn.Linear(2, 4), wide, "x.pth")

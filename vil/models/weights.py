@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from vil.attention.full import FullAttention, resize_offsets
@@ -17,6 +19,9 @@ from vil.weight_files import WeightsFile
 
 _WITH_TABLE = (FullAttention, VisionLongformerAttention)
 """Attentions with a bias per head and offset: (heads, 2H−1, 2W−1), H = W = 2 × window for the local one."""
+
+MAX_NAMED = 3
+"""Weights of each kind that an error names; it counts the others."""
 
 _logger = logging.getLogger(__name__)
 
@@ -39,8 +44,6 @@ def load_file(
         ConfigError: anything is missing, unexpected, or of another shape, by name.
     """
     weights: Mapping[str, Tensor] = file.weights
-    own_way = not isinstance(model, MultiScaleViT) and hasattr(model, "set_input_size")
-    before = file.model.image_size if file.model is not None and own_way else image_size
     if isinstance(model, MultiScaleViT):
         if file.origin == "published":
             try:
@@ -49,12 +52,20 @@ def load_file(
                 raise ConfigError(file.path, error.reason) from None
         weights = resized(model, weights)
     weights = _with_head(model, weights, new_head)
-    if before != image_size:
+    weights = _with_input_channels(model, weights)
+    if isinstance(model, MultiScaleViT) or not _problems(model, weights):
+        load_weights(model, weights, file.path)
+        return
+    before = file.model.image_size if file.model is not None else image_size
+    if before != image_size and hasattr(model, "set_input_size"):
         model.set_input_size((before, before))  # type: ignore[operator]  # exists, as looked up above
-    load_weights(model, weights, file.path)
-    if before != image_size:
+        if not _problems(model, weights):
+            load_weights(model, weights, file.path)
+            model.set_input_size((image_size, image_size))  # type: ignore[operator]
+            _logger.info("%s: resized from %s to %s pixels by timm", type(model).__name__, before, image_size)
+            return
         model.set_input_size((image_size, image_size))  # type: ignore[operator]
-        _logger.info("%s: resized from %s to %s pixels by timm", type(model).__name__, before, image_size)
+    load_weights(model, _translated(model, weights), file.path)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -68,29 +79,73 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     Raises:
         ConfigError: anything is missing, unexpected, or of another shape; all of it by name, on one line.
     """
-    expected = model.state_dict()
-    problems = []
-    for kind, names in (
-        ("missing", [name for name in expected if name not in weights]),
-        ("unexpected", [name for name in weights if name not in expected]),
-    ):
-        if names:
-            problems.append(f"{len(names)} {kind}: {', '.join(map(str, names))}")
-    problems += [
-        f"{name} is {tuple(weights[name].shape)}, the model's {tuple(expected[name].shape)}"
-        for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
-    ]
-    problems += [
-        f"{name} is of {weights[name].dtype}, the model's of {expected[name].dtype}"
-        for name in expected
-        if name in weights and weights[name].is_floating_point() != expected[name].is_floating_point()
-    ]
-    if problems:
-        raise ConfigError(
-            source, f"does not fit the model, it is of another architecture; {'; '.join(problems)}"
-        )
+    if problems := _problems(model, weights):
+        names = [name for kind in ("missing", "unexpected") for name in problems.get(kind, [])]
+        other = "architecture" if names else "size"
+        counted = [
+            f"{len(found)} {kind}: {', '.join(found[:MAX_NAMED])}{', ...' if len(found) > MAX_NAMED else ''}"
+            for kind, found in problems.items()
+        ]
+        raise ConfigError(source, f"does not fit the model, it is of another {other}; {'; '.join(counted)}")
     model.load_state_dict(weights)
+
+
+def _problems(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return what keeps weights from fitting a model exactly: kind of problem → texts; empty if they fit."""
+    expected = model.state_dict()
+    common = [name for name in expected if name in weights]
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [str(name) for name in weights if name not in expected],
+        "of another shape": [
+            f"{name} is {tuple(weights[name].shape)}, the model's {tuple(expected[name].shape)}"
+            for name in common
+            if weights[name].shape != expected[name].shape
+        ],
+        "of another type": [
+            f"{name} is of {weights[name].dtype}, the model's of {expected[name].dtype}"
+            for name in common
+            if weights[name].is_floating_point() != expected[name].is_floating_point()
+        ],
+    }
+    return {kind: found for kind, found in problems.items() if found}
+
+
+def _with_input_channels(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with the first convolution for the model's number of channels, as timm adapts it."""
+    expected, result = model.state_dict(), dict(weights)
+    layers = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
+    for layer in [layers] if isinstance(layers, str) else layers:
+        name = f"{layer}.weight"
+        if name not in expected or name not in weights or weights[name].dim() != expected[name].dim():
+            continue
+        before, now = weights[name].shape[1], expected[name].shape[1]
+        if before == now or 3 not in (before, now) or not weights[name].is_floating_point():
+            continue
+        try:
+            result[name] = adapt_input_conv(now, weights[name])
+        except NotImplementedError:  # from other than RGB
+            continue
+        _logger.info("%s: from %s to %s channels", name, before, now)
+    return result
+
+
+def _translated(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return weights as the module of timm that defines the model translates other layouts and sizes.
+
+    What it cannot translate stays as it is, for `load_weights` to report.
+    """
+    translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if translate is None:
+        return weights
+    try:
+        translated: Mapping[str, Tensor] = translate(dict(weights), model)
+    except Exception:  # of whatever kind: it expects weights of its own model
+        return weights
+    if _problems(model, translated):
+        return weights
+    _logger.info("%s: weights translated by timm", type(model).__name__)
+    return translated
 
 
 def resized(model: MultiScaleViT, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
