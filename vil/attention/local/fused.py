@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Hashable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from vil.attention.local import kernels
+from vil.attention.local import chunked, kernels
+from vil.attention.local.fallback import run_kernels
 from vil.attention.local.geometry import Inputs, Window, fold_window_bias, window_bias
 from vil.attention.local.operator import empty_gradients, like_tokens, register
 
@@ -180,7 +182,72 @@ class _Call:
         return self.batch * self.heads * self.rows * self.columns * triton.cdiv(self.per_chunk, block)
 
 
-def _forward(inputs: Inputs, window: Window, _: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(
+    inputs: Inputs, window: Window, seed: Tensor | None, may_fall_back: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the sums of `launch_forward`, or the output of `chunked` and sums of 0.
+
+    Raises:
+        KernelError: see `run_kernels`.
+    """
+
+    def substitute() -> tuple[Tensor, Tensor]:
+        output, _ = chunked.forward(inputs, window, seed)
+        return output, inputs.query.new_zeros(inputs.query.shape[:3], dtype=torch.float32)
+
+    return run_kernels(
+        lambda: launch_forward(inputs, window),
+        substitute if may_fall_back else None,
+        _kind(inputs, window),
+        inputs.query.device,
+    )
+
+
+def backward(
+    inputs: Inputs,
+    window: Window,
+    seed: Tensor | None,
+    output: Tensor,
+    sums: Tensor,
+    gradient: Tensor,
+    of_biases: bool,
+    may_fall_back: bool,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the first seven inputs, from `launch_backward` or `chunked`.
+
+    What `chunked` computes needs the inputs alone, so the two passes fall back independently; once the
+    forward pass has, the kernels of its kind are not tried again and its sums are not read.
+
+    Raises:
+        KernelError: see `run_kernels`.
+    """
+
+    def substitute() -> tuple[Tensor, ...]:
+        return chunked.backward(inputs, window, seed, output, sums, gradient, of_biases)
+
+    return run_kernels(
+        lambda: launch_backward(inputs, window, output, sums, gradient, of_biases),
+        substitute if may_fall_back else None,
+        _kind(inputs, window),
+        inputs.query.device,
+    )
+
+
+def _kind(inputs: Inputs, window: Window) -> Hashable:
+    """What kernels are compiled for; sizes of maps and batches are none of it."""
+    query = inputs.query
+    options = (
+        window.side,
+        window.mask,
+        window.neighbors,
+        inputs.bias_table is None,
+        inputs.global_bias is None,
+    )
+    return (query.device, query.dtype, query.shape[3], inputs.global_key.shape[2], *options)
+
+
+def launch_forward(inputs: Inputs, window: Window) -> tuple[Tensor, Tensor]:
+    """Return the output (B, h, N, D), and the logarithm of the sum of exponentials (B, h, N), float32."""
     call = _Call(inputs, window)
     output = like_tokens(inputs.query)
     sums = inputs.query.new_empty(inputs.query.shape[:3], dtype=torch.float32)
@@ -195,15 +262,10 @@ def _forward(inputs: Inputs, window: Window, _: Tensor | None) -> tuple[Tensor, 
     return output, sums
 
 
-def _backward(
-    inputs: Inputs,
-    window: Window,
-    _: Tensor | None,
-    output: Tensor,
-    sums: Tensor,
-    gradient: Tensor,
-    of_biases: bool,
+def launch_backward(
+    inputs: Inputs, window: Window, output: Tensor, sums: Tensor, gradient: Tensor, of_biases: bool
 ) -> tuple[Tensor, ...]:
+    """Return the gradients of the first seven inputs; empty for biases that are absent or need none."""
     call = _Call(inputs, window)
     gradients = empty_gradients(inputs, of_biases)
     gradient, output = _readable(gradient), _readable(output)
@@ -418,4 +480,14 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-fused_attention = register("fused", _forward, _backward, keeps_sums=True)
+_operator = register("fused", forward, backward, keeps_sums=True, can_fall_back=True)
+
+
+def fused_attention(inputs: Inputs, window: Window) -> Tensor:
+    """Return the output (B, h, N, D). Raises KernelError where a kernel does not compile or launch."""
+    return _operator(inputs, window, False)
+
+
+def fused_or_chunked_attention(inputs: Inputs, window: Window) -> Tensor:
+    """Return the output (B, h, N, D), computed by `chunked` where a kernel does not compile or launch."""
+    return _operator(inputs, window, True)
