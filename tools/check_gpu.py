@@ -54,7 +54,6 @@ def check(words: Sequence[str]) -> None:
     except OSError as error:
         raise ConfigError(COMMAND_LINE, f"--json: {arguments.json}: {error.strerror}") from None
     _prepare_environment(arguments.device)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not before sections are ended
     with output, tempfile.TemporaryDirectory(prefix="check_gpu_") as scratch:
         folder = arguments.logs or Path(scratch)
         _make_empty(folder)
@@ -90,6 +89,7 @@ def _run_all(arguments: Namespace, options: Options, output: object) -> list[Out
         reason = f": {outcome.reason}" if outcome.reason else ""
         print(f"{outcome.section}: {outcome.status}, {outcome.seconds:.0f} s{reason}", flush=True)
 
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not before sections are ended
     names = [name for name in SECTIONS if not arguments.sections or name in arguments.sections]
     try:
         background = start(DETACHED) if DETACHED in names else None
@@ -105,6 +105,7 @@ def _run_all(arguments: Namespace, options: Options, output: object) -> list[Out
     finally:
         for section in running:
             section.stop()
+        signal.signal(signal.SIGTERM, before)
     return [outcomes[name] for name in names]
 
 
