@@ -13,7 +13,7 @@ wanted=$venv/lowest.txt
 
 lowest() { # name==version for every name>=version; FFCV is built from source, and no test here needs it
     sed -n 's/ *#.*//; /^ffcv/d; s/^\([A-Za-z0-9_.-]*\(\[[a-z]*\]\)\?\)>=\(.*\)$/\1==\3/p' requirements.txt
-    printf '%s\n' 'pytest==8.0' 'pytest-xdist==3.6' 'hypothesis==6.100'
+    printf '%s\n' 'pytest==8.0' 'pytest-xdist==3.6.1' 'hypothesis==6.100'
 }
 
 if [ "$(lowest)" != "$(cat "$wanted" 2>/dev/null)" ]; then

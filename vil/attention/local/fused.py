@@ -269,7 +269,7 @@ def launch_backward(
     call = _Call(inputs, window)
     gradients = empty_gradients(inputs, of_biases)
     gradient, output = _readable(gradient), _readable(output)
-    delta = torch.empty_like(sums)
+    statistics = sums.new_empty(*sums.shape, 2)  # of each query, for all kernels but the first
     tensors = (call.query, call.key, call.value, call.global_key, call.global_value)
     place = (*window.size, call.rows, call.columns, call.scale)
     true_scale = call.width**-0.5
@@ -277,31 +277,30 @@ def launch_backward(
     bias, *of_bias, row = _by_kind(bias_of_queries, hidden)
     with call.on_device():
         kernels.query_kernel[(call.programs(call.block_m),)](
-            *tensors, bias, inputs.neighbor, output, sums, gradient, delta, gradients[0],
+            *tensors, bias, inputs.neighbor, output, sums, gradient, statistics, gradients[0],
             *_strides(*tensors, output, gradient, gradients[0]),
             *of_bias, *call.borders.kinds, call.heads, *place, true_scale, ROW=row, **call.of_queries(),
         )  # fmt: skip
         bias, *of_bias, row = _by_kind(call.bias_of_keys(), call.hidden_queries())
         blocks = {"BLOCK_M": call.block_k, "BLOCK_K": call.block_m}
         kernels.key_kernel[(call.programs(call.block_m),)](
-            *tensors[:3], bias, inputs.neighbor, sums, delta, gradient, gradients[1], gradients[2],
+            *tensors[:3], bias, inputs.neighbor, statistics, gradient, gradients[1], gradients[2],
             *_strides(*tensors[:3], gradient, gradients[1]),
             *of_bias, *call.borders.kinds, call.heads, *place, true_scale, ROW=row,
             **(call.of_window() | blocks),
         )  # fmt: skip
         if call.globals_:
-            _differentiate_globals(call, bias_of_queries, sums, delta, gradient, gradients)
+            _differentiate_globals(call, bias_of_queries, statistics, gradient, gradients)
         if gradients[5].numel():
             assert bias_of_queries is not None
-            gradients[5].copy_(_differentiate_table(call, bias_of_queries, hidden, sums, delta, gradient))
+            gradients[5].copy_(_differentiate_table(call, bias_of_queries, hidden, statistics, gradient))
     return gradients
 
 
 def _differentiate_globals(
     call: _Call,
     bias: Tensor | None,
-    sums: Tensor,
-    delta: Tensor,
+    statistics: Tensor,
     gradient: Tensor,
     gradients: tuple[Tensor, ...],
 ) -> None:
@@ -311,11 +310,11 @@ def _differentiate_globals(
     parts = _parts(call.batch * call.heads * blocks, triton.cdiv(call.tokens, 256))
     tokens_of_part = triton.cdiv(triton.cdiv(call.tokens, parts), call.block_m) * call.block_m  # whole blocks
     shape = (call.batch, call.heads, parts, call.globals_)
-    of_bias = sums.new_empty(shape)
-    of_key, of_value = sums.new_empty(*shape, call.width), sums.new_empty(*shape, call.width)
+    of_bias = statistics.new_empty(shape)
+    of_key, of_value = (statistics.new_empty(*shape, call.width) for _ in range(2))
     tensors = (call.query, call.global_key, call.global_value)
     kernels.global_kernel[(call.batch * call.heads, parts, blocks)](
-        *tensors, call.query if bias is None else bias, sums, delta, gradient, of_key, of_value, of_bias,
+        *tensors, call.query if bias is None else bias, statistics, gradient, of_key, of_value, of_bias,
         *_strides(*tensors, gradient),
         _stride_of_heads(bias), call.heads, call.tokens, tokens_of_part, call.scale, call.width**-0.5,
         GLOBALS=call.globals_, HAS_BIAS=bias is not None,
@@ -328,15 +327,15 @@ def _differentiate_globals(
 
 
 def _differentiate_table(
-    call: _Call, bias: Tensor, hidden: Tensor, sums: Tensor, delta: Tensor, gradient: Tensor
+    call: _Call, bias: Tensor, hidden: Tensor, statistics: Tensor, gradient: Tensor
 ) -> Tensor:
     """(h, 4w−1, 4w−1), float32."""
     blocks = triton.cdiv(call.per_chunk, call.block_m) * triton.cdiv(call.keys, call.block_k)
     parts = _parts(blocks * call.heads, call.batch * call.rows * call.columns)
-    of_bias = sums.new_empty(parts, call.heads, call.per_chunk, call.keys)
+    of_bias = statistics.new_empty(parts, call.heads, call.per_chunk, call.keys)
     tensors = (call.query, call.key, call.value)
     kernels.bias_kernel[(parts, blocks, call.heads)](
-        *tensors, bias, hidden, call.inputs.neighbor, sums, delta, gradient, of_bias,
+        *tensors, bias, hidden, call.inputs.neighbor, statistics, gradient, of_bias,
         *_strides(*tensors, gradient),
         _stride_of_heads(bias), *call.borders.kinds, call.heads, call.batch, *call.window.size,
         call.rows, call.columns, call.scale,
