@@ -11,7 +11,7 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PYTEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: demo test pytest lint format hooks setup clean help
+.PHONY: demo test pytest lowest lint format hooks setup clean help
 
 demo: $(INSTALLED)  ## train a small Vision Longformer on the bundled digits, print its accuracy
 	$(BIN)/python train.py
@@ -20,6 +20,9 @@ test: lint pytest  ## run the linters, then all tests
 
 pytest: $(INSTALLED)  ## run the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST)
+
+lowest:  ## test attention, models and a compiled step with the lowest versions that requirements.txt allows
+	tools/lowest_versions.sh .venv-lowest $(PYTEST)
 
 lint: $(INSTALLED)  ## check style, types and who imports whom
 	$(BIN)/python -m ruff format --check .
@@ -37,7 +40,7 @@ hooks: $(INSTALLED)  ## run the linters before every commit
 setup: $(INSTALLED)  ## install everything, run nothing
 
 clean:  ## remove the virtual environment and all caches; runs/ stays
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-lowest .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list

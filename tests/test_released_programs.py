@@ -28,7 +28,7 @@ from vil.weight_files import read, transform_of
 
 ROOT = Path(__file__).parents[1]
 PARITY = ROOT / "tests" / "fixtures" / "parity"
-CASES = sorted(PARITY.glob("*/"))
+CASES = sorted(filter(Path.is_dir, PARITY.iterdir()))
 DIGITS = str(ROOT / "configs" / "data" / "digits.yaml")
 QUICK = ["--data.workers", "0", "--progress", "false", "--device", "cpu"]
 ONE_STEP = [*QUICK, "--schedule.max_steps", "1", "--schedule.epochs", "1", "--tensorboard", "false"]

@@ -124,8 +124,8 @@ def compile_kernels(
         torch.empty((), dtype=torch.int64, device="meta") if window.neighbors == "one" else None,
     )
     with _compiling(GPUTarget("cuda", capability, 32)) as found:
-        output, sums = fused._forward(inputs, window, None)
-        fused._backward(inputs, window, None, output, sums, torch.empty_like(output), relative)
+        output, sums = fused.launch_forward(inputs, window)
+        fused.launch_backward(inputs, window, output, sums, torch.empty_like(output), relative)
     rows = []
     for name, kernel in found:
         registers, spilled = _resources(kernel.asm["cubin"])

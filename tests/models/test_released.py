@@ -15,7 +15,7 @@ from vil.models.released import load_released, parse_arch, read_config
 from vil.models.released_names import convert_weights
 from vil.weight_files import read
 
-CASES = sorted((Path(__file__).parents[1] / "fixtures" / "parity").glob("*/"))
+CASES = sorted(filter(Path.is_dir, (Path(__file__).parents[1] / "fixtures" / "parity").iterdir()))
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)

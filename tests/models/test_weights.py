@@ -18,7 +18,7 @@ from vil.models.weights import load_file, load_weights
 from vil.models.zoo import model_from_config, model_from_file
 from vil.weight_files import WeightsFile, write_safetensors
 
-PARITY = sorted((Path(__file__).parents[1] / "fixtures" / "parity").glob("*/"))
+PARITY = sorted(filter(Path.is_dir, (Path(__file__).parents[1] / "fixtures" / "parity").iterdir()))
 STAGES = [
     StageConfig(dim=8, heads=2, patch=4, window=2),
     StageConfig(dim=16, heads=2, attention="full", position="absolute"),

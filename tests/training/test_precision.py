@@ -12,6 +12,12 @@ def test_default_on_a_cpu():
     assert [check_precision(p, CPU) for p in ("bfloat16", "float16")] == ["bfloat16", "float16"]
 
 
+def test_convolutions_are_float32(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    check_precision("float32", CPU)
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_default_on_gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert check_precision(None, GPU) == "bfloat16"

@@ -336,9 +336,10 @@ def test_compile_trains_what_is_compiled(tmp_path: Path, monkeypatch: pytest.Mon
     """The compiler itself is PyTorch's: its eager backend shows that it is asked, and for the same model."""
     compiled = []
 
-    def compile_eagerly(model: nn.Module) -> Any:
+    def compile_eagerly(model: nn.Module, **options: Any) -> Any:
         compiled.append(model)
-        return original(model, backend="eager")
+        assert options == {"dynamic": False}
+        return original(model, backend="eager", **options)
 
     original = torch.compile
     monkeypatch.setattr(torch, "compile", compile_eagerly)
@@ -348,6 +349,16 @@ def test_compile_trains_what_is_compiled(tmp_path: Path, monkeypatch: pytest.Mon
     assert compiled == [model]
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-5)
     assert "stem.weight" in load_last(tmp_path / "compiled")["model"]
+
+
+def test_every_progressive_size_may_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Beyond its limit of recompilations PyTorch goes on without the compiler."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    config = make_config(tmp_path, epochs=1, compile=True)
+    config.schedule.sizes = [(number / 10, SIZE) for number in range(10)]
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run(config)
+        assert torch._dynamo.config.recompile_limit == 22
 
 
 def test_compiled_gradients_are_those_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

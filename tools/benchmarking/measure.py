@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from tools.benchmarking.problem import Rates
+from vil.attention.local.fallback import KernelError
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
@@ -40,7 +41,7 @@ def reason_for(error: Exception) -> Missing:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return Missing("out of memory")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if isinstance(error, ValueError | NotImplementedError):
+    if isinstance(error, ValueError | NotImplementedError) and not isinstance(error, KernelError):
         return Missing(lines[0])
     cause = next((line for line in lines if "Error: " in line), lines[0])
     return Missing(f"{type(error).__name__}: {cause}"[:300], failed=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vil.attention.tracing import is_exporting
 from vil.attention.weights import AttentionWeights
 from vil.config import ConfigError
 
@@ -155,7 +156,7 @@ class Attention(nn.Module, ABC):
         """
         if bias is not None:
             bias = bias.to(query.dtype)
-            if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+            if not is_exporting():
                 bias = bias[None]  # with three dimensions PyTorch uses plain operators, which exporters know
         return F.scaled_dot_product_attention(query, key, value, bias, self.dropout_p())
 

@@ -14,11 +14,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def check_precision(precision: Precision | None, device: torch.device) -> Precision:
     """The precision to use on `device`; None chooses bfloat16 on a GPU that computes it, else float32.
 
-    A CPU computes both 16-bit formats, if slowly where it lacks the instructions.
+    A CPU computes both 16-bit formats, if slowly where it lacks the instructions. From here on convolutions
+    of this process are float32 on a GPU as well, as products of matrices are: PyTorch's default is TF32.
 
     Raises:
         ConfigError: bfloat16 on a GPU that would only emulate it (before NVIDIA's Ampere).
     """
+    torch.backends.cudnn.allow_tf32 = False
     has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision is None:
         return "bfloat16" if device.type == "cuda" and has_bfloat16 else "float32"

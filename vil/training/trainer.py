@@ -223,9 +223,15 @@ class _Trainer:
         self.network: nn.Module = model
         if process.world_size > 1:
             size = config.model.image_size
-            self.network = data_parallel(model, process, (config.model.in_chans, size, size))
+            with autocast(self.precision, process.device):  # its passes compile the kernels of this precision
+                self.network = data_parallel(model, process, (config.model.in_chans, size, size))
         if config.compile:
-            self.network = torch.compile(self.network)  # type: ignore[assignment]
+            # One graph for each size of the images, before and after random shift: none with dynamic shapes,
+            # and none given up because there are too many.
+            graphs = 2 * (1 + len(schedule.sizes or []))
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, graphs)
+            self.network = torch.compile(self.network, dynamic=False)  # type: ignore[assignment]
         # Without a best one, the run's last evaluation is made again.
         is_repeated = self.best is None and self.finished_step >= self.last_step
         known = self.finished_step - is_repeated

@@ -18,12 +18,15 @@ from vil.attention.local.chunked import chunked_attention
 from vil.attention.local.dense import dense_attention
 from vil.attention.local.gathered import gathered_attention
 from vil.attention.local.geometry import Inputs, Mask, Window, keys_per_query
+from vil.attention.tracing import has_autocast, is_exporting
 from vil.config import ConfigError
 
 try:
-    from vil.attention.local.fused import fused_attention, unsupported
+    from vil.attention.local.fused import fused_attention, fused_or_chunked_attention, unsupported
 except ImportError:  # Triton is made for Linux alone
-    fused_attention = chunked_attention  # never called: `unsupported` is asked first
+    fused_attention = fused_or_chunked_attention = (
+        chunked_attention  # never called: `unsupported` is asked first
+    )
 
     def unsupported(
         device: torch.device, dtype: torch.dtype, head_width: int, globals_: int, dropout: float
@@ -139,7 +142,8 @@ def choose(inputs: Inputs, window: Window, backend: str = "auto") -> Backend:
 
     1. While a graph is written down for use elsewhere (torch.export, ONNX, torch.jit.trace): plain operators.
     2. On a GPU, for what the kernels support (float32, bfloat16 and float16, head width up to 128, up to 256
-       global tokens, no dropout of attention weights): `fused`.
+       global tokens, no dropout of attention weights): `fused`; where a kernel does not compile or launch, a
+       warning and `chunked`.
     3. Else `chunked`. `dense` is never the fastest (docs/attention.md has the measurements).
 
     Raises:
@@ -151,10 +155,10 @@ def choose(inputs: Inputs, window: Window, backend: str = "auto") -> Backend:
     if name is not None:
         check_backend(name, *limits)
         return BACKENDS[name]
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if is_exporting():
         return gathered_attention
     if query.is_cuda and unsupported(*limits) is None:
-        return fused_attention
+        return fused_or_chunked_attention
     return chunked_attention
 
 
@@ -209,4 +213,4 @@ def _check_tensors(
 
 def _autocasts(tensor: Tensor) -> bool:
     kind = tensor.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return has_autocast(kind) and torch.is_autocast_enabled(kind)

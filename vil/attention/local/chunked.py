@@ -28,7 +28,8 @@ ELEMENTS_OF_STRIP = 2**22
 """So many numbers in the keys of a strip, or those of one column of chunks if these are more."""
 
 
-def _forward(inputs: Inputs, window: Window, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, window: Window, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the output (B, h, N, D) and an empty tensor; see `operator.register`."""
     work = _Work(inputs, window, seed)
     output = like_tokens(inputs.query)
     with torch.autocast("cpu", enabled=False):  # it would round the biases
@@ -48,7 +49,7 @@ def _attend_all(work: _Work, output: Tensor) -> None:
                 work.store(grid, strip, chunk, work.attend(strip, chunk, queries, keys, values))
 
 
-def _backward(
+def backward(
     inputs: Inputs,
     window: Window,
     seed: Tensor | None,
@@ -57,6 +58,7 @@ def _backward(
     gradient: Tensor,
     of_biases: bool,
 ) -> tuple[Tensor, ...]:
+    """Return the gradients of the first seven inputs; output and sums are not read (`operator.register`)."""
     work = _Work(inputs, window, seed)
     gradients = empty_gradients(inputs, of_biases)
     # Sums over strips, in float32 for the half precisions.
@@ -305,4 +307,4 @@ def _slice(run: Run, further: int = 0) -> slice:
     return slice(run.start + further, run.start + run.length + further)
 
 
-chunked_attention = register("chunked", _forward, _backward, keeps_sums=False)
+chunked_attention = register("chunked", forward, backward, keeps_sums=False)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Hashable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from vil.attention.local import kernels
+from vil.attention.local import chunked, kernels
+from vil.attention.local.fallback import run_kernels
 from vil.attention.local.geometry import Inputs, Window, fold_window_bias, window_bias
 from vil.attention.local.operator import empty_gradients, like_tokens, register
 
@@ -180,7 +182,72 @@ class _Call:
         return self.batch * self.heads * self.rows * self.columns * triton.cdiv(self.per_chunk, block)
 
 
-def _forward(inputs: Inputs, window: Window, _: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(
+    inputs: Inputs, window: Window, seed: Tensor | None, may_fall_back: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the sums of `launch_forward`, or the output of `chunked` and sums of 0.
+
+    Raises:
+        KernelError: see `run_kernels`.
+    """
+
+    def substitute() -> tuple[Tensor, Tensor]:
+        output, _ = chunked.forward(inputs, window, seed)
+        return output, inputs.query.new_zeros(inputs.query.shape[:3], dtype=torch.float32)
+
+    return run_kernels(
+        lambda: launch_forward(inputs, window),
+        substitute if may_fall_back else None,
+        _kind(inputs, window),
+        inputs.query.device,
+    )
+
+
+def backward(
+    inputs: Inputs,
+    window: Window,
+    seed: Tensor | None,
+    output: Tensor,
+    sums: Tensor,
+    gradient: Tensor,
+    of_biases: bool,
+    may_fall_back: bool,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the first seven inputs, from `launch_backward` or `chunked`.
+
+    What `chunked` computes needs the inputs alone, so the two passes fall back independently; once the
+    forward pass has, the kernels of its kind are not tried again and its sums are not read.
+
+    Raises:
+        KernelError: see `run_kernels`.
+    """
+
+    def substitute() -> tuple[Tensor, ...]:
+        return chunked.backward(inputs, window, seed, output, sums, gradient, of_biases)
+
+    return run_kernels(
+        lambda: launch_backward(inputs, window, output, sums, gradient, of_biases),
+        substitute if may_fall_back else None,
+        _kind(inputs, window),
+        inputs.query.device,
+    )
+
+
+def _kind(inputs: Inputs, window: Window) -> Hashable:
+    """What kernels are compiled for; sizes of maps and batches are none of it."""
+    query = inputs.query
+    options = (
+        window.side,
+        window.mask,
+        window.neighbors,
+        inputs.bias_table is None,
+        inputs.global_bias is None,
+    )
+    return (query.device, query.dtype, query.shape[3], inputs.global_key.shape[2], *options)
+
+
+def launch_forward(inputs: Inputs, window: Window) -> tuple[Tensor, Tensor]:
+    """Return the output (B, h, N, D), and the logarithm of the sum of exponentials (B, h, N), float32."""
     call = _Call(inputs, window)
     output = like_tokens(inputs.query)
     sums = inputs.query.new_empty(inputs.query.shape[:3], dtype=torch.float32)
@@ -195,19 +262,14 @@ def _forward(inputs: Inputs, window: Window, _: Tensor | None) -> tuple[Tensor, 
     return output, sums
 
 
-def _backward(
-    inputs: Inputs,
-    window: Window,
-    _: Tensor | None,
-    output: Tensor,
-    sums: Tensor,
-    gradient: Tensor,
-    of_biases: bool,
+def launch_backward(
+    inputs: Inputs, window: Window, output: Tensor, sums: Tensor, gradient: Tensor, of_biases: bool
 ) -> tuple[Tensor, ...]:
+    """Return the gradients of the first seven inputs; empty for biases that are absent or need none."""
     call = _Call(inputs, window)
     gradients = empty_gradients(inputs, of_biases)
     gradient, output = _readable(gradient), _readable(output)
-    delta = torch.empty_like(sums)
+    statistics = sums.new_empty(*sums.shape, 2)  # of each query, for all kernels but the first
     tensors = (call.query, call.key, call.value, call.global_key, call.global_value)
     place = (*window.size, call.rows, call.columns, call.scale)
     true_scale = call.width**-0.5
@@ -215,31 +277,30 @@ def _backward(
     bias, *of_bias, row = _by_kind(bias_of_queries, hidden)
     with call.on_device():
         kernels.query_kernel[(call.programs(call.block_m),)](
-            *tensors, bias, inputs.neighbor, output, sums, gradient, delta, gradients[0],
+            *tensors, bias, inputs.neighbor, output, sums, gradient, statistics, gradients[0],
             *_strides(*tensors, output, gradient, gradients[0]),
             *of_bias, *call.borders.kinds, call.heads, *place, true_scale, ROW=row, **call.of_queries(),
         )  # fmt: skip
         bias, *of_bias, row = _by_kind(call.bias_of_keys(), call.hidden_queries())
         blocks = {"BLOCK_M": call.block_k, "BLOCK_K": call.block_m}
         kernels.key_kernel[(call.programs(call.block_m),)](
-            *tensors[:3], bias, inputs.neighbor, sums, delta, gradient, gradients[1], gradients[2],
+            *tensors[:3], bias, inputs.neighbor, statistics, gradient, gradients[1], gradients[2],
             *_strides(*tensors[:3], gradient, gradients[1]),
             *of_bias, *call.borders.kinds, call.heads, *place, true_scale, ROW=row,
             **(call.of_window() | blocks),
         )  # fmt: skip
         if call.globals_:
-            _differentiate_globals(call, bias_of_queries, sums, delta, gradient, gradients)
+            _differentiate_globals(call, bias_of_queries, statistics, gradient, gradients)
         if gradients[5].numel():
             assert bias_of_queries is not None
-            gradients[5].copy_(_differentiate_table(call, bias_of_queries, hidden, sums, delta, gradient))
+            gradients[5].copy_(_differentiate_table(call, bias_of_queries, hidden, statistics, gradient))
     return gradients
 
 
 def _differentiate_globals(
     call: _Call,
     bias: Tensor | None,
-    sums: Tensor,
-    delta: Tensor,
+    statistics: Tensor,
     gradient: Tensor,
     gradients: tuple[Tensor, ...],
 ) -> None:
@@ -249,11 +310,11 @@ def _differentiate_globals(
     parts = _parts(call.batch * call.heads * blocks, triton.cdiv(call.tokens, 256))
     tokens_of_part = triton.cdiv(triton.cdiv(call.tokens, parts), call.block_m) * call.block_m  # whole blocks
     shape = (call.batch, call.heads, parts, call.globals_)
-    of_bias = sums.new_empty(shape)
-    of_key, of_value = sums.new_empty(*shape, call.width), sums.new_empty(*shape, call.width)
+    of_bias = statistics.new_empty(shape)
+    of_key, of_value = (statistics.new_empty(*shape, call.width) for _ in range(2))
     tensors = (call.query, call.global_key, call.global_value)
     kernels.global_kernel[(call.batch * call.heads, parts, blocks)](
-        *tensors, call.query if bias is None else bias, sums, delta, gradient, of_key, of_value, of_bias,
+        *tensors, call.query if bias is None else bias, statistics, gradient, of_key, of_value, of_bias,
         *_strides(*tensors, gradient),
         _stride_of_heads(bias), call.heads, call.tokens, tokens_of_part, call.scale, call.width**-0.5,
         GLOBALS=call.globals_, HAS_BIAS=bias is not None,
@@ -266,15 +327,15 @@ def _differentiate_globals(
 
 
 def _differentiate_table(
-    call: _Call, bias: Tensor, hidden: Tensor, sums: Tensor, delta: Tensor, gradient: Tensor
+    call: _Call, bias: Tensor, hidden: Tensor, statistics: Tensor, gradient: Tensor
 ) -> Tensor:
     """(h, 4w−1, 4w−1), float32."""
     blocks = triton.cdiv(call.per_chunk, call.block_m) * triton.cdiv(call.keys, call.block_k)
     parts = _parts(blocks * call.heads, call.batch * call.rows * call.columns)
-    of_bias = sums.new_empty(parts, call.heads, call.per_chunk, call.keys)
+    of_bias = statistics.new_empty(parts, call.heads, call.per_chunk, call.keys)
     tensors = (call.query, call.key, call.value)
     kernels.bias_kernel[(parts, blocks, call.heads)](
-        *tensors, bias, hidden, call.inputs.neighbor, sums, delta, gradient, of_bias,
+        *tensors, bias, hidden, call.inputs.neighbor, statistics, gradient, of_bias,
         *_strides(*tensors, gradient),
         _stride_of_heads(bias), *call.borders.kinds, call.heads, call.batch, *call.window.size,
         call.rows, call.columns, call.scale,
@@ -418,4 +479,14 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-fused_attention = register("fused", _forward, _backward, keeps_sums=True)
+_operator = register("fused", forward, backward, keeps_sums=True, can_fall_back=True)
+
+
+def fused_attention(inputs: Inputs, window: Window) -> Tensor:
+    """Return the output (B, h, N, D). Raises KernelError where a kernel does not compile or launch."""
+    return _operator(inputs, window, False)
+
+
+def fused_or_chunked_attention(inputs: Inputs, window: Window) -> Tensor:
+    """Return the output (B, h, N, D), computed by `chunked` where a kernel does not compile or launch."""
+    return _operator(inputs, window, True)

@@ -218,7 +218,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def query_kernel(
-    query, key, value, global_key, global_value, bias, neighbor, output, sums, gradient, delta, of_query,
+    query, key, value, global_key, global_value, bias, neighbor, output, sums, gradient, statistics, of_query,
     q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
     gk_image, gk_head, gk_token, gv_image, gv_head, gv_token, o_image, o_head, o_token,
     d_image, d_head, d_token, oq_image, oq_head, oq_token,
@@ -229,7 +229,7 @@ def query_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a block of queries; and `delta`, each query's sum of output × gradient, for the others."""
+    """Gradient of a block of queries; and what `_statistics` reads, for the other kernels."""
     m, row, column, image, head = _block(heads, rows, columns, WINDOW, BLOCK_M)
     token, is_query = _queries(m, row, column, H, W, WINDOW)
     queries = _matrix(query + image * q_image + head * q_head, token, q_token, is_query, D, BLOCK_D)
@@ -238,7 +238,8 @@ def query_kernel(
     at_query = (image * heads + head) * H * W + token
     logsum = tl.load(sums + at_query, mask=is_query, other=float("inf")) * LOG2E
     dot = tl.sum(outputs.to(tl.float32) * upstream.to(tl.float32), axis=1)
-    tl.store(delta + at_query, dot, mask=is_query)
+    tl.store(statistics + 2 * at_query, logsum, mask=is_query)
+    tl.store(statistics + 2 * at_query + 1, dot, mask=is_query)
     row_step, column_step = _step(neighbor, NEIGHBORS)
     bias = _bias_of(
         bias, row, column, head, rows, columns, row_kinds, column_kinds, kinds_of_columns, b_kind, b_head
@@ -259,6 +260,17 @@ def query_kernel(
         result = tl.dot(of_scores.to(keys.dtype), keys, result, input_precision=PRECISION)
     result *= scale_of_query
     _write(of_query + image * oq_image + head * oq_head, token, oq_token, is_query, result, D, BLOCK_D)
+
+
+@triton.jit
+def _statistics(statistics, at_query, keep):
+    """For queries, log₂ of the sum of exponentials and the sum of output × gradient; 0 where there is none.
+
+    They stand side by side and are loaded as one block: Triton 3.6 repeats the load of a vector with fewer
+    elements than threads in the layout of the matrices, at twice the instructions of the whole loop.
+    """
+    pointers = statistics + at_query[:, None] * 2 + tl.arange(0, 2)[None, :]
+    return tl.split(tl.load(pointers, mask=keep[:, None], other=0.0))
 
 
 @triton.jit
@@ -283,7 +295,7 @@ def _add_gradients(
 
 @triton.jit(do_not_specialize=SIZES)
 def key_kernel(
-    query, key, value, bias, neighbor, sums, delta, gradient, of_key, of_value,
+    query, key, value, bias, neighbor, statistics, gradient, of_key, of_value,
     q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
     d_image, d_head, d_token, o_image, o_head, o_token,
     b_kind, b_head, row_kinds, column_kinds, kinds_of_columns,
@@ -315,8 +327,7 @@ def key_kernel(
         queries = _matrix(query + image * q_image + head * q_head, at, q_token, is_query, D, BLOCK_D)
         upstream = _matrix(gradient + image * d_image + head * d_head, at, d_token, is_query, D, BLOCK_D)
         at_query = (image * heads + head) * H * W + at
-        logsum = tl.load(sums + at_query, mask=is_query, other=0.0) * LOG2E
-        dot = tl.load(delta + at_query, mask=is_query, other=0.0)
+        logsum, dot = _statistics(statistics, at_query, is_query)
         biases = _biases(bias, first, n, ROW, WINDOW, BLOCK_M)
         of_keys, of_values, _ = _add_gradients(
             keys, values, queries, upstream, logsum, dot, scale, biases, of_keys, of_values, PRECISION
@@ -328,7 +339,7 @@ def key_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def global_kernel(
-    query, global_key, global_value, bias, sums, delta, gradient, of_key, of_value, of_bias,
+    query, global_key, global_value, bias, statistics, gradient, of_key, of_value, of_bias,
     q_image, q_head, q_token, gk_image, gk_head, gk_token, gv_image, gv_head, gv_token,
     d_image, d_head, d_token, b_head, heads, tokens, tokens_of_part, scale, scale_of_query,
     GLOBALS: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -357,8 +368,8 @@ def global_kernel(
         queries = _matrix(query + image * q_image + head * q_head, token, q_token, is_query, D, BLOCK_D)
         upstream = _matrix(gradient + image * d_image + head * d_head, token, d_token, is_query, D, BLOCK_D)
         at_query = (image * heads + head) * tokens + token
-        logsum = tl.load(sums + at_query, mask=is_query, other=float("inf")) * LOG2E
-        dot = tl.load(delta + at_query, mask=is_query, other=0.0)
+        logsum, dot = _statistics(statistics, at_query, is_query)
+        logsum = tl.where(is_query, logsum, float("inf"))
         of_keys, of_values, of_scores = _add_gradients(
             keys, values, queries, upstream, logsum, dot, scale, biases, of_keys, of_values, PRECISION
         )
@@ -371,7 +382,7 @@ def global_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def bias_kernel(
-    query, key, value, bias, hidden, neighbor, sums, delta, gradient, of_bias,
+    query, key, value, bias, hidden, neighbor, statistics, gradient, of_bias,
     q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
     d_image, d_head, d_token, b_head, row_kinds, column_kinds, kinds_of_columns, heads, images,
     H, W, rows, columns, scale,
@@ -404,8 +415,9 @@ def bias_kernel(
         values = _matrix(value + image * v_image + head * v_head, at, v_token, real, D, BLOCK_D)
         upstream = _matrix(gradient + image * d_image + head * d_head, token, d_token, is_query, D, BLOCK_D)
         at_query = (image * heads + head) * H * W + token
-        logsum = tl.load(sums + at_query, mask=is_query, other=float("inf")) * LOG2E
-        dot = tl.load(delta + at_query, mask=is_query, other=0.0)
+        # One by one: side by side they would take registers that this kernel lacks in float32.
+        logsum = tl.load(statistics + 2 * at_query, mask=is_query, other=float("inf"))
+        dot = tl.load(statistics + 2 * at_query + 1, mask=is_query, other=0.0)
         of_chunk = _bias_of(
             hidden, row, column, 0, rows, columns, row_kinds, column_kinds, kinds_of_columns, ROW, 0
         )

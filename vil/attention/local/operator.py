@@ -15,8 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vil.attention.local.geometry import Inputs, Window, keys_per_query
 
-Forward = Callable[[Inputs, Window, "Tensor | None"], "tuple[Tensor, Tensor]"]
-Backward = Callable[[Inputs, Window, "Tensor | None", Tensor, Tensor, Tensor, bool], "tuple[Tensor, ...]"]
+Forward = Callable[..., "tuple[Tensor, Tensor]"]
+Backward = Callable[..., "tuple[Tensor, ...]"]
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor global_key, Tensor global_value, "
@@ -24,11 +24,12 @@ _TENSORS = (
 )
 _WINDOW = "SymInt[2] size, int window, str mask, str neighbors, float dropout"
 _INPUTS = len(Inputs._fields)
+_OPTIONS = len(Window._fields)
 
 
 def register(
-    name: str, forward: Forward, backward: Backward, *, keeps_sums: bool
-) -> Callable[[Inputs, Window], Tensor]:
+    name: str, forward: Forward, backward: Backward, *, keeps_sums: bool, can_fall_back: bool = False
+) -> Callable[..., Tensor]:
     """Makes `torch.ops.vil.<name>_attention` and its derivative, and returns the function that calls it.
 
     Args:
@@ -40,24 +41,32 @@ def register(
             → the gradients of the first seven tensors of `Inputs`; empty for biases that are absent or need
             none. Output and sums are empty without `keeps_sums`.
         keeps_sums: whether output and sums are kept for the derivative, beside the inputs.
+        can_fall_back: the operator, `forward` and `backward` have one more argument, whether another backend
+            may compute where this one's kernels fail.
+
+    Returns:
+        (inputs, window) → the output; with `can_fall_back` (inputs, window, may_fall_back).
     """
+    window_schema = f"{_WINDOW}, bool may_fall_back" if can_fall_back else _WINDOW
 
     @torch.library.custom_op(
-        f"vil::{name}_attention", mutates_args=(), schema=f"({_TENSORS}, {_WINDOW}) -> (Tensor, Tensor)"
+        f"vil::{name}_attention",
+        mutates_args=(),
+        schema=f"({_TENSORS}, {window_schema}) -> (Tensor, Tensor)",
     )
     def attend(*arguments: Any) -> tuple[Tensor, Tensor]:
-        inputs, seed, window = _unpack(arguments)
-        return forward(inputs, window, seed)
+        inputs, seed, window, flags = _unpack(arguments)
+        return forward(inputs, window, seed, *flags)
 
     @torch.library.custom_op(
         f"vil::{name}_attention_backward",
         mutates_args=(),
-        schema=f"({_TENSORS}, {_WINDOW}, Tensor output, Tensor sums, Tensor gradient, bool of_biases) -> "
-        f"({', '.join(['Tensor'] * 7)})",
+        schema=f"({_TENSORS}, {window_schema}, Tensor output, Tensor sums, Tensor gradient, bool of_biases) "
+        f"-> ({', '.join(['Tensor'] * 7)})",
     )
     def differentiate(*arguments: Any) -> tuple[Tensor, ...]:
-        inputs, seed, window = _unpack(arguments[:-4])
-        return backward(inputs, window, seed, *arguments[-4:])
+        inputs, seed, window, flags = _unpack(arguments[:-4])
+        return backward(inputs, window, seed, *arguments[-4:], *flags)
 
     @attend.register_fake
     def _(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -72,25 +81,25 @@ def register(
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[: _INPUTS + 1], *(output if keeps_sums else ()))
-        ctx.window = inputs[_INPUTS + 1 :]
+        ctx.options = inputs[_INPUTS + 1 :]  # the window, and whether to fall back
 
     def derive(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: what is recomputed may be unpacked a single time
         tensors, kept = saved[: _INPUTS + 1], saved[_INPUTS + 1 :]
         output, sums = kept or (gradient.new_empty(0), gradient.new_empty(0))
         of_biases = any(ctx.needs_input_grad[5:7])
-        found = differentiate(*tensors, *ctx.window, output, sums, gradient, of_biases)
+        found = differentiate(*tensors, *ctx.options, output, sums, gradient, of_biases)
         gradients = [g if needed else None for g, needed in zip(found, ctx.needs_input_grad)]
-        return (*gradients, *[None] * (2 + len(ctx.window)))
+        return (*gradients, *[None] * (2 + len(ctx.options)))
 
     attend.register_autograd(derive, setup_context=keep)
     register_flop_formula(getattr(torch.ops.vil, f"{name}_attention"))(_flops)
     register_flop_formula(getattr(torch.ops.vil, f"{name}_attention_backward"))(_flops_backward)
 
-    def call(inputs: Inputs, window: Window) -> Tensor:
+    def call(inputs: Inputs, window: Window, *flags: bool) -> Tensor:
         # Drawn on the CPU, so that no device is waited for; the backward pass draws the same weights again.
         seed = torch.randint(2**62, (1,)) if window.dropout else None
-        return attend(*inputs, seed, *window)[0]
+        return attend(*inputs, seed, *window, *flags)[0]
 
     return call
 
@@ -114,9 +123,11 @@ def empty_gradients(inputs: Inputs, of_biases: bool) -> tuple[Tensor, ...]:
     )
 
 
-def _unpack(arguments: tuple[Any, ...]) -> tuple[Inputs, Tensor | None, Window]:
-    size, *others = arguments[_INPUTS + 1 :]
-    return Inputs(*arguments[:_INPUTS]), arguments[_INPUTS], Window((size[0], size[1]), *others)
+def _unpack(arguments: tuple[Any, ...]) -> tuple[Inputs, Tensor | None, Window, tuple[bool, ...]]:
+    """Inputs, seed, window, and the flag of an operator that can fall back, from the operator's arguments."""
+    options, flags = arguments[_INPUTS + 1 : _INPUTS + 1 + _OPTIONS], arguments[_INPUTS + 1 + _OPTIONS :]
+    window = Window(tuple(options[0]), *options[1:])
+    return Inputs(*arguments[:_INPUTS]), arguments[_INPUTS], window, flags
 
 
 def _flops(*arguments: Any, **_: Any) -> int:

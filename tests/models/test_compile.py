@@ -1,0 +1,135 @@
+"""torch.compile on fake CUDA tensors: one graph without a break, with the kernels' operator in it.
+
+Nothing is computed, so no GPU is needed.
+"""
+
+import os
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vil
+from vil.config import StageConfig
+from vil.models import MultiScaleViT
+
+
+@contextmanager
+def fake_gpu(monkeypatch):
+    """A GPU of compute capability 9.0 whose tensors have no data."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+        # Without a GPU torch.autocast("cuda") would switch itself off.
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+
+
+def move_to_fake_gpu(model):
+    """Replace parameters and buffers: `Module.to` cannot turn real tensors into fake ones."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                data = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+                module._parameters[name] = torch.nn.Parameter(data)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+
+
+def trace(model, dtype, monkeypatch):
+    """Compile a forward pass of a 64 × 64 image; return the operators of all graphs, and how many graphs."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    with fake_gpu(monkeypatch):
+        move_to_fake_gpu(model)
+        images = torch.empty(2, 3, 64, 64, device="cuda")
+        compiled = torch.compile(model, backend=keep, fullgraph=True)  # raises where the graph would break
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            logits = compiled(images)
+    assert logits.device.type == "cuda"
+    assert logits.dtype == dtype
+    modules = [m for graph in graphs for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+    nodes = [node for module in modules for node in module.graph.nodes]
+    return [node.target for node in nodes if node.op == "call_function"], len(graphs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vil_tiny", {}),
+        ("vil_tiny", {"neighbors": "random", "drop_path": 0.1}),
+        ("vil_tiny", {"position": "absolute", "mask": "exact"}),
+        ("vil_tiny_3stage", {"pool": "cls"}),
+    ],
+)
+def test_one_graph_with_the_fused_operator(name, options, dtype, monkeypatch):
+    model = vil.create_model(name, image_size=64, **options).train()
+    local = sum(stage.config.attention == "vision_longformer" for stage in model.stages for _ in stage.blocks)
+    operators, graphs = trace(model, dtype, monkeypatch)
+    assert graphs == 1
+    assert operators.count(torch.ops.vil.fused_attention.default) == local
+
+
+def test_one_graph_with_gradient_checkpointing(monkeypatch):
+    model = vil.create_model("vil_tiny", image_size=64).train()
+    model.set_grad_checkpointing(True)
+    operators, graphs = trace(model, torch.bfloat16, monkeypatch)
+    assert graphs == 1
+    assert operators.count(torch.ops.vil.fused_attention.default) == 2
+
+
+def test_biases_of_full_attention_have_four_dimensions_unless_exported(monkeypatch):
+    """With three, which exporters want, PyTorch leaves its fused attention kernels for plain operators."""
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def note(query, key, value, bias=None, dropout=0.0):
+        seen.append(None if bias is None else bias.dim())
+        return attend(query, key, value, bias, dropout)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    model = vil.create_model("vil_tiny", image_size=64).train()
+    trace(model, torch.bfloat16, monkeypatch)
+    assert set(seen) == {4}
+    seen.clear()
+    torch.export.export(vil.create_model("vil_tiny", image_size=64).eval(), (torch.zeros(1, 3, 64, 64),))
+    assert set(seen) == {3}
+
+
+SLOW = pytest.mark.skipif(
+    "VIL_SLOW_TESTS" not in os.environ, reason="minutes of compiling: make lowest runs it"
+)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+def test_compiled_training_step_equals_eager(backend):
+    """Forward, backward and optimiser in float32 on the CPU."""
+    stages = [
+        StageConfig(attention="vision_longformer", dim=16, blocks=1, heads=2, patch=4, window=3),
+        StageConfig(attention="full", dim=32, blocks=1, heads=2, patch=2, global_tokens=0),
+    ]
+    images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    steps = []
+    torch.compiler.reset()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = MultiScaleViT(stages, img_size=32, num_classes=4).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        network = torch.compile(model, backend=backend, fullgraph=True, dynamic=False) if compiled else model
+        torch.nn.functional.cross_entropy(network(images), targets).backward()
+        optimizer.step()
+        steps.append(model.state_dict())
+    torch.manual_seed(0)
+    initial = MultiScaleViT(stages, img_size=32, num_classes=4).state_dict()
+    for name, value in steps[0].items():
+        torch.testing.assert_close(steps[1][name], value, atol=1e-5, rtol=1e-4)
+    assert any(not torch.equal(steps[0][name], value) for name, value in initial.items())
