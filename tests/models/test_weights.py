@@ -263,7 +263,7 @@ def test_errors_name_three_weights_and_count_the_others() -> None:
     config = ModelConfig(name="timm/resnet10t", image_size=64, num_classes=5)
     other = model_from_config(dataclasses.replace(config, name="timm/vit_tiny_patch16_224")).state_dict()
     with pytest.raises(
-        ConfigError, match="it is of another architecture; 86 missing: conv1.0.weight, "
+        ConfigError, match=r"it is of another architecture; 86 missing: conv1.0.weight, "
     ) as error:
         load_file(model_from_config(config), WeightsFile("x.pth", "converted", "raw", other))
     assert len(str(error.value)) < 400
