@@ -51,11 +51,11 @@ from vil.evaluation.classes import find_rows
 from vil.evaluation.corruptions import corrupted_sets, with_summaries
 from vil.models.limits import sized_for
 from vil.models.released import read_config, read_weights
-from vil.models.weights import load_file
-from vil.models.zoo import check_device, model_from_config
+from vil.models.weights import head_rows, load_file
+from vil.models.zoo import check_device, model_from_config, pretrained_transform
 from vil.randomness import seed_generators
 from vil.runtime.files import refuse_input_as_output
-from vil.schema import as_tree
+from vil.schema import TIMM_START_OPTIONS, as_tree
 from vil.training import distributed
 from vil.training.distributed import LostRankError, Process, from_main
 from vil.training.precision import check_precision, set_deterministic
@@ -187,6 +187,10 @@ def prepare(
         model = file.model
         transform = {key: value for key, value in file.data.items() if key in TRANSFORM}
         data = {key: value for key, value in file.data.items() if key not in TRANSFORM}
+    named = command.config.model
+    loads_weights = bool(TIMM_START_OPTIONS & (named.timm_options or {}).keys())
+    if named.name.startswith("timm/") and (loads_weights if file is None else file.model is None):
+        transform = pretrained_transform(named.name)  # weights of others need what they were trained with
     lines = lines_of_sets(config.sets, line)
     commands = [
         over_stored(model, data, transform, set_line, path or config.released_config) for set_line in lines
@@ -197,6 +201,8 @@ def prepare(
         _logger.info("evaluating on %s, as %s says", describe(config.data), file.path)
     validations = [] if config.complexity else open_sets(commands, process)
     classes = validations[0].num_classes if validations else IMAGENET_CLASSES
+    if file is not None and file.model is None:
+        classes = head_rows(config.model.name, file.weights) or classes
     seed_generators(0, "weights")  # an untrained model is the same on every rank
     with in_section("model"), nullcontext() if file is None else sized_for(file):
         network = model_from_config(config.model, classes)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import dataclasses
 import json
 import pickle
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -243,13 +248,74 @@ def test_numbers_of_other_kinds_are_read(tmp_path: Path, dtype: torch.dtype) -> 
     assert read(tmp_path / "x").weights["w"].dtype == dtype
 
 
-def test_a_dictionary_of_others(tmp_path: Path) -> None:
-    torch.save({"state_dict": {"w": torch.ones(1)}}, tmp_path / "x.pt")
-    assert "not a checkpoint of train.py: lacks best, class_names, config, ema, model" in refusal(
-        tmp_path / "x.pt"
-    )
-    torch.save([1, 2], tmp_path / "x.pt")
-    assert "not a checkpoint" in refusal(tmp_path / "x.pt")
+W, EMA = {"a.weight": torch.ones(2, 3)}, {"a.weight": torch.zeros(2, 3)}
+COMPANIONS = {
+    "args": argparse.Namespace(model="x", out=Path("out"), mixup=[0.8], seed=np.int64(3)),
+    "best": np.float64(81.3),
+    "history": np.arange(3.0),
+    "scores": collections.defaultdict(list, {"top1": [1.0]}),
+    "epoch": 3,
+    "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}},
+}
+FOREIGN = {
+    "bare": (W, W, None),
+    "model": ({"model": W}, W, None),
+    "state_dict": ({"state_dict": W, "arch": "vit"}, W, None),
+    "timm": ({"state_dict": W, "state_dict_ema": EMA, **COMPANIONS}, W, EMA),
+    "DeiT": ({"model": W, "model_ema": EMA, "scaler": {}, **COMPANIONS}, W, EMA),
+    "average alone": ({"model_ema": EMA}, EMA, EMA),
+    "DistributedDataParallel": ({"model": {f"module.{k}": v for k, v in W.items()}}, W, None),
+    "torch.compile": ({f"module._orig_mod.{k}": v for k, v in W.items()}, W, None),
+    "OrderedDict": ({"state_dict": collections.OrderedDict(W)}, W, None),
+}
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("form", FOREIGN)
+def test_checkpoints_of_other_programs(tmp_path: Path, form: str, is_zip: bool) -> None:
+    """Weights alone are read of them: what stands beside is replaced by inert values."""
+    content, raw, averaged = FOREIGN[form]
+    path = tmp_path / "x.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    found = read(path)
+    assert (found.origin, found.model, found.class_names) == ("foreign", None, None)
+    assert found.weights.keys() == raw.keys()
+    assert torch.equal(found.weights["a.weight"], raw["a.weight"])
+    if averaged is None:
+        with pytest.raises(ConfigError, match="holds raw weights only, not ema"):
+            read(path, weights="ema")
+    else:
+        found = read(path, weights="ema")
+        assert found.kind == "ema"
+        assert torch.equal(found.weights["a.weight"], averaged["a.weight"])
+
+
+class CfgNode(dict):  # type: ignore[type-arg]
+    """Stands for yacs.config.CfgNode, as Swin's checkpoints hold it."""
+
+
+def test_classes_beside_weights_are_not_imported(tmp_path: Path) -> None:
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    module = types.ModuleType("yacs.config")
+    module.CfgNode = CfgNode  # type: ignore[attr-defined]
+    node = CfgNode(A=CfgNode(B=1))
+    node.frozen = True  # type: ignore[attr-defined]
+    path = tmp_path / "x.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", module)
+        torch.save({"model": W, "config": node}, path)
+    assert "yacs.config" not in sys.modules
+    assert read(path).weights.keys() == W.keys()
+    assert "yacs.config" not in sys.modules
+
+
+def test_dictionaries_without_weights(tmp_path: Path) -> None:
+    for content in ([1, 2], {"state_dict": {}}, {"weights": {"w": torch.ones(1)}}, {"model": 3}):
+        torch.save(content, tmp_path / "x.pt")
+        assert "not a checkpoint" in refusal(tmp_path / "x.pt")
+    torch.save({"model": {"w": 3, "v": torch.ones(1)}}, tmp_path / "x.pt")
+    assert "w is not a tensor" in refusal(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,50 @@ _STORAGES = {
 _STORAGES["torch.storage.UntypedStorage"] = 1
 
 
+class Inert:
+    """In the place of a value that is not read: takes whatever a pickle does to it, and keeps nothing."""
+
+    def __init__(self, *arguments: Any) -> None:
+        del arguments
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignore the state."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Ignore the item."""
+
+    def append(self, value: Any) -> None:
+        """Ignore the value."""
+
+    def extend(self, values: Any) -> None:
+        """Ignore the values."""
+
+
+def _empty_mapping(*arguments: Any) -> OrderedDict[Any, Any]:
+    """In the place of collections.defaultdict, whose argument is a class."""
+    del arguments
+    return OrderedDict()
+
+
+INERT: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(
+        (
+            "argparse.Namespace", "pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath",
+            "pathlib._local.PosixPath", "datetime.datetime", "datetime.timedelta",
+            "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+            "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+            "builtins.int", "builtins.float", "builtins.list", "builtins.dict", "builtins.str",
+            "__builtin__.int", "__builtin__.float", "__builtin__.list", "__builtin__.dict", "__builtin__.str",
+        ),
+        Inert,
+    ),
+    "collections.defaultdict": _empty_mapping,
+    "yacs.config.CfgNode": OrderedDict,
+}  # fmt: skip
+"""Classes and functions that checkpoints of other programs name beside their weights (arguments,
+configurations, best accuracies), and what takes the place of each; none of them is imported or called."""
+
+
 class RefusedPickleError(Exception):
     """A pickle that is refused; the text says why, None where it holds something other than plain values."""
 
@@ -151,6 +195,8 @@ class _Inspector(pickle._Unpickler):
         full = f"{module}.{name}"
         if full in _CALLABLE:
             return _CALLABLE[full]
+        if full in INERT:
+            return _CALLABLE["collections.OrderedDict"] if INERT[full] is OrderedDict else INERT[full]
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or full in _STORAGES or full in _TYPES:
             return _Constant(full)
@@ -181,17 +227,22 @@ class _Inspector(pickle._Unpickler):
         super().load_setitems()  # type: ignore[misc]
 
     def load_build(self) -> None:
-        if not isinstance(self.stack[-2], OrderedDict):  # of a tensor it would set the storage
+        if not isinstance(self.stack[-2], OrderedDict | Inert):  # of a tensor it would set the storage
             raise RefusedPickleError
         super().load_build()  # type: ignore[misc]
 
     def load_newobj(self) -> None:
-        if self.stack[-2] not in (_CALLABLE["collections.OrderedDict"], _CALLABLE["collections.Counter"]):
+        kinds = (_CALLABLE["collections.OrderedDict"], _CALLABLE["collections.Counter"], Inert)
+        if self.stack[-2] not in kinds:
             raise RefusedPickleError
         self.load_reduce()
 
     def load_reduce(self) -> None:
-        if not isinstance(self.stack[-1], tuple) or self.stack[-2] not in _CALLABLE.values():
+        if not isinstance(self.stack[-1], tuple) or self.stack[-2] not in (
+            *_CALLABLE.values(),
+            Inert,
+            _empty_mapping,
+        ):
             raise RefusedPickleError
         super().load_reduce()  # type: ignore[misc]
 

@@ -55,7 +55,8 @@ class WeightsFile:
     Attributes:
         path: the file.
         origin: `run` for a checkpoint of train.py, `converted` for safetensors, `published` for one of the
-            paper's, whose weights have names of their own and whose configuration is another file.
+            paper's, whose weights have names of their own and whose configuration is another file, `foreign`
+            for one of another program.
         kind: the weights as the optimiser left them (`raw`), or their moving average (`ema`).
         weights: names → tensors on the CPU.
         model: the model that the weights belong to; None where the file does not say.
@@ -64,7 +65,7 @@ class WeightsFile:
     """
 
     path: str
-    origin: Literal["run", "converted", "published"]
+    origin: Literal["run", "converted", "published", "foreign"]
     kind: str
     weights: Mapping[str, Tensor]
     model: ModelConfig | None = None
@@ -176,8 +177,9 @@ def read_pickle(path: str | Path) -> Any:
             check = safe_pickle.check_zip if start == b"PK" else safe_pickle.check_legacy
             check(file)
             file.seek(0)
-            with warnings.catch_warnings():  # one line is said here, or nothing
-                warnings.simplefilter("ignore")
+            inert: list[Any] = [(replacement, name) for name, replacement in safe_pickle.INERT.items()]
+            with warnings.catch_warnings(), torch.serialization.safe_globals(inert):
+                warnings.simplefilter("ignore")  # one line is said here, or nothing
                 return torch.load(file, map_location="cpu", weights_only=True)
     except ConfigError:
         raise
@@ -250,8 +252,10 @@ def _read_checkpoint(path: Path, weights: Choice) -> WeightsFile:
     lacking = {"model", "ema", "best", "config", "class_names"}
     if isinstance(content, Mapping):
         lacking -= content.keys()
+        if "class_names" in lacking:
+            return _foreign(path, content, weights)
     if lacking:
-        reason = f"lacks {', '.join(sorted(lacking))}, and has no weights under net as published ones"
+        reason = f"lacks {', '.join(sorted(lacking))}"
         raise ConfigError(str(path), f"not a checkpoint of train.py: {reason}")
     try:
         chosen, kind = choose_weights(content, weights)
@@ -263,6 +267,44 @@ def _read_checkpoint(path: Path, weights: Choice) -> WeightsFile:
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ConfigError(str(path), f"damaged: {_first_line(error)} in the checkpoint") from None
     return WeightsFile(str(path), "run", kind, weights_of_names, _of_file(path, model), data, names)
+
+
+_RAW_KEYS, _EMA_KEYS = ("state_dict", "model", "net"), ("state_dict_ema", "model_ema", "ema")
+_PREFIXES = ("module.", "_orig_mod.")
+"""Of DistributedDataParallel and torch.compile."""
+
+
+def _foreign(path: Path, content: Mapping[Any, Any], weights: Choice) -> WeightsFile:
+    """Return the weights of a checkpoint of another program, as timm, DeiT and Swin write them.
+
+    They lie under a key, raw or averaged, or are the content itself; `auto` takes the raw ones if there are
+    any. Prefixes of wrappers are removed.
+
+    Raises:
+        ConfigError: there are none, or not the kind that is asked for.
+    """
+
+    def is_state_dict(value: Any) -> bool:
+        return isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values())
+
+    found = {"raw": [content[key] for key in _RAW_KEYS if is_state_dict(content.get(key))]}
+    found["ema"] = [content[key] for key in _EMA_KEYS if is_state_dict(content.get(key))]
+    if not found["raw"] and not found["ema"]:
+        found["raw"] = [content] if is_state_dict(content) else []
+    kinds = [kind for kind in ("raw", "ema") if found[kind] and weights in ("auto", kind)]
+    if not kinds:
+        if held := [kind for kind in found if found[kind]]:
+            raise ConfigError(str(path), f"holds {held[0]} weights only, not {weights}")
+        keys = ", ".join((*_RAW_KEYS, *_EMA_KEYS))
+        raise ConfigError(
+            str(path), f"not a checkpoint: it holds no weights, neither itself nor under {keys}"
+        )
+    named = {}
+    for name, value in found[kinds[0]][0].items():
+        while isinstance(name, str) and name.startswith(_PREFIXES):
+            name = name.partition(".")[2]
+        named[name] = value
+    return WeightsFile(str(path), "foreign", kinds[0], named)
 
 
 def _texts(names: Any) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -163,8 +164,8 @@ def test_unusable_command_lines(run: Path, tmp_path: Path) -> None:
     assert "weights: the checkpoint has no ema weights" in refusal(
         [*good, "--which", "last", "--weights", "ema"]
     )
-    assert "another architecture" in refusal([*good, "--model", str(ROOT / "configs/models/vil_32.yaml")])
-    assert "another architecture" in refusal([*good, "--model.global_tokens", "3"])
+    assert "does not fit the model, it is of another size" in refusal([*good, "--model", str(ROOT / "configs/models/vil_32.yaml")])
+    assert "does not fit the model, it is of another size" in refusal([*good, "--model.global_tokens", "3"])
     assert "model.name: there is no model 'vil_tny'; did you mean vil_tiny?" in refusal(
         ["--model.name", "vil_tny"]
     )
@@ -315,3 +316,27 @@ def test_torchrun_counts_each_image_once(run: Path, tmp_path: Path) -> None:
         expected(2)[key] for key in ("images", "top1", "top5")
     )
     assert ended.stdout.count("Top-1 %") == 1
+
+
+def test_a_checkpoint_of_timm_with_a_named_model(tmp_path: Path) -> None:
+    """The head has the rows of its weights, and images are brought to it as pretrained_cfg says."""
+    name = "vit_tiny_patch16_224"
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=12, img_size=32).eval()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "x.pth")
+    words = [
+        "--checkpoint",
+        str(tmp_path / "x.pth"),
+        "--model.name",
+        f"timm/{name}",
+        "--model.image_size",
+        "32",
+    ]
+    words += ["--data.workers", "0"]
+    (found,) = results(words, tmp_path)
+    assert (found["model"], found["images"], found["weights"]) == (f"timm/{name}", 360, "raw")
+    same = ["--data.mean", "[0.5, 0.5, 0.5]", "--data.std", "[0.5, 0.5, 0.5]", "--data.crop_pct", "0.9"]
+    (by_hand,) = results([*words, *same], tmp_path)
+    (other,) = results([*words, "--data.mean", "[0.4, 0.5, 0.5]"], tmp_path)
+    assert found["loss"] == by_hand["loss"] != other["loss"]
+    assert "does not hold its model" in refusal(["--checkpoint", str(tmp_path / "x.pth")])

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Mapping
 
-from timm.models import adapt_input_conv
+from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor, nn
 
 from vil.attention.full import FullAttention, resize_offsets
@@ -45,7 +45,7 @@ def load_file(
     """
     weights: Mapping[str, Tensor] = file.weights
     if isinstance(model, MultiScaleViT):
-        if file.origin == "published":
+        if file.origin == "published" or any(name.startswith("layer1.") for name in weights):
             try:
                 weights = convert_weights(model, weights)
             except ConfigError as error:
@@ -66,6 +66,14 @@ def load_file(
             return
         model.set_input_size((image_size, image_size))  # type: ignore[operator]
     load_weights(model, _translated(model, weights), file.path)
+
+
+def head_rows(name: str, weights: Mapping[str, Tensor]) -> int | None:
+    """Return how many rows the head has in the weights of a model, by its name; None if they have no head."""
+    cfg = get_pretrained_cfg(name.removeprefix("timm/"))
+    layers = (cfg and cfg.classifier) or "head"
+    weight = weights.get(f"{layers if isinstance(layers, str) else layers[0]}.weight")
+    return len(weight) if weight is not None and weight.dim() else None
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

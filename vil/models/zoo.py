@@ -31,6 +31,9 @@ from vil.models.weights import load_file, resized
 from vil.schema import TIMM_START_OPTIONS
 from vil.weight_files import NO_MODEL, WeightsFile
 
+MAX_REASON = 300
+"""Characters of timm's own reason in an error."""
+
 _logger = logging.getLogger(__name__)
 
 Position = Literal["relative", "absolute"]
@@ -276,8 +279,17 @@ def _timm_model(options: dict[str, Any]) -> nn.Module:
     except ConfigError:
         raise
     except Exception as error:  # of whatever kind: its models check their options little
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
         raise ConfigError("timm_options", f"timm cannot create {name}: {reason}") from error
+
+
+def pretrained_transform(name: str) -> dict[str, Any]:
+    """Return the transform that belongs to timm's weights of a model, as options of a data section."""
+    cfg = timm.models.get_pretrained_cfg(name.removeprefix("timm/")) or timm.models.PretrainedCfg()
+    transform: dict[str, Any] = {"mean": list(cfg.mean), "std": list(cfg.std), "crop_pct": cfg.crop_pct}
+    if cfg.interpolation in ("nearest", "bilinear", "bicubic", "lanczos"):
+        transform["interpolation"] = cfg.interpolation
+    return transform
 
 
 def stages_of(
