@@ -1,9 +1,13 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from vil import console
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_line_is_printable_and_one(capsys):
@@ -47,3 +51,27 @@ def test_a_process_group_that_is_left_is_not_waited_for(group, error, status, sa
     assert said in ended.stderr
     assert ("waits" in ended.stdout) == (group == "over")
     assert "begun" in ended.stdout
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_streams_that_cannot_encode_a_line_show_the_rest_of_it(stream):
+    """As in a container without a locale, where standard output is ASCII."""
+    program = (
+        "import sys\nfrom vil import console\nfrom vil.command_line import main\n"
+        f"def run(argv):\n    console.say('Top-1 97 % \\u00b7 EMA', sys.{stream})\n"
+        f"    print('na\\u00efve', file=sys.{stream})\n"
+        "main(run)\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert getattr(done, stream) == b"Top-1 97 % ? EMA\nna?ve\n"
+
+
+def test_yaml_is_read_as_utf8_in_any_locale(tmp_path):
+    path = tmp_path / "data.yaml"
+    path.write_bytes("# naïve\ntrain_split: été\n".encode())
+    words = [sys.executable, "train.py", "--data", str(path), "--print_config=skip_default"]
+    environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(words, env=environment, capture_output=True, cwd=ROOT, check=True)
+    assert "train_split: été" in done.stdout.decode()

@@ -164,7 +164,8 @@ def test_unusable_command_lines(run: Path, tmp_path: Path) -> None:
     assert "weights: the checkpoint has no ema weights" in refusal(
         [*good, "--which", "last", "--weights", "ema"]
     )
-    assert "does not fit the model, it is of another size" in refusal([*good, "--model", str(ROOT / "configs/models/vil_32.yaml")])
+    other = ["--model", str(ROOT / "configs/models/vil_32.yaml")]
+    assert "does not fit the model, it is of another architecture" in refusal([*good, *other])
     assert "does not fit the model, it is of another size" in refusal([*good, "--model.global_tokens", "3"])
     assert "model.name: there is no model 'vil_tny'; did you mean vil_tiny?" in refusal(
         ["--model.name", "vil_tny"]

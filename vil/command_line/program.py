@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -40,6 +41,9 @@ def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
     one speaks, and each one of what it alone may know. What the package logs meanwhile is printed.
     """
     status, line = 0, None
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is replaced: no line is lost
+            stream.reconfigure(errors="replace")
     rank, speaks = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
     screen, logger = _Screen(), logging.getLogger("vil")
     if rank == "0":
