@@ -80,6 +80,9 @@ def test_choice_of_weights(best: str | None, asked: str, value: float, kind: str
 
 
 def test_an_average_that_was_not_kept() -> None:
+    """As in the last checkpoint of a run that was continued without ema_decay, whose best was averaged."""
+    weights, kind = choose_weights(state("ema", has_ema=False), "auto")
+    assert (weights["w"].item(), kind) == (1, "raw")
     with pytest.raises(ConfigError, match="weights: the checkpoint has no ema weights"):
         choose_weights(state("raw", has_ema=False), "ema")
 

@@ -141,13 +141,15 @@ def find_checkpoint(path: str | Path, which: Literal["best", "last"] = "best") -
 
 
 def choose_weights(state: Mapping[str, Any], weights: Choice = "auto") -> tuple[Mapping[str, Tensor], str]:
-    """A state dict of a run's checkpoint, and whether it is `raw` or `ema`; auto takes what was best.
+    """Return a state dict of a run's checkpoint, and whether it is `raw` or `ema`.
+
+    auto takes the kind that was best, or the raw weights where a continued run no longer keeps an average.
 
     Raises:
         ConfigError: the average of the weights is asked for and was not kept.
     """
     if weights == "auto":
-        weights = state["best"]["weights"] if state["best"] else "raw"
+        weights = state["best"]["weights"] if state["best"] and state["ema"] is not None else "raw"
     if weights == "raw":
         return state["model"], "raw"
     if state["ema"] is None:
