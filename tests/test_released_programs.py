@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -343,3 +344,24 @@ def test_lines_that_cannot_be_used(call, tmp_path, program, words, message):
     assert err.count("\n") == 1
     assert message in err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_run_that_timm_started_needs_its_first_weights_no_more(call, tmp_path):
+    """What only starts a run is taken from the line, and neither stored nor opened again."""
+    start = timm.create_model("resnet10t", num_classes=10)
+    torch.save(start.state_dict(), tmp_path / "start.pth")
+    words = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--schedule.batch_size", "64"]
+    options = ["--model.timm_options", "{checkpoint_path: start.pth, drop_rate: 0.1}"]
+    status, screen, error = call(train_program.main, *words, *options, "--output", "run", *ONE_STEP)
+    assert status == 0, error
+    assert "timm/resnet10t: timm loads weights, as asked by checkpoint_path" in screen
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert stored["model"]["timm_options"] == {"drop_rate": 0.1}
+    (tmp_path / "start.pth").unlink()
+    status, screen, error = call(eval_program.evaluate, "--checkpoint", "run", *QUICK)
+    assert status == 0, error
+    longer = [*QUICK, "--schedule.max_steps", "2", "--schedule.epochs", "1", "--tensorboard", "false"]
+    status, screen, error = call(train_program.main, *words, *options, "--output", "run", *longer)
+    assert status == 0, error
+    assert "continuing run after step 1" in screen
+    assert "loads weights" not in screen
