@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_architecture(refused, tmp_path, monkeypatch):
     line = refused(eval_program.evaluate, "--checkpoint", folder, "--model", TINY, "--model.image_size", 32)
     assert str(folder) in line
     assert "it is of another architecture; " in line
-    assert "stages.2" in line
+    assert " missing: stages." in line
     wide = refused(eval_program.evaluate, "--checkpoint", folder, "--model.blocks", "[2, 1, 1]")
     assert "stages.0.blocks.1" in wide
     changed = ["--schedule.epochs", "1", "--model.window", "3", "--output", folder]
