@@ -36,7 +36,7 @@ from torch import nn
 from data import ForeignImagesError, Validation, build_validation
 from data.loaders import ValidationLoader
 from vil import command_line, console
-from vil.command_line import COMMAND_LINE, CommandLine, Line
+from vil.command_line import COMMAND_LINE, CommandLine, Line, file_origin
 from vil.config import (
     ConfigError,
     DataConfig,
@@ -106,7 +106,9 @@ def evaluate(argv: Sequence[str]) -> None:
     try:
         with distributed.start(config.device) as process:
             if output := config.json:
-                inputs = [path for path in (*(config.checkpoint or ()), config.released_config) if path]
+                named = (config.released_config, config.data.list_file, config.data.real_labels)
+                sets = [name for name in config.sets or () if Path(name).is_file()]
+                inputs = [*line.files(), *sets, *(config.checkpoint or ()), *filter(None, named)]
                 refuse_input_as_output(Path(output), inputs, "json")
                 from_main(lambda: report.check_writable(output))
             paths: Sequence[str | None] = config.checkpoint or [None]
@@ -119,7 +121,8 @@ def evaluate(argv: Sequence[str]) -> None:
                 ]
             results = with_summaries(results)
             if process.is_main:
-                print(report.table(results))
+                for row in report.table(results).splitlines():  # names of files and devices are a stranger's
+                    console.say(row)
                 if output:
                     report.write_json(output, results)
     except ConfigError as error:
@@ -197,7 +200,13 @@ def prepare(
     ]
     config = commands[0].config
     lines[0].finish(commands[0])
-    if file is not None and not config.complexity and commands[0].origins.get("data.source") == path:
+    origins, stored_origin = commands[0].origins, file_origin(path or "")
+    most = max(DataConfig.workers, os.cpu_count() or 1)
+    if origins.get("data.workers") == stored_origin and config.data.workers > most:
+        _logger.info("data.workers: %s, not %s as %s says", most, config.data.workers, path)
+        for set_command in commands:
+            set_command.config.data.workers = most
+    if file is not None and not config.complexity and origins.get("data.source") == stored_origin:
         _logger.info("evaluating on %s, as %s says", describe(config.data), file.path)
     validations = [] if config.complexity else open_sets(commands, process)
     classes = validations[0].num_classes if validations else IMAGENET_CLASSES
@@ -313,7 +322,7 @@ def over_stored(
             continue
         if (list(value) if isinstance(value, tuple) else value) != given[key]:
             _logger.info("data.%s: %s, of the checkpoint, not of %s", key, value, source)
-        line = line.with_values({f"data.{key}": value}, str(path))
+        line = line.with_values({f"data.{key}": value}, file_origin(str(path)))
     return line.resolve(base_values=stored, base_origin=str(path))
 
 

@@ -28,6 +28,7 @@ from tools.ablating.results import collect
 from tools.ablating.runs import check_unchanged, outcome_of
 from vil.command_line import COMMAND_LINE, ToolParser, main
 from vil.config import ConfigError
+from vil.console import say
 
 
 def ablate(words: Sequence[str]) -> None:
@@ -52,7 +53,8 @@ def ablate(words: Sequence[str]) -> None:
     failed = False
     for grid in grids:
         rows, command = collect(grid), command_of(words)
-        print(f"\n{text_of(grid, rows, command)}\n")
+        for line in ("", *text_of(grid, rows, command).splitlines(), ""):
+            say(line)
         write_results(grid, rows, command)
         print(f"{grid.folder}: results.md, results.csv, results.json, results.png")
         if arguments.markdown:

@@ -26,6 +26,8 @@ MAX_PICKLE_BYTES = 1 << 24
 MAX_DIMENSIONS = 64
 """PyTorch's own limit."""
 
+_DIRECTORY_OFFSET = zipfile._ECD_OFFSET  # type: ignore[attr-defined]
+
 _OPCODES = (
     "PROTO", "STOP", "GLOBAL", "NEWOBJ", "REDUCE", "BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS",
     "MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE",
@@ -123,6 +125,10 @@ def check_zip(file: BinaryIO) -> None:
         parts = archive.infolist()
         if archive.comment:
             raise RefusedPickleError("not a checkpoint: a zip with a comment")
+        # Python finds the directory from the end of the file, PyTorch from its beginning.
+        ending = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+        if ending is None or archive.start_dir != ending[_DIRECTORY_OFFSET]:
+            raise RefusedPickleError("not a checkpoint: the directory of its zip is not where it says")
         stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
         if not stored or sum(part.file_size for part in parts) > os.fstat(file.fileno()).st_size:
             raise RefusedPickleError("not a checkpoint: its parts are compressed, or larger than the file")

@@ -42,6 +42,8 @@ _DTYPES = {
 }
 """What a weight may be; whether it must be a floating-point number is the model's to say."""
 
+MAX_IMAGE_SIZE = 8192
+"""Side of the images of a stored model, in pixels."""
 MAX_HEADER_BYTES = 1 << 23
 """Length of the header of safetensors; with 600 tensors and the names of 21,841 classes it has 0.6 MB."""
 
@@ -123,7 +125,11 @@ def find_checkpoint(path: str | Path, which: Literal["best", "last"] = "best") -
         ConfigError: there is none, or it is damaged.
     """
     given = Path(path)
-    if not given.exists():
+    try:
+        exists = given.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
+        raise ConfigError(str(path), getattr(error, "strerror", None) or str(error)) from None
+    if not exists:
         raise ConfigError(str(path), "no such file or folder")
     if not given.is_dir():
         file = given
@@ -238,7 +244,11 @@ def model_section(values: Any) -> ModelConfig:
         check_plain(values)
         if isinstance(values, Mapping):
             values = without_start_options(values)
-        return validate(EvalConfig, {"model": values}).model
+        model = validate(EvalConfig, {"model": values}).model
+        if not 1 <= model.image_size <= MAX_IMAGE_SIZE:
+            reason = f"expected 1 to {MAX_IMAGE_SIZE:,} pixels, got {model.image_size}"
+            raise ConfigError("model.image_size", reason)
+        return model
     except ConfigError as error:
         raise ConfigError(error.key or "model", error.reason, STORED) from None
 

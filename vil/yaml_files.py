@@ -13,6 +13,7 @@ from vil.config import ConfigError
 from vil.runtime.files import open_regular
 from vil.schema import MAX_VALUES, check_plain
 
+MAX_NUMBER_LENGTH = 10_000
 MAX_BYTES = 1_000_000
 """Size of a file that may be a configuration; ours have some thousand bytes."""
 
@@ -69,6 +70,16 @@ class _StrictLoader(yaml.SafeLoader):
     Aliases, which cost a stranger a few bytes each, are counted before anything is made of them.
     """
 
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """Construct a number of YAML 1.2: 1:30 is text there, and no number of base 60."""
+        text = self.construct_scalar(node)
+        if ":" in text:
+            return text
+        if len(text) > MAX_NUMBER_LENGTH:
+            raise yaml.constructor.ConstructorError(None, None, "a number that is too long", node.start_mark)
+        is_float = node.tag.endswith(":float")
+        return self.construct_yaml_float(node) if is_float else self.construct_yaml_int(node)
+
     def construct_document(self, node: yaml.Node) -> Any:
         waiting, seen = [node], 0
         while waiting:
@@ -111,8 +122,14 @@ class _StrictLoader(yaml.SafeLoader):
 
 # YAML 1.1, which PyYAML reads, takes 1e-3 for text: a point and a sign are needed there, in YAML 1.2 neither.
 _StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
+
+
+for _kind in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _StrictLoader.construct_number)
 
 
 def _one_line(value: Any, most: int = 200) -> str:

@@ -26,7 +26,7 @@ from data.sources.class_paths import AmbiguousClassesError, Archive, classes_by_
 from vil.config import ConfigError, DataConfig
 from vil.runtime.files import open_regular
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
 _MOST_SHARDS = 1_000_000
 
 

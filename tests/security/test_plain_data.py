@@ -178,7 +178,7 @@ def harmless(*, may_write: tuple[str, ...] = ()):
     assert not Path(MARKER).exists()
     assert Path("wandb.py").read_text() == ""
     started = [event for event in events if event[0] in PROCESSES and MARKER in event[1]]
-    reached = [event for event in events if event[0] in NETWORK and "AF_UNIX" not in event[1]]
+    reached = [event for event in events if event[0] in NETWORK and "family=1," not in event[1]]
     imported = [event for event in events if event[0] == "import" and "strangers_module" in event[1]]
     assert not started + reached + imported
 

@@ -29,6 +29,9 @@ KEYS = ("question", "base", "factors", "compare", "seeds")
 OWN = ("output", "seed", "resume", "progress")
 """Options of train.py that the grid itself decides."""
 
+_OPTION = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)*")
+"""Spelling of an option, which the command line then reads in no other way."""
+
 Setting = tuple[str, tuple[str, ...]]
 """An option's name and the words of train.py's line that give it."""
 
@@ -209,6 +212,8 @@ def _settings(content: Any, key: str) -> list[Setting]:
 
 def _setting(option: str, value: Any, key: str) -> Setting:
     _check_own(option, f"{key}.{option}")
+    if not _OPTION.fullmatch(option) or option in ("print_config", "help", "h"):
+        raise ConfigError(f"{key}.{option}", "unknown option; a grid sets options of train.py by their names")
     if option in (*SECTIONS, "config"):
         if not isinstance(value, str):
             example = f", as {option}.NAME: value for an option" if option in SECTIONS else ""

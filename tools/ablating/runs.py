@@ -11,6 +11,7 @@ from typing import Any
 from tools.ablating.grid import Grid, Run
 from vil.config import ConfigError, printable
 from vil.runtime.files import MAX_JSON_BYTES, open_regular, parse_json, read_lines, read_text
+from vil.schema import validate
 from vil.training.logging import METRICS
 from vil.training.run_folder import CONFIG, SUMMARY, differences
 from vil.yaml_files import read_yaml
@@ -140,7 +141,7 @@ def _read(folder: Path) -> Found:
         records = _records(folder / METRICS)
         evaluations = [record for record in records if record["kind"] == "validation"]
         last = evaluations[-1]
-        return Found(
+        found = dict(
             top1=last["top1"],
             ema_top1=last.get("ema_top1"),
             best_top1=max(record.get(key, 0.0) for record in evaluations for key in ("top1", "ema_top1")),
@@ -150,6 +151,10 @@ def _read(folder: Path) -> Found:
             **_speed([record for record in records if record["kind"] == "train"]),
             device=summary["device"],
         )
+        accuracies = [found[key] for key in ("top1", "ema_top1", "best_top1") if found[key] is not None]
+        if not found["images"] or not all(0 <= accuracy <= 100 for accuracy in accuracies):
+            raise ValueError(f"accuracies {accuracies} of {found['images']} images")
+        return validate(Found, found)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(str(folder), f"cannot be read: {type(error).__name__} {error}") from None
 

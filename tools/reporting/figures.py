@@ -84,6 +84,8 @@ def thin(points: Points, most: int = MOST_POINTS) -> tuple[list[float], list[flo
 
 def _short(value: float) -> float:
     """Six significant digits, which no screen shows more of; whole numbers stay what they are."""
+    if not math.isfinite(value):
+        return value
     return int(value) if value == int(value) else float(f"{value:.6g}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from vil.yaml_files import MAX_BYTES, read_yaml
 
 Record = dict[str, Any]
 MAX_WARNINGS = 20
+MAX_NUMBER = 1e30
+"""The largest number of a log that is shown."""
 _logger = logging.getLogger("vil.report")  # a child of vil, whose records are shown
 
 
@@ -116,8 +117,8 @@ class Run:
 
 
 def number(value: Any) -> float | None:
-    """A finite number; None for anything else that a file may hold."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """Return a number whose sums are finite; None for anything else that a file may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
         return None
     return value
 

@@ -1,6 +1,6 @@
 """Command lines and YAML files → a validated configuration; errors → one line and an exit status."""
 
-from vil.command_line.line import COMMAND_LINE_KEYS, CommandLine, Line, parse
+from vil.command_line.line import COMMAND_LINE_KEYS, CommandLine, Line, file_origin, parse
 from vil.command_line.program import (
     OneRankError,
     ToolParser,
@@ -18,6 +18,7 @@ __all__ = [
     "Line",
     "OneRankError",
     "ToolParser",
+    "file_origin",
     "main",
     "out_of_memory",
     "parse",

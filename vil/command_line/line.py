@@ -102,9 +102,9 @@ class Line(Generic[Config]):
         parser = _Parser(config_class, prog)
         self.assignments, self.print_config = parser.parse(argv)
 
-    def files(self, section: str) -> list[str]:
-        """Return the YAML files that the line names for a section, in its order."""
-        return [a.origin for a in self.assignments if a.key == section]
+    def files(self) -> list[str]:
+        """Return all YAML files that the line names, in its order."""
+        return list(dict.fromkeys(a.origin for a in self.assignments if a.origin != COMMAND_LINE))
 
     def assigns(self, *keys: str) -> bool:
         """Return True if the line sets one of these options itself, or names a file for such a section."""
@@ -115,7 +115,9 @@ class Line(Generic[Config]):
         index = max((i + 1 for i, a in enumerate(self.assignments) if a.key == section), default=0)
         changed = copy.copy(self)
         changed.assignments = [*self.assignments]
-        changed.assignments.insert(index, Assignment(section, _read_section(path, section), path))
+        changed.assignments.insert(
+            index, Assignment(section, _read_section(path, section), file_origin(path))
+        )
         return changed
 
     def with_values(self, values: Mapping[str, Any], origin: str = COMMAND_LINE) -> Line[Config]:
@@ -142,9 +144,10 @@ class Line(Generic[Config]):
         Raises:
             ConfigError: names the file, or the command line, and the key.
         """
+        base_origin = file_origin(base_origin)
         stored = [] if base_values is None else [Assignment("", base_values, base_origin)]
         files = [
-            Assignment(section, _read_section(str(path), section), str(path))
+            Assignment(section, _read_section(str(path), section), file_origin(path))
             for section, path in (base_files or {}).items()
             if not self.assigns(section)
         ]
@@ -181,6 +184,11 @@ class Line(Generic[Config]):
             tree = _without_defaults(tree, as_tree(self._config_class()))
         print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
+
+
+def file_origin(path: str | Path) -> str:
+    """Return the origin of what a file holds: its name, which never is `COMMAND_LINE`."""
+    return f"./{path}" if str(path) == COMMAND_LINE else str(path)
 
 
 def parse(
@@ -343,7 +351,7 @@ class _Parser(argparse.ArgumentParser):
     def _assignment(self, key: str, texts: str | list[str] | None) -> Assignment:
         if key not in self._types:
             path = str(texts or "")
-            return Assignment("" if key == "config" else key, _read_section(path, key), path)
+            return Assignment("" if key == "config" else key, _read_section(path, key), file_origin(path))
         return Assignment(key, _value(texts, self._types[key]), COMMAND_LINE)
 
 

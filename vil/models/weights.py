@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vil.attention.full import FullAttention, resize_offsets
 from vil.attention.vision_longformer import VisionLongformerAttention
 from vil.config import ConfigError
+from vil.models.limits import sized_for
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.position import resize_embedding
 from vil.models.released_names import convert_weights
@@ -58,7 +59,14 @@ def load_file(
         return
     before = file.model.image_size if file.model is not None else image_size
     if before != image_size and hasattr(model, "set_input_size"):
-        model.set_input_size((before, before))  # type: ignore[operator]  # exists, as looked up above
+        try:
+            with sized_for(file):
+                model.set_input_size((before, before))  # type: ignore[operator]  # exists, as looked up
+        except (RuntimeError, ValueError, AssertionError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            reason = f"its images of {before} pixels are no size of this model: {_one_line(error)}"
+            raise ConfigError(file.path, reason) from None
         if not _problems(model, weights):
             load_weights(model, weights, file.path)
             model.set_input_size((image_size, image_size))  # type: ignore[operator]
@@ -66,6 +74,10 @@ def load_file(
             return
         model.set_input_size((image_size, image_size))  # type: ignore[operator]
     load_weights(model, _translated(model, weights), file.path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def head_rows(name: str, weights: Mapping[str, Tensor]) -> int | None:

@@ -22,6 +22,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ from vil.weight_files import read_pickle
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 10**12
 
 
 def _is_mapping(value: Any, of: type | tuple[type, ...] = object) -> bool:
@@ -53,7 +54,8 @@ def _is_config(value: Any) -> bool:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError):
         return False
-    return _is_mapping(value)
+    sections = ("model", "schedule", "data")
+    return _is_mapping(value) and all(_is_mapping(value.get(section)) for section in sections)
 
 
 def _is_watched(value: Any) -> bool:
@@ -61,7 +63,7 @@ def _is_watched(value: Any) -> bool:
         _is_count(value.get("skipped"))
         and _is_count(value.get("skipped_in_a_row"))
         and isinstance(value.get("losses"), list)
-        and all(isinstance(loss, float) for loss in value["losses"])
+        and all(isinstance(loss, float) and math.isfinite(loss) for loss in value["losses"])
     )
 
 

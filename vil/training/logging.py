@@ -259,11 +259,12 @@ def cut_metrics(path: Path, step: int, finished_step: int) -> list[dict[str, Any
     """Removes what `path` holds about later steps than `step`, evaluations after that of `finished_step`, and
     a line that a crash left unfinished; returns what is left."""
     try:
-        records = [(line, _record(line)) for line in read_lines(path)]
+        pairs = ((line, _record(line)) for line in read_lines(path))
+        records = [(line, record) for line, record in pairs if record is not None]
     except FileNotFoundError:
         return []
     last = {"validation": finished_step}
-    kept = [(line, r) for line, r in records if r is not None and 0 < r["step"] <= last.get(r["kind"], step)]
+    kept = [(line, r) for line, r in records if 0 < r["step"] <= last.get(r["kind"], step)]
     write_durably(path, "".join(line for line, _ in kept))
     return [record for _, record in kept]
 
@@ -274,7 +275,9 @@ def _record(line: str) -> dict[str, Any] | None:
         record = parse_json(line) if line.endswith("\n") else None
     except ValueError:
         return None
-    is_whole = isinstance(record, dict) and type(record.get("step")) is int and "kind" in record
+    is_whole = (
+        isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("kind"), str)
+    )
     return record if is_whole else None
 
 

@@ -4,6 +4,8 @@ timm.scheduler."""
 from __future__ import annotations
 
 import difflib
+import math
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from typing import Any
 
@@ -63,6 +65,66 @@ def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.O
             reason = f"{name} takes none; momentum, timm's name for SGD without Nesterov, does"
             raise ConfigError("schedule.dampening", reason) from error
         raise ConfigError("schedule.optimizer", f"{name}: {reason}") from error
+
+
+def check_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Check what a checkpoint says of an optimiser before it is loaded, which trusts it.
+
+    The kernels of fused optimisers read and write as many numbers as a parameter has, whatever the size of
+    their state.
+
+    Raises:
+        ValueError: a tensor is not plain, or larger than its storage; or of a fused optimiser, the state of a
+            parameter is incomplete or of another shape.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups, states = state["param_groups"], state["state"]
+    indices = [index for group in groups for index in group["params"]]
+    if len(indices) != len(parameters) or len(set(indices)) < len(indices):
+        raise ValueError(f"the optimizer's state has {len(indices)} parameters, the model {len(parameters)}")
+    for index, values in states.items():
+        for name, value in values.items():
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(tensor, torch.Tensor) and not _is_plain(tensor):
+                    raise ValueError(f"{name} of parameter {index} is not a plain tensor")
+    if not any(group.get("fused") for group in optimizer.param_groups):
+        return
+    has_momentum = isinstance(optimizer, torch.optim.SGD)
+    for index, parameter in zip(indices, parameters):
+        values = states.get(index, {})
+        names = ("momentum_buffer",) if has_momentum else ("exp_avg", "exp_avg_sq")
+        for name in names if values else ():
+            value = values.get(name)
+            if value is None and has_momentum:
+                continue  # before the first step, or without momentum
+            if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+                raise ValueError(f"{name} of parameter {index} is missing or of another shape")
+        step = values.get("step")
+        if values and not has_momentum and (not isinstance(step, torch.Tensor) or step.numel() != 1):
+            raise ValueError(f"step of parameter {index} is not one number")
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    is_whole = tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    return is_whole and not tensor.is_quantized
+
+
+def state_of_group(stored: Mapping[str, Any], built: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a parameter group's options as built, with the counters that the optimiser keeps beside them.
+
+    Counters, as the step of Lookahead, are the numbers that no schedule sets; flags and options are never
+    taken from a checkpoint.
+    """
+    options = {key: value for key, value in built.items() if key != "params"}
+    for key, value in options.items():
+        is_number = all(
+            isinstance(x, int | float) and not isinstance(x, bool) for x in (value, stored.get(key))
+        )
+        if is_number and key not in CONFIGURED and math.isfinite(stored[key]):
+            options[key] = stored[key]
+    return options
 
 
 def peak_learning_rate(schedule: ScheduleConfig) -> float:

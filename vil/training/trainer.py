@@ -42,7 +42,13 @@ from vil.training.guards import FiniteSteps, Look, StepWatch, Watchdog, spreadin
 from vil.training.input_wait import StepClock, input_bound_warning
 from vil.training.logging import RunLog
 from vil.training.loss import build_loss
-from vil.training.optimizer import CONFIGURED, build_optimizer, build_scheduler, clipped_parameters
+from vil.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    check_state,
+    clipped_parameters,
+    state_of_group,
+)
 from vil.training.precision import autocast, check_precision, grad_scaler
 from vil.training.run_folder import begin, check_class_names, check_train_images
 from vil.training.signals import InterruptedEvaluation, InterruptedRun, Signals
@@ -510,9 +516,9 @@ class _Trainer:
         """Continue from `state`; options of the optimiser are those of the configuration."""
         check_class_names(self.folder, self.config, state["class_names"], self.loaders.class_names)
         check_train_images(self.folder, self.config, state, self.loaders.train_images, self.steps_per_epoch)
-        # What else is in a group is state of the optimiser, as the step count of Lookahead.
-        options = [{k: g[k] for k in CONFIGURED if k in g} for g in self.optimizer.param_groups]
+        built = [dict(group) for group in self.optimizer.param_groups]
         try:
+            check_state(self.optimizer, state["optimizer"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.ema is not None:
@@ -522,8 +528,8 @@ class _Trainer:
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError("output", f"the checkpoint in {self.folder} does not fit: {reason}") from error
-        for group, configured in zip(self.optimizer.param_groups, options):
-            group.update(configured)
+        for group, own in zip(self.optimizer.param_groups, built):
+            group.update(state_of_group(group, own))
         self.step_watch.restore(state["watched"])
         self.step, self.finished_step, self.best = state["step"], state["finished_step"], state["best"]
         state.clear()  # its weights are held here now, or by nobody
