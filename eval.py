@@ -52,10 +52,10 @@ from vil.evaluation.corruptions import corrupted_sets, with_summaries
 from vil.models.limits import sized_for
 from vil.models.released import read_config, read_weights
 from vil.models.weights import head_rows, load_file
-from vil.models.zoo import check_device, model_from_config, pretrained_transform
+from vil.models.zoo import check_device, model_from_config, pretrained_classes, pretrained_transform
 from vil.randomness import seed_generators
 from vil.runtime.files import refuse_input_as_output
-from vil.schema import TIMM_START_OPTIONS, as_tree
+from vil.schema import as_tree, timm_start_options
 from vil.training import distributed
 from vil.training.distributed import LostRankError, Process, from_main
 from vil.training.precision import check_precision, set_deterministic
@@ -191,8 +191,8 @@ def prepare(
         transform = {key: value for key, value in file.data.items() if key in TRANSFORM}
         data = {key: value for key, value in file.data.items() if key not in TRANSFORM}
     named = command.config.model
-    loads_weights = bool(TIMM_START_OPTIONS & (named.timm_options or {}).keys())
-    if named.name.startswith("timm/") and (loads_weights if file is None else file.model is None):
+    loads_weights = file is None and bool(timm_start_options(named.timm_options))
+    if named.name.startswith("timm/") and (loads_weights or (file is not None and file.model is None)):
         transform = pretrained_transform(named.name)  # weights of others need what they were trained with
     lines = lines_of_sets(config.sets, line)
     commands = [
@@ -212,30 +212,33 @@ def prepare(
     classes = validations[0].num_classes if validations else IMAGENET_CLASSES
     if file is not None and file.model is None:
         classes = head_rows(config.model.name, file.weights) or classes
+    elif loads_weights:
+        classes = pretrained_classes(config.model.name)
     seed_generators(0, "weights")  # an untrained model is the same on every rank
     with in_section("model"), nullcontext() if file is None else sized_for(file):
         network = model_from_config(config.model, classes)
         check_device(network, process.device)
     if file is not None:
         trained = file.class_names
+    elif validations and config.model.num_classes is None and not loads_weights:
+        trained = validations[0].class_names
     else:
-        trained = validations[0].class_names if validations and config.model.num_classes is None else None
+        trained = None
     rows = config.model.num_classes or getattr(network, "num_classes", None)
     # The classes of an untrained model mean nothing yet.
-    by_position = config.match_classes == "position" or file is None
+    by_position = config.match_classes == "position" or (file is None and not loads_weights)
+    sets = []
+    for set_command, validation in zip(commands, validations):
+        name = describe(set_command.config.data)
+        try:
+            found = find_rows(validation.class_names, trained, rows, by_position)
+        except ConfigError as error:
+            raise ConfigError(error.key, f"{name}: {error.reason}") from None
+        sets.append(DataSet(name, validation.loader, validation.num_classes, found))
     if config.match_classes == "position" and file is not None:
-        _logger.info("classes are matched by position: class k of the data is row k of the head")
-    sets = [
-        DataSet(
-            describe(set_command.config.data),
-            validation.loader,
-            validation.num_classes,
-            find_rows(validation.class_names, trained, rows, by_position),
-        )
-        for set_command, validation in zip(commands, validations)
-    ]
+        _logger.info("classes without a known name are matched by position: class k is row k of the head")
     if file is None:
-        return Subject(config, network, sets, None, "untrained")
+        return Subject(config, network, sets, None, "timm" if loads_weights else "untrained")
     with of_option("checkpoint"):
         load_file(network, file, config.model.image_size)
     return Subject(config, network, sets, file.path, file.kind)
@@ -321,7 +324,7 @@ def over_stored(
         if source == COMMAND_LINE:
             continue
         if (list(value) if isinstance(value, tuple) else value) != given[key]:
-            _logger.info("data.%s: %s, of the checkpoint, not of %s", key, value, source)
+            _logger.info("data.%s: %s, as the weights need it, not of %s", key, value, source)
         line = line.with_values({f"data.{key}": value}, file_origin(str(path)))
     return line.resolve(base_values=stored, base_origin=str(path))
 

@@ -74,9 +74,6 @@ def configure(argv: Sequence[str]) -> CommandLine[TrainConfig]:
     command = line.resolve(files)
     folder = Path(command.config.output or default_output(command.config.data))
     stored = folder / run_folder.CONFIG
-    if {a.key for a in line.assignments} == {"output"} and not is_run(folder):
-        reason = f"{folder} holds no run to continue; to start one there, name what to train, as with --data"
-        raise ConfigError("output", reason, COMMAND_LINE)
     try:
         if stored.exists() and not line.assigns("", "model", "schedule", "data"):
             command = line.resolve(base_values=stored_config(stored), base_origin=str(stored))
@@ -93,12 +90,24 @@ def configure(argv: Sequence[str]) -> CommandLine[TrainConfig]:
     return command
 
 
-def is_run(folder: Path) -> bool:
-    """Return True if a folder holds a run, or cannot be read now, which is said where it is opened."""
+def check_output(argv: Sequence[str], config: TrainConfig) -> None:
+    """Refuse a line that names a folder and nothing to train, if that holds no run: it is mistyped.
+
+    Raises:
+        ConfigError: as said. A folder that cannot be read now is left to who opens it.
+    """
+    assigned = {a.key for a in Line(TrainConfig, argv).assignments}
+    names_what = any(key.partition(".")[0] in ("", "model", "schedule", "data") for key in assigned)
+    if "output" not in assigned or names_what or config.resume == "never":
+        return
     try:
-        return run_folder.holds_run(folder)
+        is_run = run_folder.holds_run(Path(config.output or ""))
     except ConfigError:
-        return True
+        is_run = True
+    if not is_run:
+        reason = f"{config.output} holds no run to continue; to start one there, name what to train, "
+        reason += "for example with --data configs/data/digits.yaml"
+        raise ConfigError("output", reason, COMMAND_LINE)
 
 
 def demo_files(command: CommandLine[TrainConfig]) -> dict[str, Path]:
@@ -163,6 +172,7 @@ def train(words: Sequence[str]) -> None:
         with distributed.start(command.config.device, collective_timeout(command.config)) as process:
             # Machines without a common disk may hold other runs, or none: rank 0's is the one that goes on.
             config = from_main(lambda: command.config)
+            from_main(lambda: check_output(words, config))
             config.precision = check_precision(config.precision, process.device)
             set_deterministic(config.deterministic)
             with run_folder.occupied(Path(config.output or "")):

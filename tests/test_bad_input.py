@@ -97,7 +97,7 @@ def test_a_backend_that_the_device_lacks(refused, monkeypatch):
         eval_program.evaluate, "--device", "cpu", "--model.name", "vil_tiny", *words, "--complexity"
     )
     monkeypatch.setenv("VIL_ATTENTION_BACKEND", "fused")
-    assert message in refused(train_program.main, "--device", "cpu")
+    assert message in refused(train_program.main, "--device", "cpu", "--schedule.epochs", "1")
     monkeypatch.setenv("VIL_ATTENTION_BACKEND", "fast")
     assert "VIL_ATTENTION_BACKEND: backend must be one of auto, " in refused(
         train_program.main, "--seed", "1"
@@ -114,7 +114,7 @@ def test_bfloat16_where_the_device_lacks_it(refused, monkeypatch):
     monkeypatch.setattr(distributed, "start", old_gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
-    line = refused(train_program.main, "--precision", "bfloat16")
+    line = refused(train_program.main, "--precision", "bfloat16", "--schedule.epochs", "1")
     assert line.startswith("error: command line: precision: ")
     assert "bfloat16" in line
     assert "an old GPU" in line
@@ -156,11 +156,11 @@ def test_folders_that_hold_no_data_set(refused, tmp_path):
     assert "data.root: " in refused(train_program.main, *words, "--schedule.batch_size", "2")
 
 
-def test_a_mistyped_folder_starts_no_demo(refused, tmp_path):
-    line = refused(train_program.main)
-    assert line == (
+@pytest.mark.parametrize("words", [[], ["--resume", "auto"], ["--device", "cpu", "--seed", "3"]])
+def test_a_mistyped_folder_starts_no_demo(refused, tmp_path, words):
+    assert refused(train_program.main, *words) == (
         f"error: command line: output: {tmp_path / 'output'} holds no run to continue; "
-        "to start one there, name what to train, as with --data\n"
+        "to start one there, name what to train, for example with --data configs/data/digits.yaml\n"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from vil import checkpoint_files, command_line, load_released
 from vil.config import DataConfig
 from vil.evaluation import report
 from vil.evaluation.accuracy import evaluate
+from vil.evaluation.classes import imagenet_classes
 from vil.models.released import read_config
 from vil.training import checkpoint
 from vil.weight_files import read, transform_of
@@ -127,7 +129,7 @@ def test_the_transform_is_the_published_one_but_for_words_of_the_line(evaluated,
     assert result["loss"] == pytest.approx(expected, abs=1e-6)
     result, screen = evaluated(*words, "--data", DIGITS)
     assert result["loss"] == pytest.approx(expected, abs=1e-6)
-    assert f"data.crop_pct: 0.5, of the checkpoint, not of {DIGITS}" in screen
+    assert f"data.crop_pct: 0.5, as the weights need it, not of {DIGITS}" in screen
     result, _ = evaluated(*words, "--data", DIGITS, "--data.mean", "[0.9, 0.9, 0.9]")
     changed = by_api(model, 64, mean=(0.9, 0.9, 0.9), **transform).loss
     assert result["loss"] == pytest.approx(changed, abs=1e-6)
@@ -355,7 +357,7 @@ def test_a_run_that_timm_started_needs_its_first_weights_no_more(call, tmp_path)
     status, screen, error = call(train_program.main, *words, *options, "--output", "run", *ONE_STEP)
     assert status == 0, error
     assert "timm/resnet10t: timm loads weights, as asked by checkpoint_path" in screen
-    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    stored = checkpoint.load(tmp_path / "run" / checkpoint_files.BEST)["config"]
     assert stored["model"]["timm_options"] == {"drop_rate": 0.1}
     (tmp_path / "start.pth").unlink()
     status, screen, error = call(eval_program.evaluate, "--checkpoint", "run", *QUICK)
@@ -365,3 +367,48 @@ def test_a_run_that_timm_started_needs_its_first_weights_no_more(call, tmp_path)
     assert status == 0, error
     assert "continuing run after step 1" in screen
     assert "loads weights" not in screen
+
+
+def test_a_run_that_timm_was_to_start_does_not_begin_with_random_weights(call, tmp_path):
+    """It ended before its first checkpoint, and the folder alone does not say where the weights are."""
+    torch.save(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "start.pth")
+    words = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--schedule.batch_size", "64"]
+    options = ["--model.timm_options", "{checkpoint_path: start.pth}"]
+    status, _, error = call(train_program.main, *words, *options, "--output", "run", *ONE_STEP)
+    assert status == 0, error
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config["model"]["timm_options"] = {"checkpoint_path": "start.pth"}  # as before the first checkpoint
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    status, _, error = call(train_program.main, "--output", "run", *QUICK)
+    assert status == 2
+    assert "was started with checkpoint_path and has no checkpoint yet; give the same command again" in error
+    status, screen, error = call(train_program.main, "--output", "run", *options, *QUICK)
+    assert status == 0, error
+    assert "timm loads weights" in screen
+
+
+def test_weights_that_timm_loads_are_evaluated_by_class_name(call, tmp_path):
+    """They are no untrained model: their head has the rows of pretrained_cfg, ImageNet's classes."""
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "in1k.pth")
+    names = imagenet_classes()
+    words = ["--model.name", "timm/resnet10t", "--model.image_size", "32", *QUICK]
+    words += ["--model.timm_options", "{checkpoint_path: in1k.pth}", "--data.source", "folder"]
+    for root, folders in (
+        ("part", names[3:5]),
+        ("renamed", [*names[3:5], "n00000001"]),
+        ("other", ["cat", "dog"]),
+    ):
+        for name in folders:
+            (tmp_path / root / "val" / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / root / "val" / name / "1.png")
+    status, screen, error = call(eval_program.evaluate, *words, "--data.root", "part")
+    assert status == 0, error
+    assert " timm " in screen
+    for root, message in (
+        ("renamed", "class 'n00000001' is none of the 1000"),
+        ("other", "nothing says which row"),
+    ):
+        status, _, error = call(eval_program.evaluate, *words, "--data.root", root)
+        assert status == 2
+        assert message in error

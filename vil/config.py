@@ -20,8 +20,8 @@ AttentionName = Literal[
 Precision = Literal["float32", "bfloat16", "float16"]
 Color3 = tuple[float, float, float]
 Scalar = bool | int | float | str | None
-PlainValue = Scalar | list[Scalar] | list[list[Scalar]]
-"""A number, text, true, false or null, or a list of them: data that cannot name anything to import."""
+PlainValue = Scalar | list[Scalar] | list[list[Scalar]] | dict[str, Scalar | list[Scalar]]
+"""A number, text, true, false or null, or a list or mapping of them: data that names nothing to import."""
 
 LONGEST_LINE = 4000
 """Characters of a message that are shown."""

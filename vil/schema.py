@@ -31,6 +31,9 @@ MAX_DEPTH = 30
 MAX_DIGITS = 18
 """Digits of an integer."""
 
+STORED = "stored configuration"
+"""Origin of what a file of weights, or a run, says of its model and data."""
+
 TIMM_NUMBER_OPTIONS = frozenset({
     "always_partition", "attn_drop_rate", "avg_down", "base_width", "cardinality", "channels", "class_token",
     "conv_bias", "conv_mlp", "depth", "depths", "dim", "dims", "downsamples", "drop_block_rate",
@@ -58,6 +61,11 @@ TIMM_START_OPTIONS = frozenset({
 })  # fmt: skip
 """Keyword arguments of `timm.create_model` that give a new model its first weights. A run is started with
 them from the command line; neither its continuation nor an evaluation needs them, so they are not stored."""
+
+
+def timm_start_options(options: Any) -> set[str]:
+    """Return which of `TIMM_START_OPTIONS` a mapping of timm's options asks for."""
+    return {key for key in TIMM_START_OPTIONS if isinstance(options, Mapping) and options.get(key)}
 
 
 def without_start_options(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,8 +134,10 @@ def check_timm_options(key: str, options: Mapping[str, Any]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            reason = "not an option of an architecture; a file may set no other, the command line may"
+            reason = "a file may set options of an architecture only; this one is for the command line"
             raise ConfigError(f"{key}.{name}", f"{reason}{hint}")
+        if isinstance(value, Mapping):
+            raise ConfigError(f"{key}.{name}", f"expected a plain value, got {shown(value)}")
         is_text = name in TIMM_TEXT_OPTIONS and isinstance(value, str) and re.fullmatch(r"\w{0,40}", value)
         if not is_text and any(isinstance(inner, str) for inner in _scalars(value)):
             expected = "a name" if name in TIMM_TEXT_OPTIONS else "a number, a flag or a list of them"

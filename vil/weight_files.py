@@ -25,10 +25,7 @@ from torch import Tensor, nn
 from vil import checkpoint_files, safe_pickle
 from vil.config import ConfigError, DataConfig, EvalConfig, ModelConfig
 from vil.runtime import files
-from vil.schema import check_plain, validate, without_start_options
-
-STORED = "stored configuration"
-"""Origin of what a file of weights says of its model and data."""
+from vil.schema import STORED, check_plain, validate, without_start_options
 
 TRANSFORM = ("crop_pct", "interpolation", "mean", "std")
 """The options of a data section that belong to a model: how its images are brought to it."""
@@ -256,11 +253,9 @@ def model_section(values: Any) -> ModelConfig:
 def _read_checkpoint(path: Path, weights: Choice) -> WeightsFile:
     content = read_pickle(path)
     if isinstance(content, Mapping) and isinstance(content.get("net"), Mapping):
-        named = {
-            key.removeprefix("module.") if isinstance(key, str) else key: value
-            for key, value in content["net"].items()
-        }
-        return WeightsFile(str(path), "published", "raw", named)
+        file = _foreign(path, content, weights)
+        is_published = any(isinstance(name, str) and name.startswith("layer1.") for name in file.weights)
+        return dataclasses.replace(file, origin="published") if is_published else file
     lacking = {"model", "ema", "best", "config", "class_names"}
     if isinstance(content, Mapping):
         lacking -= content.keys()

@@ -108,7 +108,7 @@ def test_the_line_goes_over_what_the_checkpoint_brings(
     file = ["--data", str(ROOT / "configs/data/digits.yaml")]  # of another mean, which belongs to the weights
     with caplog.at_level("INFO", logger="vil.eval"):
         (same,) = results(["--checkpoint", str(run), *file], tmp_path)
-    assert f"of the checkpoint, not of {file[1]}" in caplog.text
+    assert f"as the weights need it, not of {file[1]}" in caplog.text
     (other,) = results(["--checkpoint", str(run), *file, "--data.mean", "[0.9, 0.9, 0.9]"], tmp_path)
     (larger,) = results(["--checkpoint", str(run), "--complexity", "--model.pool", "cls"], tmp_path)
     assert same["loss"] == expected(2)["loss"] != other["loss"]
@@ -184,7 +184,7 @@ def test_data_of_other_classes(run: Path, tmp_path: Path) -> None:
         Image.new("RGB", (40, 40)).save(tmp_path / "val" / name / "1.png")
     folder = ["--data.source", "folder", "--data.root", str(tmp_path)]
     message = refusal(["--checkpoint", str(run), *folder])
-    assert "data.source: none of its classes, as 'cat', is one that the checkpoint was trained on" in message
+    assert f"data.source: {tmp_path / 'val'}: none of its classes, as 'cat', is one that the check" in message
     positions = [*folder, "--match_classes", "position", "--data.workers", "0", "--progress", "false"]
     (found,) = results(["--checkpoint", str(run), *positions], tmp_path)
     assert (found["images"], found["classes"]) == (2, 2)

@@ -238,10 +238,7 @@ def test_a_file_that_is_called_command_line(call):
         eval_program.evaluate, "--config", "command line", "--model.name", "vil_tiny", *QUICK
     )
     assert status == 2
-    assert (
-        error
-        == "error: ./command line: data.download: is taken from the command line alone, not from a file\n"
-    )
+    assert error.startswith("error: ./command line: data.download: is taken from the command line alone, ")
 
 
 @pytest.mark.parametrize("option", ["--data", "--config", "--sets", "--model"])

@@ -12,6 +12,8 @@ from vil import checkpoint_files
 from vil.config import ConfigError
 from vil.training import checkpoint
 
+CONFIG = {"model": {"name": None}, "schedule": {"betas": (0.9, 0.999)}, "data": {}}
+
 
 def make_state(value: float = 1.0) -> dict:
     return {
@@ -25,7 +27,7 @@ def make_state(value: float = 1.0) -> dict:
         "epoch": 1,
         "best": {"top1": 50.0, "weights": "raw", "epoch": 1},
         "class_names": ["cat", "dog"],
-        "config": {"betas": (0.9, 0.999), "name": None},
+        "config": CONFIG,
         "versions": checkpoint.versions(),
     }
 
@@ -34,7 +36,7 @@ def test_round_trip(tmp_path: Path):
     checkpoint.save(tmp_path / "last.pt", make_state(2.0))
     state = checkpoint.load(tmp_path / "last.pt")
     assert torch.equal(state["model"]["weight"], torch.full((1000,), 2.0))
-    assert state["config"] == {"betas": (0.9, 0.999), "name": None}
+    assert state["config"] == CONFIG
     assert state["versions"]["torch"] == str(torch.__version__)
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last.pt.sha256"}
 
@@ -163,6 +165,8 @@ MALFORMED = [
     ("best", {"top1": None, "weights": "raw", "epoch": 1}),
     ("best", {"top1": 97.0, "weights": "mean", "epoch": 1}),
     ("config", "text"),
+    ("config", {}),
+    ("config", {**CONFIG, "model": []}),
     ("config", {"model": torch.zeros(1)}),
     ("class_names", None),
     ("class_names", ["cat", 3]),

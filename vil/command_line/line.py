@@ -24,13 +24,10 @@ from typing import Any, Generic, Literal, NoReturn, TypeVar
 import yaml
 
 from vil.config import COMMAND_LINE, ConfigError
-from vil.schema import as_tree, field_types, shown, suggestion, type_name, union_members, validate
+from vil.schema import STORED, as_tree, field_types, shown, suggestion, type_name, union_members, validate
 from vil.yaml_files import parse_yaml, read_yaml
 
 Config = TypeVar("Config")
-
-STORED = "stored configuration"
-"""Origin of the values of a run or a checkpoint."""
 
 COMMAND_LINE_KEYS: dict[str, Callable[[Any], bool]] = {
     "output": lambda value: value is None,
@@ -164,7 +161,10 @@ class Line(Generic[Config]):
             if origin == base_origin and base_values is not None:
                 del section[name], origins[key]
             elif not is_harmless(section[name]):
-                raise ConfigError(key, "is taken from the command line alone, not from a file", origin)
+                reason = (
+                    f"is taken from the command line alone, not from a file: add --{key}, or delete it there"
+                )
+                raise ConfigError(key, reason, origin)
         typed = [key for key, origin in origins.items() if origin == COMMAND_LINE]
         try:
             return CommandLine(validate(self._config_class, tree, typed), origins)

@@ -76,8 +76,8 @@ def find_rows(
     if unknown:
         close = difflib.get_close_matches(unknown[0], trained, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        counts = f"the data has {len(names)} classes, the checkpoint was trained on {len(trained)}"
-        raise ConfigError("data.source", f"{counts}, without {unknown[0]!r}{hint}")
+        reason = f"class {unknown[0]!r} is none of the {len(trained)} that the checkpoint was trained on"
+        raise ConfigError("data.source", f"{reason}, {len(names) - len(unknown)} others are{hint}")
     position = moved[0]
     reason = f"class {position} is {names[position]!r} in the data, {trained[position]!r} in the checkpoint"
     raise ConfigError("data.source", f"the classes have another order: {reason}")

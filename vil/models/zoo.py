@@ -28,7 +28,7 @@ from vil.models.limits import buildable, check_numbers, sized_for
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.released_names import convert_weights
 from vil.models.weights import load_file, resized
-from vil.schema import TIMM_START_OPTIONS
+from vil.schema import timm_start_options
 from vil.weight_files import NO_MODEL, WeightsFile
 
 MAX_REASON = 300
@@ -269,7 +269,7 @@ def _timm_model(options: dict[str, Any]) -> nn.Module:
         options.pop("pool")
     if options:
         raise ConfigError(next(iter(options)), f"timm/{name} has no such option; see timm_options")
-    if start := arguments.keys() & TIMM_START_OPTIONS:
+    if start := timm_start_options(arguments):
         _logger.info("timm/%s: timm loads weights, as asked by %s", name, ", ".join(sorted(start)))
     try:
         if (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).fixed_input_size:
@@ -281,6 +281,12 @@ def _timm_model(options: dict[str, Any]) -> nn.Module:
     except Exception as error:  # of whatever kind: its models check their options little
         reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
         raise ConfigError("timm_options", f"timm cannot create {name}: {reason}") from error
+
+
+def pretrained_classes(name: str) -> int:
+    """Return how many classes timm's weights of a timm/<name> model have."""
+    cfg = timm.models.get_pretrained_cfg(name.removeprefix("timm/")) or timm.models.PretrainedCfg()
+    return cfg.num_classes
 
 
 def pretrained_transform(name: str) -> dict[str, Any]:

@@ -24,11 +24,12 @@ from vil.runtime.files import (
     remove_leftovers,
     write_durably,
 )
-from vil.schema import stored_tree, without_timm_start_options
+from vil.schema import as_tree, stored_tree, timm_start_options, without_timm_start_options
 from vil.training import checkpoint
 from vil.training.distributed import from_main
 from vil.training.folder_lock import FolderLock
 from vil.training.logging import METRICS, TENSORBOARD, leaves
+from vil.yaml_files import read_yaml
 
 _logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def open_run(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
     with of_option("output"):
         found = checkpoint_files.newest(folder, checkpoint.read)
     if found is None:
+        _check_start(folder, config)
         return None
     state = found[1]
     if state["best"] is not None and found[0] != folder / checkpoint_files.BEST:
@@ -96,6 +98,25 @@ def open_run(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
                 key, f"the run in {folder} has {before}, not {now}; name another output or keep its value"
             )
     return state
+
+
+def _check_start(folder: Path, config: TrainConfig) -> None:
+    """Refuse to begin anew, with random weights, a run that timm's weights were to start.
+
+    Its config.yaml names the options, which only the command line gives: a run that ended before its
+    first checkpoint needs them once more.
+
+    Raises:
+        ConfigError: the line does not give them.
+    """
+    if not (folder / CONFIG).exists():
+        return
+    stored = read_yaml(folder / CONFIG)
+    model = stored.get("model") if isinstance(stored, dict) else None
+    before = timm_start_options(model.get("timm_options") if isinstance(model, dict) else None)
+    if lacking := sorted(before - timm_start_options(config.model.timm_options)):
+        reason = f"the run in {folder} was started with {', '.join(lacking)} and has no checkpoint yet"
+        raise ConfigError("model.timm_options", f"{reason}; give the same command again")
 
 
 def _refuse_links(folder: Path) -> None:
@@ -181,7 +202,8 @@ def check_train_images(
     Args:
         folder: the run's.
         config: what the run is asked to continue with.
-        state: its checkpoint; one of version 0.1.0 tells the epoch of its step alone.
+        state: its checkpoint; one of version 0.1.0 tells the epoch of its step alone, by which a change
+            within the first epoch goes unseen.
         images: number of training images.
         steps_per_epoch: optimiser steps of an epoch.
 
@@ -203,7 +225,7 @@ def check_train_images(
 
 def write_config(folder: Path, config: TrainConfig) -> None:
     """Write the resolved configuration to config.yaml, as --config reads it on a line with --output."""
-    content = stored_tree(dataclasses.replace(config, resume="auto"))
+    content = as_tree(dataclasses.replace(config, resume="auto"))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_durably(folder / CONFIG, text)
 
