@@ -100,7 +100,7 @@ def test_a_backend_that_the_device_lacks(refused, monkeypatch):
     assert message in refused(train_program.main, "--device", "cpu", "--schedule.epochs", "1")
     monkeypatch.setenv("VIL_ATTENTION_BACKEND", "fast")
     assert "VIL_ATTENTION_BACKEND: backend must be one of auto, " in refused(
-        train_program.main, "--seed", "1"
+        train_program.main, "--schedule.epochs", "1"
     )
 
 
