@@ -40,7 +40,7 @@ def state(step):
         "epoch": 1,
         "watched": {"skipped": 0, "skipped_in_a_row": 0, "losses": [2.0]},
         "best": {"top1": 50.0, "weights": "ema", "epoch": 1},
-        "config": {"output": "somewhere"},
+        "config": {"output": "somewhere", "model": {}, "schedule": {}, "data": {}},
         "class_names": ["0", "1"],
         "versions": {},
     }
