@@ -293,7 +293,7 @@ def test_exit_statuses_of_processes(seeds, number):
         (
             "--model",
             "timm_options: {a: {class_path: antigravity.geohash}}",
-            "model.timm_options: expected a mapping of names to plain values",
+            "model.timm_options.a: a file may set options of an architecture only",
         ),
         ("--schedule", f"batch_size: 0x{'f' * 5000}", "holds a number of more than 18 digits"),
         (
