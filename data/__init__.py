@@ -36,7 +36,7 @@ class Validation:
 
 @dataclass
 class Loaders:
-    """What training needs: both loaders, the number of training images, and the classes by their indices."""
+    """The loaders, the number of training images and the classes, by index, that training needs."""
 
     train: EpochLoader
     validation: ValidationLoader

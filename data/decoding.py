@@ -45,7 +45,7 @@ for AVIF with 10 bits and alpha, and TIFF in one strip, added up."""
 _OTHER_BYTES_PER_PIXEL = 14
 
 _MAX_PIXELS_PER_BYTE = 1000
-"""Of formats in which a few bytes can stand for any number of pixels; photographs have less than 200."""
+"""Limit for formats in which a few bytes can stand for any number of pixels; photographs have below 200."""
 _FREE_PIXELS = 24_000_000
 """Images up to this size may be as small as they like."""
 _DENSE_FORMATS = ("WEBP", "JPEG2000", "AVIF")

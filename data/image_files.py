@@ -1,4 +1,4 @@
-"""Which files of a folder or an archive are images, judged by their names."""
+"""Find the image files of a folder or an archive by their names."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class SkippedFiles:
 
 
 class FolderFiles(NamedTuple):
-    """What lies below one class folder."""
+    """Files and folders below one class folder."""
 
     images: list[str]
     """Paths, sorted by folder, then by name."""

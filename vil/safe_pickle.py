@@ -48,7 +48,7 @@ _STORAGES["torch.storage.UntypedStorage"] = 1
 
 
 class Inert:
-    """In the place of a value that is not read: takes whatever a pickle does to it, and keeps nothing."""
+    """Stand-in for a value that is not read: accepts whatever a pickle does to it, and keeps nothing."""
 
     def __init__(self, *arguments: Any) -> None:
         del arguments
@@ -67,7 +67,7 @@ class Inert:
 
 
 def _empty_mapping(*arguments: Any) -> OrderedDict[Any, Any]:
-    """In the place of collections.defaultdict, whose argument is a class."""
+    """Replace collections.defaultdict, whose argument is a class."""
     del arguments
     return OrderedDict()
 
@@ -111,7 +111,7 @@ class _Storage:
 
 
 class _Tensor:
-    """In the place of a tensor."""
+    """Stand-in for a tensor."""
 
 
 def check_zip(file: BinaryIO) -> None:
@@ -274,7 +274,7 @@ def _check_keys(keys: Iterable[Any]) -> None:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> _Tensor:
-    """In the place of torch._utils._rebuild_tensor and _v2; a storage that is too small would be enlarged."""
+    """Replace torch._utils._rebuild_tensor and _v2, which would enlarge a storage that is too small."""
     return _check_tensor(storage, offset, size, stride, getattr(storage, "itemsize", None))
 
 
@@ -300,7 +300,7 @@ def _check_tensor(storage: Any, offset: Any, size: Any, stride: Any, itemsize: i
 
 
 def _size(*sizes: Any) -> tuple[int, ...]:
-    """In the place of torch.Size, too."""
+    """Check a size or a stride; also replaces torch.Size."""
     size = sizes[0] if len(sizes) == 1 else sizes
     if not isinstance(size, tuple | list) or len(size) > MAX_DIMENSIONS:
         raise RefusedPickleError

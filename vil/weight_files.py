@@ -278,7 +278,7 @@ def _read_checkpoint(path: Path, weights: Choice) -> WeightsFile:
 
 _RAW_KEYS, _EMA_KEYS = ("state_dict", "model", "net"), ("state_dict_ema", "model_ema", "ema")
 _PREFIXES = ("module.", "_orig_mod.")
-"""Of DistributedDataParallel and torch.compile."""
+"""Prefixes that DistributedDataParallel and torch.compile put in front of names."""
 
 
 def _foreign(path: Path, content: Mapping[Any, Any], weights: Choice) -> WeightsFile:

@@ -142,6 +142,16 @@ def test_every_optimizer_of_timm_resumes_exactly(tmp_path: Path, name: str, look
         assert same(whole[key], parts[key]), key
 
 
+@pytest.mark.parametrize("value", [torch.zeros(1), torch.zeros(1).expand(10**9)], ids=["small", "expanded"])
+def test_a_state_of_another_shape_is_refused_before_a_step(tmp_path: Path, value: torch.Tensor):
+    """The kernels of fused optimisers would read and write past its end."""
+    run(make_config(tmp_path, max_steps=STEPS + 2))
+    state = load_last(tmp_path)
+    state["optimizer"]["state"][0]["exp_avg"] = value
+    with pytest.raises(ConfigError, match=r"the checkpoint in .* does not fit: exp_avg of parameter 0 is"):
+        run(make_config(tmp_path), state=state)
+
+
 def test_a_training_set_of_another_size_is_refused(tmp_path: Path):
     config = make_config(tmp_path, max_steps=STEPS + 2)
     run(config)

@@ -50,7 +50,7 @@ class Row:
 
 @dataclass
 class Outcome:
-    """How a section ended."""
+    """Outcome of a section."""
 
     section: str
     status: Status

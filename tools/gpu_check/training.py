@@ -144,7 +144,7 @@ def _run_train(argv: Sequence[str], wrap: str, log: Path) -> None:
 
 
 def _steps(folder: Path) -> list[dict[str, Any]]:
-    """What was logged of the steps."""
+    """Return the logged records of the steps."""
     return [row for row in _metrics(folder) if row["kind"] == "train"]
 
 

@@ -1,4 +1,4 @@
-"""How a program of this project runs and ends: exit status, one line on standard error, results written."""
+"""Run a program of this project: exit status, one line on standard error, results written durably."""
 
 from __future__ import annotations
 

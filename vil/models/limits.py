@@ -15,7 +15,7 @@ from vil.config import ConfigError
 from vil.weight_files import WeightsFile
 
 MAX_GROWTH, MAX_EXTRA_BYTES = 4, 256_000_000
-"""How much larger than the weights in a file the model may be that the file describes."""
+"""Factor and bytes by which the model that a file describes may exceed the weights in it."""
 MOST_LAYERS = 100_000
 """Modules of a model; the largest of timm have some thousand."""
 MOST = 1_000_000

@@ -1,1 +1,1 @@
-"""What training, evaluation and the input pipeline stand on; imports of the project `vil.config` alone."""
+"""Modules below training, evaluation and the input pipeline; they import `vil.config` alone."""

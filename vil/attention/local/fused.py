@@ -234,7 +234,7 @@ def backward(
 
 
 def _kind(inputs: Inputs, window: Window) -> Hashable:
-    """What kernels are compiled for; sizes of maps and batches are none of it."""
+    """Return the properties that kernels are compiled for, which sizes of maps and batches are not."""
     query = inputs.query
     options = (
         window.side,
