@@ -1,4 +1,4 @@
-# Everything from a fresh clone on Debian or Ubuntu; `make help` lists what there is.
+# Everything from a fresh clone on Debian or Ubuntu; `make help` lists the targets.
 # `make demo PYTHON=python3.12` builds the environment with another interpreter than python3.
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,7 +30,7 @@ lint: $(INSTALLED)  ## check style, types and who imports whom
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 
-format: $(INSTALLED)  ## format the code and mend what ruff can mend
+format: $(INSTALLED)  ## format the code and apply the fixes of ruff
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
 

@@ -1,13 +1,13 @@
-"""Encoded images, decoded when their pixels are asked for, and only at the scale at which they are.
+"""Images that are decoded on demand, at the scale that is needed.
 
-Pixels are those of Pillow's `Image.open(file).convert(mode)`, which is what torchvision's ImageFolder gives:
-grey, CMYK and palette images become RGB (or grey) as Pillow converts them, transparency is dropped, and an
-orientation in EXIF is not applied. Grey images of 16 bits are the exception: their upper 8 bits are kept, as
-Pillow itself does with colours of 16 bits, where it turns grey values above 255 white. Floats and 32-bit
-integers have no defined range, and are refused.
+Pixels are those of Pillow's `Image.open(file).convert(mode)`, as in torchvision's ImageFolder: gray, CMYK and
+palette images are converted to RGB (or gray) by Pillow, transparency is dropped, and an EXIF orientation is
+not applied. Gray images of 16 bits are the exception: their upper 8 bits are kept, as Pillow does for colors
+of 16 bits, whereas it maps gray values above 255 to white. Floats and 32-bit integers have no defined range,
+and are rejected.
 
-Ordinary JPEGs are decoded by simplejpeg where it is installed: the same libjpeg-turbo, hence the same pixels,
-in three quarters of the time. Whatever it refuses is Pillow's to decode or to refuse.
+Ordinary JPEGs are decoded by simplejpeg if it is installed: by the same libjpeg-turbo, hence to the same
+pixels, in three quarters of the time. Pillow decodes, or rejects, what simplejpeg rejects.
 """
 
 from __future__ import annotations
@@ -22,51 +22,53 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vil.config import error_reason
+
 try:
     import simplejpeg
 except ImportError:  # no wheel for this machine: Pillow decodes everything
     simplejpeg = None
 
 Mode = Literal["RGB", "L"]
+"""Color or gray."""
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
-"""Formats that are read, whatever a file is named. Pillow knows more; for one of them, PostScript, it runs a
-program of its own, which nobody's images are to decide."""
+"""Formats that are read, whatever the file's name. Others that Pillow reads are not safe: PostScript runs a
+program."""
 
 MAX_ENCODED_BYTES = 1 << 29
-"""Size of an encoded image: of 134 megapixels, RGB, not compressed."""
+"""Largest encoded image: 134 megapixels of RGB, uncompressed."""
 
 MAX_DECODED_BYTES = 1_600_000_000
-"""Memory that decoding one image may take at its peak."""
+"""Peak memory of decoding one image."""
 
 _BYTES_PER_PIXEL = {"WEBP": 22, "JPEG2000": 25, "AVIF": 26, "TIFF": 22}
-"""Peak memory per pixel from the file to RGB pixels, the decoder's own included, as measured with Pillow 12;
-for AVIF with 10 bits and alpha, and TIFF in one strip, added up."""
-_OTHER_BYTES_PER_PIXEL = 14
+"""Peak memory per pixel from the file to RGB pixels, the decoder's included, as measured with Pillow 12;
+computed for AVIF with 10 bits and alpha, and for TIFF in one strip."""
+_DEFAULT_BYTES_PER_PIXEL = 14
 
 _MAX_PIXELS_PER_BYTE = 1000
-"""Limit for formats in which a few bytes can stand for any number of pixels; photographs have below 200."""
-_FREE_PIXELS = 24_000_000
-"""Images up to this size may be as small as they like."""
+"""Limit for formats in which a few bytes can encode any number of pixels; photographs have below 200."""
+_MIN_DENSE_LIMIT = 24_000_000
+"""Pixels up to which that limit does not apply."""
 _DENSE_FORMATS = ("WEBP", "JPEG2000", "AVIF")
 
 SCALES = (8, 4, 2, 1)
-"""Divisors at which libjpeg-turbo decodes a JPEG directly, by smaller and fast transforms."""
+"""Divisors at which libjpeg-turbo decodes a JPEG directly, by smaller and faster transforms."""
 
 
 class UnreadableImageError(Exception):
-    """An image that cannot be decoded; the text is one line that says why."""
+    """An image that cannot be decoded; the text is the reason, on one line."""
 
     def __init__(self, error: BaseException) -> None:
-        reason = getattr(error, "strerror", None) or str(error)  # without the path, which is named anyway
-        super().__init__(" ".join(reason.split()) or type(error).__name__)
+        super().__init__(error_reason(error))  # without the path, which callers add
 
 
 @contextmanager
-def decoding() -> Iterator[None]:
-    """Makes whatever is raised inside an UnreadableImageError.
+def decoding_errors() -> Iterator[None]:
+    """Convert exceptions of the block to UnreadableImageError.
 
-    Decoders raise anything on damaged files: OSError, SyntaxError, struct.error, ...
+    Decoders raise exceptions of any type for damaged files: OSError, SyntaxError, struct.error, ...
     """
     try:
         yield
@@ -76,34 +78,33 @@ def decoding() -> Iterator[None]:
         raise UnreadableImageError(error) from error
 
 
-class Picture:
-    """An image whose size is known and whose pixels are not decoded yet.
+class EncodedImage:
+    """An image that is not decoded yet.
 
     Args:
-        content: an encoded image of one of `FORMATS`, or an image.
-        mode: RGB or L (grey): what it is converted to.
+        content: an encoded image of one of `FORMATS`, or an image of Pillow.
+        mode: target mode, RGB or L (gray).
     """
 
     def __init__(self, content: bytes | Image.Image, mode: Mode) -> None:
         self._content = content
         self._mode = mode
         self._jpeg_size = None if isinstance(content, Image.Image) else _jpeg_size(content)
-        self._image = content if isinstance(content, Image.Image) else None
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height, from the header. Raises UnreadableImageError where there is none."""
+        """Width and height, from the header. Raises UnreadableImageError without a valid header."""
         if self._jpeg_size is not None:
             return self._jpeg_size
-        with decoding():
-            return self._opened().size
+        with decoding_errors():
+            return self._open().size
 
-    def pixels(self, scale: int = 1) -> np.ndarray:
-        """The pixels, (H, W, 3) or, for grey, (H, W), uint8.
+    def decode(self, scale: int = 1) -> np.ndarray:
+        """Return the pixels, (H, W, 3), or (H, W) for gray, uint8.
 
         Args:
-            scale: one of `SCALES`. H and W are those of the image divided by it, rounded up, if the format
-                can be decoded so; else those of the image.
+            scale: one of `SCALES`. If the format supports it, H and W are those of the image divided by it
+                and rounded up; else those of the image.
 
         Raises:
             UnreadableImageError: the image is damaged.
@@ -111,74 +112,73 @@ class Picture:
         if self._jpeg_size is not None and self._mode == "RGB":
             width, height = (-(-side // scale) for side in self._jpeg_size)
             try:
-                decoded = simplejpeg.decode_jpeg(
+                pixels = simplejpeg.decode_jpeg(
                     self._content, "RGB", min_height=height, min_width=width, min_factor=scale
                 )
-                if decoded.shape == (height, width, 3):
-                    return decoded
+                if pixels.shape == (height, width, 3):
+                    return pixels
             except ValueError:
-                pass  # Pillow is more lenient, and says more about what is wrong
-        with decoding():
-            image = self._opened()
+                pass  # Pillow is more lenient, and has better messages
+        with decoding_errors():
+            image = self._open()
             if scale == 1:
-                return np.asarray(_converted(image, self._mode))
+                return np.asarray(_convert(image, self._mode))
             image.draft(None, (image.width // scale, image.height // scale))
             try:
-                return np.asarray(_converted(image, self._mode))
+                return np.asarray(_convert(image, self._mode))
             except OSError:  # lossless JPEGs have no reduced scales
-                return np.asarray(_converted(self._opened(), self._mode))
+                return np.asarray(_convert(self._open(), self._mode))
 
-    def image(self) -> Image.Image:
-        """The whole image. Raises UnreadableImageError where it is damaged."""
+    def to_pil(self) -> Image.Image:
+        """Return the whole image. Raises UnreadableImageError if it is damaged."""
         if self._jpeg_size is not None and self._mode == "RGB":
-            return Image.fromarray(self.pixels())
-        with decoding():
-            return _converted(self._opened(), self._mode)
+            return Image.fromarray(self.decode())
+        with decoding_errors():
+            return _convert(self._open(), self._mode)
 
-    def _opened(self) -> Image.Image:
-        if self._image is not None:
-            return self._image
-        assert isinstance(self._content, bytes)
+    def _open(self) -> Image.Image:
+        if isinstance(self._content, Image.Image):
+            return self._content
         with warnings.catch_warnings():
-            # Above 89 megapixels Pillow warns, above 179 it refuses: the first is no news to a training run.
+            # Pillow warns above 89 megapixels and raises above 179; the limits here are `max_pixels`.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             try:
-                image = Image.open(io.BytesIO(self._content), formats=_known_formats())
+                image = Image.open(io.BytesIO(self._content), formats=_supported_formats())
             except UnidentifiedImageError:
-                raise OSError(_why_unidentified(self._content)) from None
+                raise OSError(_identification_error(self._content)) from None
         limit = max_pixels(image.format or "", len(self._content))
         if image.width * image.height > limit:
             size = f"{image.width}×{image.height} pixels"
-            raise OSError(f"{size} are more than the {limit:,} that such a {image.format} file may have")
+            raise OSError(f"{size} are more than the {limit:,} allowed for this {image.format} file")
         return image
 
 
 def max_pixels(image_format: str, encoded_bytes: int) -> int:
-    """Return how many pixels an image may have, so that decoding it takes at most `MAX_DECODED_BYTES`."""
-    limit = MAX_DECODED_BYTES // _BYTES_PER_PIXEL.get(image_format, _OTHER_BYTES_PER_PIXEL)
+    """Return how many pixels an image may have for decoding it to take at most `MAX_DECODED_BYTES`."""
+    limit = MAX_DECODED_BYTES // _BYTES_PER_PIXEL.get(image_format, _DEFAULT_BYTES_PER_PIXEL)
     if image_format in _DENSE_FORMATS:
-        limit = min(limit, max(_FREE_PIXELS, _MAX_PIXELS_PER_BYTE * encoded_bytes))
+        limit = min(limit, max(_MIN_DENSE_LIMIT, _MAX_PIXELS_PER_BYTE * encoded_bytes))
     return limit
 
 
 @functools.cache
-def _known_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow was built with."""
+def _supported_formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this build of Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @functools.cache
-def extensions() -> tuple[str, ...]:
-    """How the names of files of `FORMATS` end, in lower case: .jpg, .png, …"""
-    return tuple(end for end, name in Image.registered_extensions().items() if name in _known_formats())
+def image_extensions() -> tuple[str, ...]:
+    """Return the file extensions of the supported formats, in lower case: .jpg, .png, …"""
+    return tuple(end for end, name in Image.registered_extensions().items() if name in _supported_formats())
 
 
-def _why_unidentified(content: bytes) -> str:
-    """Return why Pillow opens nothing: its own reason, as for a 12-bit JPEG, if the format is one of ours."""
+def _identification_error(content: bytes) -> str:
+    """Return why Pillow identifies no image, as for an empty file or a 12-bit JPEG."""
     if not content:
         return "the file is empty"
-    for name in _known_formats():
+    for name in _supported_formats():
         factory, accepts = Image.OPEN[name]
         if accepts is None or accepts(content[:16]) is not True:
             continue
@@ -190,28 +190,28 @@ def _why_unidentified(content: bytes) -> str:
 
 
 def covering_scale(box: tuple[int, int], size: int) -> int:
-    """The greatest of `SCALES` at which a box of (width, height) keeps `size` pixels on both sides."""
+    """Return the largest of `SCALES` at which a box (width, height) still covers `size`², or 1."""
     return next((scale for scale in SCALES if min(box) >= size * scale), 1)
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """(Width, height) of a JPEG that simplejpeg decodes as Pillow does; None for all that Pillow reads."""
+    """Return (width, height) of a JPEG that simplejpeg decodes as Pillow does, and None for other images."""
     if simplejpeg is None or content[:3] != b"\xff\xd8\xff":
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError:
         return None
-    is_bomb = width * height > max_pixels("JPEG", len(content))
-    return None if is_bomb or colorspace not in ("YCbCr", "Gray") else (width, height)
+    is_too_large = width * height > max_pixels("JPEG", len(content))
+    return None if is_too_large or colorspace not in ("YCbCr", "Gray") else (width, height)
 
 
-def _converted(image: Image.Image, mode: Mode) -> Image.Image:
+def _convert(image: Image.Image, mode: Mode) -> Image.Image:
     with warnings.catch_warnings():
-        # "Palette images with transparency should be converted to RGBA": nothing here looks through an image.
+        # "Palette images with Transparency ... should be converted to RGBA": it is dropped on purpose.
         warnings.filterwarnings("ignore", message="Palette images with Transparency")
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            image = _eight_bits(image)
+            image = _to_8_bits(image)
         elif image.mode == "LAB":
             image = image.convert("RGB")  # the only mode that Pillow converts it to
         return image.convert(mode)
@@ -220,15 +220,15 @@ def _converted(image: Image.Image, mode: Mode) -> Image.Image:
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 8
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Reduce a grey image of 16 bits, or of as many as a TIFF declares, to its upper 8.
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Return the upper 8 of the 16 bits of a gray image, or of as many as a TIFF declares.
 
     Raises:
-        ValueError: its values have no defined range.
+        ValueError: the values have no defined range.
     """
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these hold 16 bits
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these have 16 bits
         kind = "floats" if image.mode == "F" else "32-bit or signed integers"
-        raise ValueError(f"its pixels are {kind}, of no defined range; 8 or 16 bits without sign are read")
+        raise ValueError(f"its pixels are {kind}, of no defined range; expected 8 or 16 unsigned bits")
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
     values = (np.asarray(image) >> (bits - 8)).astype(np.uint8)  # (H, W)

@@ -10,28 +10,28 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from data.decoding import extensions
+from data.decoding import image_extensions
 
-_logger = logging.getLogger("vil.data")  # a child of vil, whose records are shown
+_logger = logging.getLogger("vil.data")
 
 METADATA_FOLDERS = frozenset(
     {"__MACOSX", ".AppleDouble", "@eaDir", ".@__thumb", ".ipynb_checkpoints", "lost+found"}
 )
-"""Folders that macOS, network storage and others add: metadata, previews and copies under names of images."""
+"""Folders of macOS, network storage and others with metadata and previews that are named like images."""
 
 
 def has_image_extension(name: str) -> bool:
-    """Return True if a file name ends as one of a format that `data.decoding` reads, in any case."""
+    """Return True if a file name has the extension of a supported format, in any case."""
     return os.path.splitext(name)[1].lower() in _known_extensions()
 
 
 @functools.cache
 def _known_extensions() -> frozenset[str]:
-    return frozenset(extensions())
+    return frozenset(image_extensions())
 
 
 def is_metadata(path: str) -> bool:
-    """Return True for what macOS, network storage and others add: `._x.jpg`, `__MACOSX/x.jpg`, `@eaDir`, …
+    """Return True for metadata of macOS, network storage and others: `._x.jpg`, `__MACOSX/x.jpg`, `@eaDir`, …
 
     Args:
         path: a file name, or a path with slashes.
@@ -41,7 +41,7 @@ def is_metadata(path: str) -> bool:
 
 
 class SkippedFiles:
-    """Count the files of a data set that are not read because they are not named like images.
+    """Count the files of a data set that are skipped because they are not named like images.
 
     Args:
         origin: the folder or archive, for the message.
@@ -57,12 +57,12 @@ class SkippedFiles:
         self._first = self._first or path
         self.count += 1
 
-    def report(self) -> None:
-        """Log one line with the count, if there are any."""
+    def log(self) -> None:
+        """Log one line with the count, if any file was skipped."""
         if self.count:
             files = "1 file was" if self.count == 1 else f"{self.count:,} files were"
             reason = "not named like images, or metadata"
-            _logger.warning("%s: %s skipped (%s), as %s", self._origin, files, reason, self._first)
+            _logger.warning("%s: %s skipped (%s), e.g. %s", self._origin, files, reason, self._first)
 
 
 class FolderFiles(NamedTuple):
@@ -77,28 +77,28 @@ class FolderFiles(NamedTuple):
 def find_files(class_folders: Sequence[Path]) -> list[FolderFiles]:
     """List the files below each class folder; links to folders are followed.
 
-    Every folder is entered once, whatever links lead to it: a folder at its own place rather than through a
-    link, and a class folder, or the folder around them, never from inside of a class. Links that lead back,
-    or into another class, therefore neither repeat an image nor go on for ever.
+    Every folder is entered once, by its real path rather than through a link; class folders and their parent
+    are never entered from inside a class. Circular links, or links into another class, therefore neither
+    repeat an image nor cause an endless loop.
 
-    Broken links that are named like images are among them, and also folders without images that are: what was
-    meant to be an image and cannot be read is for `data.on_error` to decide.
+    Broken links, and folders without images, that are named like images count as images: they are unreadable
+    images, see `data.unreadable_images`.
 
     Returns:
-        One entry per class folder. Images are in the order of torchvision's ImageFolder.
+        One entry per class folder, with the images in the order of torchvision's ImageFolder.
 
     Raises:
         OSError: a folder cannot be listed; its `filename` is the folder.
     """
     entered = {_identity(path) for folder in class_folders for path in (folder, folder.parent)}
-    found: list[dict[str, tuple[list[str], list[str]]]] = [{} for _ in class_folders]  # by folder
+    files_by_class: list[dict[str, tuple[list[str], list[str]]]] = [{} for _ in class_folders]  # by folder
     links: list[tuple[int, str]] = []
 
     def walk(index: int, top: str) -> None:
         pending = [top]
         while pending:
             folder = pending.pop()
-            images, others = found[index].setdefault(folder, ([], []))
+            images, others = files_by_class[index].setdefault(folder, ([], []))
             with os.scandir(folder) as entries:
                 for entry in sorted(entries, key=attrgetter("name")):
                     if is_metadata(entry.name):
@@ -113,17 +113,17 @@ def find_files(class_folders: Sequence[Path]) -> list[FolderFiles]:
 
     for index, folder in enumerate(class_folders):
         walk(index, os.fspath(folder))
-    for index, link in links:  # which grows meanwhile
+    for index, link in links:  # the list grows in the loop
         if (identity := _identity(link)) not in entered:
             entered.add(identity)
             walk(index, link)
-    return [_sorted_files(folders) for folders in found]
+    return [_sorted_files(folders) for folders in files_by_class]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or to what may not be looked at
+    except OSError:  # a link to itself, or without permission
         return False
 
 
@@ -134,7 +134,7 @@ def _identity(path: str | Path) -> tuple[int, int]:
 
 def _sorted_files(by_folder: dict[str, tuple[list[str], list[str]]]) -> FolderFiles:
     images = {folder: files for folder, (files, _) in by_folder.items()}
-    for folder in sorted(images, key=len, reverse=True):  # a folder after those that it holds
+    for folder in sorted(images, key=len, reverse=True):  # children before their parents
         parent = os.path.dirname(folder)
         if parent not in images or not has_image_extension(folder):
             continue

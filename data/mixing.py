@@ -8,37 +8,25 @@ from __future__ import annotations
 import timm.data
 from torch import Tensor
 
-from data.randomness import seeded
-from vil.config import AugmentConfig, ConfigError
+from vil.config import AugmentConfig, UserError
+from vil.runtime.seeding import seeded
 
 
 class Mixing:
-    """Mixes each image of a batch with its mirror place, the first with the last, and their targets alike.
+    """Mix each image of a batch with the image at the mirrored index, and their targets with the same weight.
 
-    The draws are a function of (seed, step, rank, part). Without mixup and cutmix, and from epoch
-    `mixup_until` on, a batch passes unchanged, and smoothing its labels is left to the loss.
+    The draws are a function of (seed, step, rank, micro-batch). Without mixup and CutMix, and from epoch
+    `mixup_until` on, a batch is returned unchanged, and label smoothing is left to the loss.
 
     Args:
         augment: the options `mixup*` and `cutmix`.
         num_classes: number of classes.
         label_smoothing: probability mass spread over all classes in the soft targets.
         seed: the run's seed.
-
-    Raises:
-        ConfigError: an option is out of range.
     """
 
     def __init__(self, augment: AugmentConfig, num_classes: int, label_smoothing: float, seed: int) -> None:
-        for field in ("mixup", "cutmix"):
-            alpha = getattr(augment, field)
-            if alpha != 0 and not 1e-6 <= alpha <= 1e6:  # beyond, the Beta distribution draws nan
-                raise ConfigError(f"schedule.augment.{field}", "expected 1e-6 to 1e6, or 0 for off")
-        for field in ("mixup_prob", "mixup_switch_prob"):
-            if not 0 <= getattr(augment, field) <= 1:
-                raise ConfigError(f"schedule.augment.{field}", "expected a probability in [0, 1]")
-        if augment.mixup_until is not None and augment.mixup_until < 0:
-            raise ConfigError("schedule.augment.mixup_until", "expected an epoch, at least 0, or null")
-        self.enabled = mixes(augment)
+        self.enabled = is_mixing_enabled(augment)
         self.until = augment.mixup_until
         self.seed = seed
         self._mixup = timm.data.Mixup(
@@ -54,36 +42,39 @@ class Mixing:
     def __call__(
         self, images: Tensor, targets: Tensor, *, step: int, rank: int, part: int, epoch: int
     ) -> tuple[Tensor, Tensor]:
-        """Mixes one micro-batch, in place.
+        """Mix one micro-batch in place.
 
         Args:
             images: (B, C, H, W), on any device; B must be even.
             targets: (B,) class indices.
-            step: the optimiser step of the run.
-            rank: of this process.
-            part: which micro-batch of the step.
-            epoch: decides whether mixing is still on.
+            step: optimizer step of the run.
+            rank: rank of this process.
+            part: index of the micro-batch in the step.
+            epoch: current epoch, to be compared with `mixup_until`.
 
         Returns:
-            The images, and the targets: (B, num_classes) probabilities where mixing is on, else as they came.
+            The images and the targets: (B, num_classes) probabilities if mixing is on, else unchanged.
+
+        Raises:
+            UserError: mixing is on and B is odd.
         """
         if not self.enabled or (self.until is not None and epoch >= self.until):
             return images, targets
-        check_pairs(len(images))
+        check_even_batch(len(images))
         with seeded(self.seed, "mixing", step, rank, part):
             return self._mixup(images, targets)
 
 
-def mixes(augment: AugmentConfig) -> bool:
-    """Whether the recipe mixes images at all."""
+def is_mixing_enabled(augment: AugmentConfig) -> bool:
+    """Return True if mixup or CutMix is on."""
     return augment.mixup > 0 or augment.cutmix > 0
 
 
-def check_pairs(micro_batch_size: int) -> None:
-    """Raises ConfigError where a micro-batch cannot be mixed in pairs."""
+def check_even_batch(micro_batch_size: int) -> None:
+    """Raise UserError if a micro-batch cannot be mixed in pairs."""
     if micro_batch_size % 2:
-        raise ConfigError(
+        raise UserError(
             "schedule.batch_size",
-            f"mixup and cutmix mix pairs, but each process would get an odd number of images at a time, "
-            f"{micro_batch_size}; change it, schedule.accumulation, or set both to 0",
+            f"mixup and cutmix mix pairs, but each micro-batch would have an odd number of images, "
+            f"{micro_batch_size}; change schedule.batch_size or schedule.accumulation, or set both to 0",
         )

@@ -1,6 +1,6 @@
-"""Parts of a training set: named in a list, a share of each class, so many of each class.
+"""Subsets of a training set: the images of a list, a fraction of each class, a number of images per class.
 
-Which images a part holds never depends on the run, and a larger part holds those of a smaller one.
+The images of a subset never depend on the run, and a larger subset contains a smaller one.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
-from data.decoding import Picture
+from data.decoding import EncodedImage
 from data.sources.base import Source
-from vil.config import ConfigError, DataConfig
-from vil.randomness import seed_sequence
+from vil.config import DataConfig, UserError, error_reason
 from vil.runtime.files import read_text
+from vil.runtime.seeding import seed_sequence
 
-SUBSET_SEED = 20210515  # a constant: figures of a tenth of ImageNet belong to one tenth
+SUBSET_SEED = 20210515
+"""A constant: published results on a tenth of ImageNet refer to one tenth."""
 
 
 class Subset(Source):
-    """Some images of a source, with its classes.
+    """Some images of a source, with all of its classes.
 
     Args:
         source: all images.
-        indices: (images,), those to keep, rising.
+        indices: (images,), the images to keep, rising.
     """
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
@@ -33,21 +34,21 @@ class Subset(Source):
         self.class_names = source.class_names
         self.targets = source.targets[indices]
 
-    def picture(self, index: int) -> Picture:
-        """The image."""
-        return self._source.picture(int(self._indices[index]))
+    def read(self, index: int) -> EncodedImage:
+        """Read an image."""
+        return self._source.read(int(self._indices[index]))
 
     def describe(self, index: int) -> str:
-        """The image, as its source says it."""
+        """Return the image's description by its source."""
         return self._source.describe(int(self._indices[index]))
 
     def name(self, index: int) -> str:
-        """The image, as its source lists it."""
+        """Return the image's name in its source."""
         return self._source.name(int(self._indices[index]))
 
 
-def origin(source: Source) -> tuple[Source, np.ndarray]:
-    """The source of which `source` is a part, or itself, and which of its images that part holds."""
+def unwrap_subset(source: Source) -> tuple[Source, np.ndarray]:
+    """Return the source that `source` is a subset of, or itself, and the indices of the subset's images."""
     indices = np.arange(len(source))
     while isinstance(source, Subset):
         indices = source._indices[indices]
@@ -55,73 +56,70 @@ def origin(source: Source) -> tuple[Source, np.ndarray]:
     return source, indices
 
 
-def chosen(source: Source, data: DataConfig) -> Source:
-    """The part of a training set that `data` asks for: of those in list_file, the share, of these the number.
+def select_subset(source: Source, data: DataConfig) -> Source:
+    """Apply `list_file`, then `train_fraction`, then `images_per_class` to a training set.
 
     Raises:
-        ConfigError: an option is out of range, the list is not one of images of the source, or its images
-            are all of one class.
+        UserError: the list cannot be used, or its images are all of one class.
     """
-    if not 0 < data.train_fraction <= 1:
-        raise ConfigError("data.train_fraction", f"expected a share in (0, 1], got {data.train_fraction}")
-    if data.images_per_class is not None and data.images_per_class < 1:
-        raise ConfigError("data.images_per_class", f"expected at least 1, got {data.images_per_class}")
     if data.list_file is not None:
-        source = Subset(source, listed_images(source, data.list_file))
+        source = Subset(source, read_image_list(source, data.list_file))
         if len(np.unique(source.targets)) < 2:
             reason = f"all of its images are of one class, {source.class_names[source.targets[0]]}"
-            raise ConfigError("data.list_file", f"{data.list_file}: {reason}; training needs two or more")
+            raise UserError("data.list_file", f"{data.list_file}: {reason}; training needs two or more")
     if data.train_fraction == 1 and data.images_per_class is None:
         return source
-    places, sizes = _places_in_class(source)
-    kept = places < np.ceil(data.train_fraction * sizes - 1e-9)  # a class keeps one image at least
+    ranks, class_sizes = _ranks_in_class(source)
+    is_kept = ranks < np.ceil(data.train_fraction * class_sizes - 1e-9)  # at least one image per class
     if data.images_per_class is not None:
-        kept &= places < data.images_per_class
-    return Subset(source, np.flatnonzero(kept))
+        is_kept &= ranks < data.images_per_class
+    return Subset(source, np.flatnonzero(is_kept))
 
 
-def listed_images(source: Source, path: str) -> np.ndarray:
-    """Indices, rising, of the images that a text file names.
+def read_image_list(source: Source, path: str) -> np.ndarray:
+    """Return the indices, rising, of the images that a text file names.
 
-    A line is the image's path below the split's folder or in its archive, or its plain file name where no two
-    images share it. Empty lines are passed over.
+    A line is the image's path below the split's folder or in its archive, or its file name if no two images
+    share it. Empty lines are ignored.
 
     Raises:
-        ConfigError: the file cannot be read, names none, or one that is not there or not alone.
+        UserError: the file cannot be read, is empty, or has a line that names no image or several.
     """
     try:
         lines = read_text(Path(path).expanduser(), errors="surrogateescape").split("\n")
     except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError("data.list_file", f"{path}: {reason}") from None
+        reason = error_reason(error)
+        raise UserError("data.list_file", f"{path}: {reason}") from None
     by_name: dict[str, int] = {}
-    by_file: dict[str, int] = {}
+    by_file: dict[str, int] = {}  # -1: several images
     for index in range(len(source)):
         name = source.name(index)
         by_name[name] = index
         file = os.path.basename(name)
         by_file[file] = -1 if file in by_file else index
-    found: set[int] = set()
+    indices: set[int] = set()
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line:
             continue
-        place = by_name.get(line.removeprefix("./"), by_file.get(line))
-        if place is None or place < 0:
-            reason = "is no image of the training split" if place is None else "is the name of several images"
-            raise ConfigError("data.list_file", f"{path}, line {number}: {line} {reason}")
-        found.add(place)
-    if not found:
-        raise ConfigError("data.list_file", f"{path}: names no image")
-    return np.array(sorted(found), dtype=np.int64)
+        match = by_name.get(line.removeprefix("./"), by_file.get(line))
+        if match is None or match < 0:
+            reason = (
+                "is not an image of the training split" if match is None else "is the name of several images"
+            )
+            raise UserError("data.list_file", f"{path}, line {number}: {line} {reason}")
+        indices.add(match)
+    if not indices:
+        raise UserError("data.list_file", f"{path}: does not name any image")
+    return np.array(sorted(indices), dtype=np.int64)
 
 
-def _places_in_class(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """For each image its place in a fixed shuffled order of its class, and the size of its class."""
+def _ranks_in_class(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Return each image's rank in a fixed shuffled order of its class, and the size of its class."""
     targets = source.targets
     drawn = np.random.default_rng(seed_sequence(SUBSET_SEED, "subset")).random(len(targets))
     by_class = np.lexsort((drawn, targets))  # sorted by class, shuffled within each
-    sizes = np.bincount(targets, minlength=len(source.class_names))
-    firsts = np.cumsum(sizes) - sizes
-    places = np.empty(len(targets), dtype=np.int64)
-    places[by_class] = np.arange(len(targets)) - firsts[targets[by_class]]
-    return places, sizes[targets]
+    class_sizes = np.bincount(targets, minlength=len(source.class_names))
+    starts = np.cumsum(class_sizes) - class_sizes
+    ranks = np.empty(len(targets), dtype=np.int64)
+    ranks[by_class] = np.arange(len(targets)) - starts[targets[by_class]]
+    return ranks, class_sizes[targets]

@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels run in its interpreter. It asks for the variable when they are defined."""
+"""Without a GPU, Triton's kernels run in its interpreter. It reads the variable when they are defined."""
 
 import os
 

@@ -11,7 +11,7 @@ from PIL import Image
 import eval as eval_program
 import train as train_program
 from vil import command_line
-from vil.training import distributed
+from vil.runtime import distributed
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "models" / "vil_tiny.yaml")
@@ -19,12 +19,12 @@ TINY = str(ROOT / "configs" / "models" / "vil_tiny.yaml")
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """Calls a program that must refuse; returns its one line."""
+    """Call a program that must fail; return its error line."""
     output = tmp_path / "output"
     monkeypatch.chdir(tmp_path)
 
-    def call(main, *words):
-        given = [*map(str, words), *(["--output", str(output)] if main is train_program.main else [])]
+    def call(main, *argv):
+        given = [*map(str, argv), *(["--output", str(output)] if main is train_program.main else [])]
         monkeypatch.setattr(sys, "argv", ["program", *given])
         with pytest.raises(SystemExit) as exit_:
             command_line.main(main)
@@ -51,13 +51,16 @@ def write(path, text):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (
             ["--model.widnow", "3"],
             "command line: --model.widnow: unknown option; did you mean --model.window?",
         ),
-        (["--schedule.epochs", "many"], "command line: schedule.epochs: expected an integer, got 'many'"),
+        (
+            ["--schedule.epochs", "many"],
+            "command line: schedule.epochs: expected an integer of at least 1, got 'many'",
+        ),
         (["--data.source", "folder"], "data.root"),
         (["--data.source", "folder", "--data.root", "absent"], "data.root: "),
         (["--data.source", "torch/nothing", "--data.root", "."], "data.root: torch/nothing cannot be read"),
@@ -70,7 +73,7 @@ def write(path, text):
         (["--model", TINY, "--model.name", "vil_tinny"], "model.name: there is no model 'vil_tinny'"),
         (["--schedule.optimizer", "adamm"], "schedule.optimizer: "),
         (["--schedule.augment.auto_augment", "best"], "schedule.augment.auto_augment: "),
-        (["--schedule.lr", "-1"], "schedule.lr: expected more than 0"),
+        (["--schedule.lr", "-1"], "schedule.lr: expected a number above 0, got -1"),
         (["--model.attention_backend", "fast"], "model.attention_backend: "),
         (
             ["--model.attention_backend", "fused", "--model.attention_dropout", "0.1"],
@@ -82,19 +85,19 @@ def write(path, text):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_options_that_cannot_be_used(refused, words, message):
-    if words == ["--device", "cuda"] and torch.cuda.is_available():
-        words = ["--device", "cuda:99"]
-    assert message in refused(train_program.main, *words)
+def test_options_that_cannot_be_used(refused, argv, message):
+    if argv == ["--device", "cuda"] and torch.cuda.is_available():
+        argv = ["--device", "cuda:99"]
+    assert message in refused(train_program.main, *argv)
 
 
 def test_a_backend_that_the_device_lacks(refused, monkeypatch):
     monkeypatch.setattr("vil.attention.local.fused.INTERPRETED", False)
     message = "model.attention_backend: the fused backend needs a GPU, this is cpu"
-    words = ["--model.attention_backend", "fused"]
-    assert message in refused(train_program.main, "--device", "cpu", *words)
+    argv = ["--model.attention_backend", "fused"]
+    assert message in refused(train_program.main, "--device", "cpu", *argv)
     assert message in refused(
-        eval_program.evaluate, "--device", "cpu", "--model.name", "vil_tiny", *words, "--complexity"
+        eval_program.main, "--device", "cpu", "--model.name", "vil_tiny", *argv, "--complexity"
     )
     monkeypatch.setenv("VIL_ATTENTION_BACKEND", "fused")
     assert message in refused(train_program.main, "--device", "cpu", "--schedule.epochs", "1")
@@ -142,24 +145,24 @@ def test_unreadable_yaml(refused, tmp_path):
 
 
 def test_folders_that_hold_no_data_set(refused, tmp_path):
-    words = ["--data.source", "folder", "--data.root", tmp_path / "data"]
+    argv = ["--data.source", "folder", "--data.root", tmp_path / "data"]
     (tmp_path / "data").mkdir()
-    assert "data.root: " in refused(train_program.main, *words)
+    assert "data.root: " in refused(train_program.main, *argv)
     folder_of_images(tmp_path / "data", {"train/a": 2, "train/b": 2, "val/a": 1, "val/c": 1})
-    line = refused(train_program.main, *words, "--schedule.batch_size", "2")
+    line = refused(train_program.main, *argv, "--schedule.batch_size", "2")
     assert "data.root: " in line
     assert "'c'" in line or " c" in line
     (tmp_path / "data" / "val" / "c" / "0.png").unlink()
     (tmp_path / "data" / "val" / "c").rmdir()
     for image in (tmp_path / "data" / "train" / "b").iterdir():
         image.unlink()
-    assert "data.root: " in refused(train_program.main, *words, "--schedule.batch_size", "2")
+    assert "data.root: " in refused(train_program.main, *argv, "--schedule.batch_size", "2")
 
 
-@pytest.mark.parametrize("words", [[], ["--resume", "auto"], ["--device", "cpu", "--seed", "3"]])
-def test_a_mistyped_folder_starts_no_demo(refused, tmp_path, words):
-    assert refused(train_program.main, *words) == (
-        f"error: command line: output: {tmp_path / 'output'} holds no run to continue; "
+@pytest.mark.parametrize("argv", [[], ["--resume", "auto"], ["--device", "cpu", "--seed", "3"]])
+def test_a_mistyped_folder_starts_no_demo(refused, tmp_path, argv):
+    assert refused(train_program.main, *argv) == (
+        f"error: command line: output: {tmp_path / 'output'} contains no run to continue; "
         "to start one there, name what to train, for example with --data configs/data/digits.yaml\n"
     )
 
@@ -175,27 +178,33 @@ def test_output_that_cannot_be_written(refused, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ([], "nothing to evaluate"),
         (["--checkpoint"], "error: command line: --checkpoint: expected a value\n"),
-        (["--model", TINY, "--complexity", "--weights", "ema"], "weights: goes with --checkpoint"),
-        (["--model", TINY, "--complexity", "--which", "last"], "which: goes with --checkpoint"),
+        (
+            ["--model", TINY, "--complexity", "--weights", "ema"],
+            "error: command line: weights: requires --checkpoint\n",
+        ),
+        (
+            ["--model", TINY, "--complexity", "--run_checkpoint", "last"],
+            "error: command line: run_checkpoint: requires --checkpoint\n",
+        ),
         (["--checkpoint", "absent"], "absent"),
         (["--checkpoint", "."], "checkpoint"),
         (["--model", TINY, "--complexity", "--json", "/dev/null/out.json"], "json"),
         (["--model.name", "timm/nothing", "--complexity"], "model.name: timm has no model 'nothing'"),
     ],
 )
-def test_evaluations_that_cannot_be_done(refused, words, message):
-    assert message in refused(eval_program.evaluate, *words)
+def test_evaluations_that_cannot_be_done(refused, argv, message):
+    assert message in refused(eval_program.main, *argv)
 
 
 def test_checkpoints_of_another_kind(refused, tmp_path):
     write(tmp_path / "text.pt", "hello")
-    assert "text.pt" in refused(eval_program.evaluate, "--checkpoint", tmp_path / "text.pt")
+    assert "text.pt" in refused(eval_program.main, "--checkpoint", tmp_path / "text.pt")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
-    assert "other.pt" in refused(eval_program.evaluate, "--checkpoint", tmp_path / "other.pt")
+    assert "other.pt" in refused(eval_program.main, "--checkpoint", tmp_path / "other.pt")
 
 
 def test_a_checkpoint_of_another_architecture(refused, tmp_path, monkeypatch):
@@ -207,11 +216,11 @@ def test_a_checkpoint_of_another_architecture(refused, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         command_line.main(train_program.main)
     assert exit_.value.code == 0
-    line = refused(eval_program.evaluate, "--checkpoint", folder, "--model", TINY, "--model.image_size", 32)
+    line = refused(eval_program.main, "--checkpoint", folder, "--model", TINY, "--model.image_size", 32)
     assert str(folder) in line
     assert "it is of another architecture; " in line
     assert " missing: stages." in line
-    wide = refused(eval_program.evaluate, "--checkpoint", folder, "--model.blocks", "[2, 1, 1]")
+    wide = refused(eval_program.main, "--checkpoint", folder, "--model.blocks", "[2, 1, 1]")
     assert "stages.0.blocks.1" in wide
     changed = ["--schedule.epochs", "1", "--model.window", "3", "--output", folder]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, changed)])

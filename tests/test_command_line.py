@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vil.command_line import parse
-from vil.config import ConfigError, EvalConfig, StageConfig, TrainConfig, in_section
+from vil.config import EvalConfig, StageConfig, TrainConfig, UserError, errors_in_section
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes a file into the working folder of the test and returns its name."""
+    """Write a file into the working folder of the test and return its name."""
     monkeypatch.chdir(tmp_path)
 
     def write(text, name="file.yaml"):
@@ -28,7 +28,7 @@ def write(tmp_path, monkeypatch):
     return write
 
 
-def test_later_words_win_over_earlier_ones_and_over_files(write):
+def test_later_arguments_override_earlier_ones_and_files(write):
     model = write("name: vil\nwindow: 3\nstages: [{dim: 8, heads: 1}]\n", "model.yaml")
     partial = write("model: {window: 5}\nschedule: {augment: {mixup: 0.1}}\nseed: 7\n", "partial.yaml")
     base = write("epochs: 9\nlr: 1e-2\n", "schedule.yaml")
@@ -48,7 +48,7 @@ def test_later_words_win_over_earlier_ones_and_over_files(write):
     assert not line.sets("data")
 
 
-def test_base_values_lie_under_everything(write):
+def test_base_values_are_overridden_by_everything(write):
     stored = {"data": {"source": "folder", "root": "/x"}, "model": {"window": 3, "blocks": [1, 2]}}
     config = parse(
         EvalConfig, ["--data.root", "/y", "--checkpoint", "a", "b", "--complexity"], base_values=stored
@@ -60,22 +60,22 @@ def test_base_values_lie_under_everything(write):
 
 
 def test_an_error_is_located_where_its_key_was_set(write):
-    line = parse(TrainConfig, ["--model", write("window: 0\n"), "--seed", "3"])
-    assert str(line.locate(ConfigError("model.window", "must be 1"))) == "file.yaml: model.window: must be 1"
-    assert str(line.locate(ConfigError("seed", "too small"))) == "command line: seed: too small"
-    assert str(line.locate(ConfigError("device", "none"))) == "device: none"
+    line = parse(TrainConfig, ["--model", write("window: 1\n"), "--seed", "3"])
+    assert str(line.locate(UserError("model.window", "must be 1"))) == "file.yaml: model.window: must be 1"
+    assert str(line.locate(UserError("seed", "too small"))) == "command line: seed: too small"
+    assert str(line.locate(UserError("device", "none"))) == "device: none"
     stages = parse(TrainConfig, ["--model", write("stages: []\n", "stages.yaml")])
-    assert str(stages.locate(ConfigError("model.stages", "none"))) == "stages.yaml: model.stages: none"
-    of_one = stages.locate(ConfigError("model.stages[0].dim", "odd"))
-    assert str(of_one) == "stages.yaml: model.stages[0].dim: odd"
-    of_a_stage = line.locate(ConfigError("model.stages[1].window", "must be 1"))
+    assert str(stages.locate(UserError("model.stages", "none"))) == "stages.yaml: model.stages: none"
+    stage_error = stages.locate(UserError("model.stages[0].dim", "odd"))
+    assert str(stage_error) == "stages.yaml: model.stages[0].dim: odd"
+    of_a_stage = line.locate(UserError("model.stages[1].window", "must be 1"))
     assert str(of_a_stage) == "file.yaml: model.window: must be 1"
     with (
-        pytest.raises(ConfigError, match=r"^model\.stages\[0\]\.dim: odd$"),
-        in_section("model"),
-        in_section("stages[0]"),
+        pytest.raises(UserError, match=r"^model\.stages\[0\]\.dim: odd$"),
+        errors_in_section("model"),
+        errors_in_section("stages[0]"),
     ):
-        raise ConfigError("dim", "odd")
+        raise UserError("dim", "odd")
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,15 @@ def test_an_error_is_located_where_its_key_was_set(write):
         (
             "--model",
             "stages: [{dim: 8, heads: one}]",
-            "model.stages[0].heads: expected an integer, got 'one'",
+            "model.stages[0].heads: expected an integer from 1 to 1,000,000, got 'one'",
         ),
-        ("--model", "window: seven", "model.window: expected an integer or null, got 'seven'"),
+        (
+            "--model",
+            "window: seven",
+            "model.window: expected an integer from 1 to 1,000,000 or null, got 'seven'",
+        ),
         ("--model", "pool: sum", "model.pool: expected one of avg, cls or null, got 'sum'"),
-        ("--schedule", "epochs: 1.5", "schedule.epochs: expected an integer, got 1.5"),
+        ("--schedule", "epochs: 1.5", "schedule.epochs: expected an integer of at least 1, got 1.5"),
         ("--data", "mean: [1, 2]", "data.mean: expected a list of 3 numbers, got [1, 2]"),
         ("--model", "name: a\nname: b", "name: given twice"),
         ("--model", "{: [", "line 1: not valid YAML"),
@@ -111,29 +115,35 @@ def test_an_error_is_located_where_its_key_was_set(write):
         ("--model", "window: 2020-99-99", "line 1: not valid YAML"),
     ],
 )
-def test_what_is_wrong_with_a_file(write, option, text, message):
-    with pytest.raises(ConfigError) as error:
+def test_errors_of_a_file(write, option, text, message):
+    with pytest.raises(UserError) as error:
         parse(TrainConfig, [option, write(text)])
     assert f"file.yaml: {message}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
-        (["--model", "none.yaml"], "--model none.yaml: no such file"),
-        (["--model", "."], "--model .: cannot be read: Is a directory"),
+        (["--model", "none.yaml"], "--model: none.yaml: no such file"),
+        (["--model", "."], "--model: .: cannot be read: Is a directory"),
         (["--model"], "--model: expected the path of a YAML file"),
         (["--model.windw", "3"], "command line: --model.windw: unknown option; did you mean --model.window?"),
-        (["--model.window", "x"], "command line: model.window: expected an integer or null, got 'x'"),
-        (["--model.blocks", "1,2"], "model.blocks: expected a list of integers, as [1, 2] or null"),
+        (
+            ["--model.window", "x"],
+            "command line: model.window: expected an integer from 1 to 1,000,000 or null, got 'x'",
+        ),
+        (
+            ["--model.blocks", "1,2"],
+            "model.blocks: expected a list of integers from 0 to 1,000,000, e.g. [1, 2] or null",
+        ),
         (["--device"], "command line: --device: expected a value"),
         (["word"], "command line: word: unknown option"),
     ],
 )
-def test_what_is_wrong_with_a_line(write, words, message):
-    with pytest.raises(ConfigError) as error:
-        parse(TrainConfig, words)
+def test_errors_of_the_arguments(write, argv, message):
+    with pytest.raises(UserError) as error:
+        parse(TrainConfig, argv)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -145,7 +155,7 @@ SECTIONS = {"models": "--model", "schedules": "--schedule", "data": "--data"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_file_in_configs_is_read_and_says_what_it_is(path):
+def test_every_file_in_configs_is_read_and_begins_with_a_comment(path):
     option = SECTIONS.get(path.parent.name, "--config")
     assert parse(TrainConfig, [option, str(path)]).origins
     opening = path.read_text().split("\n\n")[0]
@@ -167,7 +177,7 @@ TREES = st.recursive(
 def test_any_tree_is_read_or_refused(tmp_path_factory, tree, option):
     path = tmp_path_factory.mktemp("fuzz") / "tree.yaml"
     path.write_text(yaml.safe_dump(tree))
-    with contextlib.suppress(ConfigError):
+    with contextlib.suppress(UserError):
         parse(TrainConfig, [option, str(path)])
 
 
@@ -175,7 +185,43 @@ def test_help_lists_every_option_with_its_text():
     run = subprocess.run(
         [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    words = " ".join(run.stdout.split())
-    assert "--schedule.augment.mixup_switch_prob" in words
-    assert "Probability of CutMix where both are on." in words
-    assert "default: 0.5" in words
+    text = " ".join(run.stdout.split())
+    assert "--schedule.augment.mixup_switch_prob" in text
+    assert "Probability of CutMix if both are on." in text
+    assert "default: 0.5" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lr", "1"], "command line: --lr: unknown option; did you mean --schedule.lr?"),
+        (["--data-dir", "x"], "command line: --data-dir: unknown option; did you mean --data.root?"),
+        (
+            ["--schedule.sizes", "1"],
+            "command line: --schedule.sizes: unknown option; did you mean --schedule.progressive_resizing?",
+        ),
+        (
+            ["--scheduler.lr", "1"],
+            "command line: --scheduler.lr: unknown option; did you mean --schedule.lr?",
+        ),
+        (
+            ["--model", "vil_small"],
+            "--model: vil_small: no such file; did you mean --model configs/models/vil_small.yaml?",
+        ),
+        (
+            ["--schedule", "schedules/deit.yaml"],
+            "--schedule: schedules/deit.yaml: no such file; did you mean "
+            "--schedule configs/schedules/deit_300.yaml?",
+        ),
+        (
+            ["--interpolation", "x"],
+            "command line: --interpolation: unknown option; did you mean "
+            "--schedule.augment.interpolation or --data.interpolation?",
+        ),
+    ],
+)
+def test_suggestions_for_unknown_options(monkeypatch, argv, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as error:
+        parse(TrainConfig, argv)
+    assert str(error.value) == message

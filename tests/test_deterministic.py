@@ -1,4 +1,4 @@
-"""Twice the same: training and evaluation with deterministic algorithms alone."""
+"""Repeated training and evaluation are identical with deterministic algorithms."""
 
 import json
 import warnings
@@ -9,13 +9,13 @@ import torch
 
 import eval as eval_program
 import train as program
-from vil.checkpoint_files import step_files
-from vil.training import checkpoint
-from vil.training.logging import TIMING_FIELDS
-from vil.training.precision import set_deterministic
+from vil.checkpoints.checkpoint_files import step_files
+from vil.checkpoints.training_state import read_training_state
+from vil.runtime.precision import set_deterministic
+from vil.training.metrics_log import TIMING_FIELDS
 
 ROOT = Path(__file__).parents[1]
-WORDS = [
+ARGV = [
     "--device", "cpu", "--progress", "false", "--tensorboard", "false", "--deterministic", "--log_every", "1",
     "--data.workers", "0",
 ]  # fmt: skip
@@ -30,7 +30,7 @@ RECIPE = [
 
 @pytest.fixture
 def strict():
-    """Every warning is an error; PyTorch is put back afterwards."""
+    """Turn warnings into errors; restore PyTorch's settings afterwards."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -56,18 +56,18 @@ def test_two_identical_runs_and_evaluations(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)  # the same command line
         torch.rand(len(name))
-        program.train([*WORDS, *RECIPE, "--output", "run"])
+        program.main([*ARGV, *RECIPE, "--output", "run"])
         assert torch.are_deterministic_algorithms_enabled()
         set_deterministic(False)
-        words = [word for word in WORDS if word not in ("--tensorboard", "--log_every", "1", "false")]
-        words.insert(words.index("--progress") + 1, "false")
-        eval_program.evaluate([*words, "--checkpoint", "run", "--json", "out.json"])
+        argv = [word for word in ARGV if word not in ("--tensorboard", "--log_every", "1", "false")]
+        argv.insert(argv.index("--progress") + 1, "false")
+        eval_program.main([*argv, "--checkpoint", "run", "--json", "out.json"])
         assert torch.are_deterministic_algorithms_enabled()
     one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
     lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (one, other)]
     records = [[without_times(json.loads(line)) for line in some] for some in lines]
     assert len(records[0]) == 3
     assert records[0] == records[1]
-    assert equal(*(checkpoint.load(step_files(folder)[0][1]) for folder in (one, other)))
+    assert equal(*(read_training_state(step_files(folder)[0][1]) for folder in (one, other)))
     found = [json.loads((tmp_path / name / "out.json").read_text()) for name in ("one", "other")]
     assert without_times(found[0][0]) == without_times(found[1][0])

@@ -1,4 +1,4 @@
-"""The programs as a user calls them: real command lines in processes of their own."""
+"""The programs as a user calls them: real command lines in separate processes."""
 
 import contextlib
 import io
@@ -14,8 +14,8 @@ import pytest
 
 import eval as eval_program
 import train as train_program
-from vil.checkpoint_files import step_files
-from vil.config import ConfigError
+from vil.checkpoints.checkpoint_files import step_files
+from vil.config import UserError
 
 ROOT = Path(__file__).parents[1]
 TIMING_FIELDS = {"time", "step_time", "data_wait", "images_per_second", "seconds"}
@@ -25,25 +25,25 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.xdist_group("programs")  # they share the run below
 
 
-def start(*words, ranks=0):
+def start(*argv, ranks=0):
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen(
-        [*launcher, *map(str, words)],
+        [*launcher, *map(str, argv)],
         cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def call(*words, ranks=0, status=0):
-    process = start(*words, ranks=ranks)
+def call(*argv, ranks=0, status=0):
+    process = start(*argv, ranks=ranks)
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, err
     return out, err
 
 
 def metrics(run, kind=None):
-    """The records of a run without what depends on the clock."""
+    """Return the records of a run without fields that depend on the clock."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     records = [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
     return [record for record in records if kind in (None, record["kind"])]
@@ -53,23 +53,23 @@ def losses(run):
     return [record["loss"] for record in metrics(run, "train")]
 
 
-def call_here(program, *words):
-    """A program in this process: for what is not about processes and their exit statuses."""
+def call_here(program, *argv):
+    """Run a program in this process, for tests that do not need its exit status."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        program([*map(str, words)])
+        program([*map(str, argv)])
     return out.getvalue()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two epochs on the digits."""
+    """Train two epochs on the digits."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     out, _ = call("train.py", "--output", folder, *SHORT)
     assert "Top-1" in out.splitlines()[-1]
     return folder
 
 
-def test_a_run_leaves_what_it_promises(run):
+def test_files_of_a_run(run):
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"} <= names
     steps = [record["step"] for record in metrics(run, "train")]
@@ -82,8 +82,8 @@ def test_a_run_leaves_what_it_promises(run):
 @pytest.mark.parametrize("ranks", [0, 3])
 def test_evaluation_counts_every_image_once_on_any_number_of_ranks(run, tmp_path, ranks):
     path = tmp_path / "out.json"
-    words = ["--checkpoint", run, "--json", path]
-    out = call("eval.py", *words, ranks=ranks)[0] if ranks else call_here(eval_program.evaluate, *words)
+    argv = ["--checkpoint", run, "--json", path]
+    out = call("eval.py", *argv, ranks=ranks)[0] if ranks else call_here(eval_program.main, *argv)
     (result,) = json.loads(path.read_text())
     (summary,) = json.loads((run / "summary.json").read_text())
     assert result["images"] == 360
@@ -91,21 +91,22 @@ def test_evaluation_counts_every_image_once_on_any_number_of_ranks(run, tmp_path
     best = max(max(r["top1"], r["ema_top1"]) for r in metrics(run, "validation"))
     assert result["top1"] == best
     assert f"{best:.2f}" in out
+    assert out.count("Top-1 %") == 1
     needed = {"top1", "top5", "loss", "images", "params", "flops", "train_memory_mb", "eval_memory_mb",
               "images_per_second", "device", "precision", "image_size", "checkpoint"}  # fmt: skip
     assert needed <= result.keys()
 
 
 def test_number_of_workers_changes_nothing(run, tmp_path):
-    words = ["--data.workers", 0, "--schedule.max_steps", 24]  # two steps into the second epoch
-    call_here(train_program.train, "--output", tmp_path, *words, *SHORT)
+    argv = ["--data.workers", 0, "--schedule.max_steps", 24]  # two steps into the second epoch
+    call_here(train_program.main, "--output", tmp_path, *argv, *SHORT)
     assert losses(tmp_path) == losses(run)[:24]
     assert metrics(tmp_path, "validation")[0] == metrics(run, "validation")[0]
 
 
 def test_accumulation_changes_nothing_but_rounding(run, tmp_path):
-    words = ["--schedule.accumulation", 4, "--schedule.max_steps", 8]
-    call_here(train_program.train, "--output", tmp_path, *words, *SHORT)
+    argv = ["--schedule.accumulation", 4, "--schedule.max_steps", 8]
+    call_here(train_program.main, "--output", tmp_path, *argv, *SHORT)
     assert losses(tmp_path) == pytest.approx(losses(run)[:8], abs=1e-4)
 
 
@@ -115,7 +116,7 @@ def test_two_ranks_train_as_one_process(run, tmp_path):
     assert metrics(tmp_path, "validation")[0]["images"] == 360
 
 
-def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path):
+def test_a_killed_run_continues_bit_identically(run, tmp_path):
     process = start("train.py", "--output", tmp_path, *SHORT)
     deadline = time.monotonic() + 200
     while not step_files(tmp_path) and time.monotonic() < deadline:
@@ -130,28 +131,28 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(run, tmp_path):
     assert ours["top1"] == reference["top1"]
 
 
-def test_a_run_needs_nobody_who_listens(tmp_path):
-    """Its words may go to the disk that is full, or to a reader who has gone; all else is done."""
-    words = ["train.py", "--output", tmp_path / "full", *SHORT, "--schedule.max_steps", "3"]
+def test_a_run_survives_closed_and_full_output_streams(tmp_path):
+    """Output streams may be on a full disk or a closed pipe."""
+    argv = ["train.py", "--output", tmp_path / "full", *SHORT, "--schedule.max_steps", "3"]
     with open("/dev/full", "w") as full:
-        called = [sys.executable, *map(str, words)]
+        called = [sys.executable, *map(str, argv)]
         ended = subprocess.run(called, cwd=ROOT, env=ENVIRONMENT, stdout=full, stderr=full, timeout=300)
     assert ended.returncode == 0
     assert (tmp_path / "full" / "summary.json").exists()
 
 
-def test_a_finished_run_says_so_and_stays_as_it_is(run):
+def test_a_finished_run_is_reported_and_unchanged(run):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*") if path.is_file()}
-    assert "is finished: Top-1" in call_here(train_program.train, "--output", run, *SHORT)
-    with pytest.raises(ConfigError, match="output: "):
-        call_here(train_program.train, "--output", run, "--resume", "never", *SHORT)
+    assert "is finished: Top-1" in call_here(train_program.main, "--output", run, *SHORT)
+    with pytest.raises(UserError, match="output: "):
+        call_here(train_program.main, "--output", run, "--resume", "never", *SHORT)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*") if path.is_file()} == before
 
 
 def test_complexity_needs_neither_data_nor_checkpoint(tmp_path):
     path = tmp_path / "out.json"
-    words = ["--model", ROOT / "configs/models/vil_tiny.yaml", "--complexity", "--model.image_size", 64]
-    call_here(eval_program.evaluate, *words, "--json", path)
+    argv = ["--model", ROOT / "configs/models/vil_tiny.yaml", "--complexity", "--model.image_size", 64]
+    call_here(eval_program.main, *argv, "--json", path)
     (result,) = json.loads(path.read_text())
     assert result["params"] == pytest.approx(6.7e6, rel=0.01)
     assert result["top1"] is None
@@ -159,8 +160,8 @@ def test_complexity_needs_neither_data_nor_checkpoint(tmp_path):
 
 
 def test_every_precision_and_option_of_a_run(tmp_path):
-    """One step each way, in one run folder each, with everything on that has not been on above."""
-    for number, words in enumerate(
+    """Train one step with each precision, with the options that the other tests leave out."""
+    for number, argv in enumerate(
         (
             ["--precision", "bfloat16", "--gradient_checkpointing", "--channels_last"],
             ["--precision", "float16", "--model.neighbors", "random", "--schedule.clip_grad", "1"],
@@ -172,15 +173,15 @@ def test_every_precision_and_option_of_a_run(tmp_path):
         )
     ):  # fmt: skip
         folder = tmp_path / str(number)
-        words += ["--schedule.max_steps", 1, "--tensorboard", "false"]
-        call_here(train_program.train, "--output", folder, *words, *SHORT)
+        argv += ["--schedule.max_steps", 1, "--tensorboard", "false"]
+        call_here(train_program.main, "--output", folder, *argv, *SHORT)
         assert len(losses(folder)) == 1
         assert not (folder / "tensorboard").exists()
 
 
-def test_a_run_that_leaves_all_bounds_fails_in_one_line_and_saves_nothing(tmp_path):
-    words = ["--schedule.lr", "1e30", "--schedule.max_steps", 1, "--data.workers", 0]
-    _, err = call("train.py", "--output", tmp_path, *words, *SHORT, status=1)
+def test_a_diverging_run_fails_with_one_line_and_saves_nothing(tmp_path):
+    argv = ["--schedule.lr", "1e30", "--schedule.max_steps", 1, "--data.workers", 0]
+    _, err = call("train.py", "--output", tmp_path, *argv, *SHORT, status=1)
     assert err.startswith("error: step 1: the weights are not finite, at learning rate ")
     assert err.count("\n") == 1
     assert not (tmp_path / "summary.json").exists()

@@ -1,4 +1,4 @@
-"""Published checkpoints, fine-tuning and strangers' files through the programs, as a user calls them."""
+"""Published checkpoints, fine-tuning and untrusted files, by the programs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from PIL import Image
 import eval as eval_program
 import train as train_program
 from data import build_validation
-from tools import convert as convert_tool
-from tools import export as export_tool
-from vil import checkpoint_files, command_line, load_released
-from vil.config import DataConfig
+from tools.programs import export
+from vil import command_line, load_released
+from vil.checkpoints import checkpoint_files
+from vil.checkpoints.open import open_weights
+from vil.checkpoints.published_config import read_published_config
+from vil.checkpoints.training_state import read_training_state
+from vil.config import DataConfig, EvalConfig, ModelConfig
 from vil.evaluation import report
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.classes import imagenet_classes
-from vil.models.released import read_config
-from vil.training import checkpoint
-from vil.weight_files import read, transform_of
+from vil.evaluation.cost import Cost
+from vil.runtime.distributed import Process
 
 ROOT = Path(__file__).parents[1]
 PARITY = ROOT / "tests" / "fixtures" / "parity"
@@ -39,11 +41,11 @@ ONE_STEP = [*QUICK, "--schedule.max_steps", "1", "--schedule.epochs", "1", "--te
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """Calls a program; returns its exit status and what it wrote on standard output and standard error."""
+    """Call a program; return its exit status, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
 
-    def call(main, *words):
-        monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+    def call(main, *argv):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
         with pytest.raises(SystemExit) as exit_:
             command_line.main(main)
         captured = capsys.readouterr()
@@ -54,7 +56,7 @@ def call(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """A folder of coloured images in ten classes, 40 to train on and 40 for validation."""
+    """A folder of colored images in ten classes, 40 to train on and 40 for validation."""
     root, generator = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for folder in (root / split / name for split in ("train", "val") for name in "0123456789"):
         folder.mkdir(parents=True)
@@ -66,20 +68,19 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture
 def no_cost(monkeypatch):
-    """Leaves out the measurement of cost and speed, which takes longer than everything else."""
-    keys = ("params", "flops", "train_memory_mb", "eval_memory_mb", "images_per_second")
-    cost = {**dict.fromkeys(keys, 1), "memory": "", "train_precision": ""}
-    monkeypatch.setattr(report, "_cost", lambda *args: cost)
+    """Skip the measurement of the cost, which takes longer than everything else."""
+    cost = Cost(1, 1, 1.0, 1.0, "not measured", "float32", 1.0)
+    monkeypatch.setattr(report, "measure_cost", lambda *args: cost)
 
 
 @pytest.fixture
 def evaluated(call, tmp_path, photographs, no_cost):
-    """Evaluates on the photographs; returns the one result and the screen."""
+    """Evaluate on the photographs; return the result and the console output."""
     source = ["--data.source", "folder", "--data.root", photographs]
 
-    def evaluated(*words):
+    def evaluated(*argv):
         path = tmp_path / "out.json"
-        status, out, err = call(eval_program.evaluate, *words, *source, *QUICK, "--json", path)
+        status, out, err = call(eval_program.main, *argv, *source, *QUICK, "--json", path)
         assert status == 0, err
         (result,) = json.loads(path.read_text())
         return result, out
@@ -89,12 +90,13 @@ def evaluated(call, tmp_path, photographs, no_cost):
 
 @pytest.fixture
 def by_api(photographs):
-    """Evaluates a model without eval.py."""
+    """Evaluate a model without eval.py."""
 
     def by_api(model, image_size, **transform):
         data = DataConfig(source="folder", root=str(photographs), workers=0, **transform)
-        images = build_validation(data, image_size=image_size, in_chans=3, batch_size=128).loader
-        return evaluate(model.eval(), images, device=torch.device("cpu"), precision="float32")
+        config = EvalConfig(model=ModelConfig(image_size=image_size), data=data)
+        images = build_validation(config, Process(0, 0, 1, torch.device("cpu"))).loader
+        return evaluate(model.eval(), images, device=torch.device("cpu"), precision="float32").values
 
     return by_api
 
@@ -105,33 +107,33 @@ def published(case, name="model_best.pth"):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_parity_case_on_a_data_set(evaluated, by_api, case):
-    released = read_config(case / "config.yaml")
-    words = ["--model.num_classes", "10"] if released.model.num_classes != 10 else []
-    result, _ = evaluated(*published(case.name), *words)
+    released = read_published_config(case / "config.yaml")
+    argv = ["--model.num_classes", "10"] if released.model.num_classes != 10 else []
+    result, _ = evaluated(*published(case.name), *argv)
     model = load_released(case / "config.yaml", case / "model_best.pth", num_classes=10)
-    expected = by_api(model, released.model.image_size, **transform_of(released.data))
-    assert (result["top1"], result["top5"]) == (expected.top1, expected.top5)
-    assert result["loss"] == pytest.approx(expected.loss, abs=1e-6)
+    expected = by_api(model, released.model.image_size, **released.transform)
+    assert (result["top1"], result["top5"]) == (expected["top1"], expected["top5"])
+    assert result["loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert (result["images"], result["model"], result["weights"]) == (40, "vil", "raw")
     assert result["image_size"] == released.model.image_size
 
 
-def test_the_transform_is_the_published_one_but_for_words_of_the_line(evaluated, by_api, tmp_path):
+def test_the_transform_is_the_published_one_except_for_options(evaluated, by_api, tmp_path):
     case = PARITY / "vil_rpe_chunk"
     tree = yaml.safe_load((case / "config.yaml").read_text())
     tree["INPUT"].update(CROP_PCT=0.5, INTERPOLATION=2, MEAN="(0.2, 0.3, 0.4)", STD=[0.5, 0.6, 0.7])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    words = ["--checkpoint", case / "model_best.pth", "--released_config", tmp_path / "config.yaml"]
+    argv = ["--checkpoint", case / "model_best.pth", "--released_config", tmp_path / "config.yaml"]
     model = load_released(tmp_path / "config.yaml", case / "model_best.pth")
     transform = {"crop_pct": 0.5, "interpolation": "bilinear", "std": (0.5, 0.6, 0.7)}
-    expected = by_api(model, 64, mean=(0.2, 0.3, 0.4), **transform).loss
-    result, _ = evaluated(*words)
+    expected = by_api(model, 64, mean=(0.2, 0.3, 0.4), **transform)["loss"]
+    result, _ = evaluated(*argv)
     assert result["loss"] == pytest.approx(expected, abs=1e-6)
-    result, screen = evaluated(*words, "--data", DIGITS)
+    result, screen = evaluated(*argv, "--data", DIGITS)
     assert result["loss"] == pytest.approx(expected, abs=1e-6)
-    assert f"data.crop_pct: 0.5, as the weights need it, not of {DIGITS}" in screen
-    result, _ = evaluated(*words, "--data", DIGITS, "--data.mean", "[0.9, 0.9, 0.9]")
-    changed = by_api(model, 64, mean=(0.9, 0.9, 0.9), **transform).loss
+    assert f"data.crop_pct: 0.5, required by the weights, overrides {DIGITS}" in screen
+    result, _ = evaluated(*argv, "--data", DIGITS, "--data.mean", "[0.9, 0.9, 0.9]")
+    changed = by_api(model, 64, mean=(0.9, 0.9, 0.9), **transform)["loss"]
     assert result["loss"] == pytest.approx(changed, abs=1e-6)
     assert changed != pytest.approx(expected, abs=1e-4)
 
@@ -140,16 +142,16 @@ def test_another_resolution_and_fewer_classes_are_shown(evaluated, by_api):
     case = PARITY / "finetune_resolution_rpe_head"
     result, screen = evaluated(*published(case.name), "--model.image_size=96", "--model.num_classes=10")
     model = load_released(case / "config.yaml", case / "model_best.pth", image_size=96, num_classes=10)
-    expected = by_api(model, 96, **transform_of(read_config(case / "config.yaml").data))
-    assert result["loss"] == pytest.approx(expected.loss, abs=1e-6)
+    expected = by_api(model, 96, **read_published_config(case / "config.yaml").transform)
+    assert result["loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert result["image_size"] == 96
-    assert "head.weight: (20, 32) → (10, 32), cut to its first rows" in screen
+    assert "head.weight: (20, 32) → (10, 32), first rows kept" in screen
     assert "stages.2.blocks.0.attn.bias_table: (2, 7, 7) → (2, 11, 11)" in screen
 
 
 def test_a_published_configuration_alone_has_a_complexity(call, tmp_path):
     config = PARITY / "srformer" / "config.yaml"
-    call(eval_program.evaluate, "--released-config", config, "--complexity", *QUICK, "--json", "out.json")
+    call(eval_program.main, "--released-config", config, "--complexity", *QUICK, "--json", "out.json")
     (result,) = json.loads((tmp_path / "out.json").read_text())
     model = load_released(config, PARITY / "srformer" / "model_best.pth")
     assert result["params"] == sum(parameter.numel() for parameter in model.parameters())
@@ -158,9 +160,14 @@ def test_a_published_configuration_alone_has_a_complexity(call, tmp_path):
 
 def test_converted_and_original_evaluate_alike(evaluated, call, tmp_path):
     status, out, err = call(
-        convert_tool.convert, PARITY / "vil_rpe_exact" / "model_best.pth", "x.safetensors",
-        "--released-config", PARITY / "vil_rpe_exact" / "config.yaml",
-    )  # fmt: skip
+        export.main,
+        PARITY / "vil_rpe_exact" / "model_best.pth",
+        "x.safetensors",
+        "--released-config",
+        PARITY / "vil_rpe_exact" / "config.yaml",
+        "--format",
+        "safetensors",
+    )
     assert status == 0, err
     assert out.startswith("x.safetensors: ")
     original, _ = evaluated(*published("vil_rpe_exact"), "--data", DIGITS)
@@ -170,11 +177,11 @@ def test_converted_and_original_evaluate_alike(evaluated, call, tmp_path):
 
 @pytest.fixture
 def trained(call, tmp_path, photographs, no_cost):
-    """Trains for one step on the photographs; returns the run's folder and the screen."""
+    """Train for one step on the photographs; return the run's folder and the console output."""
     source = ["--data.source", "folder", "--data.root", photographs, "--schedule.batch_size", "8"]
 
-    def trained(*words, output="run"):
-        status, out, err = call(train_program.main, *ONE_STEP, *source, *words, "--output", tmp_path / output)
+    def trained(*argv, output="run"):
+        status, out, err = call(train_program.main, *ONE_STEP, *source, *argv, "--output", tmp_path / output)
         assert status == 0, err
         return tmp_path / output, out
 
@@ -186,7 +193,7 @@ FROZEN = ["--schedule.lr", "1e-20", "--schedule.weight_decay", "0"]
 
 
 def final(run):
-    return checkpoint.load(checkpoint_files.step_files(run)[0][1])["model"]
+    return read_training_state(checkpoint_files.step_files(run)[0][1])["model"]
 
 
 def test_fine_tuning_from_a_published_checkpoint(trained):
@@ -201,11 +208,11 @@ def test_fine_tuning_from_a_published_checkpoint(trained):
     run, screen = trained(
         *schedule, *start, *FROZEN, *ONE_STEP, "--model.image_size", "96", "--model.drop_path", "0.1"
     )
-    assert "head.weight: (20, 32) → (10, 32), cut to its first rows" in screen
+    assert "head.weight: (20, 32) → (10, 32), first rows kept" in screen
     config = yaml.safe_load((run / "config.yaml").read_text())["model"]
     assert (config["name"], config["image_size"], config["num_classes"]) == ("vil", 96, 10)
     assert config["drop_path"] == 0.1
-    assert config["stages"][0]["window"] == read_config(case / "config.yaml").model.stages[0].window
+    assert config["stages"][0]["window"] == read_published_config(case / "config.yaml").model.stages[0].window
     model = load_released(case / "config.yaml", case / "model_best.pth", image_size=96, num_classes=10)
     for name, value in final(run).items():
         torch.testing.assert_close(value, model.state_dict()[name], atol=1e-6, rtol=1e-5)
@@ -214,14 +221,14 @@ def test_fine_tuning_from_a_published_checkpoint(trained):
 def test_fine_tuning_a_run_with_its_best_weights(trained):
     run, _ = trained("--schedule.ema_decay", "0.5", "--schedule.lr", "1e-3")
     started, screen = trained("--model.init_from", run, "--model.image_size", "48", *FROZEN, output="tuned")
-    best = read(run)
+    best = open_weights(run)
     assert f"starting from {run / checkpoint_files.BEST}, {best.kind} weights" in screen
     assert "stages.1.blocks.0.attn.bias_table" in screen
     ours = final(started)
-    fixed = [name for name in ours if ours[name].shape == best.weights[name].shape]
+    fixed = [name for name in ours if ours[name].shape == best.state_dict[name].shape]
     assert len(fixed) > 30
-    assert all(torch.allclose(ours[name], best.weights[name], atol=1e-7) for name in fixed)
-    # the run goes on without the weights that it was started from
+    assert all(torch.allclose(ours[name], best.state_dict[name], atol=1e-7) for name in fixed)
+    # the run continues without its initial weights
     (run / checkpoint_files.BEST).unlink()
     _, screen = trained("--schedule.epochs", "2", "--schedule.max_steps", "2", output="tuned")
     assert "continuing" in screen
@@ -230,12 +237,12 @@ def test_fine_tuning_a_run_with_its_best_weights(trained):
 
 def test_a_named_model_and_a_head_that_does_not_fit(trained, tmp_path):
     case = PARITY / "vil_ape_chunk"
-    stages = [vars(stage) for stage in read_config(case / "config.yaml").model.stages]
+    stages = [vars(stage) for stage in read_published_config(case / "config.yaml").model.stages]
     text = {"name": "vil", "image_size": 64, "num_classes": 12, "stages": stages}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(text))
-    words = ["--model", "model.yaml", "--model.init_from", case / "model_best.pth", *FROZEN]
-    run, screen = trained(*words)
-    assert "head.weight: (10, 32) → (12, 32), which begins anew" in screen
+    argv = ["--model", "model.yaml", "--model.init_from", case / "model_best.pth", *FROZEN]
+    run, screen = trained(*argv)
+    assert "head.weight: (10, 32) → (12, 32), reinitialized" in screen
     model = load_released(case / "config.yaml", case / "model_best.pth")
     torch.testing.assert_close(final(run)["norm.weight"], model.norm.weight)
 
@@ -248,9 +255,9 @@ class Malicious:
         return (open, (str(self.path), "w"))
 
 
-def strangers_file(kind, folder):
-    """A file that no program may accept; returns its path and what its line must tell."""
-    path = folder / "stranger.pth"
+def untrusted_file(kind, folder):
+    """Create a file that every program must refuse; return its path and the expected message."""
+    path = folder / "untrusted.pth"
     case = PARITY / "vil_ape_chunk"
     whole = (case / "model_best.pth").read_bytes()
     if kind == "malicious":
@@ -286,22 +293,18 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("program", ["eval", "train", "convert", "export"])
+@pytest.mark.parametrize("program", ["eval", "train", "safetensors", "onnx"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_strangers_files(call, tmp_path, kind, program):
-    path, message = strangers_file(kind, tmp_path)
+def test_untrusted_files(call, tmp_path, kind, program):
+    path, message = untrusted_file(kind, tmp_path)
     before, config = set(tmp_path.iterdir()), PARITY / "vil_ape_chunk" / "config.yaml"
     if program == "eval":
-        result = call(eval_program.evaluate, "--checkpoint", path, "--released-config", config, *QUICK)
+        result = call(eval_program.main, "--checkpoint", path, "--released-config", config, *QUICK)
     elif program == "train":
         result = call(train_program.main, "--model.init_from", path, "--model.init_released_config", config,
                       *ONE_STEP, "--output", tmp_path / "run")  # fmt: skip
-    elif program == "convert":
-        result = call(convert_tool.convert, path, tmp_path / "out", "--released-config", config)
     else:
-        result = call(
-            export_tool.export, path, tmp_path / "out", "--released-config", config, "--format", "onnx"
-        )
+        result = call(export.main, path, tmp_path / "out", "--released-config", config, "--format", program)
     status, _, err = result
     assert status == 2
     assert err.count("\n") == 1
@@ -318,63 +321,66 @@ PUBLISHED = ["--checkpoint", PTH, "--released-config", YAML]
 
 
 @pytest.mark.parametrize(
-    ("program", "words", "message"),
+    ("program", "argv", "message"),
     [
-        ("eval", ["--checkpoint", PTH], "does not hold its model; add the configuration"),
+        ("eval", ["--checkpoint", PTH], "does not describe its model; add the configuration"),
         ("eval", ["--checkpoint", PTH, "--released-config", "no"], "released_config: no: no such file"),
         ("eval", [*PUBLISHED, "--weights", "ema"], "holds raw weights only, not ema"),
         ("eval", [*PUBLISHED, "--model.num_classes", "11"], "head.weight is (10, 32), the model's (11, 32)"),
         ("eval", [*PUBLISHED, "--model.position", "relative"], "unexpected: stages.0.position.globals"),
         ("eval", ["--model.init_from", "x", "--model.name", "vil_tiny"], "model.init_from: is for training"),
-        ("train", ["--model.init_from", PTH], "does not hold its model; add the configuration"),
+        ("train", ["--model.init_from", PTH], "does not describe its model; add the configuration"),
         ("train", ["--model.init_from", "nowhere"], "model.init_from: nowhere: no such file or folder"),
-        ("train", ["--model.init_released_config", YAML], "goes with model.init_from"),
+        ("train", ["--model.init_released_config", YAML], "requires model.init_from"),
         ("train", ["--model.init_from", PTH, "--model.init_released_config", "no"], "_config: no: no such"),
         ("train", ["--model.name", "vil_tiny", "--model.init_from", PTH], "another architecture"),
-        ("convert", [PTH, "out"], "does not hold its model"),
-        ("convert", [PTH], "command line: the following arguments are required: output"),
-        ("convert", [PTH, "/dev/null/out", "--released-config", YAML], "/dev/null/out: cannot be written"),
+        ("export", [PTH, "out", "--format", "safetensors"], "does not describe its model"),
+        ("export", [PTH], "command line: the following arguments are required: output, --format"),
+        (
+            "export",
+            [PTH, "/dev/null/out", "--released-config", YAML, "--format", "safetensors"],
+            "/dev/null/out: cannot be written",
+        ),
         ("export", [PTH, "out", "--format", "exe"], "command line: argument --format: invalid choice"),
     ],
 )
-def test_lines_that_cannot_be_used(call, tmp_path, program, words, message):
-    main = {"eval": eval_program.evaluate, "train": train_program.main,
-            "convert": convert_tool.convert, "export": export_tool.export}[program]  # fmt: skip
+def test_invalid_command_lines(call, tmp_path, program, argv, message):
+    main = {"eval": eval_program.main, "train": train_program.main, "export": export.main}[program]
     more = {"eval": QUICK, "train": [*ONE_STEP, "--output", tmp_path / "run"]}.get(program, [])
-    status, _, err = call(main, *words, *more)
+    status, _, err = call(main, *argv, *more)
     assert status == 2
     assert err.count("\n") == 1
     assert message in err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_run_that_timm_started_needs_its_first_weights_no_more(call, tmp_path):
-    """What only starts a run is taken from the line, and neither stored nor opened again."""
+def test_a_run_started_by_timm_continues_without_initial_weights(call, tmp_path):
+    """Options that start a run are read from the command line, and neither stored nor used again."""
     start = timm.create_model("resnet10t", num_classes=10)
     torch.save(start.state_dict(), tmp_path / "start.pth")
-    words = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--schedule.batch_size", "64"]
+    argv = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--schedule.batch_size", "64"]
     options = ["--model.timm_options", "{checkpoint_path: start.pth, drop_rate: 0.1}"]
-    status, screen, error = call(train_program.main, *words, *options, "--output", "run", *ONE_STEP)
+    status, screen, error = call(train_program.main, *argv, *options, "--output", "run", *ONE_STEP)
     assert status == 0, error
-    assert "timm/resnet10t: timm loads weights, as asked by checkpoint_path" in screen
-    stored = checkpoint.load(tmp_path / "run" / checkpoint_files.BEST)["config"]
+    assert "timm/resnet10t: timm loads weights: checkpoint_path" in screen
+    stored = read_training_state(tmp_path / "run" / checkpoint_files.BEST)["config"]
     assert stored["model"]["timm_options"] == {"drop_rate": 0.1}
     (tmp_path / "start.pth").unlink()
-    status, screen, error = call(eval_program.evaluate, "--checkpoint", "run", *QUICK)
+    status, screen, error = call(eval_program.main, "--checkpoint", "run", *QUICK)
     assert status == 0, error
     longer = [*QUICK, "--schedule.max_steps", "2", "--schedule.epochs", "1", "--tensorboard", "false"]
-    status, screen, error = call(train_program.main, *words, *options, "--output", "run", *longer)
+    status, screen, error = call(train_program.main, *argv, *options, "--output", "run", *longer)
     assert status == 0, error
     assert "continuing run after step 1" in screen
     assert "loads weights" not in screen
 
 
-def test_a_run_that_timm_was_to_start_does_not_begin_with_random_weights(call, tmp_path):
-    """It ended before its first checkpoint, and the folder alone does not say where the weights are."""
+def test_a_run_without_its_timm_weights_is_refused(call, tmp_path):
+    """It ended before its first checkpoint, and its folder does not contain the path of the weights."""
     torch.save(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "start.pth")
-    words = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--schedule.batch_size", "64"]
+    argv = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--schedule.batch_size", "64"]
     options = ["--model.timm_options", "{checkpoint_path: start.pth}"]
-    status, _, error = call(train_program.main, *words, *options, "--output", "run", *ONE_STEP)
+    status, _, error = call(train_program.main, *argv, *options, "--output", "run", *ONE_STEP)
     assert status == 0, error
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -389,11 +395,11 @@ def test_a_run_that_timm_was_to_start_does_not_begin_with_random_weights(call, t
 
 
 def test_weights_that_timm_loads_are_evaluated_by_class_name(call, tmp_path):
-    """They are no untrained model: their head has the rows of pretrained_cfg, ImageNet's classes."""
+    """Their head has the rows of pretrained_cfg, ImageNet's classes."""
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "in1k.pth")
     names = imagenet_classes()
-    words = ["--model.name", "timm/resnet10t", "--model.image_size", "32", *QUICK]
-    words += ["--model.timm_options", "{checkpoint_path: in1k.pth}", "--data.source", "folder"]
+    argv = ["--model.name", "timm/resnet10t", "--model.image_size", "32", *QUICK]
+    argv += ["--model.timm_options", "{checkpoint_path: in1k.pth}", "--data.source", "folder"]
     for root, folders in (
         ("part", names[3:5]),
         ("renamed", [*names[3:5], "n00000001"]),
@@ -402,13 +408,13 @@ def test_weights_that_timm_loads_are_evaluated_by_class_name(call, tmp_path):
         for name in folders:
             (tmp_path / root / "val" / name).mkdir(parents=True)
             Image.new("RGB", (40, 40)).save(tmp_path / root / "val" / name / "1.png")
-    status, screen, error = call(eval_program.evaluate, *words, "--data.root", "part")
+    status, screen, error = call(eval_program.main, *argv, "--data.root", "part")
     assert status == 0, error
     assert " timm " in screen
     for root, message in (
-        ("renamed", "class 'n00000001' is none of the 1000"),
-        ("other", "nothing says which row"),
+        ("renamed", "class 'n00000001' is not among the 1000"),
+        ("other", "no class names to find the row"),
     ):
-        status, _, error = call(eval_program.evaluate, *words, "--data.root", root)
+        status, _, error = call(eval_program.main, *argv, "--data.root", root)
         assert status == 2
         assert message in error

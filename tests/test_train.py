@@ -1,4 +1,4 @@
-"""train.py before the first step: what lies under its line, where a run goes, and which rank speaks."""
+"""train.py before the first step: defaults, the output folder, and errors of one rank."""
 
 import contextlib
 import io
@@ -14,10 +14,12 @@ from PIL import Image
 
 import eval as eval_program
 import train as program
-from vil.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from vil.checkpoints import run_folder
+from vil.command_line import resolve_train_command
+from vil.command_line.train_command import default_output
+from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
 from vil.models.zoo import model_from_config
-from vil.training import run_folder
-from vil.training.distributed import Process
+from vil.runtime.distributed import Process
 
 ROOT = Path(__file__).parents[1]
 VIL_32 = str(ROOT / "configs" / "models" / "vil_32.yaml")
@@ -32,16 +34,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def configure(*words):
-    return program.configure([*map(str, words)]).config
+def configure(*argv):
+    return resolve_train_command([*map(str, argv)]).config
 
 
-def ranks(*words):
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
+def ranks(*argv):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv]
     return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
 
 
-def test_a_named_model_does_not_lie_over_the_demos(folder):
+def test_a_named_model_is_not_merged_with_the_demos(folder):
     config = configure("--model.name", "timm/resnet10t")
     assert config.model == ModelConfig(name="timm/resnet10t")
     assert config.schedule.epochs == configure().schedule.epochs == 25
@@ -51,7 +53,7 @@ def test_a_named_model_does_not_lie_over_the_demos(folder):
     assert configure("--model.window", "3").model.stages is not None
 
 
-def test_a_named_data_set_does_not_lie_over_the_digits():
+def test_a_named_data_set_is_not_merged_with_the_digits():
     given, plain = ["--data.source", "folder", "--data.root", "x"], DataConfig(source="folder", root="x")
     assert configure(*given).data == plain
     assert configure("--data", DIGITS, *given).data.mean == (0.309, 0.309, 0.309)
@@ -67,17 +69,17 @@ def test_any_model_of_the_zoo_and_of_timm_is_built_from_its_name(name):
 
 def test_what_a_run_starts_from_is_named_with_its_file(folder):
     (folder / "model.yaml").write_text("init_from: nowhere\n")
-    with pytest.raises(ConfigError, match=r"^model\.yaml: model\.init_from: nowhere"):
+    with pytest.raises(UserError, match=r"^model\.yaml: model\.init_from: nowhere"):
         configure("--model", "model.yaml")
     (folder / "model.yaml").write_text("init_released_config: x.yaml\n")
-    with pytest.raises(ConfigError, match=r"^model\.yaml: model\.init_released_config: "):
+    with pytest.raises(UserError, match=r"^model\.yaml: model\.init_released_config: "):
         configure("--model", "model.yaml")
 
 
-def printed(main, *words):
+def printed(main, *argv):
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen), pytest.raises(SystemExit) as exit_:
-        main([*map(str, words)])
+        main([*map(str, argv)])
     assert exit_.value.code in (0, None)
     return yaml.safe_load(screen.getvalue())
 
@@ -88,7 +90,7 @@ def test_the_printed_configuration_is_the_one_that_would_run(folder, option):
     run_folder.write_config(folder / "run", TrainConfig(seed=77))
     assert printed(program.main, "--output", "run", option)["seed"] == 77
     assert printed(program.main, option, "--output", "new", "--seed", "5")["seed"] == 5
-    found = printed(eval_program.evaluate, option, "--model.name", "timm/resnet10t", "--device", "cpu")
+    found = printed(eval_program.main, option, "--model.name", "timm/resnet10t", "--device", "cpu")
     assert found["model"]["name"] == "timm/resnet10t"
 
 
@@ -107,12 +109,12 @@ def test_the_output_is_named_after_the_data(folder, monkeypatch, root, name):
     (folder / "above" / "here").mkdir(parents=True)
     (folder / "above" / "here" / "link").symlink_to("/")
     monkeypatch.chdir(folder / "above" / "here")
-    assert program.default_output(DataConfig(source="folder", root=root)) == Path("runs") / name
-    assert program.default_output(DataConfig(source="torch/cifar10", root=root)) == Path("runs/cifar10")
+    assert default_output(DataConfig(source="folder", root=root)) == f"runs/{name}"
+    assert default_output(DataConfig(source="torch/cifar10", root=root)) == "runs/cifar10"
 
 
 def test_all_machines_follow_the_run_that_rank_0_continues(folder):
-    """Each rank works in a folder of its own, as on machines without a common disk."""
+    """Each rank works in a separate folder, as on machines without a shared disk."""
     for rank, seed in (("0", 77), ("1", 5)):
         (folder / rank / "run").mkdir(parents=True)
         run_folder.write_config(folder / rank / "run", TrainConfig(seed=seed, device="cpu"))
@@ -130,23 +132,23 @@ def test_all_machines_follow_the_run_that_rank_0_continues(folder):
     assert [(folder / rank / "seed").read_text() for rank in "01"] == ["77", "77"]
 
 
-def test_the_rank_that_cannot_read_its_image_says_so(folder):
-    """Validation images go to the ranks in turn: the second one is rank 1's."""
+def test_the_rank_with_an_unreadable_image_prints_the_error(folder):
+    """Validation images are assigned to ranks in turn: the second one to rank 1."""
     for split in ("train", "val"):
         for name in ("a", "b"):
             (folder / split / name).mkdir(parents=True)
             for number in range(2):
                 Image.new("RGB", (32, 32)).save(folder / split / name / f"{number}.png")
     (folder / "val" / "a" / "1.png").write_bytes(b"damaged")
-    words = [
+    argv = [
         "--data.source", "folder", "--data.root", ".", "--device", "cpu", "--progress", "false",
         "--data.workers", "0",
     ]  # fmt: skip
     model = ["--model", VIL_32]
     train = ["--schedule.batch_size", "2", "--schedule.epochs", "1", "--schedule.warmup_epochs", "0"]
     for line in (
-        [str(ROOT / "eval.py"), *model, *words],
-        [str(ROOT / "train.py"), *model, *words, *train, "--tensorboard", "false"],
+        [str(ROOT / "eval.py"), *model, *argv],
+        [str(ROOT / "train.py"), *model, *argv, *train, "--tensorboard", "false"],
     ):
         ended = ranks(*line)
         assert ended.returncode != 0
@@ -159,7 +161,10 @@ def test_the_rank_that_cannot_read_its_image_says_so(folder):
 
 def test_a_model_that_takes_one_size_only_is_refused_others():
     options = ["--model.name", "timm/vit_tiny_patch16_224", "--model.image_size", "32"]
-    model = model_from_config(program.configure([*options, "--output", "x"]).config.model, 10)
+    model = model_from_config(resolve_train_command([*options, "--output", "x"]).config.model, 10)
     program.check_sizes(model, [(0, 32)], 3, torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"schedule\.sizes: VisionTransformer takes no images of 16×16: "):
+    with pytest.raises(
+        UserError,
+        match=r"schedule\.progressive_resizing: VisionTransformer does not support images of 16×16: ",
+    ):
         program.check_sizes(model, [(0, 16), (0.5, 32)], 3, torch.device("cpu"))

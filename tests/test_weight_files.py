@@ -1,4 +1,4 @@
-"""Files of weights: which file, which weights, every kind that is read, and every kind that is refused."""
+"""Weights files: selection of file and weights, supported formats, and refused files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vil.checkpoint_files import digest_of, step_file, write_digest
-from vil.config import ConfigError, ModelConfig, StageConfig
-from vil.weight_files import (
-    WeightsFile,
-    choose_weights,
-    find_checkpoint,
-    model_section,
-    read,
-    write_safetensors,
-)
+from vil.checkpoints.checkpoint_files import file_digest, step_file, write_digest
+from vil.checkpoints.open import find_checkpoint, open_weights
+from vil.checkpoints.safetensors_file import write_safetensors
+from vil.checkpoints.training_state import select_weights
+from vil.checkpoints.weights import Weights, stored_model_config
+from vil.config import ModelConfig, StageConfig, UserError
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"
 MODEL = ModelConfig(name="vil", image_size=32, num_classes=3, stages=[StageConfig(dim=8, heads=2)])
@@ -52,15 +48,17 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     for step in (8, 9, 10):
         path = step_file(tmp_path, step)
         path.write_bytes(b"weights")
-        write_digest(path, digest_of(path))
+        write_digest(path, file_digest(path))
     step_file(tmp_path, 10).write_bytes(b"damage")
     assert find_checkpoint(str(tmp_path), "last") == step_file(tmp_path, 9)
     assert find_checkpoint(str(step_file(tmp_path, 8)), "best") == step_file(tmp_path, 8)
-    with pytest.raises(ConfigError, match=r"step_00000010\.pt: damaged: it is not what "):
+    with pytest.raises(
+        UserError, match=r"step_00000010\.pt: damaged: does not match its digest in step_00000010\.pt\.sha256"
+    ):
         find_checkpoint(str(step_file(tmp_path, 10)), "best")
-    with pytest.raises(ConfigError, match=r"holds no checkpoints/best\.pt"):
+    with pytest.raises(UserError, match=r"holds no checkpoints/best\.pt"):
         find_checkpoint(str(tmp_path), "best")
-    with pytest.raises(ConfigError, match="nowhere: no such file or folder"):
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
         find_checkpoint(str(tmp_path / "nowhere"), "best")
 
 
@@ -75,62 +73,63 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     ],
 )
 def test_choice_of_weights(best: str | None, asked: str, value: float, kind: str) -> None:
-    weights, found = choose_weights(state(best), asked)
+    weights, found = select_weights(state(best), asked)
     assert (weights["w"].item(), found) == (value, kind)
 
 
-def test_an_average_that_was_not_kept() -> None:
+def test_a_missing_average() -> None:
     """As in the last checkpoint of a run that was continued without ema_decay, whose best was averaged."""
-    weights, kind = choose_weights(state("ema", has_ema=False), "auto")
+    weights, kind = select_weights(state("ema", has_ema=False), "auto")
     assert (weights["w"].item(), kind) == (1, "raw")
-    with pytest.raises(ConfigError, match="weights: the checkpoint has no ema weights"):
-        choose_weights(state("raw", has_ema=False), "ema")
+    with pytest.raises(UserError, match="weights: the checkpoint has no ema weights"):
+        select_weights(state("raw", has_ema=False), "ema")
 
 
 def test_a_checkpoint_of_a_run(tmp_path: Path) -> None:
     torch.save(run_state(), tmp_path / "best.pt")
-    file = read(tmp_path / "best.pt")
-    assert (file.origin, file.kind, file.weights["w"].item()) == ("run", "ema", 2)
+    file = open_weights(tmp_path / "best.pt")
+    assert (file.format, file.kind, file.state_dict["w"].item()) == ("run", "ema", 2)
     assert file.model == MODEL
-    assert (file.data["source"], file.class_names) == ("digits", ("a", "b", "c"))
-    assert read(tmp_path / "best.pt", weights="raw").weights["w"].item() == 1
+    assert (file.data, file.transform) == ({"source": "digits"}, TRANSFORM)
+    assert file.class_names == ("a", "b", "c")
+    assert open_weights(tmp_path / "best.pt", weights="raw").state_dict["w"].item() == 1
 
 
 def test_a_published_checkpoint() -> None:
-    file = read(PARITY / "vil_rpe_chunk" / "model_best.pth")  # its names carry module.
-    assert (file.origin, file.kind, file.model, file.class_names) == ("published", "raw", None, None)
-    assert "layer1.0.proj.weight" in file.weights
-    with pytest.raises(ConfigError, match="holds raw weights only, not ema"):
-        read(PARITY / "vil_rpe_chunk" / "model_best.pth", weights="ema")
+    file = open_weights(PARITY / "vil_rpe_chunk" / "model_best.pth")  # its names carry module.
+    assert (file.format, file.kind, file.model, file.class_names) == ("published", "raw", None, None)
+    assert "layer1.0.proj.weight" in file.state_dict
+    with pytest.raises(UserError, match="holds raw weights only, not ema"):
+        open_weights(PARITY / "vil_rpe_chunk" / "model_best.pth", weights="ema")
 
 
-def test_safetensors_come_back_as_they_were(tmp_path: Path) -> None:
+def test_safetensors_are_read_back_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "new" / "x.safetensors"
     weights = {"w": torch.randn(3, 2).t(), "n": torch.tensor(3)}
     model = dataclasses.replace(MODEL, init_from="/home/someone/x.pt")
-    data = {"source": "folder", "root": "/home/someone", **TRANSFORM}
-    write_safetensors(path, WeightsFile("x.pt", "run", "ema", weights, model, data, ("a", "b", "c")))
-    file = read(path)
-    assert (file.origin, file.kind, file.model, file.data) == ("converted", "ema", MODEL, TRANSFORM)
+    data = {"source": "folder", "root": "/home/someone"}
+    write_safetensors(path, Weights("x.pt", "run", "ema", weights, model, data, TRANSFORM, ("a", "b", "c")))
+    file = open_weights(path)
+    assert (file.format, file.kind, file.model, file.transform) == ("safetensors", "ema", MODEL, TRANSFORM)
     assert file.class_names == ("a", "b", "c")
-    assert all(torch.equal(value, weights[name]) for name, value in file.weights.items())
+    assert all(torch.equal(value, weights[name]) for name, value in file.state_dict.items())
     assert b"someone" not in path.read_bytes()
     assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
     with safe_open(path, "pt") as opened:
         assert json.loads(opened.metadata()["model"])["image_size"] == 32
-    with pytest.raises(ConfigError, match="holds ema weights only, not raw"):
-        read(path, weights="raw")
+    with pytest.raises(UserError, match="holds ema weights only, not raw"):
+        open_weights(path, weights="raw")
 
 
-def test_safetensors_of_others_hold_no_model(tmp_path: Path) -> None:
+def test_foreign_safetensors_contain_no_model(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "plain.safetensors")
-    file = read(tmp_path / "plain.safetensors")
-    assert (file.model, file.data, file.class_names) == (None, {}, None)
+    file = open_weights(tmp_path / "plain.safetensors")
+    assert (file.model, file.data, file.transform, file.class_names) == (None, {}, {}, None)
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
-        read(path)
+    with pytest.raises(UserError) as caught:
+        open_weights(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -164,7 +163,7 @@ def test_code_is_refused_and_not_run(tmp_path: Path) -> None:
         (b"\xff" * 8 + b"{}", "not safetensors"),
     ],
 )
-def test_files_of_no_kind(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_of_unknown_formats(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x"
     path.write_bytes(content)
     assert message in refusal(path)
@@ -194,11 +193,11 @@ def test_truncated_files(tmp_path: Path) -> None:
         ({"config": {"model": {"depth": 3}, "data": {}}}, "stored configuration: model.depth: unknown key"),
         (
             {"config": {"model": {"window": "x"}, "data": {}}},
-            "stored configuration: model.window: expected an integer or null, got 'x'",
+            "stored configuration: model.window: expected an integer from 1 to 1,000,000 or null, got 'x'",
         ),
         (
             {"config": {"model": {"stages": [{"dim": "x", "heads": 2}]}, "data": {}}},
-            "stored configuration: model.stages[0].dim: expected an integer, got 'x'",
+            "stored configuration: model.stages[0].dim: expected an integer from 1 to 1,000,000, got 'x'",
         ),
         (
             {"config": {"model": {"stages": [{"depth": 2}]}, "data": {}}},
@@ -207,10 +206,10 @@ def test_truncated_files(tmp_path: Path) -> None:
         ({"config": {"model": 3, "data": {}}}, "stored configuration: model: expected a mapping"),
     ],
 )
-def test_what_is_wrong_inside_a_checkpoint(tmp_path: Path, changes: dict, message: str) -> None:
+def test_errors_inside_a_checkpoint(tmp_path: Path, changes: dict, message: str) -> None:
     torch.save(run_state(**changes), tmp_path / "x.pt")
     if changes == {"best": {}}:  # nothing was best yet: the raw weights
-        assert read(tmp_path / "x.pt").kind == "raw"
+        assert open_weights(tmp_path / "x.pt").kind == "raw"
     else:
         assert message in refusal(tmp_path / "x.pt")
 
@@ -228,7 +227,7 @@ ODD = {
 
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.filterwarnings("ignore")  # of PyTorch, about the kinds of tensors that it is about to give up
-def test_tensors_that_no_model_has(tmp_path: Path, kind: str) -> None:
+def test_unsupported_tensors(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.pt"
     for content in (run_state(ema={"w": ODD[kind]()}), {"net": {"w": ODD[kind]()}}):
         torch.save(content, path)
@@ -236,11 +235,11 @@ def test_tensors_that_no_model_has(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", [3, None, (1, 2), 1.5, b"w", "a\nb", "\x1b[2J"])
-def test_names_that_are_no_text(tmp_path: Path, name: object) -> None:
+def test_names_that_are_not_text(tmp_path: Path, name: object) -> None:
     path = tmp_path / "x.pt"
     for content in (run_state(ema={name: torch.ones(1)}), {"net": {name: torch.ones(1)}}):
         torch.save(content, path)
-        assert "is no name of a weight" in refusal(path)
+        assert "is not a name of a weight" in refusal(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.bool])
@@ -248,7 +247,7 @@ def test_numbers_of_other_kinds_are_read(tmp_path: Path, dtype: torch.dtype) -> 
     torch.save(
         {"net": {"w": torch.ones(2).to(dtype), "p": torch.nn.Parameter(torch.ones(1))}}, tmp_path / "x"
     )
-    assert read(tmp_path / "x").weights["w"].dtype == dtype
+    assert open_weights(tmp_path / "x").state_dict["w"].dtype == dtype
 
 
 W, EMA = {"a.weight": torch.ones(2, 3)}, {"a.weight": torch.zeros(2, 3)}
@@ -276,28 +275,28 @@ FOREIGN = {
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("form", FOREIGN)
 def test_checkpoints_of_other_programs(tmp_path: Path, form: str, is_zip: bool) -> None:
-    """Weights alone are read of them: what stands beside is replaced by inert values."""
+    """Only their weights are read: other content is replaced by inert placeholders."""
     content, raw, averaged = FOREIGN[form]
     path = tmp_path / "x.pth"
     torch.save(content, path, _use_new_zipfile_serialization=is_zip)
-    found = read(path)
-    assert (found.origin, found.model, found.class_names) == ("foreign", None, None)
-    assert found.weights.keys() == raw.keys()
-    assert torch.equal(found.weights["a.weight"], raw["a.weight"])
+    found = open_weights(path)
+    assert (found.format, found.model, found.class_names) == ("foreign", None, None)
+    assert found.state_dict.keys() == raw.keys()
+    assert torch.equal(found.state_dict["a.weight"], raw["a.weight"])
     if averaged is None:
-        with pytest.raises(ConfigError, match="holds raw weights only, not ema"):
-            read(path, weights="ema")
+        with pytest.raises(UserError, match="holds raw weights only, not ema"):
+            open_weights(path, weights="ema")
     else:
-        found = read(path, weights="ema")
+        found = open_weights(path, weights="ema")
         assert found.kind == "ema"
-        assert torch.equal(found.weights["a.weight"], averaged["a.weight"])
+        assert torch.equal(found.state_dict["a.weight"], averaged["a.weight"])
 
 
 class CfgNode(dict):  # type: ignore[type-arg]
-    """Stands for yacs.config.CfgNode, as Swin's checkpoints hold it."""
+    """Stand-in for yacs.config.CfgNode, as Swin's checkpoints hold it."""
 
 
-def test_classes_beside_weights_are_not_imported(tmp_path: Path) -> None:
+def test_classes_stored_with_weights_are_not_imported(tmp_path: Path) -> None:
     CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
     module = types.ModuleType("yacs.config")
     module.CfgNode = CfgNode  # type: ignore[attr-defined]
@@ -309,7 +308,7 @@ def test_classes_beside_weights_are_not_imported(tmp_path: Path) -> None:
         patch.setitem(sys.modules, "yacs.config", module)
         torch.save({"model": W, "config": node}, path)
     assert "yacs.config" not in sys.modules
-    assert read(path).weights.keys() == W.keys()
+    assert open_weights(path).state_dict.keys() == W.keys()
     assert "yacs.config" not in sys.modules
 
 
@@ -326,7 +325,7 @@ def test_dictionaries_without_weights(tmp_path: Path) -> None:
     [{"model": "{"}, {"model": '{"depth": 3}'}, {"data": '{"root": "/"}'}, {"data": "3"},
      {"class_names": "3"}, {"model": '{"stages": [{"dim": "x"}]}'}, {"model": "[" * 100000}],
 )  # fmt: skip
-def test_metadata_that_make_no_sense(tmp_path: Path, metadata: dict[str, str]) -> None:
+def test_invalid_metadata(tmp_path: Path, metadata: dict[str, str]) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "x.safetensors", metadata)
     refusal(tmp_path / "x.safetensors")
 
@@ -335,5 +334,5 @@ def test_every_option_of_a_model_is_kept() -> None:
     rich = dataclasses.replace(
         MODEL, blocks=(2,), attention=["full"], timm_options={"depths": [1]}, drop_path=0.1
     )
-    assert model_section(dataclasses.asdict(rich)) == rich
-    assert model_section(json.loads(json.dumps(dataclasses.asdict(rich)))) == rich
+    assert stored_model_config(dataclasses.asdict(rich)) == rich
+    assert stored_model_config(json.loads(json.dumps(dataclasses.asdict(rich)))) == rich

@@ -1,4 +1,4 @@
-"""YAML files: plain values come back, and whatever else a file holds ends in one line."""
+"""YAML files: plain values are read back, and any other content is refused with one line."""
 
 import contextlib
 
@@ -7,8 +7,8 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vil.config import ConfigError
-from vil.yaml_files import read_yaml
+from vil.config import UserError
+from vil.runtime.yaml_files import read_yaml
 
 
 def written(folder, text):
@@ -18,7 +18,7 @@ def written(folder, text):
 
 
 def refusal(path):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         read_yaml(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
@@ -34,10 +34,10 @@ def test_plain_values(tmp_path):
 
 @pytest.mark.parametrize("kind", ["int", "float", "bool", "timestamp"])
 @pytest.mark.parametrize("value", ['""', "foo", '"a\\nb"'])
-def test_a_tag_whose_value_is_none_of_its_kind(tmp_path, kind, value):
+def test_a_tag_with_an_invalid_value(tmp_path, kind, value):
     message = refusal(written(tmp_path, f"first: 1\nsecond:\n  - !!{kind} {value}\n"))
     assert message.startswith("line 3: not valid YAML: '")
-    assert message.endswith(f"' is no value of {kind}")
+    assert message.endswith(f"' is not a value of {kind}")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_tag_whose_value_is_none_of_its_kind(tmp_path, kind, value):
         ("{: [", "line 1: not valid YAML"),
         ("? [1]\n: 2\n", "line 1: not valid YAML: found unhashable key"),
         ("!!python/object/apply:os.system ['true']", "line 1: not valid YAML: could not determine"),
-        ("a: 1\nb: 2020-99-99", "line 2: not valid YAML: '2020-99-99' is no value of timestamp"),
+        ("a: 1\nb: 2020-99-99", "line 2: not valid YAML: '2020-99-99' is not a value of timestamp"),
         ("n: " + "9" * 5000, "line 1: not valid YAML: '999"),
         ("a: !!binary é", "line 1: not valid YAML: failed to convert base64"),
         ("a\0b", "not valid YAML: unacceptable character"),
@@ -87,6 +87,6 @@ def test_any_text_is_a_tree_or_one_line(tmp_path_factory, text):
         message = ""
         try:
             read_yaml(path)
-        except ConfigError as error:
+        except UserError as error:
             message = str(error)
         assert len(message.splitlines()) <= 1

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Installs everything into a virtual environment, from nothing, on Debian or Ubuntu:
+# Install everything into a virtual environment on Debian or Ubuntu:
 #
 #     tools/setup.sh [VENV]
 #
-# System libraries are installed where this user may do so without a password. Without them FFCV is left
-# out, one line says what to type, and everything else is installed; without Chromium the test that opens
-# reports in it is skipped. Called by the Makefile.
+# System packages are installed if the user is root or has sudo without a password. Without them, everything but
+# FFCV is installed, and one line names the command that installs them; without Chromium, the test that opens
+# report pages in a browser is skipped. Called by the Makefile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=${1:-.venv}
-# There while pip is at work: an interrupted pip can leave half a package that it later takes for a whole one.
+# Exists while pip runs: an interrupted pip can leave an incomplete package that it later considers installed.
 unfinished=$venv/.unfinished
 log=$venv/ffcv.log
 
 note() { printf 'setup: %s\n' "$*" >&2; }
 fail() { note "$*"; exit 1; }
 
-find_python() { # the first interpreter that is new enough
+find_python() { # print the first interpreter that is new enough
     local candidate
     for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
@@ -30,7 +30,7 @@ find_python() { # the first interpreter that is new enough
 
 has_venv() { "$python" -c 'import ensurepip, venv' 2>/dev/null; }
 
-missing_packages() { # Debian packages of what the environment and FFCV's build need and this machine lacks
+missing_packages() { # print the Debian packages that the environment or FFCV's build needs and that are missing
     local version
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     has_venv || echo "python$version-venv"
@@ -42,7 +42,7 @@ missing_packages() { # Debian packages of what the environment and FFCV's build 
     pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
 }
 
-install_packages() { # by apt-get, as root or through sudo without a password; false where that cannot be
+install_packages() { # install by apt-get, as root or by sudo without a password; fail if neither is possible
     local as_root=()
     command -v apt-get >/dev/null || return 1
     if [ "$(id -u)" -ne 0 ]; then
@@ -57,18 +57,18 @@ install_packages() { # by apt-get, as root or through sudo without a password; f
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2
 }
 
-build_ffcv() { # a wheel of FFCV, built apart from everything else, which must not fail because this does
+build_ffcv() { # build a wheel of FFCV; separately, so that everything else is installed if this fails
     if [ -n "$missing" ]; then
-        note "FFCV is left out, everything else works; to have it: $remedy && touch requirements.txt"
+        note "installing without FFCV; to install it: $remedy && touch requirements.txt"
         return 1
     fi
     if ! "${pip[@]}" wheel --no-deps --wheel-dir "$venv/wheels" "$ffcv" >"$log" 2>&1; then
-        note "FFCV is left out, everything else works; its build failed: see the end of $log"
+        note "installing without FFCV: its build failed, see the end of $log"
         return 1
     fi
 }
 
-missing_browser() { # in which a test opens the pages of tools/report.py
+missing_browser() { # print the browser in which a test opens the pages of tools/report.py, if it is missing
     command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
 }
 
@@ -76,17 +76,17 @@ python=$(find_python) || fail "Python 3.10 or newer is missing: sudo apt-get ins
 missing=$(missing_packages | xargs)
 remedy="sudo apt-get install -y $missing"
 if [ -n "$missing" ]; then
-    # shellcheck disable=SC2086  # one word per package
+    # shellcheck disable=SC2086  # one argument per package
     install_packages $missing && missing=$(missing_packages | xargs) || true
 fi
 
-browser=$(missing_browser) # by itself: where there is no such package, the others are installed nevertheless
+browser=$(missing_browser) # separately, so that the others are installed if there is no such package
 if [ -n "$browser" ] && ! install_packages "$browser"; then
-    note "the test of report pages will be skipped; to have it: sudo apt-get install -y $browser"
+    note "the test of report pages will be skipped; to run it: sudo apt-get install -y $browser"
 fi
 
 if [ -e "$unfinished" ]; then
-    note "the last installation did not end; starting $venv anew"
+    note "the last installation was interrupted; creating $venv again"
     rm -rf "$venv"
 fi
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -94,7 +94,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear "$venv"
 fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
-[ -t 2 ] || pip+=(--quiet) # progress bars are for people
+[ -t 2 ] || pip+=(--quiet) # progress bars on a terminal only
 
 touch "$unfinished"
 ffcv=$(grep '^ffcv' requirements.txt)
@@ -105,6 +105,6 @@ note "installing requirements.txt and requirements-dev.txt (several gigabytes wi
 grep -v '^ffcv' requirements.txt >"$venv/requirements.txt"
 "${pip[@]}" install -r "$venv/requirements.txt" -r requirements-dev.txt --find-links "$venv/wheels" ${ffcv:+"$ffcv"}
 if [ -n "$ffcv" ] && ! "$venv/bin/python" -c 'import ffcv.loader' >"$log" 2>&1; then
-    note "FFCV is installed but cannot be imported, everything else works: see the end of $log"
+    note "FFCV is installed but cannot be imported: see the end of $log"
 fi
 rm "$unfinished"

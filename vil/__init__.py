@@ -1,9 +1,69 @@
 """Multi-scale Vision Longformer (Zhang et al., ICCV 2021): models, training and evaluation.
 
-Importing this package registers its models with timm.
+Importing this package imports neither PyTorch nor timm: the public names below are imported when they are
+first used. The models are registered with timm as soon as both packages have been imported.
 """
 
-from vil.models import MultiScaleViT, create_model, list_models, load_released
+from __future__ import annotations
 
-__all__ = ["MultiScaleViT", "create_model", "list_models", "load_released"]
-__version__ = "0.1.1"
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vil.checkpoints.loading import create_model, load, load_released
+    from vil.models import MultiScaleViT, list_models
+
+__version__ = "0.2.0"
+__all__ = ["MultiScaleViT", "create_model", "list_models", "load", "load_released"]
+
+_MODULES = {
+    "MultiScaleViT": "vil.models",
+    "list_models": "vil.models",
+    "create_model": "vil.checkpoints.loading",
+    "load": "vil.checkpoints.loading",
+    "load_released": "vil.checkpoints.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES]
+
+
+class _RegisterWithTimm:
+    """Import `vil.models`, which registers the models with timm, right after timm itself is imported."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            if "vil.models" not in sys.modules:  # else it is being imported: it is what imports timm
+                importlib.import_module("vil.models")
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "timm" in sys.modules:
+    importlib.import_module("vil.models")
+else:
+    sys.meta_path.insert(0, _RegisterWithTimm())

@@ -1,40 +1,84 @@
-"""Every option of the framework: once, typed, with its default, its unit and one line of help.
+"""Every option of the framework, once: name, type, range, default, unit and help.
 
-``train.py`` and ``eval.py`` build their command lines from these dataclasses (`vil.command_line`), and
-`vil.schema` validates plain data, from whatever file, against them. ``--model``, ``--schedule`` and
-``--data`` each load one YAML file into one section, ``--config`` loads a partial file over all of them, and
-``--section.field value`` overrides one field; the last one on the line wins. Invalid input ends in a
-`ConfigError` whose text is one line: the file, the key, and the reason.
+`vil.command_line` builds the command lines of train.py and eval.py from these dataclasses, and
+`vil.validation` validates YAML files, stored configurations and command lines against them. `--model`,
+`--schedule` and `--data` load one YAML file into one section, `--config` loads a partial file into all of
+them, `--section.field value` sets one field; the last one wins. Invalid input raises `UserError`: one line
+with the file, the option and the reason.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, Predicate
+
+Tree = dict[str, Any]
+"""Plain values by name: the mappings, lists and scalars of a YAML or JSON file."""
 
 AttentionName = Literal[
     "full", "vision_longformer", "linformer", "performer", "spatial_reduction", "global_only"
 ]
 Precision = Literal["float32", "bfloat16", "float16"]
-Color3 = tuple[float, float, float]
+
+MAX_SIDE = 8192
+"""Height and width of the largest images, in pixels: 0.8 GB each as float32."""
+MAX_WORKERS = 1024
+"""Processes that load images, per rank."""
+MAX_WIDTH = 1_000_000
+"""Largest number of channels, heads, tokens and other sizes of an architecture."""
+
+Count = Annotated[int, Ge(1)]
+NonNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+"""Also a probability."""
+Rate = Annotated[float, Ge(0), Lt(1)]
+PositiveFraction = Annotated[float, Gt(0), Le(1)]
+AspectRatio = Annotated[float, Ge(1e-3), Le(1e3)]
+Seconds = Annotated[float, Gt(0), Le(1_000_000)]
+Side = Annotated[int, Ge(1), Le(MAX_SIDE)]
+Width = Annotated[int, Ge(1), Le(MAX_WIDTH)]
+TokenCount = Annotated[int, Ge(0), Le(MAX_WIDTH)]
+
+
+def _is_rising(pair: tuple[float, float]) -> bool:
+    """In rising order."""
+    return pair[0] <= pair[1]
+
+
+def _is_mixing_alpha(alpha: float) -> bool:
+    """From 1e-6 to 1e6, or 0 for off."""
+    return alpha == 0 or 1e-6 <= alpha <= 1e6
+
+
+def _is_resizing_plan(plan: list[tuple[float, int]]) -> bool:
+    """Rising fractions of the epochs, the first of them 0, each with a side in pixels."""
+    fractions = [fraction for fraction, _ in plan]
+    return fractions[:1] == [0] and all(a < b for a, b in itertools.pairwise(fractions))
+
+
+MixingAlpha = Annotated[float, Predicate(_is_mixing_alpha)]
 Scalar = bool | int | float | str | None
 PlainValue = Scalar | list[Scalar] | list[list[Scalar]] | dict[str, Scalar | list[Scalar]]
 """A number, text, true, false or null, or a list or mapping of them: data that names nothing to import."""
 
-LONGEST_LINE = 4000
-"""Characters of a message that are shown."""
+MAX_MESSAGE_LENGTH = 4000
+"""Characters of a printed message."""
 
 
 def printable(text: str) -> str:
-    r"""The text on one line, as a terminal and any encoding can show it.
+    r"""Return the text on one line of printable characters.
 
-    White space becomes spaces; other characters that cannot be printed, which may steer a terminal or stand
-    for no character at all, are written as \x1b; of a text that is too long the end is left out.
+    White space becomes spaces; control characters, which could change the state of a terminal, and invalid
+    characters are escaped as \x1b; a text over the limit is truncated.
     """
-    if len(text) > LONGEST_LINE:
-        text = f"{text[: LONGEST_LINE - 3]}..."
+    if len(text) > MAX_MESSAGE_LENGTH:
+        text = f"{text[: MAX_MESSAGE_LENGTH - 3]}..."
     if text.isprintable():
         return text
     return "".join(
@@ -43,263 +87,280 @@ def printable(text: str) -> str:
 
 
 COMMAND_LINE = "command line"
-"""Origin of a value that the command line sets."""
+"""Origin of a value from the command line."""
 
 
-class ConfigError(ValueError):
-    """An option that cannot be used. Its text is one printable line.
+def one_line(value: object, max_length: int = 200) -> str:
+    """Return the text of a value on one line, shortened."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
+
+
+def error_reason(error: BaseException, max_length: int = 200) -> str:
+    """Return the message of an exception on one line, of an OSError without the path; else its type."""
+    return one_line(getattr(error, "strerror", None) or error, max_length) or type(error).__name__
+
+
+class UserError(ValueError):
+    """An input that cannot be used: an option, a file, a device. Its text is one printable line.
 
     Args:
-        key: the option, as `window` or `data.root`; `in_section` prepends a section.
-        reason: what is wrong with it, on one line, and what would be right.
-        origin: where the value comes from: the name of a file, or `COMMAND_LINE`; empty if unknown.
+        location: the option (`window`, `data.root`) or the file; `errors_in_section` prepends a section.
+        reason: the problem, on one line, and the expected value.
+        origin: the file that contains the value, or `COMMAND_LINE`; empty if unknown.
     """
 
-    def __init__(self, key: str, reason: str, origin: str = "") -> None:
-        super().__init__(key, reason, origin)
-        self.key = key
+    def __init__(self, location: str, reason: str, origin: str = "") -> None:
+        super().__init__(location, reason, origin)
+        self.location = location
         self.reason = reason
         self.origin = origin
 
     def __str__(self) -> str:
-        """Return `origin: key: reason`, without the parts that are empty."""
-        return printable(": ".join(part for part in (self.origin, self.key, self.reason) if part))
+        """Return `origin: location: reason`, without the parts that are empty."""
+        return printable(": ".join(part for part in (self.origin, self.location, self.reason) if part))
 
 
 @contextmanager
-def in_section(section: str) -> Iterator[None]:
-    """Put `section.` in front of the key of a ConfigError that is raised inside."""
+def errors_in_section(section: str) -> Iterator[None]:
+    """Prepend `section.` to the location of a UserError that is raised inside, or set it to the section."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(f"{section}.{error.key}", error.reason, error.origin) from error
+    except UserError as error:
+        location = f"{section}.{error.location}" if error.location else section
+        raise UserError(location, error.reason, error.origin) from error
 
 
 @contextmanager
-def of_option(key: str) -> Iterator[None]:
-    """Makes a ConfigError that is raised inside the reason why the option `key` cannot be used."""
+def errors_in_option(key: str) -> Iterator[None]:
+    """Turn a UserError that is raised inside into one of the option `key`, with the text as its reason."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(key, str(error)) from error
+    except UserError as error:
+        raise UserError(key, str(error)) from error
 
 
 @dataclass
 class StageConfig:
     """One stage of a multi-scale model: a patch embedding and `blocks` pairs of attention and MLP."""
 
-    dim: int
+    dim: Width
     """Width of the tokens (channels)."""
-    heads: int
-    """Attention heads; must divide the width."""
-    blocks: int = 1
+    heads: Width
+    """Attention heads; must divide dim."""
+    blocks: TokenCount = 1
     """Number of attention + MLP blocks."""
-    patch: int = 2
-    """Side of the patches of this stage's embedding, in positions of the map that it receives."""
+    patch: Width = 2
+    """Patch size and stride of the stage's patch embedding, in positions of its input map."""
     attention: AttentionName = "vision_longformer"
     """Attention mechanism."""
-    global_tokens: int = 1
-    """Global tokens put in front of the map's tokens."""
+    global_tokens: TokenCount = 1
+    """Global tokens, prepended to the tokens of the map."""
     position: Literal["relative", "absolute"] = "relative"
     """Position encoding: a learned bias per head and offset, or learned embeddings of rows and columns."""
-    window: int = 7
+    window: Width = 7
     """Side of a chunk of the local attention, in tokens (vision_longformer)."""
-    projected_tokens: int = 256
+    projected_tokens: Width = 256
     """Number of keys after the projection along the token axis (linformer)."""
-    random_features: int = 256
+    random_features: Width = 256
     """Number of random features per head (performer)."""
-    reduction: int = 8
-    """Stride of the convolution that makes keys and values (spatial_reduction)."""
+    reduction: Width = 8
+    """Stride of the convolution that reduces keys and values (spatial_reduction)."""
 
 
 @dataclass
 class ModelConfig:
-    """What is built: a model of the zoo, changed by the options below; empty (null) keeps the zoo's own
-    value."""
+    """The model: one of the zoo, changed by the options below; null keeps the zoo's value."""
 
     name: str = "vil_tiny"
     """A name from vil.list_models(), `vil` with a list of stages, or timm/<name> for any model of timm."""
-    image_size: int = 224
+    image_size: Side = 224
     """Height and width of the images, in pixels."""
-    num_classes: int | None = None
-    """Classes of the head; null takes their number from the data."""
-    in_chans: int = 3
-    """Channels of the images: 3 (RGB) or 1 (grey)."""
+    num_classes: TokenCount | None = None
+    """Classes of the head; null is the number of classes of the data."""
+    in_chans: Width = 3
+    """Channels of the images: 3 (RGB) or 1 (grayscale)."""
     pool: Literal["avg", "cls"] | None = None
-    """What the head sees: the mean over all tokens or the first global token; null is avg."""
+    """Input of the head: the mean over all tokens or the first global token; null is avg."""
     attention: AttentionName | list[AttentionName] | None = None
     """Attention of the sparse stages, or a list with one name per stage."""
-    blocks: tuple[int, ...] | None = None
-    """Blocks per stage, as [1, 2, 8, 1]."""
+    blocks: tuple[TokenCount, ...] | None = None
+    """Blocks per stage, e.g. [1, 2, 8, 1]."""
     position: Literal["relative", "absolute"] | None = None
     """Position encoding of every stage."""
     mask: Literal["chunk", "exact", "cyclic"] | None = None
-    """Local attention: what lies in the window (null is chunk): the nine chunks, offsets up to w, chunks
-    that wrap."""
+    """Local attention: keys of a query (null is chunk): all of the nine chunks; exact: offsets up to window;
+    cyclic: chunks wrap around the edges of the map."""
     neighbors: Literal["all", "self", "random"] | None = None
-    """Local attention: which chunks around a query's own are seen in training; random is the random shift."""
-    window: int | None = None
+    """Local attention: neighboring chunks in training: all eight, none, or a random one (random shift)."""
+    window: Width | None = None
     """Local attention: side of a chunk in every stage, in tokens."""
-    global_tokens: int | list[int] | None = None
+    global_tokens: TokenCount | list[TokenCount] | None = None
     """Global tokens of every stage, or a list with one number per stage."""
     stage_globals: Literal["discard", "carry"] = "discard"
-    """Global tokens between stages: dropped, or carried on by a linear map to the next width."""
+    """Global tokens between stages: discarded, or projected to the width of the next stage."""
     share_global_projection: bool = True
-    """Local attention: global tokens use the projections of the local ones, not their own."""
-    projected_tokens: int | None = None
+    """Local attention: global and local tokens share their projections."""
+    projected_tokens: Width | None = None
     """Linformer: keys after the projection, in every stage."""
     share_key_value_projection: bool = True
     """Linformer: one projection along the tokens for keys and values."""
-    random_features: int | None = None
+    random_features: Width | None = None
     """Performer: random features per head, in every stage."""
-    reduction: int | None = None
+    reduction: Width | None = None
     """Spatial reduction: stride of the convolution, in every stage."""
     attention_backend: Literal["auto", "dense", "chunked", "fused"] = "auto"
-    """Implementation of the local attention; auto takes the fastest, see docs/attention.md."""
-    drop_path: float = 0.0
-    """Stochastic depth: rate at the last block, rising linearly from 0 at the first."""
-    dropout: float = 0.0
-    """Dropout after the embeddings, the attention's projection and the MLP."""
-    attention_dropout: float = 0.0
+    """Implementation of the local attention; auto selects the fastest, see docs/attention.md."""
+    drop_path: Rate = 0.0
+    """Stochastic depth: rate of the last block, rising linearly from 0 at the first."""
+    dropout: Rate = 0.0
+    """Dropout after the embeddings, the attention's output projection and the layers of the MLP."""
+    position_dropout: Rate | None = None
+    """Dropout after the embeddings; null is the value of dropout."""
+    attention_dropout: Rate = 0.0
     """Dropout of the attention weights."""
+    head_dropout: Rate = 0.0
+    """Dropout before the head."""
+    mlp_ratio: Annotated[float, Gt(0), Le(100)] = 4.0
+    """Hidden width of the MLPs, as a multiple of the stage's width."""
     stages: list[StageConfig] | None = None
-    """The stages themselves, for name: vil."""
+    """The stages, for name: vil."""
     norm_embed: bool = True
     """LayerNorm after each patch embedding."""
     timm_options: dict[str, PlainValue] | None = None
-    """Further keyword arguments for a timm/<name> model, as {depth: 6, qkv_bias: false}. A file may set
-    options of the architecture only; what loads or downloads weights (pretrained, checkpoint_path, ...) is
-    taken from the command line alone."""
+    """Further keyword arguments for a timm/<name> model, e.g. {depth: 6, qkv_bias: false}. A file may set
+    options of the architecture only; options that load or download weights (pretrained, checkpoint_path, ...)
+    are for the command line alone."""
     init_from: str | None = None
-    """Training starts from these weights: a run's folder, a checkpoint, safetensors, or a published
-    checkpoint. Where neither a file nor the line names a model, the architecture is theirs too; another
-    image_size resizes, another number of classes cuts or renews the head."""
+    """Initial weights: a run's folder, a checkpoint, safetensors, or a published checkpoint. If no model is
+    named, its architecture is used. Position embeddings are resized to image_size; with another number of
+    classes the head is cut or reinitialized."""
     init_released_config: str | None = None
     """The configuration published with the checkpoint in init_from."""
 
 
 @dataclass
 class AugmentConfig:
-    """How training images are changed; evaluation never uses any of this."""
+    """Augmentation of the training images; evaluation does not use it."""
 
     crop: Literal["random_resized", "pad_random", "resize_random", "eval_resize_random", "none"] = (
         "random_resized"
     )
     """random_resized: Inception crop; pad_random: shift by up to `pad`; resize_random: short side, reflected
     padding, then crop (DeiT III); eval_resize_random: short side as in evaluation (image_size /
-    data.crop_pct), then crop, without padding; none: short side, centre crop."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    data.crop_pct), then crop, without padding; none: short side, center crop."""
+    scale: Annotated[tuple[PositiveFraction, PositiveFraction], Predicate(_is_rising)] = (0.08, 1.0)
     """random_resized: smallest and largest area, as a fraction of the image."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: Annotated[tuple[AspectRatio, AspectRatio], Predicate(_is_rising)] = (3 / 4, 4 / 3)
     """random_resized: smallest and largest aspect ratio."""
-    pad: int = 4
+    pad: Annotated[int, Ge(0), Le(4096)] = 4
     """pad_random and resize_random: padding on each side, in pixels."""
-    hflip: float = 0.5
+    hflip: Fraction = 0.5
     """Probability of a horizontal flip."""
-    vflip: float = 0.0
+    vflip: Fraction = 0.0
     """Probability of a vertical flip."""
     interpolation: Literal["random", "bilinear", "bicubic"] = "random"
-    """Interpolation of training images; random is bilinear or bicubic, drawn anew for each image."""
-    color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation jitter; as in timm, not used beside an auto_augment
-    other than 3a."""
+    """Interpolation of training images; random is bilinear or bicubic, drawn for each image."""
+    color_jitter: Annotated[float, Ge(0), Le(100)] = 0.0
+    """Strength of brightness, contrast and saturation jitter; as in timm, not used together with an
+    auto_augment other than 3a."""
     auto_augment: str | None = None
     """A timm policy: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a, ..."""
-    random_erasing: float = 0.0
+    random_erasing: Fraction = 0.0
     """Probability of erasing a rectangle."""
     random_erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
-    """Fill of the rectangle: zero, one random colour, or noise per pixel."""
-    random_erasing_count: int = 1
+    """Fill of the rectangle: zero, one random color, or noise per pixel."""
+    random_erasing_count: Annotated[int, Ge(1), Le(1000)] = 1
     """Largest number of rectangles per image."""
-    mixup: float = 0.0
+    mixup: MixingAlpha = 0.0
     """Mixup alpha; 0 is off."""
-    cutmix: float = 0.0
+    cutmix: MixingAlpha = 0.0
     """CutMix alpha; 0 is off."""
-    mixup_prob: float = 1.0
-    """Probability that a batch (pair, element) is mixed at all."""
-    mixup_switch_prob: float = 0.5
-    """Probability of CutMix where both are on."""
+    mixup_prob: Fraction = 1.0
+    """Probability of mixing a batch (pair, element)."""
+    mixup_switch_prob: Fraction = 0.5
+    """Probability of CutMix if both are on."""
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    """What shares a mixing weight: the batch, a pair, or nothing."""
-    mixup_until: int | None = None
-    """Epoch from which mixing is off; null never."""
-    repeats: int = 1
+    """Images that share a mixing weight: the batch, a pair, or none."""
+    mixup_until: Annotated[int, Ge(0)] | None = None
+    """First epoch without mixing; null is none."""
+    repeated_augmentation: Count = 1
     """Repeated augmentation: views of one image in a global batch; an epoch keeps its length (DeiT uses
     3)."""
 
 
 @dataclass
 class ScheduleConfig:
-    """How a model is trained: length, batch, optimiser, learning rate, regularisation and augmentation."""
+    """Training: length, batch size, optimizer, learning rate, regularization and augmentation."""
 
-    epochs: int = 300
+    epochs: Count = 300
     """Passes over the training set."""
-    max_steps: int | None = None
-    """Stop after this many optimiser steps, before the last epoch; schedules keep their length."""
-    batch_size: int = 1024
-    """Images per optimiser step, over all ranks and accumulation steps."""
-    accumulation: int = 1
-    """Parts into which each rank splits its share of a batch, to save memory."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps, before the last epoch; schedules keep their length."""
+    batch_size: Count = 1024
+    """Images per optimizer step, over all ranks and accumulation steps."""
+    accumulation: Count = 1
+    """Gradient accumulation: micro-batches per step and rank."""
     optimizer: str = "adamw"
     """A name known to timm.optim: adamw, sgd, lamb, lion, ..."""
-    lr: float = 1e-3
-    """Peak learning rate, for batch_size, or for lr_batch_size where that is given."""
-    lr_batch_size: int | None = None
-    """Batch size that lr is meant for; the rate is scaled linearly to batch_size."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of Adam-like optimisers."""
-    momentum: float = 0.9
-    """Momentum of SGD-like optimisers."""
-    dampening: float = 0.0
+    lr: Positive = 1e-3
+    """Peak learning rate, for lr_batch_size if that is set, else for batch_size."""
+    lr_batch_size: Count | None = None
+    """Batch size that lr refers to; the learning rate is scaled linearly to batch_size."""
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    """Betas of Adam-like optimizers."""
+    momentum: Rate = 0.9
+    """Momentum of SGD-like optimizers."""
+    dampening: Fraction = 0.0
     """Dampening of the momentum (SGD)."""
-    eps: float | None = None
-    """The optimiser's epsilon; null keeps its default."""
-    weight_decay: float = 0.05
+    eps: Positive | None = None
+    """Epsilon of the optimizer; null is its default."""
+    weight_decay: NonNegative = 0.05
     """Weight decay; none on embeddings, norms, bias tables and the head's bias."""
     decay_biases: bool = False
-    """Decay also the biases of linear and convolution layers (the head's excepted), as the paper's code
-    does."""
-    layer_decay: float | None = None
-    """Factor on the learning rate per layer from the head down; null is 1."""
-    clip_grad: float | None = None
+    """Apply weight decay to the biases of linear and convolution layers too (except the head's), as the
+    paper's code does."""
+    layer_decay: PositiveFraction | None = None
+    """Factor on the learning rate per layer, from the head down; null is 1."""
+    clip_grad: Positive | None = None
     """Gradient clipping threshold; null is off."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
-    """Clip by global norm, by value, or adaptively."""
+    """Clip by global norm, by value, or adaptively (AGC)."""
     scheduler: Literal["cosine", "step", "poly", "constant"] = "cosine"
-    """Learning-rate schedule after warm-up, updated every step; poly is a straight line."""
-    min_lr: float = 1e-6
+    """Learning-rate schedule after warm-up, updated every step; poly is linear."""
+    min_lr: NonNegative = 1e-6
     """Learning rate at the last step (cosine, poly)."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: NonNegative = 5.0
     """Length of the linear warm-up, in epochs; fractions are allowed."""
-    warmup_factor: float = 0.002
+    warmup_factor: Fraction = 0.002
     """Learning rate at the first step, as a fraction of the peak."""
     warmup_prefix: bool = True
-    """cosine and poly begin at the peak after the warm-up; false lets them begin with the run, and the
-    warm-up replace their first part, as in the code of the paper and of DeiT."""
-    decay_epochs: float = 30.0
+    """cosine and poly start at the peak after the warm-up; if false, they start with the run and the warm-up
+    replaces their first part, as in the code of the paper and of DeiT."""
+    decay_epochs: Positive = 30.0
     """scheduler step: epochs between two drops."""
-    decay_rate: float = 0.1
+    decay_rate: Positive = 0.1
     """scheduler step: factor of a drop."""
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     """Cross-entropy over classes, or binary cross-entropy per class (DeiT III)."""
-    label_smoothing: float = 0.1
+    label_smoothing: Rate = 0.1
     """Probability mass spread over all classes."""
-    ema_decay: float | None = None
+    ema_decay: Rate | None = None
     """Decay per step of the exponential moving average of the weights; null is off."""
     ema_warmup: bool = False
     """Start the average with a small decay that grows to ema_decay."""
-    random_shift_until: float = 0.75
-    """neighbors: random switches to all eight neighbours after this fraction of the epochs."""
-    sizes: list[tuple[float, int]] | None = None
-    """Side of the training images in the course of a run, as [[0, 160], [0.6, 224]]: from which fraction of
-    the epochs on, and how many pixels; null is image_size throughout. Evaluation always uses image_size."""
+    random_shift_until: Fraction = 0.75
+    """Random shift ends after this fraction of the epochs: all eight neighbors are used from there on."""
+    progressive_resizing: Annotated[list[tuple[Rate, Side]], Predicate(_is_resizing_plan)] | None = None
+    """Progressive resizing: side of the training images in pixels from a fraction of the epochs on, e.g.
+    [[0, 160], [0.6, 224]]; null is image_size throughout. Evaluation always uses image_size."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Augmentation of the training images."""
 
 
 @dataclass
 class DataConfig:
-    """Which images, and how they are brought to the model's size."""
+    """The data set and the evaluation transform."""
 
     source: str = "digits"
     """digits (bundled), folder (root/train/<class>/..., root/val/...), zip (root/train.zip and
@@ -312,35 +373,35 @@ class DataConfig:
     val_split: str = "val"
     """Name of the validation split: the sub-folder, for folders."""
     download: bool = False
-    """Let a timm data set (torch/..., hfds/...) download what is missing; for the command line alone."""
-    workers: int = 4
-    """Processes that load images, per rank; 0 loads in the training process."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """An image that cannot be read ends the program, or is skipped: in training the next of the epoch takes
-    its place, and bad_images.txt in the run's folder lists it; in evaluation it is counted and reported."""
-    max_bad: float = 0.001
-    """on_error skip: the largest share of the training images that may be unreadable, one image at
-    least unless it is 0; more stop the run."""
-    train_fraction: float = 1.0
-    """Train on this share of each class; a larger share holds the images of a smaller one."""
-    images_per_class: int | None = None
-    """Train on at most so many images of each class; null is all."""
+    """Download a timm data set (torch/..., hfds/...) if it is missing; for the command line alone."""
+    workers: Annotated[int, Ge(0), Le(MAX_WORKERS)] = 4
+    """Data workers per rank; 0 loads images in the training process."""
+    unreadable_images: Literal["fail", "skip"] = "fail"
+    """An image that cannot be read ends the program, or is skipped: in training it is replaced by the next
+    one and listed in bad_images.txt in the run's folder; in evaluation it is counted and reported."""
+    max_unreadable_fraction: Fraction = 0.001
+    """unreadable_images skip: largest fraction of the training images that may be unreadable, at least one
+    image unless it is 0; more end the run."""
+    train_fraction: PositiveFraction = 1.0
+    """Train on this fraction of each class; a larger fraction includes the images of a smaller one."""
+    images_per_class: Count | None = None
+    """Train on at most this many images of each class; null is all."""
     list_file: str | None = None
     """Train on the images named in this text file, one a line: paths below the split, or plain file names."""
     ffcv_order: Literal["random", "quasi_random"] = "random"
-    """source ffcv: the order of an epoch. quasi_random reads neighbouring pages of the file together, for
-    files that are larger than the memory."""
-    crop_pct: float = 0.875
-    """Evaluation: image_size / crop_pct is the short side before the centre crop."""
+    """source ffcv: order of an epoch. quasi_random reads adjacent pages of the file together, for files
+    larger than the memory."""
+    crop_pct: Annotated[float, Ge(0.01), Le(1)] = 0.875
+    """Evaluation: image_size / crop_pct is the short side before the center crop."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     """Evaluation: interpolation of that resize."""
-    mean: Color3 = (0.485, 0.456, 0.406)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of the channels, for values in 0..1."""
-    std: Color3 = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     """Standard deviation of the channels, for values in 0..1."""
     real_labels: str | None = None
     """Evaluation on ImageNet's validation images: the file real.json of their reassessed labels (ReaL,
-    https://github.com/google-research/reassessed-imagenet), for an accuracy of its own beside Top-1."""
+    https://github.com/google-research/reassessed-imagenet), for the metric real_top1."""
 
 
 @dataclass
@@ -353,9 +414,9 @@ class TrainConfig:
     output: str | None = None
     """Folder of the run; null is runs/<data source>."""
     resume: Literal["auto", "never"] = "auto"
-    """auto continues the run that is in the output folder; never refuses a folder that holds one."""
-    seed: int = 0
-    """Every random draw is a function of this seed and of what it is for."""
+    """auto continues the run in the output folder; never refuses a folder that contains one."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of all random draws."""
     device: str = "auto"
     """auto, cpu or cuda; under torchrun each rank takes its own GPU."""
     precision: Precision | None = None
@@ -368,28 +429,30 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     deterministic: bool = False
-    """Use deterministic algorithms only: two identical runs on one GPU are equal to the bit. A CPU's always
+    """Use deterministic algorithms only: repeated runs on one GPU are bit-identical. On a CPU they always
     are."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between two logged steps."""
-    eval_every: int = 1
+    eval_every: Count = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
-    save_every: int | None = None
-    """Steps between two checkpoints, beside the one after each epoch; SIGUSR1 asks for one at any time."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints to keep, beside the best."""
-    max_skipped_steps: int = 20
-    """A step whose loss or gradient is not finite is skipped; more of them in a row stop the run."""
-    spike_threshold: float | None = 6.0
-    """A loss so many standard deviations above the mean of the last 100 steps is logged with the samples of
-    its batch; null is off."""
-    hang_timeout: float = 600.0
-    """Seconds without progress after which each rank says where it hangs."""
-    grace_period: float = 120.0
-    """Seconds for the last step and its checkpoint after SIGTERM or Ctrl-C; then the process ends unsaved."""
-    attention_every: int | None = 10
-    """Epochs between two pictures, in TensorBoard, of what the model attends to in a few validation images,
-    with one at the end; null is off. Only models of this project have them."""
+    save_every: Count | None = None
+    """Steps between two checkpoints, in addition to those after each epoch; SIGUSR1 requests one at any
+    time."""
+    keep_checkpoints: Count = 2
+    """Number of newest checkpoints to keep, in addition to the best."""
+    max_skipped_steps: Annotated[int, Ge(0)] = 20
+    """Steps with a non-finite loss or gradient are skipped; more than this number in a row end the run."""
+    spike_threshold: Positive | None = 6.0
+    """A loss this many standard deviations above the mean of the last 100 steps is logged with the images
+    of its batch; null is off."""
+    hang_timeout: Seconds = 600.0
+    """Seconds without progress after which each rank prints where it hangs."""
+    grace_period: Seconds = 120.0
+    """Seconds for the last step and its checkpoint after SIGTERM or Ctrl-C, before the process exits
+    unsaved."""
+    attention_every: Count | None = 10
+    """Epochs between two images of attention maps in TensorBoard, with one at the end; null is off. Not
+    available for timm models."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     progress: bool = True
@@ -401,25 +464,25 @@ class EvalConfig:
     """Evaluate checkpoints: Top-1, Top-5, parameters, FLOPs, memory, images per second."""
 
     checkpoint: list[str] | None = None
-    """Run folders or files: of train.py, tools/convert.py, or published; several may be given."""
+    """Run folders or files: of train.py, safetensors, or published; several may be given."""
     weights: Literal["auto", "raw", "ema"] = "auto"
-    """Which weights of a checkpoint: auto takes the kind that was best."""
-    which: Literal["best", "last"] = "best"
-    """Which checkpoint of a run's folder."""
+    """Weights of a checkpoint: raw or their moving average (ema); auto is the more accurate one."""
+    run_checkpoint: Literal["best", "last"] = "best"
+    """Checkpoint of a run's folder."""
     released_config: str | None = None
-    """The configuration published with the checkpoint: gives architecture, resolution, crop, interpolation
-    and normalisation; options on the line go over it."""
+    """The configuration published with the checkpoint: gives architecture, image size, crop, interpolation
+    and normalization; options of the command line override it."""
     complexity: bool = False
-    """Report parameters, FLOPs and memory only; needs no data."""
+    """Report parameters, FLOPs and memory only, without data."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    sets: list[str] | None = None
-    """Several data sets, in the place of data's own: folders of class folders (ImageNet's val, -V2, -A, -R,
-    -Sketch, -C or one of its corruptions), or YAML files for the section data."""
+    datasets: list[str] | None = None
+    """Data sets to evaluate on instead of that of data: folders of class folders (ImageNet's val, -V2, -A,
+    -R, -Sketch, -C or one of its corruptions), or YAML files of the section data."""
     match_classes: Literal["names", "position"] = "names"
-    """Which row of the head a class of the data is: the one of its name, or, where the checkpoint knows none
-    of the names, position: class k is row k."""
-    batch_size: int = 128
+    """Match the classes of the data with the rows of the head by name, or by position (class k is row k) if
+    the checkpoint has no class names."""
+    batch_size: Count = 128
     """Images per forward pass and rank."""
     json: str | None = None
     """Write the results to this file."""
@@ -431,3 +494,14 @@ class EvalConfig:
     """Use deterministic algorithms only."""
     progress: bool = True
     """Show progress bars on rank 0."""
+
+
+RENAMED_OPTIONS = {
+    "schedule.sizes": "schedule.progressive_resizing",
+    "schedule.augment.repeats": "schedule.augment.repeated_augmentation",
+    "data.on_error": "data.unreadable_images",
+    "data.max_bad": "data.max_unreadable_fraction",
+    "sets": "datasets",
+    "which": "run_checkpoint",
+}
+"""Names of options before version 0.2.0 -> current names; files with the old names are still read."""

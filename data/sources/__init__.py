@@ -1,6 +1,6 @@
-"""Where images come from: one file per kind of data set, found by its name.
+"""Data sources, one file per kind.
 
-To add a source, write a file with a function (data, split, mode) -> Source and add a line to `SOURCES`.
+To add a source, write a file with a subclass of `Source` and add one line to `SOURCES`.
 """
 
 from __future__ import annotations
@@ -9,34 +9,35 @@ import logging
 
 import numpy as np
 
-from data.sources.base import Mode, Opener, Source, Split, listed, split_name
-from data.sources.beton import open_beton
+from data.sources.base import Source, Split, shorten_list, split_name
 from data.sources.class_paths import SPLIT_NAMES
-from data.sources.digits import open_digits
-from data.sources.folder import open_folder
-from data.sources.tarred import open_shards, open_tar
-from data.sources.timm_datasets import open_timm, refuse_stream
-from data.sources.zipped import open_zip
-from vil.config import ConfigError, DataConfig
+from data.sources.digits import Digits
+from data.sources.ffcv import FFCVImages
+from data.sources.folder import ImageFolder
+from data.sources.tar import TarImages
+from data.sources.timm_datasets import StreamedDataset, TimmDataset
+from data.sources.webdataset import WebDataset
+from data.sources.zip import ZipImages
+from vil.config import DataConfig, UserError
 
-__all__ = ["SOURCES", "Source", "Split", "open_source"]
+__all__ = ["SOURCES", "Source", "Split", "dataset_name", "open_source"]
 
-_logger = logging.getLogger("vil.data")  # a child of vil, whose records are shown
+_logger = logging.getLogger("vil.data")
 
-SOURCES: dict[str, Opener] = {
-    "digits": open_digits,
-    "folder": open_folder,
-    "ffcv": open_beton,
-    "zip": open_zip,
-    "tar": open_tar,
-    "wds": open_shards,
-    "torch/": open_timm,
-    "hfds/": open_timm,
-    "hfids/": refuse_stream,
-    "tfds/": refuse_stream,
-    "wds/": refuse_stream,
+SOURCES: dict[str, type[Source]] = {
+    "digits": Digits,
+    "folder": ImageFolder,
+    "ffcv": FFCVImages,
+    "zip": ZipImages,
+    "tar": TarImages,
+    "wds": WebDataset,
+    "torch/": TimmDataset,
+    "hfds/": TimmDataset,
+    "hfids/": StreamedDataset,
+    "tfds/": StreamedDataset,
+    "wds/": StreamedDataset,
 }
-"""What `data.source` may be; a name that ends in a slash is the beginning of one."""
+"""Values of `data.source`, in lower case; names that end in a slash are prefixes."""
 
 
 def open_source(data: DataConfig, split: Split, in_chans: int) -> Source:
@@ -44,52 +45,65 @@ def open_source(data: DataConfig, split: Split, in_chans: int) -> Source:
 
     Args:
         data: the data set.
-        split: which of the two; `data.train_split` and `data.val_split` are their names.
-        in_chans: 3 for RGB images, 1 for grey ones.
+        split: the split; `data.train_split` and `data.val_split` are its name.
+        in_chans: 3 for RGB images, 1 for gray ones.
 
     Raises:
-        ConfigError: the source is unknown, its files are missing or not what it expects, or all training
-            images are of one class.
+        UserError: the source is unknown, its files are missing or invalid, or all training images are of one
+            class.
     """
     if in_chans not in (1, 3):
-        raise ConfigError("model.in_chans", f"images have 3 channels (RGB) or 1 (grey), not {in_chans}")
-    mode: Mode = "RGB" if in_chans == 3 else "L"
-    kind, slash, _ = data.source.partition("/")
-    opener = SOURCES.get(kind.lower() + slash)
-    if opener is None:
+        raise UserError("model.in_chans", f"images have 3 channels (RGB) or 1 (gray), not {in_chans}")
+    source_class = _source_class(data)
+    if source_class is None:
         known = ", ".join(f"{name}..." if name.endswith("/") else name for name in SOURCES)
-        raise ConfigError("data.source", f"unknown source {data.source!r}; known are {known}")
-    source = opener(data, split, mode)
+        raise UserError("data.source", f"unknown source {data.source!r}; expected one of {known}")
+    if data.download and not source_class.can_download:
+        known = ", ".join(f"{name}..." for name, known_class in SOURCES.items() if known_class.can_download)
+        raise UserError("data.download", f"source {data.source} cannot be downloaded; supported by {known}")
+    source = source_class.open(data, split, "RGB" if in_chans == 3 else "L")
     _check_classes(source, data, split)
     return source
 
 
-def _check_classes(source: Source, data: DataConfig, split: Split) -> None:
-    """Refuse a split whose classes cannot be what was meant, and log classes without training images.
+def dataset_name(data: DataConfig) -> str:
+    """Return the name of the validation set in results: digits, the folder, zip:<folder>, ..."""
+    return (_source_class(data) or Source).dataset_name(data)
 
-    A validation split may hold one class alone: a part of the classes of a model, which are found by name.
+
+def _source_class(data: DataConfig) -> type[Source] | None:
+    kind, slash, _ = data.source.partition("/")
+    return SOURCES.get(kind.lower() + slash)
+
+
+def _check_classes(source: Source, data: DataConfig, split: Split) -> None:
+    """Check that the classes are plausible, and log classes without training images.
+
+    A validation split may have one class: a part of a model's classes, which are matched by name.
 
     Raises:
-        ConfigError: all training images are of one class, the classes are named like splits, or an image has
-            none of them, as in test splits that are published with -1 in place of labels.
+        UserError: all training images are of one class, the classes are named like splits, or an image has an
+            invalid class, as in test splits that are published with -1 for unknown labels.
     """
     key = "data.source" if data.root is None else "data.root"
-    place = f"{data.source if data.root is None else data.root}, split {split_name(data, split)}"
+    location = f"{data.source if data.root is None else data.root}, split {split_name(data, split)}"
     names = source.class_names
     if {name.lower() for name in names} <= SPLIT_NAMES:
-        reason = f"the classes are named like splits ({listed(names)}); expected <split>/<class>/<images>"
-        raise ConfigError(key, f"{place}: {reason}")
-    outside = np.flatnonzero((source.targets < 0) | (source.targets >= len(names)))
-    if len(outside):
-        reason = f"{source.describe(int(outside[0]))} has the class {source.targets[outside[0]]}"
-        raise ConfigError(key, f"{place}: {reason}, expected 0 to {len(names) - 1}: images without labels?")
+        reason = (
+            f"the classes are named like splits ({shorten_list(names)}); expected <split>/<class>/<images>"
+        )
+        raise UserError(key, f"{location}: {reason}")
+    invalid = np.flatnonzero((source.targets < 0) | (source.targets >= len(names)))
+    if len(invalid):
+        reason = f"{source.describe(int(invalid[0]))} has the class {source.targets[invalid[0]]}"
+        raise UserError(key, f"{location}: {reason}, expected 0 to {len(names) - 1}: images without labels?")
     if split != "train":
         return
     counts = np.bincount(source.targets, minlength=len(names))
     if np.count_nonzero(counts) < 2:
-        only = ", ".join(names[index] for index in np.flatnonzero(counts))
-        reason = f"all {len(source)} images are of one class, {only}; training needs two classes or more"
-        raise ConfigError(key, f"{place}: {reason}")
+        present = ", ".join(names[index] for index in np.flatnonzero(counts))
+        reason = f"all {len(source)} images are of one class, {present}; training needs two classes or more"
+        raise UserError(key, f"{location}: {reason}")
     if absent := [names[index] for index in np.flatnonzero(counts == 0)]:
-        count = "1 class has" if len(absent) == 1 else f"{len(absent)} classes have"
-        _logger.warning("%s: %s no training images: %s", place, count, listed(absent))
+        subject = "1 class has" if len(absent) == 1 else f"{len(absent)} classes have"
+        _logger.warning("%s: %s no training images: %s", location, subject, shorten_list(absent))

@@ -1,7 +1,6 @@
-"""Images inside archives, zip or tar: found once, then read at their place by any number of processes.
+"""Images in zip or tar archives: indexed once, then read at their offset by any number of processes.
 
-Reading names the place (`pread`) and moves no file position, so that processes may share an open file, also
-one that was open before a fork.
+`pread` reads at an offset without moving the file position, so that forked processes may share an open file.
 """
 
 from __future__ import annotations
@@ -10,39 +9,41 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from data.decoding import MAX_ENCODED_BYTES, Mode, Picture
-from data.sources.base import Source
-from vil.config import ConfigError
+from data.decoding import MAX_ENCODED_BYTES, EncodedImage, Mode
+from data.sources.base import Source, validation_path
+from vil.config import DataConfig, UserError, error_reason
 
 PLAIN, ZIP_STORED, ZIP_DEFLATED = range(3)
-_ZIP_HEADER = 30  # bytes of a local header before the name
+ZIP_UNSUPPORTED = -1
+_ZIP_HEADER_BYTES = 30  # of a local header before the name
+_ZIP_EXTRA_BYTES = 64  # usual length of the extra field behind it
 
-FREE_INFLATED_BYTES, MAX_INFLATION = 1 << 26, 64
-"""A deflated image may have this size, or be so many times as large as in the archive: images that are
-compressed already do not shrink, and a blank one that is not, does."""
+MIN_INFLATED_LIMIT, MAX_INFLATION = 1 << 26, 64
+"""A deflated image may have this many bytes, or this multiple of its size in the archive: compressed images
+do not shrink further, but a blank uncompressed one does."""
 
 
 class Member(NamedTuple):
-    """Where a file lies in an archive."""
+    """Location of a file in an archive."""
 
     archive: int
-    """Which of the archives."""
+    """Index of the archive."""
     offset: int
-    """Of its first byte, or of its local header in a zip."""
+    """Offset of its first byte, or of its local header in a zip."""
     size: int
-    """In the archive."""
+    """Size in the archive."""
     name: str
-    """Its path there."""
+    """Path in the archive."""
     kind: int = PLAIN
-    """How it is stored."""
+    """Storage method."""
     checksum: int = 0
     """CRC-32 (zip)."""
     full_size: int = 0
-    """Once it is inflated (zip)."""
+    """Uncompressed size (zip)."""
 
 
 class ArchivedImages(Source):
@@ -51,9 +52,9 @@ class ArchivedImages(Source):
     Args:
         archives: paths of the archives.
         members: the images.
-        targets: the class of each.
-        class_names: in the order of their indices.
-        mode: RGB or L (grey).
+        targets: class index of each image.
+        class_names: names of the classes, by index.
+        mode: RGB or L (gray).
     """
 
     def __init__(
@@ -67,55 +68,67 @@ class ArchivedImages(Source):
         self.class_names = class_names
         self.targets = np.array(targets, dtype=np.int64)
         self._paths = [str(path) for path in archives]
-        # Arrays, not lists: reading a list changes the reference counts of its elements, and so copies its
+        # Arrays, not lists: reading a list changes the reference counts of its elements, which copies its
         # memory, page by page, into every forked worker.
         self._names = np.array([os.fsencode(member.name) for member in members], dtype=np.bytes_)
-        most = MAX_ENCODED_BYTES + 1
-        places = [
-            # A directory may claim up to 2^64 bytes, and an offset as large.
-            (m.archive, min(m.offset, 1 << 62), min(m.size, most), m.kind, m.checksum, min(m.full_size, most))
+        limit = MAX_ENCODED_BYTES + 1
+        locations = [
+            # A directory may claim sizes and offsets of up to 2^64.
+            (
+                m.archive,
+                min(m.offset, 1 << 62),
+                min(m.size, limit),
+                m.kind,
+                m.checksum,
+                min(m.full_size, limit),
+            )
             for m in members
         ]
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 6)
+        self._locations = np.array(locations, dtype=np.int64).reshape(-1, 6)
         self._mode = mode
         self._files: dict[int, int] = {}
 
-    def picture(self, index: int) -> Picture:
-        """The image's bytes, out of its archive."""
-        archive, offset, size, kind, checksum, full_size = self._places[index].tolist()
+    @classmethod
+    def dataset_name(cls, data: DataConfig) -> str:
+        """Return the source and the path of the validation split."""
+        return f"{data.source}:{validation_path(data)}"
+
+    def read(self, index: int) -> EncodedImage:
+        """Read the image's bytes from its archive."""
+        archive, offset, size, kind, checksum, full_size = self._locations[index].tolist()
         if max(size, full_size) > MAX_ENCODED_BYTES:
             raise OSError(f"is larger than {MAX_ENCODED_BYTES:,} bytes")
         if kind == PLAIN:
-            return Picture(self._read(archive, offset, size), self._mode)
-        # The local header repeats the name, with an extra field of its own length.
-        name = len(self._names[index])
-        content = self._read(archive, offset, _ZIP_HEADER + name + 64 + size, least=_ZIP_HEADER)
+            return EncodedImage(self._pread(archive, offset, size), self._mode)
+        # The local header repeats the name, with an extra field of another length than in the directory.
+        length = _ZIP_HEADER_BYTES + len(self._names[index]) + _ZIP_EXTRA_BYTES + size
+        content = self._pread(archive, offset, length, min_size=_ZIP_HEADER_BYTES)
         if content[:4] != b"PK\3\4":
-            raise OSError("its place in the archive holds something else")
-        start = (
-            _ZIP_HEADER + int.from_bytes(content[26:28], "little") + int.from_bytes(content[28:30], "little")
-        )
+            raise OSError("no local header at its offset in the archive")
+        name_bytes, extra_bytes = (int.from_bytes(content[i : i + 2], "little") for i in (26, 28))
+        start = _ZIP_HEADER_BYTES + name_bytes + extra_bytes
         content = content[start : start + size]
         if len(content) < size:
-            content = self._read(archive, offset + start, size)
+            content = self._pread(archive, offset + start, size)
         if kind == ZIP_DEFLATED:
-            if full_size > max(FREE_INFLATED_BYTES, MAX_INFLATION * size):
-                raise OSError(f"would be {full_size:,} bytes of {size:,} in the archive, which no image is")
-            # No more than the archive says; 0 would be no limit.
+            if full_size > max(MIN_INFLATED_LIMIT, MAX_INFLATION * size):
+                raise OSError(f"would inflate from {size:,} to {full_size:,} bytes, more than any image")
+            # At most the size that the archive declares; a limit of 0 would mean no limit.
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, max(1, full_size))
         if zlib.crc32(content) != checksum:
             raise OSError("its checksum differs from the archive's")
-        return Picture(content, self._mode)
+        return EncodedImage(content, self._mode)
 
     def describe(self, index: int) -> str:
-        """The archive and the path in it."""
-        return f"{self._paths[self._places[index, 0]]}/{self.name(index)}"
+        """Return the archive and the path in it."""
+        return f"{self._paths[self._locations[index, 0]]}/{self.name(index)}"
 
     def name(self, index: int) -> str:
-        """The path in the archive."""
+        """Return the path in the archive."""
         return os.fsdecode(self._names[index])
 
-    def _read(self, archive: int, offset: int, size: int, least: int | None = None) -> bytes:
+    def _pread(self, archive: int, offset: int, size: int, min_size: int | None = None) -> bytes:
+        """Read `size` bytes, or at least `min_size` at the end of the archive."""
         if archive not in self._files:
             self._files[archive] = os.open(self._paths[archive], os.O_RDONLY | os.O_CLOEXEC)
         parts, missing = [], size
@@ -125,12 +138,12 @@ class ArchivedImages(Source):
                 break
             parts.append(part)
             missing -= len(part)
-        if size - missing < (size if least is None else least):
+        if size - missing < (size if min_size is None else min_size):
             raise OSError("the archive ends before it")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For a process that is not forked: it opens the files itself."""
+    def __getstate__(self) -> dict[str, object]:
+        """Return the state without open files, for a process that is not forked."""
         return {**self.__dict__, "_files": {}}
 
     def __del__(self) -> None:
@@ -139,23 +152,18 @@ class ArchivedImages(Source):
 
 
 def safe_name(name: str) -> str | None:
-    """A path in an archive in its plain form, without ./ and a leading /; None where it leads outside."""
+    """Normalize a path in an archive: without ./ and a leading /; return None if it leads outside."""
     path = PurePosixPath(name.lstrip("/"))
-    return (
-        None if ".." in path.parts or "\\" in name or "\0" in name or path == PurePosixPath() else str(path)
-    )
+    if ".." in path.parts or "\\" in name or "\0" in name or path == PurePosixPath():
+        return None
+    return str(path)
 
 
-def one_line(error: Exception) -> str:
-    """Why an archive cannot be read."""
-    return str(getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)
-
-
-def check_file(path: Path, what: str) -> None:
-    """Raises ConfigError where `path` is no file."""
+def check_file(path: Path, expected: str) -> None:
+    """Raise UserError if `path` is not a file."""
     try:
         if path.is_file():
             return
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise ConfigError("data.root", f"{path}: {one_line(error)}") from None
-    raise ConfigError("data.root", f"{path}: no such file; expected {what}")
+        raise UserError("data.root", f"{path}: {error_reason(error)}") from None
+    raise UserError("data.root", f"{path}: no such file; expected {expected}")

@@ -1,72 +1,101 @@
-"""What a source of images is, and what all sources share."""
+"""The interface of a data source, and functions that several sources share."""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from data.decoding import Mode, Picture
-from vil.config import ConfigError, DataConfig
+from data.decoding import EncodedImage, Mode
+from vil.config import DataConfig, UserError
 
 Split = Literal["train", "val"]
 
 
 class Source(ABC):
-    """A set of labelled images that can be read in any order, by any number of processes.
+    """Labeled images that any number of processes can read in any order.
+
+    A source that `data.source` can name overrides `open`, and the other class methods and attributes if the
+    defaults do not fit.
 
     Attributes:
-        class_names: in the order of their indices.
-        targets: (images,), int64, the class of each.
+        class_names: names of the classes, by index.
+        targets: (images,), int64, class indices.
+        can_download: True if `data.download` is supported.
     """
 
     class_names: tuple[str, ...]
     targets: np.ndarray
+    can_download = False
+
+    @classmethod
+    def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
+        """Open a split.
+
+        Raises:
+            UserError: a file is missing or invalid.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def dataset_name(cls, data: DataConfig) -> str:
+        """Return the name of the validation set in results."""
+        return data.source
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.targets)
 
     @abstractmethod
-    def picture(self, index: int) -> Picture:
-        """The image, read but not decoded. Raises what comes of a file that cannot be read."""
+    def read(self, index: int) -> EncodedImage:
+        """Read an image without decoding it. Raises exceptions of any type if it cannot be read."""
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """The decoded image and its class. Raises UnreadableImageError, or what `picture` raises."""
-        return self.picture(index).image(), int(self.targets[index])
+        """Return the decoded image and its class. Raises UnreadableImageError, and as `read`."""
+        return self.read(index).to_pil(), int(self.targets[index])
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """The image's file, or what else finds it again, for messages."""
+        """Return the image's file or another identification, for messages."""
 
     def name(self, index: int) -> str:
-        """The image's name in lists of images: a path below the split's folder or in its archive."""
+        """Return the image's name in lists of images: its path below the split's folder or in its archive."""
         return self.describe(index)
 
 
-Opener = Callable[[DataConfig, Split, Mode], Source]
-
-
 def split_name(data: DataConfig, split: Split) -> str:
-    """The data set's own name of a split."""
+    """Return the data set's name of a split."""
     return data.train_split if split == "train" else data.val_split
 
 
+def validation_path(data: DataConfig) -> str:
+    """Return root/<validation split>, without redundant separators."""
+    return os.path.normpath(f"{data.root}/{data.val_split}")
+
+
 def root_folder(data: DataConfig) -> Path:
-    """`data.root`, which the source needs. Raises ConfigError where it is not given."""
+    """Return `data.root` as a path. Raises UserError if it is not set."""
     if not data.root:
-        raise ConfigError("data.root", f"is needed for source {data.source}: the folder of the data set")
+        raise UserError("data.root", f"is needed for source {data.source}: the folder of the data set")
     try:
         return Path(data.root).expanduser()
     except RuntimeError as error:
-        raise ConfigError("data.root", f"{data.root}: {error}") from None
+        raise UserError("data.root", f"{data.root}: {error}") from None
 
 
-def listed(names: Sequence[str], most: int = 3) -> str:
-    """`a, b, c and 4 more`."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def check_known_classes(folder: Path, names: Collection[str], known: Collection[str]) -> None:
+    """Raise UserError if a split has classes that the training split lacks."""
+    if unknown := sorted(set(names) - set(known)):
+        reason = f"classes that the training split lacks: {shorten_list(unknown)}"
+        raise UserError("data.root", f"{folder}: {reason}")
+
+
+def shorten_list(names: Sequence[str], limit: int = 3) -> str:
+    """Return the first names of a list, as `a, b, c and 4 more`."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

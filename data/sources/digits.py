@@ -1,26 +1,27 @@
-"""The handwritten digits that scikit-learn carries: real images with nothing to download."""
+"""The handwritten digits bundled with scikit-learn: real images without a download."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
 
-from data.decoding import Mode, Picture
+from data.decoding import EncodedImage, Mode
 from data.sources.base import Source, Split, split_name
-from vil.config import ConfigError, DataConfig
+from vil.config import DataConfig, UserError
 
-SPLIT_SEED = 20210515  # a constant: which digits are held out never depends on the run
-SIZE = 32
+SPLIT_SEED = 20210515
+"""A constant: the split never depends on the run."""
+SIDE = 32
 
 
 class Digits(Source):
-    """1,797 handwritten digits (8×8, 17 grey levels) as 32×32 images.
+    """1,797 handwritten digits (8×8, 17 gray levels) as 32×32 images.
 
-    The split is fixed: 1,437 for training and 360 for validation, each with its share of every class.
+    The split is fixed and stratified: 1,437 for training and 360 for validation.
 
     Args:
         split: `train` or `val`.
-        mode: RGB or L (grey).
+        mode: RGB or L (gray).
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test set).
     """
@@ -35,40 +36,36 @@ class Digits(Source):
         self.targets = digits.target[self._indices].astype(np.int64)
         self._mode = mode
         levels = np.rint(digits.images[self._indices] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
-        enlarged = [Image.fromarray(level).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for level in levels]
+        enlarged = [Image.fromarray(level).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for level in levels]
         self._images = np.stack([np.asarray(image) for image in enlarged])  # (N, 32, 32)
 
-    def picture(self, index: int) -> Picture:
-        """The digit, white on black."""
-        return Picture(Image.fromarray(self._images[index]), self._mode)
+    @classmethod
+    def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
+        """Open a split; `data.val_split train` evaluates on the training images."""
+        if data.root is not None:
+            raise UserError("data.root", "the digits are bundled; did you mean --data.source folder?")
+        name = split_name(data, split)
+        if name not in ("train", "val"):
+            raise UserError(f"data.{split}_split", f"the digits have the splits train and val, not {name!r}")
+        return cls(name, mode)
+
+    def read(self, index: int) -> EncodedImage:
+        """Return the digit, white on black."""
+        return EncodedImage(Image.fromarray(self._images[index]), self._mode)
 
     def describe(self, index: int) -> str:
-        """Its place among scikit-learn's 1,797."""
+        """Return the index among scikit-learn's 1,797 digits."""
         return f"digit {self._indices[index]}"
 
 
 def split_indices(targets: np.ndarray) -> dict[str, np.ndarray]:
-    """Indices of the two splits: every fifth image of each class, in a fixed shuffled order, is held out.
+    """Return the indices of the splits: every fifth image of a shuffled class is held out.
 
     Args:
-        targets: (images,), the class of each.
+        targets: (images,), class indices.
     """
-    shuffled = np.random.default_rng(SPLIT_SEED).random(len(targets))
-    by_class = np.lexsort((shuffled, targets))  # sorted by class, shuffled within each
-    held_out = np.zeros(len(targets), dtype=bool)
-    held_out[by_class[::5]] = True
-    return {"train": np.flatnonzero(~held_out), "val": np.flatnonzero(held_out)}
-
-
-def open_digits(data: DataConfig, split: Split, mode: Mode) -> Source:
-    """The bundled digits; `data.val_split train` evaluates on the training images."""
-    if data.root is not None:
-        raise ConfigError(
-            "data.root", "the digits are bundled and read no folder; did you mean --data.source folder?"
-        )
-    if data.download:
-        raise ConfigError("data.download", "the digits are bundled; there is nothing to download")
-    name = split_name(data, split)
-    if name not in ("train", "val"):
-        raise ConfigError(f"data.{split}_split", f"the digits have the splits train and val, not {name!r}")
-    return Digits(name, mode)
+    drawn = np.random.default_rng(SPLIT_SEED).random(len(targets))
+    by_class = np.lexsort((drawn, targets))  # sorted by class, shuffled within each
+    is_held_out = np.zeros(len(targets), dtype=bool)
+    is_held_out[by_class[::5]] = True
+    return {"train": np.flatnonzero(~is_held_out), "val": np.flatnonzero(is_held_out)}

@@ -14,60 +14,119 @@ from typing import Any
 import numpy as np
 from timm.data import create_dataset
 
-from data.decoding import MAX_ENCODED_BYTES, Mode, Picture
+from data.decoding import MAX_ENCODED_BYTES, EncodedImage, Mode
 from data.sources.base import Source, Split, root_folder, split_name
-from vil.config import ConfigError, DataConfig
+from vil.config import DataConfig, UserError, error_reason
 from vil.runtime.files import open_for_appending
 
-# Two ways in which timm answers a misspelt split with other images instead of an error. These data sets of
-# torchvision take every name but train and training for the test set ...
+# timm returns other images for a misspelled split instead of an error. These data sets of torchvision treat
+# every name but train and training as the test set ...
 SPLIT_IS_FLAG = tuple(
     f"torch/{name}" for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 )
 FLAG_SPLITS = ("train", "training", "val", "valid", "validation", "test")
-# ... and these read the root itself, with all splits in it, where root/<split> does not exist.
+# ... and these read the root itself, with all splits in it, if root/<split> does not exist.
 SPLIT_IS_PATH = ("torch/folder", "torch/image_folder")
 
 
 class TimmDataset(Source):
-    """A data set of timm with an index.
+    """A data set of timm.data.create_dataset whose images have an index.
 
     Args:
-        dataset: as create_dataset returns it.
-        name: its string.
-        mode: RGB or L (grey).
+        dataset: the result of create_dataset.
+        name: its name, e.g. torch/cifar10.
+        mode: RGB or L (gray).
     """
+
+    can_download = True
 
     def __init__(self, dataset: Any, name: str, mode: Mode) -> None:
         self._dataset = dataset
-        # timm's ImageDataset answers for a damaged image with its neighbour; its reader does not.
+        # timm's ImageDataset replaces a damaged image by its neighbor; its reader does not.
         self._reader = getattr(dataset, "reader", None)
         self._name = name
         self._mode = mode
         self.class_names = _class_names(self._reader or dataset, name)
         self.targets = _targets(self._reader or dataset, name)
 
-    def picture(self, index: int) -> Picture:
-        """The image: of torchvision's data sets decoded already."""
+    @classmethod
+    def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
+        """Open a split by timm.data.create_dataset.
+
+        Nothing is downloaded without `data.download`, which only the command line can set: Hugging Face's
+        library (hfds) reads its cache otherwise.
+        """
+        source = data.source.lower()
+        name = split_name(data, split)
+        root = None if source.startswith("hfds/") and not data.root else root_folder(data)
+        if source in SPLIT_IS_FLAG and name not in FLAG_SPLITS:
+            known = ", ".join(FLAG_SPLITS)
+            raise UserError(f"data.{split}_split", f"unknown split {name!r}; expected one of {known}")
+        required = [root, root / name if source in SPLIT_IS_PATH else root] if root else []
+        try:
+            if root is not None and data.download:
+                root.mkdir(parents=True, exist_ok=True)
+            missing = [path for path in required if not path.exists()]
+        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+            reason = error_reason(error)
+            raise UserError("data.root", f"{root} cannot be used: {reason}") from None
+        if missing:
+            raise UserError("data.root", f"{missing[0]}: no such file or folder")
+        try:
+            with (
+                _download_lock(root if data.download else None),
+                nullcontext() if data.download else _offline(),
+            ):
+                dataset = create_dataset(
+                    data.source, root=str(root) if root else None, split=name, download=data.download
+                )
+        except ImportError as error:
+            raise UserError(
+                "data.source", f"{data.source} needs a package that is missing: {error}"
+            ) from error
+        except Exception as error:  # each of timm's readers raises other types
+            key, where = ("data.root", f" from {root}") if root else ("data.source", "")
+            reason = error_reason(error)
+            hint = "" if data.download else " (--data.download true)"
+            raise UserError(key, f"{data.source} cannot be read{where}: {reason}{hint}") from error
+        return cls(dataset, data.source, mode)
+
+    def read(self, index: int) -> EncodedImage:
+        """Read an image; those of torchvision's data sets are decoded already."""
         if self._reader is None:
-            return Picture(self._dataset[index][0], self._mode)
+            return EncodedImage(self._dataset[index][0], self._mode)
         file, _ = self._reader[index]
         with file:
             content = file.read(MAX_ENCODED_BYTES + 1)
         if len(content) > MAX_ENCODED_BYTES:
             raise OSError(errno.EFBIG, f"is larger than {MAX_ENCODED_BYTES:,} bytes")
-        return Picture(content, self._mode)
+        return EncodedImage(content, self._mode)
 
     def describe(self, index: int) -> str:
-        """The image's file where it has one."""
+        """Return the image's file if it has one."""
         if self._reader is not None:
             return str(self._reader.filename(index, absolute=True))
         samples = getattr(self._dataset, "samples", None)
         return str(samples[index][0]) if samples else f"image {index} of {self._name}"
 
 
+class StreamedDataset(TimmDataset):
+    """A data set of timm without an index, which cannot be shuffled or resumed: not supported."""
+
+    can_download = False
+
+    @classmethod
+    def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
+        """Raise UserError."""
+        raise UserError(
+            "data.source",
+            f"{data.source} is a stream of samples without an index, which is not supported; "
+            "hfds/... reads Hugging Face data sets with one, and wds the WebDataset shards of a folder",
+        )
+
+
 def _targets(dataset: Any, name: str) -> np.ndarray:
-    """(images,), the class of each, without decoding one where the data set tells."""
+    """Return class indices, (images,), without decoding images if possible."""
     if hasattr(dataset, "iter_targets"):  # timm's readers
         targets = list(dataset.iter_targets())
     elif (
@@ -75,13 +134,13 @@ def _targets(dataset: Any, name: str) -> np.ndarray:
     ) is not None:
         targets = [int(target) for target in getattr(dataset, known)]
     else:
-        samples = getattr(dataset, "index", None)  # iNaturalist's list; of others the images have to be read
+        samples = getattr(dataset, "index", None)  # iNaturalist's list; for others the images have to be read
         samples = samples if isinstance(samples, list) else (dataset[index] for index in range(len(dataset)))
         targets = [next(part for part in sample if isinstance(part, int)) for sample in samples]
     try:
         return np.array(targets, dtype=np.int64).reshape(len(dataset))
     except (TypeError, ValueError):
-        raise ConfigError("data.source", f"{name}: expected one class for each image") from None
+        raise UserError("data.source", f"{name}: expected one class for each image") from None
 
 
 def _class_names(dataset: Any, name: str) -> tuple[str, ...]:
@@ -92,63 +151,14 @@ def _class_names(dataset: Any, name: str) -> tuple[str, ...]:
     for attribute in ("class_to_idx", "class_name_to_idx"):
         if indices := getattr(dataset, attribute, None):
             return tuple(str(class_name) for class_name in sorted(indices, key=indices.get))
-    raise ConfigError("data.source", f"{name} does not tell its classes")
-
-
-def open_timm(data: DataConfig, split: Split, mode: Mode) -> Source:
-    """Whatever timm.data.create_dataset reads, by its own string, if its images have an index.
-
-    Nothing is fetched without `data.download`, which only the command line sets: Hugging Face's library
-    (hfds) reads its cache otherwise.
-    """
-    source = data.source.lower()
-    name = split_name(data, split)
-    root = None if source.startswith("hfds/") and not data.root else root_folder(data)
-    if source in SPLIT_IS_FLAG and name not in FLAG_SPLITS:
-        known = ", ".join(FLAG_SPLITS)
-        raise ConfigError(f"data.{split}_split", f"unknown split {name!r}; known are {known}")
-    required = [root, root / name if source in SPLIT_IS_PATH else root] if root else []
-    try:
-        if root is not None and data.download:
-            root.mkdir(parents=True, exist_ok=True)
-        lacking = [path for path in required if not path.exists()]
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError("data.root", f"{root} cannot be used: {reason}") from None
-    if lacking:
-        raise ConfigError("data.root", f"{lacking[0]}: no such file or folder")
-    try:
-        with _one_at_a_time(root if data.download else None), nullcontext() if data.download else _offline():
-            dataset = create_dataset(
-                data.source, root=str(root) if root else None, split=name, download=data.download
-            )
-    except ImportError as error:
-        raise ConfigError("data.source", f"{data.source} needs a package that is missing: {error}") from error
-    except Exception as error:  # of whatever kind: each of timm's readers has its own
-        key, where = ("data.root", f" from {root}") if root else ("data.source", "")
-        reason = " ".join(str(error).split()) or type(error).__name__
-        hint = "" if data.download else " (--data.download true)"
-        raise ConfigError(key, f"{data.source} cannot be read{where}: {reason}{hint}") from error
-    return TimmDataset(dataset, data.source, mode)
-
-
-def refuse_stream(data: DataConfig, split: Split, mode: Mode) -> Source:
-    """Streams hand out samples in an order of their own, which samplers by index cannot shuffle or resume."""
-    raise ConfigError(
-        "data.source",
-        f"{data.source} is a stream of samples without an index, which is not supported; "
-        "hfds/... reads Hugging Face data sets with one, and wds the WebDataset shards of a folder",
-    )
+    raise UserError("data.source", f"{name} has no class names")
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep Hugging Face's libraries off the network inside: they then read what their cache holds."""
+    """Restrict Hugging Face's libraries to their cache, without network access, inside the context."""
     modules = []
-    for name in (
-        "huggingface_hub.constants",
-        "datasets.config",
-    ):  # all before any flag: one copies the other's
+    for name in ("huggingface_hub.constants", "datasets.config"):  # the second copies flags of the first
         with suppress(ImportError):
             modules.append(importlib.import_module(name))
     flags = [
@@ -165,8 +175,8 @@ def _offline() -> Iterator[None]:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path | None) -> Iterator[None]:
-    """Keeps ranks that find a data set missing from downloading it over each other."""
+def _download_lock(folder: Path | None) -> Iterator[None]:
+    """Lock a folder so that one rank at a time downloads a data set."""
     if folder is None:
         yield
         return

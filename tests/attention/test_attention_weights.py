@@ -1,13 +1,14 @@
-"""Attention weights: they sum up to 1, give the attention's own output, and lie where the mask is."""
+"""Attention weights: they sum to 1, reproduce the output, and are nonzero within the mask only."""
 
 import pytest
 import torch
+from helpers.attention_builder import build_attention
 from torch.nn import functional as F
 
-from vil.attention import ATTENTIONS, AttentionOptions
+from vil.attention import ATTENTIONS
 from vil.attention.global_only import GlobalMemoryAttention
 from vil.attention.local.dense import dense_bias
-from vil.attention.local.geometry import Inputs, Window
+from vil.attention.local.geometry import Inputs, LocalAttentionSpec
 
 SIZE = (7, 10)  # windows of 3 divide neither side
 DIM, HEADS = 12, 3
@@ -17,17 +18,15 @@ LOCAL = [
 ]  # fmt: skip
 CASES = [
     *[("vision_longformer", options) for options in LOCAL],
-    ("vision_longformer", {"relative_position": False}),
-    ("full", {}), ("full", {"relative_position": False}), ("global_only", {}), ("linformer", {}),
+    ("vision_longformer", {"position": "absolute"}),
+    ("full", {}), ("full", {"position": "absolute"}), ("global_only", {}), ("linformer", {}),
     ("linformer", {"share_key_value_projection": False}), ("performer", {}), ("spatial_reduction", {}),
 ]  # fmt: skip
 
 
 def build(name, global_tokens, size=SIZE, **options):
-    torch.manual_seed(0)
-    options.setdefault("relative_position", ATTENTIONS[name].has_relative_position)
     options = {"window": 3, "projected_tokens": 8, "random_features": 16, "reduction": 3, **options}
-    attention = ATTENTIONS[name](DIM, HEADS, size, global_tokens, AttentionOptions(**options))
+    attention = build_attention(name, size, dim=DIM, heads=HEADS, global_tokens=global_tokens, **options)
     for key, parameter in attention.named_parameters():
         torch.nn.init.normal_(parameter, std=1.0 if "bias" in key else DIM**-0.5)  # biases that matter
     return attention.eval().double()
@@ -40,7 +39,7 @@ def tokens(attention, outside=0, size=SIZE):
 
 
 def values(attention, x, globals_):
-    """Values (B, h, keys, D) of local queries, in the order of their weights; padding has none."""
+    """Return values (B, h, keys, D) of local queries, in the order of their weights; padding has none."""
     name = next(name for name, kind in ATTENTIONS.items() if type(attention) is kind)
     if name in ("full", "performer"):
         return attention.split_heads_many(attention.query_key_value(x), 3)[2]
@@ -57,7 +56,7 @@ def values(attention, x, globals_):
 @pytest.mark.parametrize("outside", [0, 2])
 @pytest.mark.parametrize("global_tokens", [0, 1, 3])
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_sum_to_one_and_give_the_output(name, options, global_tokens, outside):
+def test_weights_sum_to_one_and_reproduce_the_output(name, options, global_tokens, outside):
     if (name == "global_only" and not global_tokens) or (name == "linformer" and outside):
         pytest.skip("is refused")
     attention = build(name, global_tokens, **options)
@@ -67,7 +66,7 @@ def test_sum_to_one_and_give_the_output(name, options, global_tokens, outside):
     corners = [globals_ + place for place in (0, 9, 34, 60, 69)]
     queries = torch.tensor([*corners[:2], *reversed(range(globals_)), *corners[2:]])
     with torch.no_grad():
-        weights = attention.weights(x, SIZE, queries)
+        weights = attention.attention_weights(x, SIZE, queries)
         flat = torch.cat([weights.to_globals, weights.to_map.flatten(-2)], dim=-1)  # (B, h, n, keys)
         assert (flat >= 0).all()
         total = flat.sum(-1) + weights.to_rest.sum(-1)
@@ -92,7 +91,7 @@ def test_sum_to_one_and_give_the_output(name, options, global_tokens, outside):
 
 
 def seen_along(length, mask, neighbors="all", w=3):
-    """Which keys of one axis a query sees, (length, length), by counting."""
+    """Return a mask (length, length) of the keys that a query sees along one axis, by counting."""
     found = torch.zeros(length, length, dtype=torch.bool)
     chunks = -(-length // w)
     for query in range(length):
@@ -111,12 +110,14 @@ def seen_along(length, mask, neighbors="all", w=3):
 @pytest.mark.parametrize(
     ("mask", "neighbors"), [("chunk", "all"), ("exact", "all"), ("cyclic", "all"), ("chunk", "self")]
 )
-def test_support_is_the_mask(mask, neighbors, size):
+def test_nonzero_weights_match_the_mask(mask, neighbors, size):
     """At borders and corners, and everywhere else."""
     attention = build("vision_longformer", 1, size, mask=mask, neighbors=neighbors)
     locals_ = size[0] * size[1]
     with torch.no_grad():
-        weights = attention.weights(tokens(attention, size=size), size, torch.arange(1, 1 + locals_))
+        weights = attention.attention_weights(
+            tokens(attention, size=size), size, torch.arange(1, 1 + locals_)
+        )
     rows, columns = (seen_along(length, mask, neighbors) for length in size)
     expected = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(0, 1)  # (N, H, W)
     assert torch.equal(weights.seen, expected)
@@ -131,42 +132,42 @@ def test_support_is_the_mask(mask, neighbors, size):
         assert weights.to_rest.shape[-1] == 0
 
 
-def test_global_tokens_see_everything_and_global_only_sees_nothing_else():
+def test_global_tokens_attend_to_all_and_global_only_to_globals():
     attention = build("global_only", 2)
-    weights = attention.weights(tokens(attention), SIZE, torch.tensor([0, 5]))
+    weights = attention.attention_weights(tokens(attention), SIZE, torch.tensor([0, 5]))
     assert weights.seen.flatten(1).all(dim=1).tolist() == [True, False]
     assert not weights.seen[1].any()
 
 
 def test_cells_of_the_spatial_reduction():
     attention = build("spatial_reduction", 1)
-    weights = attention.weights(tokens(attention), SIZE, torch.arange(4))
+    weights = attention.attention_weights(tokens(attention), SIZE, torch.arange(4))
     assert (weights.cell, weights.to_map.shape) == (3, (2, HEADS, 4, 2, 3))  # 7 // 3, 10 // 3
-    mixtures = build("linformer", 1).weights(tokens(build("linformer", 1)), SIZE, torch.arange(4))
-    assert (mixtures.on_map, mixtures.to_rest.shape[-1]) == (False, 8)
+    mixtures = build("linformer", 1).attention_weights(tokens(build("linformer", 1)), SIZE, torch.arange(4))
+    assert (mixtures.has_positions, mixtures.to_rest.shape[-1]) == (False, 8)
 
 
-def test_bias_of_chosen_queries_is_that_of_all():
-    """`dense_bias`, the definition, gives the same rows whether it is asked for some or for all."""
+def test_bias_of_selected_queries_equals_rows_of_the_full_bias():
+    """`dense_bias`, the definition, returns the same rows for some queries as for all."""
     tensors = [torch.randn(1, 2, 70, 4) for _ in range(3)]
     inputs = Inputs(*tensors, *[torch.randn(1, 2, 1, 4)] * 2, torch.randn(2, 11, 11))
     for mask in ("chunk", "exact", "cyclic"):
         some = torch.tensor([69, 0, 33])
-        window = Window(SIZE, 3, mask)
+        window = LocalAttentionSpec(SIZE, 3, mask)
         assert torch.equal(dense_bias(inputs, window, some), dense_bias(inputs, window)[:, some])
 
 
-def test_neither_dropout_nor_the_random_shift_counts():
+def test_weights_ignore_dropout_and_random_shift():
     attention = build("vision_longformer", 1, neighbors="random", attention_dropout=0.5)
     x, queries = tokens(attention), torch.arange(5)
-    evaluated = attention.weights(x, SIZE, queries)
-    assert torch.equal(attention.train().weights(x, SIZE, queries).to_map, evaluated.to_map)
+    evaluated = attention.attention_weights(x, SIZE, queries)
+    assert torch.equal(attention.train().attention_weights(x, SIZE, queries).to_map, evaluated.to_map)
 
 
 def test_half_precision_of_autocast():
     attention = build("vision_longformer", 2, mask="cyclic").float()
     x = tokens(attention).float()
-    exact = attention.weights(x, SIZE, torch.arange(20))
+    exact = attention.attention_weights(x, SIZE, torch.arange(20))
     with torch.autocast("cpu", torch.bfloat16):
-        rough = attention.weights(x, SIZE, torch.arange(20))
+        rough = attention.attention_weights(x, SIZE, torch.arange(20))
     assert F.l1_loss(rough.to_map.float(), exact.to_map) < 0.01

@@ -7,16 +7,16 @@ import logging
 
 import pytest
 import torch
-from local_inputs import make_inputs
+from helpers.local_inputs import make_inputs
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 import vil.attention.local
-from tools.benchmarking.measure import reason_for
+from tools.benchmarks.timing import describe_error
 from vil.attention.local import fallback, kernels, local_attention
 from vil.attention.local.fallback import KernelError
 from vil.attention.local.fused import INTERPRETED
-from vil.config import ConfigError
+from vil.config import UserError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU and no interpreter")
@@ -33,7 +33,7 @@ def _no_failures():
 
 @pytest.fixture
 def auto(monkeypatch):
-    """What `auto` calls on a GPU, here as well."""
+    """Call the backend that `auto` selects on a GPU, on any device."""
     from vil.attention.local.fused import fused_or_chunked_attention
 
     monkeypatch.setattr(vil.attention.local, "choose", lambda *_: fused_or_chunked_attention)
@@ -58,7 +58,7 @@ def make(dtype=torch.float32):
 
 
 def run(inputs, wrap=lambda function: function, **options):
-    """The output and all gradients of `local_attention`, itself or wrapped by a compiler."""
+    """Return the output and all gradients of `local_attention`, optionally compiled."""
 
     def attend(*tensors):
         return local_attention(**dict(zip(inputs, tensors)), **OPTIONS, **options)
@@ -75,8 +75,8 @@ def compile_graph(function):
 @pytest.mark.usefixtures("auto")
 @pytest.mark.parametrize("wrap", [lambda function: function, compile_graph], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_auto_warns_once_and_goes_on_with_chunked(kernel, wrap, monkeypatch, caplog):
-    """Whichever kernel fails, of the forward or the backward pass."""
+def test_auto_warns_once_and_falls_back_to_chunked(kernel, wrap, monkeypatch, caplog):
+    """Any kernel may fail, of the forward or the backward pass."""
     failing = FailingKernel(RuntimeError("Triton Error [CUDA]: device kernel image is invalid"))
     monkeypatch.setattr(kernels, kernel, failing)
     inputs = make()
@@ -100,7 +100,7 @@ def test_auto_warns_once_and_goes_on_with_chunked(kernel, wrap, monkeypatch, cap
 
 @pytest.mark.usefixtures("auto")
 def test_other_kinds_of_calls_keep_their_kernels(monkeypatch):
-    """One precision or window for which a kernel cannot be compiled costs that one alone."""
+    """A kernel that fails for one precision or window is replaced for these only."""
     with monkeypatch.context() as patch:
         patch.setattr(
             kernels, "forward_kernel", FailingKernel(OutOfResources(200000, 101376, "shared memory"))
@@ -130,14 +130,14 @@ def test_fused_by_name_fails_in_one_line(kernel, monkeypatch):
     monkeypatch.setattr(kernels, kernel, FailingKernel(OutOfResources(200000, 101376, "shared memory")))
     with pytest.raises(KernelError, match="out of resource: shared memory") as raised:
         run(make(), backend="fused")
-    assert isinstance(raised.value, ConfigError)  # programs print it and end with exit status 2
-    assert raised.value.key == "attention_backend"
+    assert isinstance(raised.value, UserError)  # programs print it and end with exit status 2
+    assert raised.value.location == "attention_backend"
     assert "\n" not in str(raised.value)
     assert fallback.failures() == []
-    assert reason_for(raised.value).failed  # a benchmark does not take it for a limit of the method
+    assert describe_error(raised.value).is_failure  # and not a limit of the method
 
 
-def test_compilation_errors_are_cut_to_what_is_wrong(monkeypatch):
+def test_compilation_errors_are_shortened_to_the_reason(monkeypatch):
     error = CompilationError("line = 1\nother = 2\n", None, "unsupported conversion")
     monkeypatch.setattr(kernels, "forward_kernel", FailingKernel(error))
     with pytest.raises(KernelError, match="fails: CompilationError: unsupported conversion"):
@@ -149,7 +149,7 @@ def test_compilation_errors_are_cut_to_what_is_wrong(monkeypatch):
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory")],
 )
-def test_missing_memory_is_no_failure_of_a_kernel(error, monkeypatch):
+def test_out_of_memory_does_not_trigger_the_fallback(error, monkeypatch):
     """A smaller batch would help, and programs try one."""
     monkeypatch.setattr(kernels, "forward_kernel", FailingKernel(error))
     with pytest.raises(type(error), match="out of memory"):
@@ -158,11 +158,11 @@ def test_missing_memory_is_no_failure_of_a_kernel(error, monkeypatch):
 
 
 @pytest.mark.usefixtures("auto")
-def test_a_lost_gpu_is_said_and_not_replaced(monkeypatch):
+def test_a_lost_gpu_is_reported_without_fallback(monkeypatch):
     """After an illegal access every CUDA call of the process fails, those of `chunked` too."""
     error = RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines")
     monkeypatch.setattr(kernels, "key_kernel", FailingKernel(error))
     monkeypatch.setattr(fallback, "_is_usable", lambda _: False)
-    with pytest.raises(KernelError, match=r"cannot be used any more in this process.*illegal memory access"):
+    with pytest.raises(KernelError, match=r"can no longer be used in this process.*illegal memory access"):
         run(make())
     assert fallback.failures() == []

@@ -1,4 +1,4 @@
-"""The Triton kernels against the definition: values, all gradients, what is kept, and what they refuse.
+"""The Triton kernels against the definition: values, all gradients, saved tensors, and unsupported calls.
 
 On a machine without a GPU they run in Triton's interpreter, which is slow: maps are small.
 """
@@ -8,13 +8,13 @@ import re
 
 import pytest
 import torch
-from local_inputs import largest_difference, make_inputs, run
+from helpers.local_inputs import largest_difference, make_inputs, run
 from torch.utils.deterministic import fill_uninitialized_memory
 
 from vil.attention.local import fused, local_attention
 from vil.attention.local.fused import INTERPRETED
-from vil.attention.local.geometry import Inputs, Window
-from vil.evaluation.benchmark import saved_bytes
+from vil.attention.local.geometry import Inputs, LocalAttentionSpec
+from vil.evaluation.cost import saved_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Memory that nobody wrote is NaN, so that an element that a kernel leaves out is found."""
+    """Fill uninitialized memory with NaN, so that missing writes are detected."""
     assert fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
@@ -37,7 +37,7 @@ def _poisoned_memory():
 def compare(
     size, window, global_tokens, bias, head_dim, *, mask="chunk", neighbors="all", dtype=torch.float32, **rest
 ):
-    """Largest difference of output or gradient between fused and the definition in float64, relative to 1."""
+    """Return the largest difference of output or gradients from the definition in float64, relative to 1."""
     options = {"size": size, "window": window, "mask": mask, "neighbors": neighbors}
     inputs = make_inputs(size, window, global_tokens, bias, head_dim=head_dim, batch=1, device=DEVICE, **rest)
     expected = run(inputs, **options, backend="dense")
@@ -113,7 +113,7 @@ def test_half_precision(dtype):
     assert compare((5, 7), 3, 1, True, 16, dtype=dtype) < bound
 
 
-def test_heads_inside_tokens_as_projections_leave_them():
+def test_heads_interleaved_with_tokens_as_in_projections():
     """(B, N, h, D) in memory, keys and values in one tensor; and a gradient without unit strides."""
     inputs = make_inputs((3, 2), 2, 1, False, head_dim=8, dtype=torch.float32, device=DEVICE)
     inputs["query"] = inputs["query"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
@@ -129,8 +129,8 @@ def test_heads_inside_tokens_as_projections_leave_them():
     assert inputs["value"].grad.isfinite().all()
 
 
-def test_what_is_kept_may_come_back_with_other_strides():
-    """As from `save_on_cpu`, or any hook that makes it contiguous."""
+def test_saved_tensors_may_return_with_other_strides():
+    """For example from `save_on_cpu`, or any hook that makes them contiguous."""
     inputs = make_inputs((5, 4), 2, 1, bias=True, dtype=torch.float32, device=DEVICE)
     expected = run(inputs, size=(5, 4), window=2, backend="dense")
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
@@ -160,14 +160,14 @@ def test_neighbor_of_a_small_integer_type():
 
 @pytest.mark.parametrize("neighbors", ["all", "self", "one"])
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 7, 8, 15])
-def test_biases_are_as_wide_as_the_blocks_that_read_them(window, neighbors):
+def test_biases_are_padded_to_the_block_size(window, neighbors):
     """Kernels read whole blocks of keys, global ones in front, and one of them blocks of local keys alone."""
     for globals_, width in itertools.product((0, 1, 47, 63, 70, 256), (8, 64, 128)):
         tokens, memory = (torch.empty(1, 1, count, width, device="meta") for count in (35, globals_))
         number = torch.empty((), dtype=torch.int64, device="meta")
-        call = fused._Call(
+        call = fused._KernelCall(
             Inputs(tokens, tokens, tokens, memory, memory, neighbor=number if neighbors == "one" else None),
-            Window((5, 7), window, "chunk", neighbors),
+            LocalAttentionSpec((5, 7), window, "chunk", neighbors),
         )
         columns = call.hidden_keys().shape[1]
         blocks = -(-(globals_ + call.keys) // call.block_k)
@@ -176,7 +176,7 @@ def test_biases_are_as_wide_as_the_blocks_that_read_them(window, neighbors):
         assert call.hidden_queries().shape[1] >= -(-call.keys // call.block_k) * call.block_k
 
 
-def test_gradients_are_the_same_every_time():
+def test_gradients_are_deterministic():
     inputs = make_inputs((5, 3), 3, 1, True, head_dim=8, dtype=torch.float32, device=DEVICE)
     first, second = (run(inputs, size=(5, 3), window=3, backend="fused") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
@@ -184,7 +184,7 @@ def test_gradients_are_the_same_every_time():
 
 @pytest.mark.parametrize("backend", ["chunked", "fused"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_kept_for_the_backward_pass(backend, bias):
+def test_bytes_saved_for_the_backward_pass(backend, bias):
     """The inputs; with fused also the output and one number per query and head."""
     inputs = make_inputs((9, 8), 3, 2, bias, head_dim=8, dtype=torch.float32, device=DEVICE)
     kept = saved_bytes(lambda: local_attention(**inputs, size=(9, 8), window=3, backend=backend))

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from helpers.local_inputs import largest_difference, make_inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from local_inputs import largest_difference, make_inputs, run
 
 from vil.attention.local import BACKENDS, keys_per_query, local_attention
 from vil.attention.local.gathered import gathered_attention
@@ -16,7 +16,7 @@ NEIGHBORS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1
 
 
 def by_hand(inputs, batch, head, query_at, *, size, window, mask, neighbors):
-    """The output for one query, in plain loops: the score of every appearance of every key, one softmax."""
+    """Compute the output for one query in loops: the score of every appearance of every key, one softmax."""
     height, width = size
     rows, columns = -(-height // window), -(-width // window)
     query = inputs["query"][batch, head, query_at[0] * width + query_at[1]]
@@ -63,7 +63,7 @@ def by_hand(inputs, batch, head, query_at, *, size, window, mask, neighbors):
 @pytest.mark.parametrize(
     ("size", "window", "global_tokens"), [((5, 7), 2, 1), ((4, 4), 3, 0), ((3, 8), 4, 2), ((6, 6), 2, 1)]
 )
-def test_definition_is_what_the_paper_says(mask, size, window, global_tokens, neighbors):
+def test_dense_backend_equals_the_papers_definition(mask, size, window, global_tokens, neighbors):
     inputs = make_inputs(size, window, global_tokens, bias=True)
     options = {"size": size, "window": window, "mask": mask, "neighbors": neighbors}
     output = local_attention(**inputs, **options, backend="dense")
@@ -78,7 +78,7 @@ PLAIN = ["dense", "chunked", "gathered"]
 
 @pytest.fixture(autouse=True)
 def _gathered_by_name(monkeypatch):
-    """What exported graphs consist of is no choice of users, and tested like one."""
+    """Make the backend of exported graphs, which users cannot select, selectable for tests."""
     monkeypatch.setitem(BACKENDS, "gathered", gathered_attention)
 
 
@@ -86,7 +86,7 @@ def _gathered_by_name(monkeypatch):
 @pytest.mark.parametrize("mask", ["chunk", "exact", "cyclic"])
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (13, 29)])
 @pytest.mark.parametrize("global_tokens", [0, 1, 4, 16])
-def test_backend_equals_definition(backend, mask, size, global_tokens):
+def test_backends_equal_the_dense_backend(backend, mask, size, global_tokens):
     window, bias = 3, global_tokens != 1
     inputs = make_inputs(size, window, global_tokens, bias, dtype=torch.float32)
     for neighbors in ["all"] if mask == "exact" else ["all", "self", 4, torch.tensor([2])]:
@@ -107,7 +107,7 @@ def test_backend_equals_definition(backend, mask, size, global_tokens):
     head_dim=st.sampled_from([1, 3, 8]),
     seed=st.integers(0, 2**31),
 )
-def test_backends_equal_definition_anywhere(
+def test_backends_equal_the_dense_backend_for_random_shapes(
     size, window, mask, global_tokens, bias, neighbors, head_dim, seed
 ):
     inputs = make_inputs(size, window, global_tokens, bias, head_dim=head_dim, batch=1, seed=seed)
@@ -131,7 +131,7 @@ def test_gradients_agree_with_finite_differences(backend, mask):
 
 
 @pytest.mark.parametrize("backend", PLAIN)
-def test_dropout_drops_and_keeps_the_mean(backend):
+def test_dropout_preserves_the_mean(backend):
     inputs = make_inputs((4, 4), 2, 1, bias=False, dtype=torch.float32)
     inputs["value"] = torch.ones_like(inputs["value"])
     inputs["global_value"] = torch.ones_like(inputs["global_value"])
@@ -162,7 +162,7 @@ def test_half_precision_under_autocast(backend):
         ({"size": (4, 5)}, "4×5 map has 20 tokens, the query has 16"),
         ({"neighbors": "some"}, "neighbors must be all, self or a number"),
         ({"neighbors": 8}, "neighbors must be all, self or a number"),
-        ({"mask": "exact", "neighbors": 3}, "exact window is defined for all neighbors only"),
+        ({"mask": "exact", "neighbors": 3}, "exact mask is defined for all neighbors only"),
         ({"bias_table": torch.zeros(2, 3, 3)}, r"bias_table must be \(2, 7, 7\)"),
         ({"global_bias": torch.zeros(2, 3)}, r"global_bias must be \(2, 1\)"),
         ({"backend": "fast"}, "backend must be one of auto, dense, chunked, fused"),

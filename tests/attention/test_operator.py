@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from local_inputs import make_inputs, run
+from helpers.local_inputs import make_inputs, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +12,7 @@ from vil.attention.local.chunked import chunked_attention
 from vil.attention.local.dense import dense_attention
 from vil.attention.local.fused import INTERPRETED
 from vil.attention.local.gathered import gathered_attention
-from vil.attention.local.geometry import Inputs, Window
+from vil.attention.local.geometry import Inputs, LocalAttentionSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDS_KERNELS = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU and no interpreter")
@@ -26,7 +26,7 @@ def inputs_of(**change):
 
 
 def arguments_of(backend, bias=True, neighbors="all"):
-    """Those of the operator itself, in their order."""
+    """Return the arguments of the operator, in order."""
     inputs = inputs_of(bias=bias)
     neighbor = torch.tensor([3], device=DEVICE) if neighbors == "one" else None
     tensors = [inputs.get(name) for name in Inputs._fields[:7]]
@@ -69,7 +69,7 @@ class Model(torch.nn.Module):
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_exports(backend):
-    """By name as one operator; by itself as plain operators that run without this package."""
+    """Requested by name as one operator; under `auto` as plain operators that run without this package."""
     inputs = inputs_of()
     arguments = (inputs["query"].detach(), inputs["global_key"].detach())
     model = Model(backend)
@@ -82,7 +82,7 @@ def test_exports(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_recomputes_in_checkpoints(backend):
+def test_gradient_checkpointing_recomputes(backend):
     inputs = inputs_of()
 
     def function(*tensors):
@@ -123,7 +123,7 @@ def test_fake_tensors_have_the_real_ones_strides(backend):
 
 
 @pytest.mark.parametrize("backend", ["dense", *BACKENDS])
-def test_autocast_decides_the_precision(backend):
+def test_autocast_sets_the_precision(backend):
     inputs, half = inputs_of(), torch.bfloat16
     if backend == "fused" and INTERPRETED:  # the interpreter has no bfloat16
         half = torch.float16
@@ -140,13 +140,13 @@ def test_autocast_decides_the_precision(backend):
 def test_choice(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     inputs = inputs_of()
-    problem = Inputs(**{name: inputs[name] for name in Inputs._fields[:7]}), Window((3, 4), 2)
+    problem = Inputs(**{name: inputs[name] for name in Inputs._fields[:7]}), LocalAttentionSpec((3, 4), 2)
     if DEVICE == "cpu":  # the interpreter is for tests alone
         assert choose(*problem) is chunked_attention
     assert choose(*problem, "dense") is dense_attention
     monkeypatch.setenv(ENVIRONMENT, "dense")
     assert choose(*problem) is dense_attention
-    assert choose(*problem, "chunked") is chunked_attention  # what is asked for by name comes first
+    assert choose(*problem, "chunked") is chunked_attention  # the argument takes precedence
     monkeypatch.setenv(ENVIRONMENT, "auto")
     monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
     assert choose(*problem) is gathered_attention
@@ -166,7 +166,7 @@ def test_tensors_on_two_devices():
 
 
 @pytest.mark.parametrize("name", ["key", "value", "global_key", "global_value"])
-def test_every_tensor_belongs_to_the_query(name):
+def test_every_tensor_must_match_the_query(name):
     inputs = inputs_of()
     with pytest.raises(ValueError, match=f"{name} must be on .* as the query, is on meta"):
         local_attention(**{**inputs, name: inputs[name].to("meta")}, **OPTIONS)

@@ -1,13 +1,13 @@
-"""The layout of keys for `chunked`: every chunk's stretch has what the chunk sees, and copies are few."""
+"""The layout of keys for `chunked`: the slice of a chunk contains its visible keys, and copies are few."""
 
 import itertools
 
 import pytest
 import torch
-from local_inputs import largest_difference, make_inputs, run
+from helpers.local_inputs import largest_difference, make_inputs, run
 
 from vil.attention.local import chunked, local_attention
-from vil.attention.local.geometry import Window, runs
+from vil.attention.local.geometry import LocalAttentionSpec, key_ranges
 from vil.attention.local.strips import strips
 
 SIZES = [(12, 12), (13, 10), (10, 13), (4, 4), (3, 21), (21, 3), (8, 9)]
@@ -18,12 +18,12 @@ NEIGHBORS = [("all", None), ("self", None), *[("one", number) for number in rang
 @pytest.mark.parametrize(("neighbors", "neighbor"), NEIGHBORS)
 @pytest.mark.parametrize("mask", ["chunk", "cyclic"])
 @pytest.mark.parametrize("size", SIZES)
-def test_stretches_have_each_key_once(size, mask, neighbors, neighbor, globals_):
-    window = Window(size, 4, mask, neighbors)
-    seen = window.seen(neighbor)
+def test_each_chunk_has_each_key_once(size, mask, neighbors, neighbor, globals_):
+    spec = LocalAttentionSpec(size, 4, mask, neighbors)
+    seen = spec.chunk_offsets(neighbor)
     steps = [((-1, 0, 1), (-1, 0, 1))] if neighbors == "all" else [((r,), (c,)) for r, c in seen]
     met = torch.zeros(size, dtype=torch.int)
-    for strip in strips(window, seen, globals_, 2, 10**6):
+    for strip in strips(spec, seen, globals_, 2, 10**6):
         assert 1 <= strip.count <= 2
         for row, chunk in enumerate(strip.chunks):
             columns = slice(strip.columns.start, strip.columns.stop + (strip.count - 1) * 4)
@@ -39,7 +39,8 @@ def test_stretches_have_each_key_once(size, mask, neighbors, neighbor, globals_)
                 rows.length * columns.length
                 for row_steps, column_steps in steps
                 for rows, columns in itertools.product(
-                    runs(size[0], 4, mask, row, row_steps), runs(size[1], 4, mask, column, column_steps)
+                    key_ranges(size[0], 4, mask, row, row_steps),
+                    key_ranges(size[1], 4, mask, column, column_steps),
                 )
             )
             assert len(taken) == globals_ + expected
@@ -48,8 +49,8 @@ def test_stretches_have_each_key_once(size, mask, neighbors, neighbor, globals_)
 
 def test_keys_are_copied_three_times():
     """A map of 8 × 8 chunks: nine chunks of keys for each of 64, less what is off the map, would be 484."""
-    window = Window((56, 56), 7)
-    found = strips(window, window.seen(None), 1, 2, 10**6)
+    spec = LocalAttentionSpec((56, 56), 7)
+    found = strips(spec, spec.chunk_offsets(None), 1, 2, 10**6)
     assert [strip.count for strip in found] == [1, 2, 2, 2, 1]
     local = sum(
         strip.count * (block.keys.stop - block.keys.start) for strip in found for block in strip.blocks
@@ -62,9 +63,9 @@ def test_keys_are_copied_three_times():
 
 
 def test_strips_of_long_columns_are_narrow():
-    """However few scores their chunks have: working memory does not grow with the map's area."""
-    window = Window((56, 56), 1, neighbors="self")
-    found = strips(window, window.seen(None), 256, 10**6, 50_000)
+    """Working memory does not grow with the area of the map, even if chunks have few scores."""
+    spec = LocalAttentionSpec((56, 56), 1, neighbors="self")
+    found = strips(spec, spec.chunk_offsets(None), 256, 10**6, 50_000)
     assert {strip.length for strip in found} == {56 * 257}
     assert {strip.count for strip in found} == {3, 2}  # of 56
 
@@ -79,7 +80,7 @@ def test_any_number_of_scores_at_once(monkeypatch, mask, neighbors, scores):
     inputs = make_inputs((13, 22), 3, 2, bias=True, batch=3)
     options = {"size": (13, 22), "window": 3, "mask": mask, "neighbors": neighbors}
     expected = run(inputs, **options, backend="dense")
-    monkeypatch.setattr(chunked, "SCORES_AT_ONCE", scores)
+    monkeypatch.setattr(chunked, "MAX_SCORES", scores)
     found = run(inputs, **options, backend="chunked")
     assert largest_difference(found, expected) < 1e-10
 
@@ -96,7 +97,7 @@ def test_far_keys_are_hidden_in_blocks_of_the_kernel():
 @pytest.mark.parametrize(("mask", "neighbors"), [("chunk", "all"), ("cyclic", "all"), ("chunk", 2)])
 def test_gradients_are_those_of_the_weights_that_were_dropped(monkeypatch, mask, neighbors, scores):
     """Over several slices of images, strips and chunks, the backward pass draws what the forward did."""
-    monkeypatch.setattr(chunked, "SCORES_AT_ONCE", scores)
+    monkeypatch.setattr(chunked, "MAX_SCORES", scores)
     inputs = make_inputs((5, 7), 2, 1, bias=True, batch=2, heads=1, head_dim=2)
 
     def attend(*tensors):

@@ -1,16 +1,16 @@
-"""The files of configs/data load, say how they are used, and describe their data sets rightly."""
+"""The files of configs/data load, and contain their command line."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from helpers.loading import load, load_validation
 from test_sources import write_cifar10
 
-from data import build_loaders, build_validation
 from data.sources import open_source
 from vil.command_line import parse
-from vil.config import AugmentConfig, DataConfig, TrainConfig
+from vil.config import DataConfig, TrainConfig
 
 FOLDER = Path(__file__).parents[2] / "configs/data"
 
@@ -20,7 +20,7 @@ def read(name, *options):
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_files_open_with_their_command_and_hold_only_what_differs(path):
+def test_files_begin_with_their_command_and_contain_no_defaults(path):
     text = path.read_text()
     assert text.startswith("# ")
     assert f"--data configs/data/{path.name}" in text
@@ -30,7 +30,7 @@ def test_files_open_with_their_command_and_hold_only_what_differs(path):
     assert read(path.stem).source
 
 
-def test_digits_are_normalised_to_zero_mean_and_unit_deviation():
+def test_digits_are_normalized_to_zero_mean_and_unit_deviation():
     data = read("digits")
     source = open_source(data, "train", 1)
     images = np.stack([np.asarray(source.load(index)[0]) for index in range(len(source))]) / 255
@@ -38,10 +38,8 @@ def test_digits_are_normalised_to_zero_mean_and_unit_deviation():
     assert images.std() == pytest.approx(data.std[0], abs=1e-3)
 
 
-def test_digits_lose_nothing_in_evaluation():
-    validation = build_validation(
-        read("digits", "--data.workers", "0"), image_size=32, in_chans=1, batch_size=360
-    )
+def test_evaluation_does_not_crop_digits():
+    validation = load_validation(read("digits", "--data.workers", "0"), in_chans=1, batch_size=360)
     ((images, _),) = validation.loader
     first = np.asarray(open_source(DataConfig(), "val", 1).load(0)[0]) / 255
     assert np.allclose(images[0, 0] * 0.349 + 0.309, first, atol=1e-5)
@@ -49,14 +47,13 @@ def test_digits_lose_nothing_in_evaluation():
 
 def test_cifar10_from_torchvision_and_from_folders(tmp_path, monkeypatch, image_folder):
     write_cifar10(tmp_path, monkeypatch)
-    options = {"image_size": 32, "in_chans": 3, "batch_size": 4, "accumulation": 1, "seed": 0}
     data = read("cifar10", "--data.root", str(tmp_path), "--data.workers", "0")
-    loaders = build_loaders(data, AugmentConfig(), **options)
+    loaders = load(data, batch_size=4)
     assert (loaders.num_classes, loaders.train.steps_per_epoch, loaders.validation.num_images) == (10, 5, 4)
 
     (image_folder / "val").rename(image_folder / "test")
-    words = ["--data.source", "folder", "--data.root", str(image_folder), "--data.workers", "0"]
-    loaders = build_loaders(read("cifar10", *words), AugmentConfig(), **options)
+    argv = ["--data.source", "folder", "--data.root", str(image_folder), "--data.workers", "0"]
+    loaders = load(read("cifar10", *argv), batch_size=4)
     assert (loaders.num_classes, loaders.validation.num_images) == (3, 6)
 
 

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from data import decoding
-from data.decoding import Picture, UnreadableImageError, covering_scale
-from data.randomness import seeded
-from data.transforms import RandomResizedCrop, evaluation_transform, train_transform
+from data.decoding import EncodedImage, UnreadableImageError, covering_scale
+from data.transforms import RandomResizedCrop, train_transform
 from vil.config import AugmentConfig, DataConfig
+from vil.runtime.seeding import seeded
 
 
 def smooth(size=(90, 70), mode="RGB"):
@@ -30,7 +29,7 @@ def encoded(image, kind="JPEG", **options):
 
 
 def rotated():
-    """A JPEG whose EXIF asks for a quarter turn."""
+    """Return a JPEG whose EXIF orientation is a quarter turn."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encoded(smooth(), exif=exif)
@@ -40,7 +39,7 @@ KINDS = {
     "rgb": encoded(smooth()),
     "progressive": encoded(smooth(), progressive=True),
     "444": encoded(smooth(), subsampling=0),
-    "grey": encoded(smooth(mode="L")),
+    "gray": encoded(smooth(mode="L")),
     "cmyk": encoded(smooth(mode="CMYK")),
     "rgb without YCbCr": encoded(smooth(), keep_rgb=True),
     "exif": rotated(),
@@ -50,7 +49,7 @@ KINDS = {
     "palette": encoded(smooth().quantize(16), "PNG"),
     "palette, transparent": encoded(smooth().quantize(16), "PNG", transparency=b"\0\x80"),
     "alpha": encoded(smooth().convert("RGBA"), "PNG"),
-    "grey and alpha": encoded(smooth(mode="L").convert("LA"), "PNG"),
+    "gray and alpha": encoded(smooth(mode="L").convert("LA"), "PNG"),
     "1 bit": encoded(smooth(mode="1"), "PNG"),
     "gif": encoded(smooth(), "GIF"),
     "webp": encoded(smooth(), "WEBP"),
@@ -76,26 +75,26 @@ def test_pixels_are_those_of_torchvisions_loader(kind, mode):
         expected = Image.open(io.BytesIO(KINDS[kind])).convert(mode)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = Picture(KINDS[kind], mode)
-        assert picture.size == expected.size
-        assert (picture.pixels() == np.asarray(expected)).all()
-        image = picture.image()
+        encoded_image = EncodedImage(KINDS[kind], mode)
+        assert encoded_image.size == expected.size
+        assert (encoded_image.decode() == np.asarray(expected)).all()
+        image = encoded_image.to_pil()
     assert (image.mode, image.size) == (mode, expected.size)
     assert (np.asarray(image) == np.asarray(expected)).all()
     for crop in ("random_resized", "pad_random", "resize_random"):
         channels = 3 if mode == "RGB" else 1
         transform = train_transform(AugmentConfig(crop=crop), DataConfig(), image_size=16, in_chans=channels)
         with seeded(0, "test", 0):
-            assert transform(picture).shape == (channels, 16, 16)
+            assert transform(encoded_image).shape == (channels, 16, 16)
 
 
 @pytest.mark.usefixtures("either_decoder")
 @pytest.mark.parametrize("scale", decoding.SCALES)
 def test_a_jpeg_is_decoded_at_a_scale(scale):
-    picture = Picture(encoded(smooth((645, 483))), "RGB")
-    pixels = picture.pixels(scale)
+    encoded_image = EncodedImage(encoded(smooth((645, 483))), "RGB")
+    pixels = encoded_image.decode(scale)
     assert pixels.shape == (-(-483 // scale), -(-645 // scale), 3)
-    reference = np.asarray(picture.image().reduce(scale))
+    reference = np.asarray(encoded_image.to_pil().reduce(scale))
     assert np.abs(pixels.astype(int) - reference).mean() < 2
 
 
@@ -103,10 +102,10 @@ def test_both_decoders_agree_at_every_scale(monkeypatch):
     if decoding.simplejpeg is None:
         pytest.skip("simplejpeg is not installed")
     content = encoded(smooth((645, 483)))
-    fast = [Picture(content, "RGB").pixels(scale) for scale in decoding.SCALES]
+    fast = [EncodedImage(content, "RGB").decode(scale) for scale in decoding.SCALES]
     monkeypatch.setattr(decoding, "simplejpeg", None)
     for pixels, scale in zip(fast, decoding.SCALES):
-        assert (Picture(content, "RGB").pixels(scale) == pixels).all()
+        assert (EncodedImage(content, "RGB").decode(scale) == pixels).all()
 
 
 @pytest.mark.parametrize(
@@ -117,14 +116,16 @@ def test_the_scale_covers_the_crop(box, scale):
 
 
 @pytest.mark.parametrize(("size", "most", "mean"), [((220, 160), 2, 0.5), ((1300, 900), 12, 2)])
-def test_the_crop_is_timms_but_for_rounding_also_of_its_box_at_a_scale(size, most, mean):
-    picture = Picture(encoded(smooth(size), quality=95), "RGB")
+def test_the_crop_equals_timms_but_for_rounding(size, most, mean):
+    encoded_image = EncodedImage(encoded(smooth(size), quality=95), "RGB")
     for view in range(12):
         interpolation = ("bilinear", "bicubic")[view % 2]
         with seeded(0, "test", view):
-            ours = RandomResizedCrop(112, (0.08, 1.0), (3 / 4, 4 / 3), interpolation)(picture)
+            ours = RandomResizedCrop(112, (0.08, 1.0), (3 / 4, 4 / 3), interpolation)(encoded_image)
         with seeded(0, "test", view):
-            timms = RandomResizedCropAndInterpolation(112, interpolation=interpolation)(picture.image())
+            timms = RandomResizedCropAndInterpolation(112, interpolation=interpolation)(
+                encoded_image.to_pil()
+            )
         difference = np.abs(ours.astype(int) - np.asarray(timms))
         assert difference.max() <= most
         assert difference.mean() < mean
@@ -133,17 +134,17 @@ def test_the_crop_is_timms_but_for_rounding_also_of_its_box_at_a_scale(size, mos
 def test_crops_of_photographs_differ_from_pillows_as_documented(photographs):
     """At full scale by rounding; at half scale by another filter, most at edges."""
     differences = {1: [], 2: []}
-    for place, path in enumerate(sorted(Path(photographs).rglob("*.JPEG"))):
-        picture = Picture(path.read_bytes(), "RGB")
-        interpolation = ("bilinear", "bicubic")[place % 2]
+    for index, path in enumerate(sorted(Path(photographs).rglob("*.JPEG"))):
+        encoded_image = EncodedImage(path.read_bytes(), "RGB")
+        interpolation = ("bilinear", "bicubic")[index % 2]
         crop = RandomResizedCrop(224, (0.08, 1.0), (3 / 4, 4 / 3), interpolation)
-        with seeded(0, "test", place):
-            box, _ = crop.draw(*picture.size)
+        with seeded(0, "test", index):
+            box, _ = crop.draw(*encoded_image.size)
         top, left, rows, columns = box
         sides = (left, top, left + columns, top + rows)
         filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-        pillows = picture.image().crop(sides).resize((224, 224), filters[interpolation])
-        ours = crop.cut(picture, box, interpolation)
+        pillows = encoded_image.to_pil().crop(sides).resize((224, 224), filters[interpolation])
+        ours = crop.crop(encoded_image, box, interpolation)
         difference = np.abs(ours.astype(int) - np.asarray(pillows))
         differences[covering_scale((columns, rows), 224)].append((difference.mean(), difference.max()))
     full, half = (np.array(found) for found in differences.values())
@@ -157,44 +158,34 @@ def test_crops_of_photographs_differ_from_pillows_as_documented(photographs):
 def test_a_photograph_of_100_megapixels_is_cropped_from_an_eighth_of_it(monkeypatch):
     content = encoded(Image.new("RGB", (11600, 8700), (200, 100, 50)))
     asked = []
-    pixels = Picture.pixels
-    monkeypatch.setattr(Picture, "pixels", lambda self, scale=1: asked.append(scale) or pixels(self, scale))
+    pixels = EncodedImage.decode
+    monkeypatch.setattr(
+        EncodedImage, "decode", lambda self, scale=1: asked.append(scale) or pixels(self, scale)
+    )
     with warnings.catch_warnings(), seeded(0, "test", 0):
         warnings.simplefilter("error")
-        crop = RandomResizedCrop(224, (0.5, 1.0), (3 / 4, 4 / 3), "bicubic")(Picture(content, "RGB"))
+        crop = RandomResizedCrop(224, (0.5, 1.0), (3 / 4, 4 / 3), "bicubic")(EncodedImage(content, "RGB"))
     assert asked == [8]
     assert np.abs(crop.astype(int) - (200, 100, 50)).max() <= 3
 
 
 @pytest.mark.usefixtures("either_decoder")
-def test_damaged_images_raise_one_error_of_one_line():
+def test_damaged_images_raise_one_line_errors():
     whole = KINDS["rgb"]
     huge = bytearray(whole)
-    place = huge.index(b"\xff\xc0") + 5
-    huge[place : place + 4] = struct.pack(">HH", 65000, 65000)
+    index = huge.index(b"\xff\xc0") + 5
+    huge[index : index + 4] = struct.pack(">HH", 65000, 65000)
     png = KINDS["png"]
     for content in (b"", b"text", whole[:20], whole[: len(whole) // 2], bytes(huge), png[:200], png[:40]):
-        for action in (Picture.image, Picture.pixels, lambda picture: picture.pixels(8)):
+        for action in (
+            EncodedImage.to_pil,
+            EncodedImage.decode,
+            lambda encoded_image: encoded_image.decode(8),
+        ):
             with pytest.raises(UnreadableImageError) as error:
-                action(Picture(content, "RGB"))
+                action(EncodedImage(content, "RGB"))
             assert str(error.value)
             assert "\n" not in str(error.value)
-
-
-def test_without_numbers_between_pixels_and_the_tensor():
-    """The two halves of a transform are the whole: what a GPU finishes is what a worker would have."""
-    picture = Picture(KINDS["rgb"], "RGB")
-    augment = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1")
-    for transform in (
-        train_transform(augment, DataConfig(), image_size=32, in_chans=3),
-        evaluation_transform(DataConfig(), image_size=32, in_chans=3),
-    ):
-        with seeded(0, "test", 1):
-            whole = transform(picture)
-        with seeded(0, "test", 1):
-            pixels = transform.pixels(picture)
-        assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 32, 32))
-        assert torch.equal(transform.finish(pixels), whole)
 
 
 # ------------------------------------------------------------------------------- more than 8 bits per sample
@@ -203,7 +194,7 @@ RAMP = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
 
 
 def tiff(values, bits, photometric=1, sample_format=1):
-    """A little-endian grey TIFF of one strip, of `bits` per sample."""
+    """A little-endian gray TIFF of one strip, of `bits` per sample."""
     if bits == 12:  # two samples in three bytes
         pairs = values.reshape(-1, 2).astype(np.uint32)
         packed = (pairs[:, 0] << 12) | pairs[:, 1]
@@ -242,19 +233,19 @@ DEEP = {
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("kind", DEEP)
-def test_the_upper_eight_bits_of_deep_grey_images_are_kept(kind, mode):
-    picture = Picture(DEEP[kind], mode)
+def test_the_upper_eight_bits_of_deep_gray_images_are_kept(kind, mode):
+    encoded_image = EncodedImage(DEEP[kind], mode)
     expected = (RAMP >> 8).astype(int)
-    for pixels in (picture.pixels(), np.asarray(picture.image()), picture.pixels(8)):
+    for pixels in (encoded_image.decode(), np.asarray(encoded_image.to_pil()), encoded_image.decode(8)):
         assert pixels.dtype == np.uint8
-        grey = pixels[..., 0] if mode == "RGB" else pixels
+        gray = pixels[..., 0] if mode == "RGB" else pixels
         # a PGM of another maximum is scaled by it
-        assert np.abs(grey.astype(int) - expected).max() <= (1 if kind == "pgm of 12 bits" else 0)
+        assert np.abs(gray.astype(int) - expected).max() <= (1 if kind == "pgm of 12 bits" else 0)
         assert mode == "L" or (pixels == pixels[..., :1]).all()
 
 
-def test_deep_grey_images_in_memory_are_reduced():
-    assert (Picture(Image.fromarray(RAMP), "L").pixels() == RAMP >> 8).all()
+def test_deep_gray_images_in_memory_are_reduced():
+    assert (EncodedImage(Image.fromarray(RAMP), "L").decode() == RAMP >> 8).all()
 
 
 @pytest.mark.parametrize(
@@ -267,14 +258,14 @@ def test_deep_grey_images_in_memory_are_reduced():
         (Image.fromarray(RAMP.astype(np.int32)), "32-bit or signed integers"),
     ],
 )
-def test_pixels_without_a_defined_range_are_refused(content, kind):
-    for action in (Picture.image, Picture.pixels, lambda picture: picture.pixels(8)):
+def test_pixels_without_a_defined_range_are_rejected(content, kind):
+    for action in (EncodedImage.to_pil, EncodedImage.decode, lambda encoded_image: encoded_image.decode(8)):
         with pytest.raises(UnreadableImageError, match=f"its pixels are {kind}, of no defined range"):
-            action(Picture(content, "RGB"))
+            action(EncodedImage(content, "RGB"))
 
 
 def lossless_jpeg(values):
-    """A lossless grey JPEG (SOF3, ITU-T T.81 annex H), each sample predicted by the one to its left."""
+    """A lossless gray JPEG (SOF3, ITU-T T.81 annex H), each sample predicted by the one to its left."""
     predicted = np.full(values.shape, 128)
     predicted[:, 1:] = values[:, :-1]
     predicted[1:, 0] = values[:-1, 0]
@@ -288,8 +279,11 @@ def lossless_jpeg(values):
     scan = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
     height, width = values.shape
     table = bytes([0, 0, 0, 0, 9, *[0] * 12, *range(9)])  # nine codes of four bits
-    segments = [(0xC3, struct.pack(">BHHB3B", 8, height, width, 1, 1, 0x11, 0)), (0xC4, table),
-                (0xDA, bytes([1, 1, 0, 1, 0, 0]))]  # fmt: skip
+    segments = [
+        (0xC3, struct.pack(">BHHB3B", 8, height, width, 1, 1, 0x11, 0)),
+        (0xC4, table),
+        (0xDA, bytes([1, 1, 0, 1, 0, 0])),
+    ]
     head = b"".join(struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments)
     return b"\xff\xd8" + head + scan + b"\xff\xd9"
 
@@ -298,15 +292,18 @@ def lossless_jpeg(values):
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_lossless_jpeg_is_read_at_every_scale(mode):
     values = np.asarray(smooth((90, 70), "L"))
-    picture = Picture(lossless_jpeg(values), mode)
+    encoded_image = EncodedImage(lossless_jpeg(values), mode)
     for scale in decoding.SCALES:
-        pixels = picture.pixels(scale)
+        pixels = encoded_image.decode(scale)
         assert (pixels == (values if mode == "L" else values[..., None])).all()
     with seeded(0, "test", 0):
-        assert RandomResizedCrop(16, (0.9, 1.0), (3 / 4, 4 / 3), "bicubic")(picture).shape[:2] == (16, 16)
+        assert RandomResizedCrop(16, (0.9, 1.0), (3 / 4, 4 / 3), "bicubic")(encoded_image).shape[:2] == (
+            16,
+            16,
+        )
 
 
-def test_what_is_an_image_but_not_decoded_is_not_called_no_image():
+def test_unsupported_variants_of_a_format_are_reported_as_such():
     twelve_bits = bytearray(KINDS["rgb"])
     twelve_bits[twelve_bits.index(b"\xff\xc0") + 4] = 12
     for content, reason in (
@@ -316,11 +313,11 @@ def test_what_is_an_image_but_not_decoded_is_not_called_no_image():
         (b"", "the file is empty"),
     ):
         with pytest.raises(UnreadableImageError, match=f"^{reason}") as error:
-            Picture(content, "RGB").image()
+            EncodedImage(content, "RGB").to_pil()
         assert "\n" not in str(error.value)
 
 
-def test_lab_becomes_grey():
+def test_lab_becomes_gray():
     content = encoded(Image.new("LAB", (8, 8), (128, 128, 128)), "TIFF")
-    grey, colours = (Picture(content, mode).pixels() for mode in ("L", "RGB"))
-    assert (grey == np.asarray(Image.fromarray(colours).convert("L"))).all()
+    gray, colors = (EncodedImage(content, mode).decode() for mode in ("L", "RGB"))
+    assert (gray == np.asarray(Image.fromarray(colors).convert("L"))).all()

@@ -1,4 +1,4 @@
-"""FFCV's files: the same views as from a folder, each image once, one line for what is wrong."""
+"""FFCV's files: the same views as from a folder, each image once, one-line errors."""
 
 import collections
 import importlib.util
@@ -9,17 +9,18 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from beton_files import PAGE, as_jpeg, convert_folder, write_beton
+from helpers.beton_files import PAGE, as_jpeg, convert_folder, write_beton
+from helpers.loading import load_validation
+from helpers.sample_images import write_image
 from PIL import Image
-from sample_images import write_image
 from test_loaders import equal, load
 
-from data import build_validation, ffcv_pipeline
+from data import ffcv_loader
 from data.beton import _RECORDS, Beton
-from data.ffcv_pipeline import FFCVTrainLoader, QuasiRandomBatches
+from data.ffcv_loader import FFCVTrainLoader, QuasiRandomBatches
 from data.loaders import TrainLoader
 from data.sources import open_source
-from vil.config import AugmentConfig, ConfigError, DataConfig
+from vil.config import AugmentConfig, DataConfig, UserError
 
 POLICIES = {
     "crop": {},
@@ -36,9 +37,9 @@ def folders(tmp_path_factory):
     """The same images as folders, as pixels in .beton files, and as JPEGs in folders and .beton files."""
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", 12), ("val", 7)):
-        for place, name in enumerate(("bear", "cat", "ant")):
+        for index, name in enumerate(("bear", "cat", "ant")):
             for number in range(count):
-                seed, size = 100 * place + number, (40 + 9 * number, 96 - 5 * number)
+                seed, size = 100 * index + number, (40 + 9 * number, 96 - 5 * number)
                 write_image(root / "png" / split / name / f"{number:02}.png", seed, size)
         source = open_source(DataConfig(source="folder", root=str(root / "png")), split, 3)
         convert_folder(source, root / "raw" / f"{split}.beton")
@@ -58,26 +59,26 @@ def configured(folders, name, **options):
 
 @needs_ffcv
 @pytest.mark.parametrize("policy", POLICIES)
-def test_pixels_give_the_very_views_of_the_folder(folders, policy):
+def test_stored_pixels_give_the_views_of_the_folder(folders, policy):
     augment, options = AugmentConfig(**POLICIES[policy]), {"batch_size": 12, "accumulation": 2}
-    of_folder = load(configured(folders, "png"), augment, **options).train
+    folder_loader = load(configured(folders, "png"), augment, **options).train
     for threads in (1, 2):
-        of_beton = load(configured(folders, "raw", workers=threads), augment, **options).train
-        assert isinstance(of_beton, FFCVTrainLoader)
-        assert of_beton.steps_per_epoch == of_folder.steps_per_epoch == 3
+        ffcv_train = load(configured(folders, "raw", workers=threads), augment, **options).train
+        assert isinstance(ffcv_train, FFCVTrainLoader)
+        assert ffcv_train.steps_per_epoch == folder_loader.steps_per_epoch == 3
         for epoch, start in ((0, 0), (1, 2), (0, 1)):
-            assert equal(of_beton.epoch(epoch, start), of_folder.epoch(epoch, start))
+            assert equal(ffcv_train.epoch(epoch, start), folder_loader.epoch(epoch, start))
 
 
 @needs_ffcv
 @pytest.mark.parametrize("policy", POLICIES)
-def test_on_batches_the_views_are_nearly_the_same(folders, policy):
+def test_augmentation_on_batches_is_nearly_that_on_images(folders, policy):
     """As on a GPU, where the policy is carried out on whole batches."""
     augment = AugmentConfig(**POLICIES[policy])
-    of_folder = load(configured(folders, "png"), augment, batch_size=12).train
-    of_beton = load(configured(folders, "raw"), augment, batch_size=12).train
-    of_beton._on_batches = True
-    for (images, targets), (others, other_targets) in zip(of_folder.epoch(3), of_beton.epoch(3)):
+    folder_loader = load(configured(folders, "png"), augment, batch_size=12).train
+    ffcv_train = load(configured(folders, "raw"), augment, batch_size=12).train
+    ffcv_train._augment_on_batches = True
+    for (images, targets), (others, other_targets) in zip(folder_loader.epoch(3), ffcv_train.epoch(3)):
         assert torch.equal(targets, other_targets)
         assert (images - others).abs().mean() < 0.3 / 255 / 0.225
 
@@ -96,7 +97,7 @@ def test_jpegs_give_nearly_the_views_of_the_folder(folders):
 
 
 @needs_ffcv
-def test_an_epoch_that_was_left_leaves_nothing_behind(folders):
+def test_an_unfinished_epoch_does_not_affect_the_next(folders):
     train = load(configured(folders, "raw"), AugmentConfig(), batch_size=4).train
     second = list(train.epoch(1))
     for _ in range(3):
@@ -106,7 +107,7 @@ def test_an_epoch_that_was_left_leaves_nothing_behind(folders):
 
 
 @needs_ffcv
-def test_batches_stay_as_they_were_given(folders):
+def test_batches_are_not_overwritten(folders):
     batches = list(load(configured(folders, "raw"), AugmentConfig(), batch_size=4).train.epoch(0))
     copies = [(images.clone(), targets.clone()) for images, targets in batches]
     assert equal(batches, copies)
@@ -138,32 +139,37 @@ def test_ranks_share_an_epoch(folders, world_size, order):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_is_that_of_the_folder(folders, world_size):
+def test_evaluation_equals_that_of_the_folder(folders, world_size):
     """Each image once, without padding, the same to the bit; FFCV itself is not needed."""
     for name, other in (("png", "raw"), ("jpg", "jpeg")):
         images, targets = [], []
         for rank in range(world_size):
-            options = {"image_size": 32, "in_chans": 3, "batch_size": 4}
-            options |= {"rank": rank, "world_size": world_size}
-            of_folder = build_validation(configured(folders, name), **options)
-            of_beton = build_validation(configured(folders, other), **options)
-            assert of_beton.class_names == of_folder.class_names == ("ant", "bear", "cat")
-            assert of_beton.loader.num_images == 21
-            assert equal(of_beton.loader, of_folder.loader)
-            for batch in of_beton.loader:
+            options = {"batch_size": 4, "rank": rank, "world_size": world_size}
+            folder_loader = load_validation(configured(folders, name), **options)
+            ffcv_train = load_validation(configured(folders, other), **options)
+            assert ffcv_train.class_names == folder_loader.class_names == ("ant", "bear", "cat")
+            assert ffcv_train.loader.num_images == 21
+            assert equal(ffcv_train.loader, folder_loader.loader)
+            for batch in ffcv_train.loader:
                 images.append(batch[0])
                 targets += batch[1].tolist()
         assert len(torch.unique(torch.cat(images), dim=0)) == 21
         assert collections.Counter(targets) == {0: 7, 1: 7, 2: 7}
 
 
-def test_workers_read_the_same_file(folders):
-    """Grey images, AugMix and other crops are not for threads."""
-    crops = [({"crop": crop}, 3) for crop in ("pad_random", "resize_random", "eval_resize_random")]
-    for options, in_chans in (({}, 1), ({"auto_augment": "augmix-m3-w2"}, 3), *crops):
+def test_workers_read_the_same_file_if_an_augmentation_cannot_run_on_batches(folders, caplog):
+    crops = [({"crop": crop}, 3, f"augment.crop {crop}") for crop in ("pad_random", "eval_resize_random")]
+    augmix = ({"auto_augment": "augmix-m3-w2"}, 3, "augment.auto_augment augmix-m3-w2")
+    for options, in_chans, option in (({}, 1, "model.in_chans 1"), augmix, *crops):
         augment, settings = AugmentConfig(**options), {"batch_size": 12, "in_chans": in_chans}
+        caplog.clear()
         train = load(configured(folders, "raw", workers=2), augment, **settings).train
         assert isinstance(train, TrainLoader)
+        prefix = "" if option.startswith("model") else "schedule."
+        assert [record.getMessage() for record in caplog.records] == [
+            f"data.source ffcv: {prefix}{option} cannot run on batches; "
+            "falling back to 2 worker processes per rank"
+        ]
         assert equal(train.epoch(0), load(configured(folders, "png"), augment, **settings).train.epoch(0))
 
 
@@ -180,7 +186,7 @@ def test_subsets(folders):
 
 @needs_ffcv
 def test_repeated_augmentation(folders):
-    augment = AugmentConfig(repeats=3)
+    augment = AugmentConfig(repeated_augmentation=3)
     batches = [
         list(load(configured(folders, name), augment, batch_size=12).train.epoch(2))
         for name in ("png", "raw")
@@ -188,7 +194,7 @@ def test_repeated_augmentation(folders):
     assert equal(*batches)
 
 
-def test_quasi_random_order_reads_neighbouring_pages_together():
+def test_quasi_random_order_reads_neighboring_pages_together():
     pages = np.repeat(np.arange(40), 16)
     options = (2, 1, 0, 1)  # batches of 2: the images of a page are shuffled with few others
     batches = QuasiRandomBatches(pages, 640, *options)
@@ -205,8 +211,8 @@ def test_quasi_random_order_reads_neighbouring_pages_together():
     assert views[:4].tolist() == [0, 1, 0, 1]
 
 
-def test_quasi_random_is_for_ffcv_alone(folders):
-    with pytest.raises(ConfigError, match=r"^data\.ffcv_order: .*data\.source ffcv"):
+def test_quasi_random_order_requires_ffcv(folders):
+    with pytest.raises(UserError, match=r"^data\.ffcv_order: .*data\.source ffcv"):
         load(configured(folders, "png", ffcv_order="quasi_random"), AugmentConfig(), batch_size=4)
 
 
@@ -221,17 +227,17 @@ def test_damaged_images(folders, tmp_path):
     write_beton(tmp_path / "train.beton", contents, source.targets, source.class_names)
     convert_folder(open_source(configured(folders, "png"), "val", 3), tmp_path / "val.beton")
     data = {"source": "ffcv", "root": str(tmp_path), "workers": 2}
-    with pytest.raises(ConfigError, match=r"^data\.root: image (3|8) of .*train\.beton: cannot be read: "):
+    with pytest.raises(UserError, match=r"^data\.root: image (3|8) of .*train\.beton: cannot be read: "):
         list(load(DataConfig(**data), AugmentConfig(), batch_size=12).train.epoch(0))
-    skipping = DataConfig(**data, on_error="skip", max_bad=0.2)
-    train = load(skipping, AugmentConfig(), batch_size=12, folder=tmp_path).train
+    skipping = DataConfig(**data, unreadable_images="skip", max_unreadable_fraction=0.2)
+    train = load(skipping, AugmentConfig(), batch_size=12, output=tmp_path).train
     assert sum(len(targets) for _, targets in train.epoch(0)) == 36
     listed = (tmp_path / "bad_images.txt").read_text().splitlines()
     assert sorted(listed) == [f"image {index} of {tmp_path / 'train.beton'}" for index in (3, 8)]
 
 
 @needs_ffcv
-def test_what_ffcv_refuses_pillow_may_read(folders, tmp_path):
+def test_pillow_reads_images_that_ffcv_rejects(folders, tmp_path):
     source = open_source(configured(folders, "png"), "train", 3)
     images = [source.load(index)[0].convert("CMYK") for index in range(8)]
     contents = [(image.size, as_jpeg(image)) for image in images]
@@ -248,16 +254,16 @@ def test_what_ffcv_refuses_pillow_may_read(folders, tmp_path):
 def test_without_ffcv_one_line_says_how_to_install_it(folders, monkeypatch):
     find_spec = importlib.util.find_spec
     missing = lambda name, *rest: None if name == "ffcv" else find_spec(name, *rest)  # noqa: E731
-    monkeypatch.setattr(ffcv_pipeline.importlib.util, "find_spec", missing)
-    ffcv_pipeline.decoder.cache_clear()
-    with pytest.raises(ConfigError, match=r"^data\.source: ffcv needs .* pip install ffcv$"):
+    monkeypatch.setattr(ffcv_loader.importlib.util, "find_spec", missing)
+    ffcv_loader.load_decoder.cache_clear()
+    with pytest.raises(UserError, match=r"^data\.source: ffcv needs .* pip install ffcv$"):
         load(configured(folders, "raw"), AugmentConfig(), batch_size=4)
-    ffcv_pipeline.decoder.cache_clear()
+    ffcv_loader.load_decoder.cache_clear()
 
 
-def test_files_that_are_none(folders, tmp_path):
+def test_invalid_files(folders, tmp_path):
     def refusal():
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(UserError) as caught:
             open_source(DataConfig(source="ffcv", root=str(tmp_path)), "train", 3)
         assert len(str(caught.value).splitlines()) == 1
         return str(caught.value)
@@ -271,17 +277,17 @@ def test_files_that_are_none(folders, tmp_path):
     unfinished[16:24] = bytes(8)  # where the table of allocations is, which the writer sets last
     for content in (b"", b"x" * 5000, whole[:100], whole[:3000], whole[:-500], unfinished):
         path.write_bytes(content)
-        assert refusal() == f"data.root: {path}: not an FFCV file, or not written to its end"
+        assert refusal() == f"data.root: {path}: not an FFCV file, or incomplete"
     path.write_bytes(whole)
     description = path.with_suffix(".json")
     for text in ("{", "[]", "{}", '{"class_names": 3}'):
         description.write_text(text)
-        assert refusal() == f"data.root: {description}: no list class_names can be read from it"
+        assert refusal() == f"data.root: {description}: contains no readable list class_names"
     description.write_text('{"class_names": ["ant"]}')
     assert refusal() == f"data.root: {description}: 1 classes, but {path} has class 2"
     description.unlink()
     assert open_source(DataConfig(source="ffcv", root=str(tmp_path)), "train", 3).class_names == (*"012",)
-    with pytest.raises(ConfigError, match=r"^data\.download: "):
+    with pytest.raises(UserError, match=r"^data\.download: "):
         open_source(DataConfig(source="ffcv", root=str(tmp_path), download=True), "train", 3)
 
 
@@ -326,20 +332,20 @@ def test_the_only_integer_field_needs_no_name(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"a": 1, "image": 2, "b": 1}, "which field is the class is not clear: it has 'a' (integers), "),
-        ({"label": 1, "image": 2, "target": 1}, "which field is the class is not clear"),
+        ({"a": 1, "image": 2, "b": 1}, "which field is the class is ambiguous: it has 'a' (integers), "),
+        ({"label": 1, "image": 2, "target": 1}, "which field is the class is ambiguous"),
         ({"image": 2, "label": 0}, "it has 'image' (images), 'label' (floats)"),
         (
             {"index": 1, "image": 2, "label": 3},
             "it has 'index' (integers), 'image' (images), 'label' (bytes)",
         ),
-        ({"index": 1, "image": 2}, "which field is the class is not clear"),
-        ({"left": 2, "right": 2, "label": 1}, "which field is an image is not clear"),
-        ({"image": 2, "label": 255}, "field 'label' is of a kind that is not FFCV's own"),
+        ({"index": 1, "image": 2}, "which field is the class is ambiguous"),
+        ({"left": 2, "right": 2, "label": 1}, "which field is an image is ambiguous"),
+        ({"image": 2, "label": 255}, "field 'label' has a custom type, not one of FFCV's"),
     ],
 )
-def test_fields_that_may_mean_several_things_are_refused_with_their_names(fields, reason, tmp_path):
-    with pytest.raises(ConfigError) as error:
+def test_ambiguous_fields_are_rejected_with_their_names(fields, reason, tmp_path):
+    with pytest.raises(UserError) as error:
         open_fields(tmp_path, fields, kinds={**_RECORDS, 255: "<u8"})
     assert error.value.reason.startswith(f"{tmp_path / 'train.beton'}: ")
     assert reason in error.value.reason
@@ -347,8 +353,8 @@ def test_fields_that_may_mean_several_things_are_refused_with_their_names(fields
 
 
 @pytest.mark.parametrize("targets", [(0, -1, 1), (0, 1 << 40, 1)])
-def test_classes_out_of_range_are_refused(targets, tmp_path):
+def test_classes_out_of_range_are_rejected(targets, tmp_path):
     with pytest.raises(
-        ConfigError, match=rf"image 1 has the class {targets[1]} in field 'label'; expected 0 to"
+        UserError, match=rf"image 1 has the class {targets[1]} in field 'label'; expected 0 to"
     ):
         open_fields(tmp_path, {"image": 2, "label": 1}, targets)

@@ -9,13 +9,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from helpers.sample_images import write_image
 from PIL import Image
-from sample_images import write_image
 
 from data.image_files import find_files, has_image_extension, is_metadata
 from data.sources import open_source
-from tools.predict import find_images
-from vil.config import ConfigError, DataConfig
+from tools.programs.predict import find_images
+from vil.config import DataConfig, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,7 +76,7 @@ def test_tar_reads_the_images_of_the_folder_and_counts_what_it_skips(untidy_fold
     assert "4 files were skipped" in caplog.text
 
 
-def test_nothing_is_said_where_nothing_is_skipped(folder_data, caplog):
+def test_nothing_is_logged_without_skipped_files(folder_data, caplog):
     open_source(folder_data, "train", 3)
     assert not caplog.messages
 
@@ -89,18 +89,18 @@ def test_predict_skips_metadata(untidy_folder):
     assert not any(map(is_metadata, found))
 
 
-def test_links_that_lead_back_repeat_no_image(folder_data, image_folder):
+def test_circular_links_repeat_no_image(folder_data, image_folder):
     expected = names(open_source(folder_data, "train", 3))
     train = image_folder / "train"
     (train / "ant/up").symlink_to("..")
     (train / "ant/self").symlink_to(".")
     (train / "ant/other").symlink_to("../bear")
     assert names(open_source(folder_data, "train", 3)) == expected
-    (train / "bear/self.png").symlink_to("self.png")  # broken, and so for data.on_error to decide
+    (train / "bear/self.png").symlink_to("self.png")  # broken, and so for data.unreadable_images to decide
     assert names(open_source(folder_data, "train", 3)) == sorted([*expected, "bear/self.png"])
 
 
-def test_links_that_multiply_end(folder_data, image_folder):
+def test_links_that_multiply_paths_terminate(folder_data, image_folder):
     """Two links to the folder around them double the paths with every level, 40 levels deep."""
     expected = names(open_source(folder_data, "train", 3))
     for name in ("one", "two"):
@@ -114,7 +114,7 @@ def test_links_that_multiply_end(folder_data, image_folder):
     assert done.stdout.split() == [str(len(expected))]
 
 
-def test_links_to_folders_elsewhere_are_followed_once(folder_data, image_folder, tmp_path):
+def test_links_to_other_folders_are_followed_once(folder_data, image_folder, tmp_path):
     write_image(tmp_path / "elsewhere/more/9.png", 9)
     for link in ("ant/more", "ant/again"):
         (image_folder / "train" / link).symlink_to(tmp_path / "elsewhere")
@@ -126,20 +126,20 @@ def test_links_to_folders_elsewhere_are_followed_once(folder_data, image_folder,
     assert len(source) == 13
 
 
-def test_a_folder_is_read_at_its_own_place_and_not_through_a_link(folder_data, image_folder):
+def test_a_folder_is_read_by_its_real_path_rather_than_a_link(folder_data, image_folder):
     write_image(image_folder / "train/ant/z/9.png", 9)
     (image_folder / "train/ant/a").symlink_to("z")
     assert "ant/z/9.png" in names(open_source(folder_data, "train", 3))
     assert len(open_source(folder_data, "train", 3)) == 13
 
 
-def test_two_classes_that_are_one_folder_are_refused(folder_data, image_folder):
+def test_two_classes_that_are_one_folder_are_rejected(folder_data, image_folder):
     (image_folder / "train/dog").symlink_to("cat")
-    with pytest.raises(ConfigError, match="the classes cat and dog are the same folder"):
+    with pytest.raises(UserError, match="the classes cat and dog are the same folder"):
         open_source(folder_data, "train", 3)
 
 
-def test_an_error_of_listing_is_one_line(folder_data, image_folder, monkeypatch):
+def test_listing_errors_are_one_line(folder_data, image_folder, monkeypatch):
     scandir = os.scandir
 
     def refuse(path):
@@ -149,7 +149,7 @@ def test_an_error_of_listing_is_one_line(folder_data, image_folder, monkeypatch)
 
     (image_folder / "train/ant/locked").mkdir()
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ConfigError, match="ant/locked: cannot be listed: Permission denied"):
+    with pytest.raises(UserError, match="ant/locked: cannot be listed: Permission denied"):
         open_source(folder_data, "train", 3)
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.samplers import MicroBatches, epoch_order, following
-from vil.config import ConfigError
+from data.samplers import MicroBatches, epoch_order, replacement_indices
+from vil.config import UserError
 
 
 def batches(epoch=0, start=0, world_size=1, accumulation=1, num_images=50, batch_size=12, **options):
@@ -17,7 +17,7 @@ def batches(epoch=0, start=0, world_size=1, accumulation=1, num_images=50, batch
         sampler = MicroBatches(
             num_images, batch_size, accumulation, 7, rank=rank, world_size=world_size, **options
         )
-        sampler.choose(epoch, start)
+        sampler.set_epoch(epoch, start)
         micro = list(sampler)
         assert len(micro) == len(sampler) == (num_images // batch_size - start) * accumulation
         assert all(len(keys) == sampler.micro_batch_size for keys in micro)
@@ -27,7 +27,7 @@ def batches(epoch=0, start=0, world_size=1, accumulation=1, num_images=50, batch
     return [sorted(keys) for keys in steps]
 
 
-def test_an_epoch_takes_each_image_once_and_drops_the_incomplete_batch():
+def test_an_epoch_has_each_image_once_without_the_incomplete_batch():
     sampler = MicroBatches(50, 12, 1, seed=0)
     assert sampler.steps_per_epoch == 4
     keys = [key for micro_batch in sampler for key in micro_batch]
@@ -53,9 +53,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     repeats=st.integers(1, 4),
     epoch=st.integers(0, 5),
 )
-def test_ranks_and_accumulation_divide_one_and_the_same_batch(
-    world_size, accumulation, share, extra, repeats, epoch
-):
+def test_ranks_and_accumulation_divide_the_same_batch(world_size, accumulation, share, extra, repeats, epoch):
     batch_size = world_size * accumulation * share
     shape = {"num_images": batch_size + extra, "batch_size": batch_size, "repeats": repeats, "epoch": epoch}
     divided = batches(world_size=world_size, accumulation=accumulation, **shape)
@@ -71,7 +69,7 @@ def test_start_skips_whole_steps(start):
 
 def test_start_outside_the_epoch_is_an_error():
     with pytest.raises(ValueError, match="start"):
-        MicroBatches(50, 12, 1, seed=0).choose(0, 5)
+        MicroBatches(50, 12, 1, seed=0).set_epoch(0, 5)
 
 
 def test_repeated_augmentation_puts_all_views_of_an_image_into_one_batch():
@@ -99,25 +97,22 @@ def test_repeated_augmentation_spreads_the_views_over_the_ranks():
     [
         ({"batch_size": 10, "world_size": 4}, "schedule.batch_size"),
         ({"batch_size": 10, "accumulation": 4}, "schedule.batch_size"),
-        ({"batch_size": 0}, "schedule.batch_size"),
         ({"batch_size": 51}, "schedule.batch_size"),
-        ({"accumulation": 0}, "schedule.accumulation"),
-        ({"repeats": 0}, "schedule.augment.repeats"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(options, key):
-    with pytest.raises(ConfigError) as error:
+def test_indivisible_batches_are_rejected(options, key):
+    with pytest.raises(UserError) as error:
         MicroBatches(**{"num_images": 50, "batch_size": 12, "accumulation": 1, "seed": 0, **options})
-    assert error.value.key == key
+    assert error.value.location == key
 
 
 def test_the_error_names_the_nearest_batch_size():
-    with pytest.raises(ConfigError, match="12 are"):
+    with pytest.raises(UserError, match="12 are"):
         MicroBatches(50, 13, 2, seed=0, world_size=2)
 
 
-def test_what_follows_an_image_is_the_rest_of_the_epoch_around_its_end():
+def test_replacements_are_the_rest_of_the_epoch_then_its_beginning():
     order = epoch_order(5, 2, 20)[0].tolist()
-    for place in (0, 7, 19):
-        rest = list(following(5, 2, 20, order[place]))
-        assert rest == order[place + 1 :] + order[:place]
+    for position in (0, 7, 19):
+        rest = list(replacement_indices(5, 2, 20, order[position]))
+        assert rest == order[position + 1 :] + order[:position]

@@ -7,12 +7,12 @@ import tarfile
 
 import numpy as np
 import pytest
+from helpers.sample_images import write_image
 from PIL import Image
-from sample_images import write_image
 
-from data.sources import SOURCES, open_source
-from data.sources.digits import split_indices
-from vil.config import ConfigError, DataConfig
+from data.sources import SOURCES, dataset_name, open_source
+from data.sources.digits import Digits, split_indices
+from vil.config import DataConfig, UserError
 
 # --------------------------------------------------------------------------------------------- digits
 
@@ -66,17 +66,17 @@ def test_val_split_train_evaluates_on_the_training_digits():
         ({"val_split": "test"}, "data.val_split"),
     ],
 )
-def test_digits_refuse_options_that_mean_nothing_to_them(options, key):
-    with pytest.raises(ConfigError) as error:
+def test_digits_reject_unsupported_options(options, key):
+    with pytest.raises(UserError) as error:
         open_source(DataConfig(**options), "val", 1)
-    assert error.value.key == key
+    assert error.value.location == key
 
 
 # --------------------------------------------------------------------------------------------- folder
 
 
 def error_of(data, split="train", in_chans=3):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         open_source(data, split, in_chans)
     assert "\n" not in str(error.value)
     return error.value
@@ -87,7 +87,7 @@ def test_folder_has_sorted_classes_and_paths(folder_data, image_folder):
     assert source.class_names == ("ant", "bear", "cat")
     assert targets(source).tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert source.describe(5) == str(image_folder / "train/bear/1.png")
-    image, target = source.load(9)  # cat/1 is grey on disk
+    image, target = source.load(9)  # cat/1 is gray on disk
     assert (image.mode, target) == ("RGB", 2)
     assert open_source(folder_data, "train", 1).load(0)[0].mode == "L"
 
@@ -105,7 +105,7 @@ def test_a_validation_folder_alone_names_its_own_classes(folder_data, image_fold
     assert len(open_source(folder_data, "val", 3)) == 6
 
 
-def test_images_in_deeper_folders_belong_to_the_class_and_hidden_folders_to_none(folder_data, image_folder):
+def test_images_in_subfolders_have_the_class_and_hidden_folders_are_skipped(folder_data, image_folder):
     write_image(image_folder / "train/ant/more/deep.png", 7)
     (image_folder / "train/.thumbnails").mkdir()
     source = open_source(folder_data, "train", 3)
@@ -115,7 +115,7 @@ def test_images_in_deeper_folders_belong_to_the_class_and_hidden_folders_to_none
 def test_a_class_only_in_validation_is_an_error(folder_data, image_folder):
     write_image(image_folder / "val/dog/0.png", 1)
     error = error_of(folder_data, "val")
-    assert error.key == "data.root"
+    assert error.location == "data.root"
     assert "dog" in error.reason
     assert str(image_folder / "val") in error.reason
 
@@ -124,13 +124,13 @@ def test_folder_errors_name_the_key_and_the_folder(tmp_path, image_folder):
     def data(root, **options):
         return DataConfig(source="folder", root=None if root is None else str(root), **options)
 
-    assert error_of(data(None)).key == "data.root"
+    assert error_of(data(None)).location == "data.root"
     missing = error_of(data(tmp_path / "nowhere"))
-    assert missing.key == "data.root"
+    assert missing.location == "data.root"
     assert str(tmp_path / "nowhere") in missing.reason
-    misspelt = error_of(data(image_folder, train_split="training"))
-    assert "no such folder" in misspelt.reason
-    assert "train, val" in misspelt.reason  # what is there instead
+    misspelled = error_of(data(image_folder, train_split="training"))
+    assert "no such folder" in misspelled.reason
+    assert "train, val" in misspelled.reason  # what is there instead
     (tmp_path / "void/train").mkdir(parents=True)
     assert "empty" in error_of(data(tmp_path / "void")).reason
     write_image(tmp_path / "flat/train/0.png", 0)
@@ -138,7 +138,7 @@ def test_folder_errors_name_the_key_and_the_folder(tmp_path, image_folder):
     (image_folder / "train/zebra").mkdir()
     (image_folder / "train/zebra/notes.txt").write_text("no image")
     assert "zebra" in error_of(data(image_folder)).reason
-    assert error_of(data(image_folder, download=True)).key == "data.download"
+    assert error_of(data(image_folder, download=True)).location == "data.download"
 
 
 # ----------------------------------------------------------------------------------------------- timm
@@ -149,32 +149,56 @@ def test_folder_errors_name_the_key_and_the_folder(tmp_path, image_folder):
 def test_a_root_that_cannot_be_a_folder(tmp_path, root, download):
     (tmp_path / "file").touch()
     for split in ("train", "val"):
-        assert error_of(DataConfig(source="folder", root=str(tmp_path / root)), split).key == "data.root"
+        assert error_of(DataConfig(source="folder", root=str(tmp_path / root)), split).location == "data.root"
     error = error_of(DataConfig(source="torch/cifar10", root=str(tmp_path / root), download=download))
-    assert error.key == "data.root"
+    assert error.location == "data.root"
 
 
-def test_a_home_folder_of_nobody():
-    assert error_of(DataConfig(source="folder", root="~nobody-of-this-name/x")).key == "data.root"
+def test_an_unknown_home_folder():
+    assert error_of(DataConfig(source="folder", root="~nobody-of-this-name/x")).location == "data.root"
 
 
 def test_unknown_sources_are_named_with_the_known_ones():
     error = error_of(DataConfig(source="cifar10"))
-    assert error.key == "data.source"
+    assert error.location == "data.source"
     assert "'cifar10'" in error.reason
     assert "torch/..." in error.reason
     assert "folder" in error.reason
 
 
 @pytest.mark.parametrize("source", ["wds/imagenet", "tfds/cifar10", "hfids/imagenet-1k"])
-def test_streams_are_refused(source):
+def test_streams_are_rejected(source):
     error = error_of(DataConfig(source=source, root="/"))
-    assert error.key == "data.source"
+    assert error.location == "data.source"
     assert "stream" in error.reason
 
 
-def test_channels_other_than_one_and_three_are_refused():
-    assert error_of(DataConfig(), in_chans=4).key == "model.in_chans"
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("digits", "digits"),
+        ("torch/cifar10", "torch/cifar10"),
+        ("folder", "/datasets/a/val"),
+        ("zip", "zip:/datasets/a/val"),
+        ("tar", "tar:/datasets/a/val"),
+        ("wds", "wds:/datasets/a/val"),
+        ("ffcv", "ffcv:/datasets/a/val"),
+    ],
+)
+def test_names_of_data_sets_in_results(source, name):
+    assert dataset_name(DataConfig(source=source, root="/datasets//a/")) == name
+
+
+@pytest.mark.parametrize("source", ["digits", "folder", "zip", "tar", "wds", "ffcv"])
+def test_sources_without_download_reject_it(source):
+    error = error_of(DataConfig(source=source, download=True))
+    assert str(error) == (
+        f"data.download: source {source} cannot be downloaded; supported by torch/..., hfds/..."
+    )
+
+
+def test_channels_other_than_one_and_three_are_rejected():
+    assert error_of(DataConfig(), in_chans=4).location == "model.in_chans"
 
 
 def test_torch_image_folder_reads_the_same_images_as_folder(folder_data, image_folder):
@@ -231,7 +255,7 @@ def write_cifar10(root, monkeypatch, per_batch=4):
     return names
 
 
-def test_torch_cifar10_by_the_string_of_timm(tmp_path, monkeypatch):
+def test_torch_cifar10(tmp_path, monkeypatch):
     names = write_cifar10(tmp_path, monkeypatch)
     data = DataConfig(source="torch/cifar10", root=str(tmp_path), val_split="test")
     train, val = open_source(data, "train", 3), open_source(data, "val", 3)
@@ -246,15 +270,15 @@ def test_torch_cifar10_by_the_string_of_timm(tmp_path, monkeypatch):
 
 def test_timm_errors_are_one_line_with_the_key(tmp_path, image_folder):
     missing = error_of(DataConfig(source="torch/cifar10", root=str(tmp_path / "nowhere")))
-    assert missing.key == "data.root"
+    assert missing.location == "data.root"
     assert "nowhere" in missing.reason
     empty = error_of(DataConfig(source="torch/cifar10", root=str(tmp_path)))
-    assert empty.key == "data.root"
+    assert empty.location == "data.root"
     assert "--data.download true" in empty.reason
-    assert error_of(DataConfig(source="torch/cifar10")).key == "data.root"
-    # timm would take a misspelt split for the test set, or for the root with all splits in it
-    misspelt = error_of(DataConfig(source="torch/cifar10", root=str(tmp_path), train_split="trian"))
-    assert misspelt.key == "data.train_split"
+    assert error_of(DataConfig(source="torch/cifar10")).location == "data.root"
+    # timm would take a misspelled split for the test set, or for the root with all splits in it
+    misspelled = error_of(DataConfig(source="torch/cifar10", root=str(tmp_path), train_split="trian"))
+    assert misspelled.location == "data.train_split"
     unsplit = error_of(DataConfig(source="torch/image_folder", root=str(image_folder), train_split="all"))
     assert str(image_folder / "all") in unsplit.reason
     assert "nosuchset" in error_of(DataConfig(source="torch/nosuchset", root=str(tmp_path))).reason
@@ -264,24 +288,24 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
     error = error_of(DataConfig(source="hfds/imagenet-1k"))
-    assert error.key == "data.source"
+    assert error.location == "data.source"
     assert "datasets" in error.reason
 
 
 # ---------------------------------------------------------------------------------------------- classes
 
 
-def test_training_images_of_one_class_are_refused(tmp_path):
+def test_training_images_of_one_class_are_rejected(tmp_path):
     for split in ("train", "val"):
         write_image(tmp_path / split / "ant/0.png", 0)
     data = DataConfig(source="folder", root=str(tmp_path))
     error = error_of(data)
-    assert error.key == "data.root"
+    assert error.location == "data.root"
     assert error.reason.endswith("all 1 images are of one class, ant; training needs two classes or more")
     assert open_source(data, "val", 3).class_names == ("ant",)  # a part of a model's classes may be evaluated
 
 
-def test_classes_that_are_splits_are_refused(image_folder):
+def test_classes_that_are_splits_are_rejected(image_folder):
     (image_folder / "both").mkdir()
     for split in ("train", "val"):
         (image_folder / split).rename(image_folder / "both" / split)
@@ -290,15 +314,17 @@ def test_classes_that_are_splits_are_refused(image_folder):
 
 
 @pytest.mark.parametrize(("split", "target"), [("train", -1), ("val", -1), ("val", 10)])
-def test_images_without_a_class_are_refused(split, target, monkeypatch):
-    """Test splits of Hugging Face are published with -1 in place of labels."""
+def test_images_without_a_class_are_rejected(split, target, monkeypatch):
+    """Test splits of Hugging Face are published with -1 instead of labels."""
 
-    def open_unlabelled(data, split, mode):
-        source = SOURCES["digits"](data, split, mode)
-        source.targets[5] = target
-        return source
+    class Unlabeled(Digits):
+        @classmethod
+        def open(cls, data, split, mode):
+            source = Digits.open(DataConfig(), split, mode)
+            source.targets[5] = target
+            return source
 
-    monkeypatch.setitem(SOURCES, "hfds/", lambda data, *rest: open_unlabelled(DataConfig(), *rest))
+    monkeypatch.setitem(SOURCES, "hfds/", Unlabeled)
     error = error_of(DataConfig(source="hfds/digits"), split, 1)
-    assert error.key == "data.source"
+    assert error.location == "data.source"
     assert f"has the class {target}, expected 0 to 9" in error.reason

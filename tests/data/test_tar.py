@@ -7,10 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from helpers.loading import load, load_validation
 
-from data import build_loaders, build_validation
 from data.sources import open_source
-from vil.config import AugmentConfig, ConfigError, DataConfig
+from vil.config import DataConfig, UserError
 
 CLASSES = ("ant", "bear", "cat")
 
@@ -51,7 +51,7 @@ def shards(image_folder, tmp_path):
 
 
 def refusal(data, split="train"):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         open_source(data, split, 3)
     assert "\n" not in str(error.value)
     return error.value.reason
@@ -62,7 +62,7 @@ def contents(source):
 
 
 @pytest.mark.parametrize("kind", ["class_tars", "shards"])
-def test_archives_hold_the_images_of_the_folder(kind, folder_data, request):
+def test_archives_have_the_images_of_the_folder(kind, folder_data, request):
     data = request.getfixturevalue(kind)
     for split in ("train", "val"):
         source, folder = open_source(data, split, 3), open_source(folder_data, split, 3)
@@ -79,10 +79,10 @@ def test_a_folder_of_class_archives_has_the_order_of_the_folder(class_tars, fold
 @pytest.mark.parametrize("kind", ["class_tars", "shards"])
 def test_batches_are_the_same_for_any_workers_and_after_a_resume(kind, request):
     data = request.getfixturevalue(kind)
-    options = {"image_size": 16, "in_chans": 3, "batch_size": 4, "accumulation": 1, "seed": 0}
+    options = {"image_size": 16, "batch_size": 4}
 
     def batches(workers, start=0):
-        loaders = build_loaders(dataclasses.replace(data, workers=workers), AugmentConfig(), **options)
+        loaders = load(dataclasses.replace(data, workers=workers), **options)
         return list(loaders.train.epoch(1, start))
 
     first = batches(0)
@@ -92,10 +92,10 @@ def test_batches_are_the_same_for_any_workers_and_after_a_resume(kind, request):
             assert torch.equal(targets, labels)
 
 
-def test_ranks_share_the_shards_without_overlap_and_know_their_length(shards):
+def test_ranks_share_the_shards_without_overlap_and_have_a_length(shards):
     shards.val_split = "train"
     parts = [
-        build_validation(shards, image_size=16, in_chans=3, batch_size=3, rank=rank, world_size=3).loader
+        load_validation(shards, image_size=16, batch_size=3, rank=rank, world_size=3).loader
         for rank in range(3)
     ]
     assert [part.num_images for part in parts] == [12] * 3
@@ -111,20 +111,20 @@ def test_shards_by_their_patterns(shards):
     )
     assert "train-0003.tar" in refusal(dataclasses.replace(shards, train_split="train-{0000..0003}.tar"))
     assert "rising" in refusal(dataclasses.replace(shards, train_split="train-{3..1}.tar"))
-    assert "holds no shards test" in refusal(dataclasses.replace(shards, val_split="test"), "val")
+    assert "contains no shards test" in refusal(dataclasses.replace(shards, val_split="test"), "val")
 
 
-def test_labels_that_are_none_are_refused(shards, image_folder, tmp_path):
+def test_invalid_labels_are_rejected(shards, image_folder, tmp_path):
     write_shards(tmp_path / "wds", image_folder, "train", label=lambda target: f"class {target}")
-    assert "000000.cls is no class" in refusal(shards)
+    assert "000000.cls is not a class index" in refusal(shards)
     with tarfile.open(tmp_path / "wds/train-0000.tar", "w") as tar:
         tar.add(image_folder / "train/ant/0.png", "000000.png")
     assert "images without a .cls" in refusal(shards)
 
 
-def test_what_is_no_tar_is_refused(class_tars, tmp_path):
+def test_other_files_are_rejected(class_tars, tmp_path):
     root = tmp_path / "tars"
-    assert "holds neither test.tar" in refusal(dataclasses.replace(class_tars, val_split="test"), "val")
+    assert "contains neither test.tar" in refusal(dataclasses.replace(class_tars, val_split="test"), "val")
     with tarfile.open(root / "val.tar", "w") as tar:
         tar.add(root / "train/ant.tar", "dog/0.png")
     assert "classes that the training split lacks: dog" in refusal(class_tars, "val")
@@ -133,11 +133,11 @@ def test_what_is_no_tar_is_refused(class_tars, tmp_path):
         assert "cannot be read as an uncompressed tar" in refusal(class_tars, "val")
 
 
-def test_members_that_lead_outside_or_are_links_are_no_images(class_tars, image_folder, tmp_path):
-    picture = image_folder / "val/ant/0.png"
+def test_members_that_lead_outside_or_are_links_are_skipped(class_tars, image_folder, tmp_path):
+    image_path = image_folder / "val/ant/0.png"
     with tarfile.open(tmp_path / "tars/val.tar", "w") as tar:
-        tar.add(picture, "ant/0.png")
-        tar.add(picture, "../ant/1.png")
+        tar.add(image_path, "ant/0.png")
+        tar.add(image_path, "../ant/1.png")
         link = tarfile.TarInfo("ant/2.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
@@ -177,46 +177,46 @@ NAMES = [f"{name}/{number}.png" for name in CLASSES for number in range(4)]
 
 def damage(path, how, stride):
     content = bytearray(path.read_bytes())
-    place = 5 * stride  # the header of the sixth member
+    offset = 5 * stride  # the header of the sixth member
     if how == "bad header":
-        content[place + 100] ^= 1
+        content[offset + 100] ^= 1
     elif how == "cut at a member":
-        del content[place:]
+        del content[offset:]
     elif how == "cut in a member":
-        del content[place + BLOCK + 1 :]
+        del content[offset + BLOCK + 1 :]
     elif how == "cut in a header":
-        del content[place + 100 :]
+        del content[offset + 100 :]
     elif how == "zeroed block":
-        content[place : place + BLOCK] = bytes(BLOCK)
+        content[offset : offset + BLOCK] = bytes(BLOCK)
     elif how == "concatenated":
         content += bytes(content)
     path.write_bytes(content)
-    return place
+    return offset
 
 
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("bad header", "damaged: no header of a file at byte {place}"),
-        ("cut at a member", "it ends at byte {place} without an end mark"),
+        ("bad header", "damaged: no file header at byte {offset}"),
+        ("cut at a member", "truncated: it ends at byte {offset} without an end mark"),
         ("cut in a member", "unexpected end of data"),
-        ("cut in a header", "damaged: no header of a file at byte {place}"),
-        ("zeroed block", "its end mark at byte {place} is followed by further content"),
+        ("cut in a header", "damaged: no file header at byte {offset}"),
+        ("zeroed block", "its end mark at byte {offset} is followed by further content"),
         ("concatenated", "is followed by further content, as of archives joined by cat"),
     ],
 )
 @pytest.mark.parametrize("kind", ["tar", "wds"])
-def test_damaged_archives_are_refused(kind, how, reason, image_folder, tmp_path):
+def test_damaged_archives_are_rejected(kind, how, reason, image_folder, tmp_path):
     content = image_bytes(image_folder)
     path = tmp_path / "tars/train.tar"
     write_tar(path, NAMES, content)
-    place = damage(path, how, BLOCK + -(-len(content) // BLOCK) * BLOCK)
-    said = refusal(DataConfig(source=kind, root=str(path.parent)))
-    assert said.startswith(f"{path}: cannot be read as an uncompressed tar: ")
-    assert reason.format(place=f"{place:,}") in said
+    offset = damage(path, how, BLOCK + -(-len(content) // BLOCK) * BLOCK)
+    message = refusal(DataConfig(source=kind, root=str(path.parent)))
+    assert message.startswith(f"{path}: cannot be read as an uncompressed tar: ")
+    assert reason.format(offset=f"{offset:,}") in message
 
 
-def test_zeros_behind_the_end_are_no_damage(image_folder, tmp_path):
+def test_zeros_after_the_end_are_accepted(image_folder, tmp_path):
     path = tmp_path / "tars/train.tar"
     write_tar(path, NAMES, image_bytes(image_folder))
     with open(path, "ab") as file:
@@ -243,11 +243,14 @@ def test_hard_and_symbolic_links_are_images_as_after_unpacking(image_folder, tmp
             tar.addfile(info)
     write_tar(path, ["ant/0.png"], other, "a")  # once more: the last one counts, but not for the hard link
     source = open_source(DataConfig(source="tar", root=str(path.parent)), "train", 3)
-    found = {source.name(index): source.picture(index)._content for index in range(len(source))}
+    found = {source.name(index): source.read(index)._content for index in range(len(source))}
     assert found == {
-        "ant/0.png": other, "ant/1.png": content,
-        "bear/0.png": content, "bear/1.png": other, "bear/2.png": other,
-    }  # fmt: skip
+        "ant/0.png": other,
+        "ant/1.png": content,
+        "bear/0.png": content,
+        "bear/1.png": other,
+        "bear/2.png": other,
+    }
 
 
 # ------------------------------------------------------------------------------------ classes of archives
@@ -255,8 +258,8 @@ def test_hard_and_symbolic_links_are_images_as_after_unpacking(image_folder, tmp
 
 def archive_classes(tmp_path, split="train", **archives):
     """Classes and counts of a split of these archives: names of images, under the archive's name."""
-    picture = tmp_path / "0.png"
-    picture.write_bytes(b"an image")
+    image_path = tmp_path / "0.png"
+    image_path.write_bytes(b"an image")
     for name, names in archives.items():
         write_tar(tmp_path / "tars" / split / f"{name}.tar", names, b"an image")
     source = open_source(DataConfig(source="tar", root=str(tmp_path / "tars")), split, 3)
@@ -282,11 +285,13 @@ def test_the_classes_are_those_of_the_folder_source(prefix, inner, tmp_path):
         ({"cat": ["cat/0.png"], "dog": ["dog/more/0.png"]}, ("cat", "dog")),
         ({"cat-0": ["cat/0.png"], "cat-1": ["cat/1.png"], "dog-0": ["dog/0.png"]}, ("cat", "dog")),
         ({"part0": ["cat/0.png", "dog/0.png"], "part1": ["cat/1.png", "eel/1.png"]}, ("cat", "dog", "eel")),
-        ({"part0": ["train/cat/0.png"], "part1": ["train/cat/1.png"], "part2": ["train/dog/1.png"]},
-         ("cat", "dog")),
+        (
+            {"part0": ["train/cat/0.png"], "part1": ["train/cat/1.png"], "part2": ["train/dog/1.png"]},
+            ("cat", "dog"),
+        ),
         ({"cat": ["0.png"], "others": ["dog/0.png", "eel/0.png"]}, ("cat", "dog", "eel")),
     ],
-)  # fmt: skip
+)
 def test_archives_of_one_class_and_of_many(archives, classes, tmp_path):
     assert archive_classes(tmp_path, **archives)[0] == classes
 
@@ -298,8 +303,8 @@ def test_archives_of_one_class_and_of_many(archives, classes, tmp_path):
         {"cat": ["images/0.png"], "dog": ["images/0.png"], "eel": ["photos/0.png"]},
     ],
 )
-def test_classes_that_may_be_archives_or_folders_are_refused(archives, tmp_path):
-    with pytest.raises(ConfigError, match=r"the classes may be the archives \(cat, …\) or the folders"):
+def test_classes_that_may_be_archives_or_folders_are_rejected(archives, tmp_path):
+    with pytest.raises(UserError, match=r"the classes may be the archives \(cat, …\) or the folders"):
         archive_classes(tmp_path, **archives)
 
 
@@ -315,15 +320,15 @@ def test_validation_archives_have_the_classes_of_training(tmp_path):
     )
 
 
-def test_images_beside_the_class_folders_are_skipped_with_a_line(tmp_path, caplog):
+def test_images_outside_of_class_folders_are_skipped_and_logged(tmp_path, caplog):
     names = ["train/0.png", "train/ant/0.png", "train/bear/0.png"]
     assert archive_classes(tmp_path, all=names) == (("ant", "bear"), [1, 1])
     assert "1 file was skipped" in caplog.text
     assert "train/0.png" in caplog.text
 
 
-def test_an_archive_of_all_splits_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"the classes are named like splits \(train, val\)"):
+def test_an_archive_of_all_splits_is_rejected(tmp_path):
+    with pytest.raises(UserError, match=r"the classes are named like splits \(train, val\)"):
         archive_classes(tmp_path, all=["tiny/train/a/0.png", "tiny/train/b/0.png", "tiny/val/a/0.png"])
 
 
@@ -370,20 +375,20 @@ def test_samples_of_one_image_and_one_class(files, expected, tmp_path):
         ([("a.jpg", b""), ("a.cls", 1), ("a.cls", 1)], "sample a: 2 classes under one key"),
         ([("a.1.jpg", b""), ("a.2.jpg", b""), ("a.cls", 1)], "sample a: 2 images under one key"),
         ([("a.heic", b""), ("a.cls", 1)], "sample a: a class without an image (a.cls, a.heic)"),
-        ([("a.jpg", b"")], "sample a: images without a .cls or .json beside them: a.jpg"),
+        ([("a.jpg", b"")], "sample a: images without a .cls or .json file: a.jpg"),
         (
             [("a.jpg", b""), ("a.json", '{"caption": "ant"}')],
-            "a.json holds no class: expected a whole number",
+            "a.json has no class: expected an integer",
         ),
-        ([("a.jpg", b""), ("a.json", '{"label": 1, "cls": 1}')], "a.json holds no class"),
-        ([("a.jpg", b""), ("a.json", "true")], "a.json holds no class"),
+        ([("a.jpg", b""), ("a.json", '{"label": 1, "cls": 1}')], "a.json has no class"),
+        ([("a.jpg", b""), ("a.json", "true")], "a.json has no class"),
         ([("a.jpg", b""), ("a.json", "{")], "a.json is not JSON"),
-        ([("a.jpg", b""), ("a.json", "-1")], "a.json is no class: '-1'"),
-        ([("a.jpg", b""), ("a.cls", "0" * 65)], "a.cls is no class"),
+        ([("a.jpg", b""), ("a.json", "-1")], "a.json is not a class index: '-1'"),
+        ([("a.jpg", b""), ("a.cls", "0" * 65)], "a.cls is not a class index"),
     ],
 )
-def test_samples_that_are_not_one_image_and_one_class_are_refused(files, reason, tmp_path):
-    with pytest.raises(ConfigError) as error:
+def test_samples_that_are_not_one_image_and_one_class_are_rejected(files, reason, tmp_path):
+    with pytest.raises(UserError) as error:
         shard_targets(tmp_path, *files)
     assert "\n" not in str(error.value)
     assert str(tmp_path / "wds/train-0.tar") in error.value.reason

@@ -10,12 +10,12 @@ import PIL
 import pytest
 import torch
 import yaml
+from helpers.sample_images import NO_AUGMENT, write_image
 from PIL import Image
-from sample_images import NO_AUGMENT, write_image
 
-from data.randomness import seeded
 from data.transforms import channel_statistics, evaluation_transform, train_transform
-from vil.config import AugmentConfig, ConfigError, DataConfig
+from vil.config import AugmentConfig, DataConfig, UserError
+from vil.runtime.seeding import seeded
 
 RECIPE = "rand-m9-mstd0.5-inc1"
 POLICIES = [
@@ -27,9 +27,6 @@ POLICIES = [
     "original",
 ]
 POLICIES += ["originalr-mstd0.5", "v0", "v0r", "3a", "trivial"]
-
-
-ODD = [float("nan"), float("inf"), float("-inf")]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +79,15 @@ def test_every_option_has_an_effect(image, options, field, value):
 
 
 def test_the_list_of_effects_is_complete():
-    elsewhere = {"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_until", "repeats"}
+    elsewhere = {
+        "mixup",
+        "cutmix",
+        "mixup_prob",
+        "mixup_switch_prob",
+        "mixup_mode",
+        "mixup_until",
+        "repeated_augmentation",
+    }
     tried = {field for _, field, _ in EFFECTS}
     assert tried | elsewhere == {field.name for field in dataclasses.fields(AugmentConfig)}
 
@@ -104,7 +109,7 @@ def test_flips_are_flips_with_their_probability(image):
         assert 0.15 < share < 0.35
 
 
-def test_pad_random_shifts_by_up_to_pad_and_shows_black_beside(image):
+def test_pad_random_shifts_by_up_to_pad_and_pads_with_black(image):
     square = image.resize((32, 32))
     plain = apply(square, AugmentConfig(**NO_AUGMENT), times=1)[0]
     black = ((0 - torch.tensor(DataConfig().mean)) / torch.tensor(DataConfig().std))[:, None, None]
@@ -112,14 +117,14 @@ def test_pad_random_shifts_by_up_to_pad_and_shows_black_beside(image):
     padded[:, 4:-4, 4:-4] = plain
     shifts = set()
     for view in apply(square, AugmentConfig(**{**NO_AUGMENT, "crop": "pad_random", "pad": 4}), times=100):
-        place = [
+        offset = [
             (y, x)
             for y in range(9)
             for x in range(9)
             if torch.allclose(view, padded[:, y : y + 32, x : x + 32])
         ]
-        assert len(place) == 1
-        shifts.add(place[0])
+        assert len(offset) == 1
+        shifts.add(offset[0])
     assert {y for y, _ in shifts} == {x for _, x in shifts} == set(range(9))
 
 
@@ -143,8 +148,8 @@ def test_eval_resize_random_crops_anywhere_of_the_image_as_evaluation_resizes_it
         offsets.add(found[0])
     assert {y for y, _ in offsets} == set(range(9))
     assert {x for _, x in offsets} == set(range(22))
-    centre = evaluation_transform(data, image_size=32, in_chans=3)(image)
-    assert torch.allclose(centre, whole[:, 4:36, 10:42])
+    center = evaluation_transform(data, image_size=32, in_chans=3)(image)
+    assert torch.allclose(center, whole[:, 4:36, 10:42])
 
 
 def test_the_recipe_of_fine_tuning_is_the_papers():
@@ -154,11 +159,11 @@ def test_the_recipe_of_fine_tuning_is_the_papers():
     assert recipe["label_smoothing"] == 0.1
     augment = AugmentConfig(**recipe["augment"])
     assert dataclasses.replace(augment, crop="random_resized") == AugmentConfig(interpolation="bicubic")
-    picture = Image.new("RGB", (600, 500))
+    pil_image = Image.new("RGB", (600, 500))
     transform = train_transform(augment, DataConfig(crop_pct=0.922), image_size=384, in_chans=3)
     resize, crop = transform.crop.steps
-    assert resize(picture).size == (499, 416)
-    assert crop(resize(picture)).size == (384, 384)
+    assert resize(pil_image).size == (499, 416)
+    assert crop(resize(pil_image)).size == (384, 384)
     assert crop.padding is None
 
 
@@ -169,12 +174,12 @@ def test_resize_random_keeps_the_short_side_and_moves_along_the_long_one(image):
     full = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(v)[:, None, None] for v in (DataConfig().mean, DataConfig().std))
     full = (full - mean) / std
-    places = {x for view in views for x in range(21) if torch.allclose(view, full[:, :, x : x + 60])}
+    offsets = {x for view in views for x in range(21) if torch.allclose(view, full[:, :, x : x + 60])}
     assert torch.allclose(wide, full[:, :, 10:70])
-    assert len(places) > 12
+    assert len(offsets) > 12
 
 
-def test_color_jitter_rests_beside_a_policy_except_3a(image):
+def test_color_jitter_is_ignored_with_a_policy_except_3a(image):
     def differs(policy):
         with_jitter, without = (
             apply(image, AugmentConfig(**NO_AUGMENT, auto_augment=policy, color_jitter=strength))
@@ -186,7 +191,7 @@ def test_color_jitter_rests_beside_a_policy_except_3a(image):
     assert differs("3a")
 
 
-def test_const_erasing_is_zero_after_normalisation(image):
+def test_const_erasing_is_zero_after_normalization(image):
     augment = AugmentConfig(**NO_AUGMENT, random_erasing=1.0, random_erasing_mode="const")
     plain = apply(image, AugmentConfig(**NO_AUGMENT), times=1)[0]
     for view in apply(image, augment, times=8):
@@ -197,26 +202,26 @@ def test_const_erasing_is_zero_after_normalisation(image):
 
 @pytest.mark.parametrize("in_chans", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_policies_run_on_grey_and_rgb(image, policy, in_chans):
+def test_policies_run_on_gray_and_rgb(image, policy, in_chans):
     augment = AugmentConfig(auto_augment=policy, random_erasing=0.25, color_jitter=0.4)
-    picture = image if in_chans == 3 else image.convert("L")
-    views = apply(picture, augment, times=100, in_chans=in_chans)
+    pil_image = image if in_chans == 3 else image.convert("L")
+    views = apply(pil_image, augment, times=100, in_chans=in_chans)
     assert views.shape == (100, in_chans, 32, 32)
     assert views.isfinite().all()
 
 
 @pytest.mark.parametrize("policy", [RECIPE, "rand-m9-mstd0.5-mmax20-inc1", "v0"])
 def test_randaugment_runs_thousands_of_times(image, policy):
-    """Pillow 13 refuses to keep no bits in posterize, of which these policies ask now and then."""
+    """Pillow 13 rejects posterize with 0 bits, which these policies draw occasionally."""
     from timm.data import auto_augment
 
     transform = train_transform(AugmentConfig(auto_augment=policy), DataConfig(), image_size=16, in_chans=3)
     small = image.resize((20, 20))
     bits = []
 
-    def counting(picture, bits_to_keep, **options):
+    def counting(pil_image, bits_to_keep, **options):
         bits.append(bits_to_keep)
-        return mended(picture, bits_to_keep, **options)
+        return patched(pil_image, bits_to_keep, **options)
 
     step = next(
         s for s in transform.augment if isinstance(s, (auto_augment.RandAugment, auto_augment.AutoAugment))
@@ -224,14 +229,14 @@ def test_randaugment_runs_thousands_of_times(image, policy):
     sub_policies = getattr(step, "policy", None) or [step.ops]
     posterizes = [op for ops in sub_policies for op in ops if op.name.startswith("Posterize")]
     assert posterizes
-    mended = posterizes[0].aug_fn
+    patched = posterizes[0].aug_fn
     for operation in posterizes:
         assert operation.aug_fn is not auto_augment.posterize
         operation.aug_fn = counting
     for view in range(2000):
         with seeded(0, "test", view):
             assert transform(small).isfinite().all()
-    assert min(bits) <= 0  # the trap was met
+    assert min(bits) <= 0  # the case occurred
 
 
 def test_posterize_without_bits_is_black_and_otherwise_timms():
@@ -251,7 +256,7 @@ def test_posterize_without_bits_is_black_and_otherwise_timms():
         assert not np.asarray(auto_augment.posterize(noise, 0)).any()
 
 
-def test_timm_itself_is_left_alone(image):
+def test_timm_itself_is_not_patched(image):
     from timm.data import auto_augment
 
     train_transform(AugmentConfig(auto_augment=RECIPE), DataConfig(), image_size=16, in_chans=3)
@@ -280,40 +285,13 @@ def test_timm_itself_is_left_alone(image):
         "rand-m³",
     ],
 )
-def test_unknown_policies_are_refused(policy):
-    with pytest.raises(ConfigError) as error:
+def test_unknown_policies_are_rejected(policy):
+    with pytest.raises(UserError) as error:
         train_transform(AugmentConfig(auto_augment=policy), DataConfig(), image_size=32, in_chans=3)
-    assert error.value.key == "schedule.augment.auto_augment"
+    assert error.value.location == "schedule.augment.auto_augment"
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("hflip", 1.5),
-        ("vflip", -0.1),
-        ("random_erasing", 2.0),
-        ("scale", (0.5, 0.1)),
-        ("scale", (0.0, 1.0)),
-        ("ratio", (2.0, 1.0)),
-        ("pad", -1),
-        ("color_jitter", -0.4),
-        *[("color_jitter", value) for value in ODD],
-        *[("scale", (0.1, value)) for value in ODD],
-        *[("scale", (value, 1.0)) for value in ODD],
-        *[("ratio", (1.0, value)) for value in ODD],
-        *[("ratio", (value, 1.0)) for value in ODD],
-        ("ratio", (1e-320, 1.0)),
-        *[(field, value) for field in ("hflip", "vflip", "random_erasing") for value in ODD],
-        ("random_erasing_count", 0),
-    ],
-)
-def test_values_out_of_range_are_refused(field, value):
-    with pytest.raises(ConfigError) as error:
-        train_transform(AugmentConfig(**{field: value}), DataConfig(), image_size=32, in_chans=3)
-    assert error.value.key == f"schedule.augment.{field}"
-
-
-def test_evaluation_resizes_the_short_side_and_crops_the_centre(image):
+def test_evaluation_resizes_the_short_side_and_crops_the_center(image):
     data = DataConfig(crop_pct=0.8, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
     out = evaluation_transform(data, image_size=32, in_chans=3)(image)  # 80×60 -> 53×40 -> 32×32
     resized = image.resize((53, 40), Image.Resampling.BICUBIC)
@@ -330,27 +308,15 @@ def test_evaluation_interpolation_has_an_effect(image, name):
     assert not torch.equal(bicubic, other)
 
 
-def test_grey_images_take_the_average_statistics(image):
+def test_gray_images_take_the_average_statistics(image):
     data = DataConfig(mean=(0.1, 0.2, 0.6), std=(0.2, 0.3, 0.4), crop_pct=1.0)
     mean, std = channel_statistics(data, 1)
     assert mean == pytest.approx((0.3,))
     assert std == pytest.approx((0.3,))
-    grey = image.convert("L").resize((32, 32))
-    out = evaluation_transform(data, image_size=32, in_chans=1)(grey)
-    expected = (torch.from_numpy(np.asarray(grey).copy())[None] / 255 - 0.3) / 0.3
+    gray = image.convert("L").resize((32, 32))
+    out = evaluation_transform(data, image_size=32, in_chans=1)(gray)
+    expected = (torch.from_numpy(np.asarray(gray).copy())[None] / 255 - 0.3) / 0.3
     assert torch.allclose(out, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("crop_pct", 0.0), ("crop_pct", 1.5), ("std", (1.0, 0.0, 1.0))]
-    + [("crop_pct", value) for value in ODD]
-    + [(field, (1.0, value, 1.0)) for field in ("mean", "std") for value in ODD],
-)
-def test_evaluation_values_out_of_range_are_refused(field, value):
-    with pytest.raises(ConfigError) as error:
-        evaluation_transform(DataConfig(**{field: value}), image_size=32, in_chans=3)
-    assert error.value.key == f"data.{field}"
 
 
 def test_seeded_restores_the_generators_and_depends_on_its_key_alone():
@@ -388,9 +354,9 @@ def test_the_recipe_runs_over_photographs(photographs):
     augment = AugmentConfig(auto_augment=RECIPE, random_erasing=0.25)
     transform = train_transform(augment, DataConfig(), image_size=64, in_chans=3)
     for index in range(0, len(source), 2):
-        picture = source.load(index)[0]
+        pil_image = source.load(index)[0]
         for view in range(4):
             with seeded(0, "test", index, view):
-                out = transform(picture)
+                out = transform(pil_image)
             assert out.shape == (3, 64, 64)
             assert out.isfinite().all()

@@ -1,4 +1,4 @@
-"""Zip archives with a map: the folder's images, from any process, and one line for whatever is wrong."""
+"""Zip archives with a map: the folder's images, from any process, and one-line errors."""
 
 import os
 import pickle
@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.loading import load
 
-from data import build_loaders
 from data.sources import open_source
-from data.sources.zipped import members
-from vil.config import AugmentConfig, ConfigError, DataConfig
+from data.sources.zip import list_members
+from vil.config import AugmentConfig, DataConfig, UserError
 
 CLASSES = ("ant", "bear", "cat")
 
@@ -41,9 +41,9 @@ def zip_data(request, image_folder, tmp_path):
 
 
 def refusal(data, split="train"):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         open_source(data, split, 3)
-    assert error.value.key == "data.root"
+    assert error.value.location == "data.root"
     assert "\n" not in str(error.value)
     return error.value.reason
 
@@ -55,7 +55,7 @@ def with_lines(zip_data, *lines):
     return zip_data
 
 
-def test_a_zip_holds_the_images_of_the_folder(zip_data, folder_data):
+def test_a_zip_has_the_images_of_the_folder(zip_data, folder_data):
     for split in ("train", "val"):
         zipped, folder = open_source(zip_data, split, 3), open_source(folder_data, split, 3)
         assert zipped.class_names == folder.class_names == CLASSES
@@ -73,8 +73,7 @@ def test_batches_are_the_folders_also_from_the_middle_of_an_epoch(zip_data, fold
     def batches(data, workers, start):
         recipe = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
         data.workers = workers
-        options = {"image_size": 24, "in_chans": 3, "batch_size": 4, "accumulation": 1, "seed": 3}
-        return list(build_loaders(data, recipe, **options).train.epoch(1, start))
+        return list(load(data, recipe, image_size=24, batch_size=4, seed=3).train.epoch(1, start))
 
     for start in (0, 2):
         pairs = list(zip(batches(zip_data, workers, start), batches(folder_data, 0, start), strict=True))
@@ -86,7 +85,7 @@ def _loaded(source, results):
     results.put([np.asarray(source.load(index)[0]).tobytes() for index in range(len(source))])
 
 
-def test_a_source_in_use_goes_on_in_forked_processes(zip_data):
+def test_an_open_source_works_in_forked_processes(zip_data):
     source = open_source(zip_data, "train", 3)
     expected = [np.asarray(source.load(index)[0]).tobytes() for index in range(len(source))]
     context = get_context("fork")
@@ -107,13 +106,13 @@ def test_a_pickled_source_opens_its_own_files(zip_data):
     assert (np.asarray(again.load(3)[0]) == np.asarray(source.load(3)[0])).all()
 
 
-def test_a_validation_map_with_other_numbers_is_refused(zip_data, image_folder):
+def test_a_validation_map_with_other_numbers_is_rejected(zip_data, image_folder):
     lines = [
         f"val.zip@/{name}/{i}.png\t{k}" for k, name in enumerate(("bear", "ant", "cat")) for i in range(2)
     ]
     write_zip(Path(zip_data.root), image_folder, "val", lines=lines)
-    said = refusal(zip_data, "val")
-    assert said == f"{zip_data.root}/val_map.txt: folder bear has class 0, but class 1 in train_map.txt"
+    message = refusal(zip_data, "val")
+    assert message == f"{zip_data.root}/val_map.txt: folder bear has class 0, but class 1 in train_map.txt"
 
 
 def test_numbers_are_compared_by_class_folder_also_around_other_folders(tmp_path):
@@ -130,7 +129,7 @@ def test_numbers_are_compared_by_class_folder_also_around_other_folders(tmp_path
     assert "folder ant has class 1, but class 0 in train_map.txt" in refusal(data, "val")
 
 
-def test_classes_without_training_images_are_said(zip_data, caplog):
+def test_classes_without_training_images_are_logged(zip_data, caplog):
     lines = [f"train.zip@/{name}/0.png\t{3 * k}" for k, name in enumerate(("ant", "bear"))]
     assert len(open_source(with_lines(zip_data, *lines), "train", 3).class_names) == 4
     assert "split train: 2 classes have no training images: 1, 2" in caplog.text
@@ -168,14 +167,14 @@ def test_names_in_utf_8_without_the_flag(image_folder, tmp_path):
     assert source.load(1)[0].size == (40, 30)
 
 
-def test_names_of_code_page_437_stay_what_zipfile_reads(image_folder, tmp_path):
+def test_names_in_code_page_437(image_folder, tmp_path):
     class Info(zipfile.ZipInfo):
         def _encodeFilenameFlags(self):  # noqa: N802
             return self.filename.encode("cp437"), 0
 
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(Info("café/é.png"), b"")
-    assert list(members(tmp_path / "a.zip", 0)) == ["café/é.png"]
+    assert list(list_members(tmp_path / "a.zip", 0)) == ["café/é.png"]
 
 
 def test_the_recipe_of_the_documentation(image_folder, tmp_path):
@@ -212,9 +211,9 @@ def test_flat_archives_number_their_classes(zip_data, image_folder):
     [
         ("train.zip@/ant/0.png 0", "expected archive@/path"),
         ("train.zip/ant/0.png\t0", "expected archive@/path"),
-        ("train.zip@/ant/0.png\t-1", "the class is no number"),
-        ("train.zip@/ant/0.png\tant", "the class is no number"),
-        ("train.zip@/ant/0.png\t" + "9" * 5000, "the class is no number"),
+        ("train.zip@/ant/0.png\t-1", "the class is not an integer"),
+        ("train.zip@/ant/0.png\tant", "the class is not an integer"),
+        ("train.zip@/ant/0.png\t" + "9" * 5000, "the class is not an integer"),
         ("train.zip@/ant/../0.png\t0", "leads outside"),
         ("../zip/train.zip@/ant/0.png\t0", "leads outside"),
         ("/etc/train.zip@/ant/0.png\t0", "leads outside"),
@@ -222,15 +221,15 @@ def test_flat_archives_number_their_classes(zip_data, image_folder):
     ],
 )
 def test_a_bad_line_is_named(zip_data, line, reason):
-    said = refusal(with_lines(zip_data, "train.zip@/ant/1.png\t0", "", line))
-    assert "train_map.txt, line 3: " in said
-    assert reason in said
+    message = refusal(with_lines(zip_data, "train.zip@/ant/1.png\t0", "", line))
+    assert "train_map.txt, line 3: " in message
+    assert reason in message
 
 
 def test_missing_and_broken_files_are_named(zip_data):
     root = zip_data.root
     assert "no such file" in refusal(with_lines(zip_data, "other.zip@/ant/0.png\t0"))
-    assert "names no image" in refusal(with_lines(zip_data, ""))
+    assert "does not name any image" in refusal(with_lines(zip_data, ""))
     with_lines(zip_data, "train.zip@/ant/0.png\t0")
     assert "class 1, but train_map.txt has 1" in refusal(zip_data, "val")
     with open(os.path.join(root, "train.zip"), "r+b") as file:
@@ -241,14 +240,14 @@ def test_missing_and_broken_files_are_named(zip_data):
     assert "is needed" in refusal(DataConfig(source="zip"))
 
 
-def test_other_compressions_are_refused(zip_data, image_folder, tmp_path):
+def test_other_compressions_are_rejected(zip_data, image_folder, tmp_path):
     write_zip(tmp_path / "zip", image_folder, "train", zipfile.ZIP_LZMA)
     assert "neither stored nor deflated" in refusal(zip_data)
 
 
 def test_a_changed_byte_is_an_unreadable_image(zip_data, tmp_path):
     source = open_source(zip_data, "train", 3)
-    _, offset, size, *_ = source._places[5].tolist()
+    _, offset, size, *_ = source._locations[5].tolist()
     with open(tmp_path / "zip/train.zip", "r+b") as file:
         file.seek(offset + size)
         byte = file.read(1)
@@ -259,7 +258,7 @@ def test_a_changed_byte_is_an_unreadable_image(zip_data, tmp_path):
     source.load(4)
 
 
-def test_a_name_may_hold_what_other_text_ends_lines_with(image_folder, tmp_path):
+def test_a_name_may_contain_line_separators_of_unicode(image_folder, tmp_path):
     image = next((image_folder / "train" / "ant").iterdir())
     image.rename(image.with_name("a\u2028b.png"))
     write_zip(tmp_path / "zip", image_folder, "train")

@@ -1,116 +1,122 @@
-"""Accuracy: against scikit-learn, at its edges, and the same for any number of ranks."""
+"""Metrics: against scikit-learn and their definitions, at their edges, and equal on any number of ranks."""
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
 import math
 from pathlib import Path
+from typing import Any
 
-import evaluation_ranks
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
-from evaluation_ranks import drawn
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, top_k_accuracy_score
 from torch import nn
+from torch.multiprocessing.spawn import start_processes
 
-from vil.config import ConfigError
-from vil.evaluation.accuracy import evaluate
+from vil.config import UserError
+from vil.evaluation.accuracy import EvaluationResult, evaluate
 
-CPU = torch.device("cpu")
-AS_GIVEN = nn.Identity()  # "images" that are the logits themselves
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def draw(images: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (images, classes) and targets (images,)."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(size=(images, classes)).astype(np.float32))
+    return logits, torch.from_numpy(rng.integers(0, classes, images))
+
+
+def evaluate_logits(
+    logits: torch.Tensor, targets: Any, batch: int = 1000, **options: Any
+) -> EvaluationResult:
+    """Evaluate a model whose images are its logits."""
+    loader = zip(logits.split(batch), torch.as_tensor(targets).split(batch))
+    return evaluate_batches(list(loader), **options)
+
+
+def evaluate_batches(
+    batches: Batches, model: nn.Module | None = None, precision: str = "float32", **options: Any
+) -> EvaluationResult:
+    model = model or nn.Identity()
+    return evaluate(model, batches, device=torch.device("cpu"), precision=precision, **options)
 
 
 @settings(deadline=None, max_examples=30)
 @given(
     images=st.integers(1, 40), classes=st.integers(6, 20), seed=st.integers(0, 999), batch=st.integers(1, 17)
 )
-def test_agrees_with_scikit_learn(images: int, classes: int, seed: int, batch: int) -> None:
-    logits, targets = drawn(images, classes, seed)
-    loader = zip(logits.split(batch), targets.split(batch))
-    found = evaluate(AS_GIVEN, loader, device=CPU, precision="float32")
+def test_top1_top5_and_loss_agree_with_scikit_learn(images: int, classes: int, seed: int, batch: int) -> None:
+    logits, targets = draw(images, classes, seed)
+    found = evaluate_logits(logits, targets, batch)
     labels = np.arange(classes)
-    assert found.images == images
-    assert found.top1 == pytest.approx(100 * top_k_accuracy_score(targets, logits, k=1, labels=labels))
-    assert found.top5 == pytest.approx(100 * top_k_accuracy_score(targets, logits, k=5, labels=labels))
+    assert (found.images, found.unreadable) == (images, 0)
+    for key, k in (("top1", 1), ("top5", 5)):
+        expected = 100 * top_k_accuracy_score(targets, logits, k=k, labels=labels)
+        assert found.values[key] == pytest.approx(expected)
     expected = log_loss(targets, logits.double().softmax(dim=1), labels=labels)
-    assert found.loss == pytest.approx(expected, rel=1e-6)
+    assert found.values["loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_top5_with_three_classes_takes_all_of_them() -> None:
-    found = evaluate(AS_GIVEN, [drawn(10, 3)], device=CPU, precision="float32")
-    assert found.top5 == 100
-    assert found.top1 < 100
+def test_top5_of_three_classes_is_100() -> None:
+    found = evaluate_logits(*draw(10, 3)).values
+    assert found["top5"] == 100 > found["top1"]
 
 
-def test_equal_logits_are_not_all_correct() -> None:
-    loader = [(torch.zeros(10, 10), torch.arange(10))]
-    found = evaluate(AS_GIVEN, loader, device=CPU, precision="float32")
-    assert (found.top1, found.top5) == (10, 50)
-    assert found.loss == pytest.approx(math.log(10), abs=1e-12)
+def test_of_equal_logits_the_first_is_the_prediction() -> None:
+    found = evaluate_logits(torch.zeros(10, 10), torch.arange(10)).values
+    assert (found["top1"], found["top5"]) == (10, 50)
+    assert found["loss"] == pytest.approx(math.log(10), abs=1e-12)
 
 
 @pytest.mark.parametrize("classes", [3, 10])
 def test_nan_is_never_correct(classes: int) -> None:
-    loader = [(torch.full((4, classes), math.nan), torch.arange(4) % classes)]
-    found = evaluate(AS_GIVEN, loader, device=CPU, precision="float32")
-    assert (found.top1, found.top5) == (0, 0)
-    assert math.isnan(found.loss)
+    found = evaluate_logits(torch.full((4, classes), math.nan), torch.arange(4) % classes).values
+    assert (found["top1"], found["top5"]) == (0, 0)
+    assert math.isnan(found["loss"])
 
 
-def test_loss_is_summed_in_double_precision() -> None:
-    logits = torch.tensor([[0.0, 20.0]])  # cross-entropy 2e-9 for class 1, which float32 rounds to 0
-    loader = [(logits, torch.tensor([1]))]
-    found = evaluate(AS_GIVEN, loader, device=CPU, precision="float32")
-    assert found.loss == pytest.approx(math.log1p(math.exp(-20)), rel=1e-6)
+def test_loss_is_computed_in_float64() -> None:
+    found = evaluate_logits(torch.tensor([[0.0, 20.0]]), [1])  # float32 rounds this loss to 0
+    assert found.values["loss"] == pytest.approx(math.log1p(math.exp(-20)), rel=1e-6)
 
 
-def test_modes_of_modules_are_put_back() -> None:
+def test_modes_and_statistics_are_restored_and_precision_is_that_of_the_forward_pass() -> None:
     seen = []
 
     class Spy(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append(self.training or torch.is_grad_enabled())
-            return super().forward(x)
+            result = super().forward(x)
+            seen.append((self.training, torch.is_grad_enabled(), result.dtype))
+            return result
 
     model = nn.Sequential(Spy(6, 6), nn.BatchNorm1d(6))
     model.train()
     model[1].eval()  # frozen
     statistics = model[1].running_mean.clone()
-    evaluate(model, [drawn(5, 6)], device=CPU, precision="float32")
-    assert seen == [False]
+    for precision in ("float32", "bfloat16"):
+        evaluate_batches([draw(5, 6)], model, precision)
+    assert seen == [(False, False, torch.float32), (False, False, torch.bfloat16)]
     assert [module.training for module in model.modules()] == [True, True, False]
     assert torch.equal(model[1].running_mean, statistics)
 
 
-def test_forward_pass_runs_in_the_precision() -> None:
-    kinds = []
-
-    class Spy(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            result = super().forward(x)
-            kinds.append(result.dtype)
-            return result
-
-    evaluate(Spy(6, 6), [drawn(5, 6)], device=CPU, precision="bfloat16")
-    evaluate(Spy(6, 6), [drawn(5, 6)], device=CPU, precision="float32")
-    assert kinds == [torch.bfloat16, torch.float32]
-
-
 def test_calibration_error_by_its_definition() -> None:
-    # Two classes, so that a logit is the log-odds of the confidence: 4 images at 0.8, 2 at 0.6.
+    # With two classes a logit is the log-odds of the confidence: 4 images at 0.8, 2 at 0.6.
     confidence = torch.tensor([0.8, 0.8, 0.8, 0.8, 0.6, 0.6], dtype=torch.float64)
     logits = torch.stack([(confidence / (1 - confidence)).log(), torch.zeros(6)], dim=1)
-    targets = torch.tensor([0, 0, 1, 1, 0, 0])  # half of the first four are correct, and both others
-    found = evaluate(AS_GIVEN, [(logits, targets)], device=CPU, precision="float32")
-    assert found.ece == pytest.approx(100 * (4 / 6 * abs(0.5 - 0.8) + 2 / 6 * abs(1 - 0.6)), rel=1e-6)
+    found = evaluate_logits(logits, [0, 0, 1, 1, 0, 0])  # half of the first four and both others are correct
+    expected = 100 * (4 / 6 * abs(0.5 - 0.8) + 2 / 6 * abs(1 - 0.6))
+    assert found.values["ece"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_calibration_error_against_plain_loops() -> None:
-    logits, targets = drawn(500, 10)
+def test_calibration_error_agrees_with_a_plain_loop_over_bins() -> None:
+    logits, targets = draw(500, 10)
     probability = (3 * logits.double()).softmax(dim=1).numpy()
     confidence, correct = probability.max(axis=1), probability.argmax(axis=1) == targets.numpy()
     expected = 0.0
@@ -118,64 +124,115 @@ def test_calibration_error_against_plain_loops() -> None:
         inside = (confidence > edge / 15) & (confidence <= (edge + 1) / 15)
         if inside.any():
             expected += inside.sum() / 500 * abs(correct[inside].mean() - confidence[inside].mean())
-    loader = zip((3 * logits).split(7), targets.split(7))
-    found = evaluate(AS_GIVEN, loader, device=CPU, precision="float32")
-    assert found.ece == pytest.approx(100 * expected, rel=1e-6)
+    found = evaluate_logits(3 * logits, targets, batch=7)
+    assert found.values["ece"] == pytest.approx(100 * expected, rel=1e-6)
 
 
-def test_only_the_logits_of_the_classes_are_compared() -> None:
+def test_brier_score() -> None:
+    certain = torch.tensor([[99.0, 0.0, 0.0, 0.0]])
+    for target, expected in ((0, 0), (1, 2)):
+        assert evaluate_logits(certain, [target]).values["brier"] == pytest.approx(expected, abs=1e-12)
+    assert evaluate_logits(torch.zeros(1, 4), [2]).values["brier"] == pytest.approx(0.75**2 + 3 * 0.25**2)
+    logits, targets = draw(50, 10)
+    distance = logits.double().softmax(dim=1).numpy() - np.eye(10)[targets]
+    found = evaluate_logits(logits, targets, batch=7)
+    assert found.values["brier"] == pytest.approx((distance**2).sum(axis=1).mean(), rel=1e-12)
+
+
+def test_logit_indices_ignore_all_other_logits() -> None:
     logits = torch.tensor([[9.0, 1.0, 2.0, 0.0], [9.0, 0.0, 1.0, 5.0]])
-    found = evaluate(
-        AS_GIVEN, [(logits, torch.tensor([0, 0]))], device=CPU, precision="float32", class_rows=[2, 1]
-    )
-    rest = evaluate(AS_GIVEN, [(logits[:, [2, 1]], torch.tensor([0, 0]))], device=CPU, precision="float32")
-    assert found == rest
-    assert found.top1 == 100
-    with pytest.raises(ConfigError, match="the model has 4 classes, the data has 6"):
-        evaluate(AS_GIVEN, [drawn(4, 4)], device=CPU, precision="float32", class_rows=[2, 5])
+    found = evaluate_logits(logits, [0, 0], logit_indices=[2, 1])
+    assert found == evaluate_logits(logits[:, [2, 1]], [0, 0])
+    assert found.values["top1"] == 100
 
 
 def test_real_labels_count_images_that_have_any() -> None:
     logits = torch.eye(4)
-    targets = torch.tensor([[0, 0, 3], [0, 2, 1], [3, -1, -1], [3, 2, -1]])  # class, then ReaL labels
-    found = evaluate(AS_GIVEN, [(logits, targets)], device=CPU, precision="float32")
-    assert found.top1 == 50
-    assert found.real_top1 == pytest.approx(100 * 2 / 3)
-    broken = evaluate(AS_GIVEN, [(logits * math.nan, targets)], device=CPU, precision="float32")
-    assert broken.real_top1 == 0
+    targets = [[0, 0, 3], [0, 2, 1], [3, -1, -1], [3, 2, -1]]  # target, then ReaL labels
+    found = evaluate_logits(logits, targets).values
+    assert (found["top1"], found["real_top1"]) == (50, pytest.approx(100 * 2 / 3))
+    assert evaluate_logits(logits * math.nan, targets).values["real_top1"] == 0
+    assert "real_top1" not in evaluate_logits(logits, [0, 0, 3, 3]).values
+
+
+def test_logged_values_have_a_prefix() -> None:
+    found = evaluate_logits(*draw(4, 4))
+    assert found.logged("ema_") == {f"ema_{key}": value for key, value in found.values.items()}
+
+
+class Unreadable(list):
+    unreadable = 3
 
 
 def test_unreadable_images_are_counted() -> None:
-    class Loader(list[tuple[torch.Tensor, torch.Tensor]]):
-        unreadable = 3
-
-    found = evaluate(AS_GIVEN, Loader([drawn(4, 4)]), device=CPU, precision="float32")
+    found = evaluate_batches(Unreadable([draw(4, 4)]))
     assert (found.images, found.unreadable) == (4, 3)
-    with pytest.raises(ConfigError, match="none of the 3 images can be read"):
-        evaluate(AS_GIVEN, Loader([]), device=CPU, precision="float32")
 
 
-def test_no_image_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="no image"):
-        evaluate(AS_GIVEN, [], device=CPU, precision="float32")
+@pytest.mark.parametrize(
+    ("batches", "options", "message"),
+    [
+        ([], {}, "data: no images"),
+        (Unreadable(), {}, "data: none of the 3 images can be read"),
+        ([draw(4, 4)], {"num_classes": 6}, "model.num_classes: the model has 4 classes, the data has 6"),
+        (
+            [draw(4, 4)],
+            {"logit_indices": [2, 5]},
+            "model.num_classes: the model has 4 classes, the data has 6",
+        ),
+    ],
+)
+def test_errors(batches: Batches, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        evaluate_batches(batches, **options)
+    assert str(caught.value) == message
 
 
-def test_too_few_classes_in_the_model_are_an_error() -> None:
-    with pytest.raises(ConfigError, match="the model has 10 classes, the data has 12"):
-        evaluate(AS_GIVEN, [drawn(4, 10)], device=CPU, precision="float32", class_count=12)
-    evaluate(AS_GIVEN, [drawn(4, 10)], device=CPU, precision="float32", class_count=8)
+def test_a_model_may_have_more_classes_than_the_data() -> None:
+    assert evaluate_batches([draw(4, 10)], num_classes=8).images == 4
+
+
+IMAGES = (11, 2)
+
+
+def evaluate_in_worlds(rank: int, folder: str) -> None:
+    """Evaluate a fixed linear model as one rank of 1, 2 and 3; write the results of this rank."""
+    torch.set_num_threads(1)
+    model = nn.Linear(12, 12)
+    with torch.no_grad():
+        model.weight.copy_(draw(12, 12, seed=1)[0])
+        model.bias.zero_()
+    for world_size in range(rank + 1, 4):
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous_{world_size}",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=120),
+        )
+        for images in IMAGES:
+            features, targets = draw(images, 12)
+            slice_ = slice(rank, None, world_size)
+            batches = list(zip(features[slice_].split(2), targets[slice_].split(2))) if rank < images else []
+            found = evaluate_batches(batches, model)
+            Path(f"{folder}/{images}_{world_size}_{rank}.json").write_text(
+                json.dumps(dataclasses.asdict(found))
+            )
+            if world_size == 3 and images == 2:  # the last rank has no image
+                with pytest.raises(UserError) as caught:
+                    evaluate_batches(batches, model, num_classes=13)
+                Path(f"{folder}/{rank}.error").write_text(str(caught.value))
+        dist.destroy_process_group()
 
 
 def test_any_number_of_ranks_counts_each_image_once(tmp_path: Path) -> None:
-    # Three processes; with three ranks the slices of 2 images are of 1, 1 and 0 images.
-    torch.multiprocessing.spawn(evaluation_ranks.evaluate_in_worlds, (str(tmp_path),), nprocs=3)
-    found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
-    for images in evaluation_ranks.IMAGES:
-        results = [result for result in found if result["images"] == images]
-        assert len(results) == 1 + 2 + 3
-        assert len({(result["top1"], result["top5"]) for result in results}) == 1
-        for key in ("loss", "ece"):
-            assert [result[key] for result in results] == pytest.approx([results[0][key]] * 6, rel=1e-6)
-    assert len(found) == 12
-    refused = [path.read_text() for path in sorted(tmp_path.glob("*.refused"))]
-    assert refused == ["model.num_classes: the model has 12 classes, the data has 13"] * 3
+    # Forked, so that PyTorch is not imported again. On three ranks, 2 images are slices of 1, 1 and 0.
+    start_processes(evaluate_in_worlds, (str(tmp_path),), nprocs=3, start_method="fork")
+    for images in IMAGES:
+        found = [json.loads(path.read_text()) for path in tmp_path.glob(f"{images}_*.json")]
+        assert [result["images"] for result in found] == [images] * (1 + 2 + 3)
+        for key, value in found[0]["values"].items():
+            rel = 0 if key in ("top1", "top5") else 1e-6
+            assert [result["values"][key] for result in found] == pytest.approx([value] * 6, rel=rel)
+    errors = [path.read_text() for path in tmp_path.glob("*.error")]
+    assert errors == ["model.num_classes: the model has 12 classes, the data has 13"] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,113 +12,140 @@ import pytest
 import torch
 from torch import nn
 
-from vil.config import ConfigError
-from vil.evaluation import report
-from vil.evaluation.benchmark import Memory
+from vil.config import EvalConfig, ModelConfig, UserError
+from vil.evaluation import cost
+from vil.evaluation.cost import Memory
+from vil.evaluation.report import EvaluationDataset, Result, evaluate_model, table, write_json
+from vil.runtime.distributed import Process
+from vil.runtime.files import check_writable
 
-CPU = torch.device("cpu")
+PROCESS = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+CONFIG = EvalConfig(model=ModelConfig(name="tiny", image_size=2), batch_size=4, progress=False)
 CONTRACT = {
-    "top1", "top5", "loss", "images", "params", "flops", "train_memory_mb", "eval_memory_mb",
-    "images_per_second", "device", "precision", "image_size", "checkpoint",
-}  # fmt: skip
+    *("top1", "top5", "loss", "images", "params", "flops", "train_memory_mb", "eval_memory_mb"),
+    *("images_per_second", "device", "precision", "image_size", "checkpoint"),
+}
 
 
-def result_of(loader: Any, **options: Any) -> report.Result:
+def evaluate_linear(*loaders: Any) -> list[Result]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
-    fixed = {"image_size": 2, "in_chans": 3, "device": CPU, "precision": "float32", "batch_size": 4}
-    names = {"checkpoint": "runs/x/best.pt", "model_name": "tiny", "weights": "ema", "data": "digits"}
-    return report.evaluate_model(model, loader, **{**fixed, **names, **options})
+    datasets = [EvaluationDataset("digits", loader) for loader in loaders]
+    return evaluate_model(model, datasets, CONFIG, PROCESS, checkpoint="runs/x/best.pt", weights="ema")
 
 
-@pytest.fixture
-def result() -> report.Result:
-    return result_of([(torch.randn(20, 3, 2, 2), torch.arange(20) % 10)])
+@pytest.fixture(scope="module")
+def result() -> Result:
+    (result,) = evaluate_linear([(torch.randn(20, 3, 2, 2), torch.arange(20) % 10)])
+    return result
 
 
-def test_all_fields_of_the_contract(result: report.Result) -> None:
+@pytest.fixture(scope="module")
+def cost_alone() -> Result:
+    (result,) = evaluate_linear()
+    return result
+
+
+def test_fields_of_a_result(result: Result) -> None:
     assert set(result) >= CONTRACT
     assert [key for key, value in result.items() if value is None] == ["real_top1", "classes"]
-    assert (result["images"], result["params"], result["flops"]) == (20, 130, 120)
+    assert (result["images"], result["unreadable"], result["params"], result["flops"]) == (20, 0, 130, 120)
     assert result["train_memory_mb"] == pytest.approx((12 * 4 + 10 * 4 + 8) / 1e6)  # image, softmax, target
     assert result["eval_memory_mb"] == pytest.approx((12 + 10) * 4 / 1e6)
     assert (result["memory"], result["device"], result["precision"]) == ("counted bytes", "cpu", "float32")
     assert (result["checkpoint"], result["weights"], result["model"]) == ("runs/x/best.pt", "ema", "tiny")
+    assert (result["data"], result["image_size"]) == ("digits", 2)
 
 
-def test_without_images_there_is_no_accuracy() -> None:
-    result = result_of(None)
-    assert [result[key] for key in ("top1", "top5", "loss", "images")] == [None] * 4
-    assert result["flops"] == 120
+def test_without_data_there_are_no_metrics(cost_alone: Result) -> None:
+    assert [cost_alone[key] for key in ("top1", "top5", "loss", "images", "data")] == [None] * 5
+    assert cost_alone["flops"] == 120
 
 
-def test_a_cost_that_no_memory_holds_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "measure_memory", lambda *_, **options: Memory(None, 5e6, "measured peak"))
-    monkeypatch.setattr(report, "images_per_second", lambda *_, **options: None)
-    result = result_of(None)
-    assert (result["train_memory_mb"], result["eval_memory_mb"], result["images_per_second"]) == (
-        None,
-        5,
-        None,
-    )
-    report.write_json(tmp_path / "out.json", [result])
+def test_the_cost_of_a_model_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = iter([5.0])
+    monkeypatch.setattr(cost, "images_per_second", lambda *_, **options: next(speeds))
+    batch = (torch.randn(4, 3, 2, 2), torch.arange(4))
+    results = evaluate_linear([batch], [batch, batch])
+    assert [(result["images"], result["images_per_second"]) for result in results] == [(4, 5.0), (8, 5.0)]
+
+
+def test_a_cost_that_cannot_be_measured_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "measure_memory", lambda *_, **options: Memory(None, 5e6, "measured peak"))
+    monkeypatch.setattr(cost, "images_per_second", lambda *_, **options: None)
+    (result,) = evaluate_linear()
+    keys = ("train_memory_mb", "eval_memory_mb", "images_per_second")
+    assert [result[key] for key in keys] == [None, 5, None]
+    write_json(tmp_path / "out.json", [result])
     assert json.loads((tmp_path / "out.json").read_text()) == [result]
     fitting = {**result, "train_memory_mb": 7.0}
-    assert report.table([result, fitting]).splitlines()[1].split()[-2:] == ["-", "5.0"]
+    assert table([result, fitting]).splitlines()[1].split()[-2:] == ["-", "5.0"]
 
 
-def test_batch_size_must_be_positive() -> None:
-    with pytest.raises(ConfigError, match="batch_size: expected at least 1, got 0"):
-        result_of(None, batch_size=0)
+def test_a_failed_measurement_is_a_warning_and_keeps_the_accuracy(caplog: pytest.LogCaptureFixture) -> None:
+    class NeedsTwoImages(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) == 1:
+                raise RuntimeError("needs two images")
+            return super().forward(x.mean((2, 3)))
+
+    dataset = EvaluationDataset("odd", [(torch.zeros(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64))])
+    (result,) = evaluate_model(NeedsTwoImages(3, 2), [dataset], CONFIG, PROCESS)
+    assert (result["images"], result["flops"], result["params"]) == (4, None, 8)
+    assert caplog.messages == ["warning: FLOPs cannot be measured: needs two images"]
 
 
-def test_table_is_aligned_and_leaves_out_empty_columns(result: report.Result) -> None:
+def test_table_is_aligned_without_empty_columns(result: Result, cost_alone: Result) -> None:
     result = {**result, "top1": 97.5, "params": 6_720_000, "flops": 1_432_000_000}
     other = {**result, "model": "a_longer_name", "top1": 8.123}
-    lines = report.table([result, other]).splitlines()
+    lines = table([result, other]).splitlines()
     assert lines[0].split()[:5] == ["model", "checkpoint", "weights", "data", "size"]
     end = lines[0].index("Top-1 %") + len("Top-1 %")
     assert lines[1][:end].endswith(" 97.50")
     assert lines[2][:end].endswith("  8.12")
     assert "6.72" in lines[1]
     assert "1.432" in lines[1]
-    assert len(lines) == 4  # heading, two results, and what holds for both
-    assert "counted bytes" in lines[3]
-    without = report.table([result_of(None)])
-    assert "Top-1" not in without
-    assert "FLOPs G" in without
+    assert lines[3:] == [
+        "cpu, float32. FLOPs: multiply-adds of one image. MB: 10^6 bytes per image, counted bytes, "
+        "training in float32."
+    ]
+    headings = table([cost_alone]).splitlines()[0]
+    assert "Top-1" not in headings
+    assert "FLOPs G" in headings
+    assert "unreadable" not in lines[0]
+    assert "unreadable" in table([{**result, "unreadable": 2}])
 
 
-def test_json_is_read_back(result: report.Result, tmp_path: Path) -> None:
+def test_json_is_read_back(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "new" / "out.json"
-    report.check_writable(path)
-    report.write_json(path, [result, {**result, "loss": math.nan}])
+    check_writable(path, "json")
+    write_json(path, [result, {**result, "loss": math.nan}])
     first, second = json.loads(path.read_text())
     assert first == result
     assert second["loss"] is None
     assert [p.name for p in path.parent.iterdir()] == ["out.json"]
 
 
-def test_a_failed_write_keeps_the_old_file(
-    result: report.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out.json"
-    report.write_json(path, [result])
+    write_json(path, [{"top1": 1.0}])
     before = path.read_text()
 
-    def full_disk(_: int) -> None:
+    def fill_disk(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", full_disk)
-    with pytest.raises(ConfigError, match=r"json: .*out.json cannot be written: No space left on device"):
-        report.write_json(path, [])
+    monkeypatch.setattr(os, "fsync", fill_disk)
+    with pytest.raises(UserError) as caught:
+        write_json(path, [])
+    assert str(caught.value) == f"json: {path} cannot be written: No space left on device"
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
-@pytest.mark.parametrize("name", ["file/out.json", "folder"])
-def test_what_cannot_be_written_is_found_before(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "reason"), [("file/out.json", "File exists"), ("folder", "Is a directory")])
+def test_an_unwritable_path_is_refused_before_the_evaluation(name: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match=f"json: .*{name} cannot be written"):
-        report.check_writable(tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        check_writable(tmp_path / name, "json")
+    assert str(caught.value) == f"json: {tmp_path / name} cannot be written: {reason}"

@@ -1,6 +1,6 @@
-"""Cut and flipped files of weights: weights, or one line.
+"""Truncated and corrupted weights files: weights, or one line.
 
-Published files and safetensors have no checksum of their own: where a bit flips inside of a weight, that is
+Published files and safetensors have no checksum: where a bit flips inside of a weight, that is
 the weight, as long as it is finite. A run's checkpoints have one (tests/training).
 """
 
@@ -11,11 +11,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from mutations import EXAMPLES, bounded
+from helpers.mutations import EXAMPLES, bounded
 from safetensors.torch import save
 
-from vil.config import ConfigError
-from vil.weight_files import read
+from vil.checkpoints.open import open_weights
+from vil.config import UserError
 
 NET = {
     "module.layer1.0.proj.weight": torch.randn(4, 3, 2, 2),
@@ -44,12 +44,12 @@ KINDS = {
 
 
 def outcome(path, content):
-    """The weights, or the one line."""
+    """Return the weights, or the error line."""
     path.write_bytes(content)
     with bounded():
         try:
-            weights = read(path).weights
-        except ConfigError as error:
+            weights = open_weights(path).state_dict
+        except UserError as error:
             weights, line = None, str(error)
     if weights is None:
         assert line.startswith(f"{path}: ")
@@ -105,7 +105,7 @@ def test_a_part_that_is_listed_many_times(tmp_path):
 
 
 def repeated():
-    """Lists in lists: a few hundred bytes that stand for 2^40 values."""
+    """Return nested lists: a few hundred bytes that expand to 2^40 values."""
     value = ["a"]
     for _ in range(40):
         value = [value, value]
@@ -137,7 +137,7 @@ def test_claims_of_gigabytes(tmp_path):
 
 
 def test_nothing_is_imported(tmp_path, monkeypatch):
-    """A module that is named in a file is not even looked for."""
+    """A module that a file names is not even searched."""
     (tmp_path / "strangers_module.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     for changes in (

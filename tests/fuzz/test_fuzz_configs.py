@@ -1,4 +1,4 @@
-"""Mutated YAML files at the doors of the programs: a configuration, or one line. Never anything else."""
+"""Mutated YAML files as input of the programs: a configuration, or one line."""
 
 import contextlib
 import copy
@@ -16,9 +16,7 @@ import pytest
 import sklearn.datasets
 import torch
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
-from mutations import (
+from helpers.mutations import (
     CHANGES,
     EDITS,
     EXAMPLES,
@@ -30,20 +28,22 @@ from mutations import (
     changed_tree,
     examples,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import eval as eval_program
 import train as train_program
 import vil
 from vil import command_line
-from vil.config import ConfigError, EvalConfig, TrainConfig
+from vil.checkpoints.open import open_weights
+from vil.checkpoints.published_config import read_published_config
+from vil.command_line import resolve_train_command
+from vil.config import EvalConfig, TrainConfig, UserError
 from vil.models import limits
-from vil.models.released import read_config
 from vil.models.zoo import model_from_config
-from vil.training.distributed import Process
-from vil.training.limits import check_limits
+from vil.runtime.distributed import Process
 from vil.training.optimizer import build_optimizer, build_scheduler
-from vil.weight_files import read
 
 ROOT = Path(__file__).parents[2]
 PARITY = ROOT / "tests" / "fixtures" / "parity"
@@ -67,7 +67,7 @@ def seeds(tmp_path_factory):
         option = {"models": "--model", "schedules": "--schedule", "data": "--data"}[kind]
         found += [(option, path.read_bytes()) for path in sorted((ROOT / "configs" / kind).glob("*.yaml"))]
     found += [("--config", b"model: {mask: cyclic}\nschedule: {augment: {mixup: 0.8}}\nseed: 3\n")]
-    whole = dataclasses.asdict(train_program.configure([]).config)
+    whole = dataclasses.asdict(resolve_train_command([]).config)
     for name in ("vil_32", "vil_32", "vil_32"):  # a run's own file, with every option in it
         whole["model"] |= yaml.safe_load((ROOT / "configs" / "models" / f"{name}.yaml").read_text())
         found += [("--config", as_yaml(whole)), ("run", as_yaml(whole)), ("stored", as_yaml(whole))]
@@ -77,40 +77,39 @@ def seeds(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
-    """Small models, digits that are read once, nothing fetched, and a folder of its own."""
-    monkeypatch.setattr(limits, "memory", lambda: MEMORY)
+    """Small models, digits that are read once, no downloads, and a separate folder."""
+    monkeypatch.setattr(limits, "total_memory", lambda: MEMORY)
     monkeypatch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.chdir(tmp_path)
 
 
-def to_training(words):
-    """What train.py does with a line until the first step."""
-    command = train_program.configure(words)
+def to_training(argv):
+    """Run train.py on a command line up to the first step."""
+    command = resolve_train_command(argv)
     try:
         config = command.config
-        check_limits(config)
         loaders, model, _ = train_program.build(config, PROCESS, new=False)
         optimizer = build_optimizer(model, config.schedule)
         build_scheduler(optimizer, config.schedule, loaders.train.steps_per_epoch)
-    except ConfigError as error:
+    except UserError as error:
         raise command.locate(error) from error
 
 
-def to_evaluation(words):
-    """What eval.py does with a line until the first image."""
-    command = command_line.parse(EvalConfig, words, prog="eval.py")
-    eval_program.prepare(None, words, command, PROCESS)
+def to_evaluation(argv):
+    """Open the model and the data sets of a command line of eval.py."""
+    line = command_line.ParsedArguments(EvalConfig, argv, prog="eval.py")
+    eval_program.open_job(None, line, line.resolve(), PROCESS)
 
 
 def use(kind, content):
-    """Brings a file's bytes to the doors that such files come to."""
+    """Pass a file's bytes to every program and option that reads such files."""
     path = Path("strange.yaml")
     path.write_bytes(content)
     if kind == "released":
-        model_from_config(read_config(path).model)
-        with contextlib.suppress(ConfigError):  # that the weights do not fit another model is no news
+        model_from_config(read_published_config(path).model)
+        with contextlib.suppress(UserError):  # that the weights do not fit another model is no news
             vil.load_released(path, PARITY / "vil_rpe_chunk" / "model_best.pth")
     elif kind == "run":
         Path("run").mkdir(exist_ok=True)
@@ -126,7 +125,7 @@ def use(kind, content):
             "config": config,
         }
         torch.save(state, "strange.pt")
-        file = read("strange.pt")
+        file = open_weights("strange.pt")
         model_from_config(file.model, 10)
         command_line.parse(EvalConfig, [], base_values={"data": dict(file.data)})
     elif kind == "--schedule":
@@ -138,11 +137,11 @@ def use(kind, content):
 
 
 def check(kind, content):
-    """Whether it ends well, or in one line."""
+    """Fail unless the input is accepted, or refused with one line."""
     with bounded():
         try:
             use(kind, content)
-        except ConfigError as error:
+        except UserError as error:
             end, line = 2, str(error)
         except SystemExit as error:
             end, line = error.code, "help"
@@ -164,7 +163,7 @@ def options(config_class, prefix=()):
 
 NUMBERS = [0, 1, 2, 3, 5, 7, 16, 33, 100, 4097, 10**5, 10**6, 10**9, 10**17, -1, -7, -(10**9)]
 FRACTIONS = [0, 1, 2, 0.5, 0.999, 1e-3, 1e-9, 1e-320, 1e9, 1e308, -0.5, -1, float("nan"), float("inf")]
-WORDS = [
+SAMPLE_TEXTS = [
     "", ".", "..", "x", "vil", "vil_tiny", "timm/resnet10t", "timm/vit_tiny_patch16_224", "timm/x",
     "digits", "folder",
     "zip", "tar", "wds", "ffcv", "torch/cifar10", "torch/fake", "hfds/x", "hfids/x", "train", "val",
@@ -177,19 +176,19 @@ WORDS = [
 ]  # fmt: skip
 
 
-def of_type(hint):
+def values_of(hint):
     """Values that an option accepts, the most unlikely ones among them."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return st.sampled_from(arguments)
     if origin in (typing.Union, types.UnionType):
-        return st.one_of(*(of_type(a) for a in arguments))
+        return st.one_of(*(values_of(a) for a in arguments))
     if origin is tuple and arguments[-1] is not ...:
-        return st.tuples(*(of_type(a) for a in arguments)).map(list)
+        return st.tuples(*(values_of(a) for a in arguments)).map(list)
     if origin in (list, tuple):
-        return st.lists(of_type(arguments[0]), max_size=4)
+        return st.lists(values_of(arguments[0]), max_size=4)
     if dataclasses.is_dataclass(hint):
-        fields = {key[0]: of_type(inner) for key, inner in options(hint)}
+        fields = {key[0]: values_of(inner) for key, inner in options(hint)}
         need = {key: fields[key] for key in ("dim", "heads")}
         return st.fixed_dictionaries(need, optional={k: v for k, v in fields.items() if k not in need})
     if origin is dict:
@@ -198,12 +197,12 @@ def of_type(hint):
         )
         return st.dictionaries(names, VALUES, max_size=3)
     kinds = {int: st.sampled_from(NUMBERS), float: st.sampled_from(FRACTIONS), bool: st.booleans(),
-             str: st.sampled_from(WORDS), type(None): st.none()}  # fmt: skip
+             str: st.sampled_from(SAMPLE_TEXTS), type(None): st.none()}  # fmt: skip
     return kinds[hint]
 
 
 OPTIONS = list(options(TrainConfig))
-CHOSEN = st.lists(st.sampled_from(OPTIONS).flatmap(lambda o: st.tuples(st.just(o[0]), of_type(o[1]))),
+CHOSEN = st.lists(st.sampled_from(OPTIONS).flatmap(lambda o: st.tuples(st.just(o[0]), values_of(o[1]))),
                   min_size=1, max_size=4)  # fmt: skip
 
 
@@ -226,7 +225,7 @@ def test_changed_trees(seeds, which, changes):
     tree = changed_tree(yaml.load(content, Loader=yaml.CSafeLoader), changes)
     try:
         content = as_yaml(tree)
-    except Exception:  # what PyYAML cannot write nobody can send
+    except Exception:  # PyYAML cannot write it
         return
     check(kind, content)
 
@@ -239,7 +238,7 @@ def test_changed_bytes(seeds, which, edits):
         check(kind, changed_bytes(content, edits))
 
 
-@pytest.mark.skipif(not EXAMPLES, reason="thirty processes: asked for with FUZZ_EXAMPLES")
+@pytest.mark.skipif(not EXAMPLES, reason="thirty processes: only with FUZZ_EXAMPLES")
 @pytest.mark.parametrize("number", range(30))
 def test_exit_statuses_of_processes(seeds, number):
     drawn = random.Random(number)
@@ -253,8 +252,8 @@ def test_exit_statuses_of_processes(seeds, number):
         )
     ]
     Path("strange.yaml").write_bytes(changed_bytes(content, edits[: drawn.randrange(2)]))
-    program, *words = drawn.choice([("eval.py", "--complexity"), ("train.py", "--print_config")])
-    line = [sys.executable, str(ROOT / program), option, "strange.yaml", *words]
+    program, *argv = drawn.choice([("eval.py", "--complexity"), ("train.py", "--print_config")])
+    line = [sys.executable, str(ROOT / program), option, "strange.yaml", *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode in (0, 2), done.stderr
@@ -265,28 +264,36 @@ def test_exit_statuses_of_processes(seeds, number):
 @pytest.mark.parametrize(
     ("option", "content", "line"),
     [
-        ("--data", "crop_pct: 1.0e-320", "data.crop_pct: expected a fraction from 0.01 to 1"),
-        ("--data", "workers: 1000000000", "data.workers: expected 0 to 1,024"),
+        ("--data", "crop_pct: 1.0e-320", "data.crop_pct: expected a number from 0.01 to 1"),
+        (
+            "--data",
+            "workers: 1000000000",
+            "data.workers: expected an integer from 0 to 1,024, got 1000000000",
+        ),
         ("--data", "list_file: /dev/zero", "data.list_file: /dev/zero: is not a regular file"),
         ("--data", "real_labels: /dev/zero", "data.real_labels: /dev/zero: is not a regular file"),
-        ("--data", "workers: null", "data.workers: expected an integer, got None"),
+        ("--data", "workers: null", "data.workers: expected an integer from 0 to 1,024, got None"),
         ("--model", "name: null", "model.name: expected text, got None"),
-        ("--model", "{name: vil, stages: [{dim: 1000000000, heads: 1}]}", "model.stages: numbers must be"),
+        (
+            "--model",
+            "{name: vil, stages: [{dim: 1000000000, heads: 1}]}",
+            "model.stages[0].dim: expected an integer",
+        ),
         ("--model", "{name: vil, stages: [{dim: 9000, heads: 1}]}", "model.name: takes more memory"),
         (
             "--model",
             "{name: vil, stages: [{dim: 64, heads: 1, blocks: 1000000}]}",
-            "model.name: takes more memory",
+            "model.blocks: a model has at most 2,000 blocks",
         ),
         (
             "--model",
             "{name: timm/vit_tiny_patch16_224, timm_options: {depth: 100000}}",
-            "model.name: takes more",
+            "model.timm_options: depth: numbers must be from -2,000 to 2,000",
         ),
         (
             "--model",
             "{name: timm/vit_tiny_patch16_224, timm_options: {depth: 1.0e+18}}",
-            "model.timm_options: num",
+            "model.timm_options: depth: numbers must be from -2,000 to 2,000",
         ),
         ("--model", "stages: [3]", "model.stages[0]: expected a mapping of keys to values, got 3"),
         ("--model", "stages: [antigravity.geohash]", "model.stages[0]: expected a mapping"),
@@ -299,19 +306,23 @@ def test_exit_statuses_of_processes(seeds, number):
         (
             "--schedule",
             "augment: {random_erasing_count: 1000000000}",
-            "random_erasing_count: expected 1 to 1000",
+            "schedule.augment.random_erasing_count: expected an integer from 1 to 1,000, got 1000000000",
         ),
-        ("--schedule", "augment: {pad: 1000000000}", "schedule.augment.pad: expected 0 to 4096"),
-        ("--schedule", "&a {augment: *a}", "holds more than 10,000 values, or values inside of themselves"),
+        (
+            "--schedule",
+            "augment: {pad: 1000000000}",
+            "schedule.augment.pad: expected an integer from 0 to 4,096, got 1000000000",
+        ),
+        ("--schedule", "&a {augment: *a}", "holds more than 10,000 values, or circular references"),
         ("--schedule", f"epochs: {'[' * 40}{']' * 40}", "nested more than 30 levels deep"),
-        ("--schedule", "x" * 1_000_001, "more than 1,000,000 bytes"),
+        ("--schedule", "x" * 1_000_001, "larger than 1,000,000 bytes"),
         ("--schedule", '"\\e[2J": 3', r"schedule.\x1b[2J: unknown key"),
     ],
 )
-def test_what_was_found(option, content, line):
-    """Each was a traceback, an import, or a wait without end."""
+def test_found_failures_are_fixed(option, content, line):
+    """Each caused a traceback, an import, or an endless wait."""
     Path("strange.yaml").write_text(content)
-    with bounded(), pytest.raises(ConfigError) as error:
+    with bounded(), pytest.raises(UserError) as error:
         to_training([option, "strange.yaml"])
     assert line in str(error.value)
     assert str(error.value).isprintable()

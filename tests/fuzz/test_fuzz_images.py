@@ -1,4 +1,4 @@
-"""Cut and flipped images: a picture, or an UnreadableImageError; and images larger than they look."""
+"""Truncated and corrupted images, and small files with many pixels: an image, or an UnreadableImageError."""
 
 import io
 import struct
@@ -7,10 +7,10 @@ import zlib
 
 import numpy as np
 import pytest
-from mutations import EXAMPLES, bounded
+from helpers.mutations import EXAMPLES, bounded
 from PIL import Image
 
-from data.decoding import FORMATS, Picture, UnreadableImageError, decoding
+from data.decoding import FORMATS, EncodedImage, UnreadableImageError, decoding_errors
 from data.transforms import evaluation_transform, train_transform
 from vil.config import AugmentConfig, DataConfig
 
@@ -28,11 +28,11 @@ def encoded(kind, size=(24, 17)):
     return file.getvalue()
 
 
-def look(use, content):
-    """Whether there is a picture, or a reason why there is none."""
+def decode(use, content):
+    """Decode an image; fail unless it is returned or refused with one line."""
     with bounded():
         try:
-            found = np.asarray(use(Picture(content, "RGB"))).ndim
+            found = np.asarray(use(EncodedImage(content, "RGB"))).ndim
         except UnreadableImageError as error:
             found = str(error)
     assert found == 3 or (found and "\n" not in found)
@@ -42,7 +42,7 @@ def look(use, content):
 @pytest.mark.filterwarnings("ignore")  # of Pillow, about what is wrong with a file: it is read all the same
 def test_damaged_images(kind):
     whole, random = encoded(kind), np.random.default_rng(3)
-    assert Picture(whole, "RGB").pixels().shape == (17, 24, 3)
+    assert EncodedImage(whole, "RGB").decode().shape == (17, 24, 3)
     for number in range(EXAMPLES or 60):
         content = bytearray(whole)
         if number % 2:
@@ -50,12 +50,12 @@ def test_damaged_images(kind):
         else:
             for place in random.integers(min(len(content), 400), size=random.integers(1, 4)):
                 content[place] ^= 1 << random.integers(8)
-        for use in (Picture.pixels, Picture.image, lambda picture: picture.pixels(8)):
-            look(use, bytes(content))
+        for use in (EncodedImage.decode, EncodedImage.to_pil, lambda picture: picture.decode(8)):
+            decode(use, bytes(content))
 
 
 def png(width, height):
-    """A PNG of so many pixels, all black: a thousandth of them in bytes."""
+    """Return a PNG of so many pixels, all black: a thousandth of them in bytes."""
 
     def chunk(name, content):
         return (
@@ -69,7 +69,7 @@ def png(width, height):
 
 def test_more_pixels_than_a_photograph_has():
     with bounded(), pytest.raises(UnreadableImageError, match="exceeds limit"):
-        Picture(png(50_000, 50_000), "RGB").pixels()
+        EncodedImage(png(50_000, 50_000), "RGB").decode()
 
 
 @pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1)])
@@ -83,11 +83,11 @@ def test_a_line_of_pixels_is_cut_before_it_is_enlarged(size, crop):
     ]
     with bounded():
         for transform in transforms:
-            assert transform(Picture(encoded("PNG", size), "RGB")).shape == (3, 224, 224)
+            assert transform(EncodedImage(encoded("PNG", size), "RGB")).shape == (3, 224, 224)
 
 
 def test_postscript_is_not_run(monkeypatch):
-    """Pillow gives PostScript to an interpreter, under whatever name the file has."""
+    """Pillow passes PostScript to an interpreter, regardless of the name of the file."""
 
     def refuse(*arguments, **options):
         raise AssertionError(f"started {arguments}")
@@ -95,5 +95,5 @@ def test_postscript_is_not_run(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", refuse)
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     assert Image.open(io.BytesIO(content)).format == "EPS"
-    with pytest.raises(UnreadableImageError, match=f"no image of {FORMATS[0]}"), decoding():
-        Picture(content, "RGB").pixels()
+    with pytest.raises(UnreadableImageError, match=f"no image of {FORMATS[0]}"), decoding_errors():
+        EncodedImage(content, "RGB").decode()

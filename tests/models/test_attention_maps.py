@@ -1,4 +1,4 @@
-"""`MultiScaleViT.attention_maps` and `attention_rollout`, and the sheet that training shows."""
+"""`MultiScaleViT.attention_maps` and `attention_rollout`, and the sheet that training logs."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,9 @@ import timm
 import torch
 
 import vil
-from vil.config import StageConfig
+from vil.config import ModelConfig, StageConfig
+from vil.models.attention_image import GAP_WIDTH, PANEL_HEIGHT, QUERY, attention_sheet
 from vil.models.attention_maps import ROLLOUT_ROWS
-from vil.models.attention_sheet import GAP, PANEL, QUERY, attention_sheet
 from vil.models.multiscale_vit import MultiScaleViT
 
 STAGES = [
@@ -21,7 +21,8 @@ IMAGE = (38, 45)  # maps of 9 × 11, 4 × 5 and 2 × 2; some pixels fill no patc
 
 def build(stages=STAGES, **options):
     torch.manual_seed(0)
-    model = MultiScaleViT(stages, img_size=IMAGE, num_classes=3, **options)
+    config = ModelConfig(name="vil", stages=stages, num_classes=3, **options)
+    model = MultiScaleViT(config, IMAGE)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -71,8 +72,8 @@ def test_weights_are_those_of_the_forward_pass():
     assert torch.allclose(again, expected, atol=1e-5)
 
 
-def test_model_is_left_as_it_was():
-    model, x = build(drop_path_rate=0.5, attn_drop_rate=0.5, neighbors="random"), images()
+def test_model_is_unchanged():
+    model, x = build(drop_path=0.5, attention_dropout=0.5, neighbors="random"), images()
     before = model.attention_maps(x)[2][0].from_queries.to_map
     model.train()
     model.stages[1].eval()  # as for frozen stages
@@ -86,11 +87,11 @@ def test_model_is_left_as_it_was():
 
 @pytest.mark.parametrize("queries", [[(0, 45)], [(38, 0)], [(-1, 0)], "some"])
 def test_queries_outside(queries):
-    with pytest.raises(ValueError, match=r"outside images of 38×45|positions \(row, column\)"):
+    with pytest.raises(ValueError, match=r"outside the images of 38×45|positions \(row, column\)"):
         build().attention_maps(images(), queries)
 
 
-def test_tokens_from_outside_are_global_ones():
+def test_external_tokens_are_global_tokens():
     stages = [StageConfig(dim=8, heads=2, patch=4, window=3, global_tokens=1),
               StageConfig(dim=8, heads=2, window=3, global_tokens=1)]  # fmt: skip
     model = build(stages, stage_globals="carry")
@@ -99,7 +100,7 @@ def test_tokens_from_outside_are_global_ones():
 
 
 def naive_rollout(model, x, stage):
-    """Abnar & Zuidema's product of the normalised (A + I), whole."""
+    """Abnar & Zuidema's product of the normalized (A + I), as full matrices."""
     product = None
     for block in model.attention_maps(x, "all")[stage]:
         parts = (block.from_globals, block.from_queries)
@@ -128,7 +129,7 @@ def test_rollout(monkeypatch, mask):
     assert found[0].from_queries.seen.all()
 
 
-def test_what_has_no_rollout():
+def test_attentions_without_rollout():
     stages = [StageConfig(dim=8, heads=2, patch=4, attention="linformer", projected_tokens=4),
               StageConfig(dim=8, heads=2, attention="spatial_reduction", reduction=2),
               StageConfig(dim=8, heads=2, attention="performer", random_features=8),
@@ -137,8 +138,12 @@ def test_what_has_no_rollout():
     assert [rollout is None for rollout in model.attention_rollout(images())] == [True, True, False, True]
     assert [len(blocks) for blocks in model.attention_maps(images())] == [1, 1, 1, 0]
     sheet = attention_sheet(model, images(), (0.5,) * 3, (0.5,) * 3)
-    width = round(PANEL * IMAGE[1] / IMAGE[0])
-    assert sheet.shape == (3, 2 * PANEL + GAP, 5 * width + 4 * GAP)  # nothing of linformer, and of no blocks
+    width = round(PANEL_HEIGHT * IMAGE[1] / IMAGE[0])
+    assert sheet.shape == (
+        3,
+        2 * PANEL_HEIGHT + GAP_WIDTH,
+        5 * width + 4 * GAP_WIDTH,
+    )  # nothing of linformer, and of no blocks
 
 
 def test_sheet():
@@ -146,17 +151,21 @@ def test_sheet():
     pixels = torch.rand(5, 3, *IMAGE, generator=torch.Generator().manual_seed(2))
     x = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     sheet = attention_sheet(model.train(), x, mean, std)
-    width = round(PANEL * IMAGE[1] / IMAGE[0])
+    width = round(PANEL_HEIGHT * IMAGE[1] / IMAGE[0])
     assert sheet.dtype == torch.uint8
-    assert sheet.shape == (3, 4 * PANEL + 3 * GAP, 6 * width + 5 * GAP)  # four images; no tokens in stage 3
+    assert sheet.shape == (
+        3,
+        4 * PANEL_HEIGHT + 3 * GAP_WIDTH,
+        6 * width + 5 * GAP_WIDTH,
+    )  # four images; no tokens in stage 3
     assert model.training
     # The image itself is the first panel, and the query's box stands where the middle of the image is.
-    means = sheet[:, :PANEL, :width].float().mean(dim=(1, 2)) / 255
+    means = sheet[:, :PANEL_HEIGHT, :width].float().mean(dim=(1, 2)) / 255
     assert torch.allclose(means, pixels[0].mean(dim=(1, 2)), atol=0.01)
-    start = 2 * (width + GAP)
-    panel = sheet[:, :PANEL, start : start + width].permute(1, 2, 0)
+    start = 2 * (width + GAP_WIDTH)
+    panel = sheet[:, :PANEL_HEIGHT, start : start + width].permute(1, 2, 0)
     blue = (panel == QUERY[:, 0].mul(255).round().byte()).all(dim=-1).nonzero()
-    scale = PANEL / IMAGE[0]
+    scale = PANEL_HEIGHT / IMAGE[0]
     assert blue.min(dim=0).values.tolist() == [
         pytest.approx(4 * 4 * scale, abs=2),
         pytest.approx(5 * 4 * scale, abs=2),
@@ -167,30 +176,30 @@ def test_sheet():
     ]
 
 
-def test_sheet_shows_where_the_weight_is():
+def test_sheet_shows_the_largest_weight():
     stage = StageConfig(dim=8, heads=2, patch=4, attention="full", position="absolute", global_tokens=1)
     model = build([stage])
     picture = torch.zeros(1, 3, *IMAGE)
     maps = model.attention_maps(picture)[0][0].from_globals.to_map[0].mean(dim=(0, 1))
     row, column = divmod(int(maps.argmax()), maps.shape[1])
     sheet = attention_sheet(model, picture, (0.0,) * 3, (1.0,) * 3).float().sum(dim=0)
-    width = round(PANEL * IMAGE[1] / IMAGE[0])
-    panel = sheet[:, width + GAP : 2 * width + GAP].numpy()
-    brightest = np.argwhere(panel == panel.max()).mean(axis=0) / PANEL * IMAGE[0] / 4
+    width = round(PANEL_HEIGHT * IMAGE[1] / IMAGE[0])
+    panel = sheet[:, width + GAP_WIDTH : 2 * width + GAP_WIDTH].numpy()
+    brightest = np.argwhere(panel == panel.max()).mean(axis=0) / PANEL_HEIGHT * IMAGE[0] / 4
     assert brightest.tolist() == [pytest.approx(row + 0.5, abs=0.2), pytest.approx(column + 0.5, abs=0.2)]
 
 
-def test_sheet_of_grey_images_and_foreign_models():
-    grey = build(in_chans=1)
-    assert attention_sheet(grey, images(1, 1), (0.5,) * 3, (0.5,) * 3).shape[0] == 3
+def test_sheet_of_grayscale_images_and_other_models():
+    gray = build(in_chans=1)
+    assert attention_sheet(gray, images(1, 1), (0.5,) * 3, (0.5,) * 3).shape[0] == 3
     other = timm.create_model("resnet10t", num_classes=2)
-    with pytest.raises(ValueError, match="not of ResNet"):
+    with pytest.raises(ValueError, match=r"^attention maps need a MultiScaleViT, got ResNet$"):
         attention_sheet(other, images(), (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ValueError, match="at least one image"):
-        attention_sheet(grey, images(0, 1), (0.5,), (0.5,))
+        attention_sheet(gray, images(0, 1), (0.5,), (0.5,))
 
 
-def test_of_the_zoo():
+def test_maps_of_a_zoo_model():
     model = vil.create_model("vil_tiny", image_size=64, num_classes=2, blocks=(1, 1, 1, 1))
     assert [blocks[0].size for blocks in model.attention_maps(torch.zeros(1, 3, 64, 64))] == [
         (16, 16), (8, 8), (4, 4), (2, 2),

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vil
-from vil.config import StageConfig
+from vil.config import ModelConfig, StageConfig
 from vil.models import MultiScaleViT
 
 
@@ -88,7 +88,7 @@ def test_one_graph_with_gradient_checkpointing(monkeypatch):
 
 
 def test_biases_of_full_attention_have_four_dimensions_unless_exported(monkeypatch):
-    """With three, which exporters want, PyTorch leaves its fused attention kernels for plain operators."""
+    """With three, for exporters, PyTorch uses plain operators instead of its fused attention kernels."""
     seen = []
     attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -112,24 +112,25 @@ SLOW = pytest.mark.skipif(
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
 def test_compiled_training_step_equals_eager(backend):
-    """Forward, backward and optimiser in float32 on the CPU."""
+    """Forward, backward and optimizer in float32 on the CPU."""
     stages = [
         StageConfig(attention="vision_longformer", dim=16, blocks=1, heads=2, patch=4, window=3),
         StageConfig(attention="full", dim=32, blocks=1, heads=2, patch=2, global_tokens=0),
     ]
+    config = ModelConfig(name="vil", stages=stages, num_classes=4, image_size=32)
     images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     steps = []
     torch.compiler.reset()
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = MultiScaleViT(stages, img_size=32, num_classes=4).train()
+        model = MultiScaleViT(config).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         network = torch.compile(model, backend=backend, fullgraph=True, dynamic=False) if compiled else model
         torch.nn.functional.cross_entropy(network(images), targets).backward()
         optimizer.step()
         steps.append(model.state_dict())
     torch.manual_seed(0)
-    initial = MultiScaleViT(stages, img_size=32, num_classes=4).state_dict()
+    initial = MultiScaleViT(config).state_dict()
     for name, value in steps[0].items():
         torch.testing.assert_close(steps[1][name], value, atol=1e-5, rtol=1e-4)
     assert any(not torch.equal(steps[0][name], value) for name, value in initial.items())

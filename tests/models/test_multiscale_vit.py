@@ -6,8 +6,8 @@ import torch
 from timm.models import group_parameters
 
 import vil
-from vil.config import ConfigError, StageConfig
-from vil.evaluation.benchmark import saved_bytes
+from vil.config import StageConfig, UserError
+from vil.evaluation.cost import saved_bytes
 
 STAGES = [
     StageConfig(dim=16, heads=2, patch=4, window=2),
@@ -58,7 +58,7 @@ def test_pooling():
     assert model.get_classifier().out_features == model.num_classes == 3
     model.reset_classifier(0)
     torch.testing.assert_close(model(images()), tokens[:, 0])
-    with pytest.raises(ConfigError, match="pool: cls needs a global token"):
+    with pytest.raises(UserError, match="pool: cls needs a global token"):
         small().reset_classifier(3, "cls")
 
 
@@ -111,11 +111,11 @@ def test_other_resolutions(position):
     resized.set_input_size((45, 60))
     torch.testing.assert_close(resized(x), at_run_time)
     assert resized.img_size == (45, 60)
-    with pytest.raises(ConfigError, match="image_size: 8×8 pixels are too few"):
+    with pytest.raises(UserError, match="image_size: 8×8 pixels are too few"):
         model.set_input_size(8)
     with pytest.raises(ValueError, match="smaller than a patch"):
         model(images(1, 8, 8))
-    with pytest.raises(ConfigError, match="linformer attention is bound"):
+    with pytest.raises(UserError, match="linformer attention has a fixed number of tokens"):
         small(attention=["linformer", "full", "full"]).set_input_size(64)
 
 
@@ -124,7 +124,7 @@ ALIKE = [StageConfig(dim=16, heads=2, patch=4, window=2), StageConfig(dim=32, he
 
 @pytest.mark.parametrize("position", ["relative", "absolute"])
 def test_global_tokens_carried_across_stages(position):
-    """Written out for two stages: the first one's global tokens, mapped, are the second one's."""
+    """Written out for two stages: the projected global tokens of the first are those of the second."""
     model = small(stages=ALIKE, global_tokens=2, stage_globals="carry", position=position).eval()
     first, second = model.stages
     assert (first.global_tokens.shape, second.global_tokens) == ((1, 2, 16), None)
@@ -145,7 +145,7 @@ def test_global_tokens_carried_across_stages(position):
 @pytest.mark.parametrize(
     "attention", ["vision_longformer", "full", "performer", "spatial_reduction", "global_only"]
 )
-def test_global_tokens_from_outside(position, attention):
+def test_external_global_tokens(position, attention):
     stages = [
         StageConfig(dim=16, heads=2, patch=4, window=2, attention=attention, reduction=2),
         StageConfig(dim=32, heads=4, attention="full"),
@@ -167,21 +167,25 @@ def test_global_tokens_from_outside(position, attention):
     torch.testing.assert_close(model(x, global_tokens=none), model(x))
 
 
-def test_global_tokens_that_cannot_be():
+def test_invalid_external_global_tokens():
     outside = torch.randn(2, 3, 16)
-    with pytest.raises(ValueError, match="need a model with stage_globals='carry'"):
+    with pytest.raises(ValueError, match="external global tokens need a model with stage_globals='carry'"):
         small()(images(), global_tokens=outside)
     carrying = small(stages=ALIKE, stage_globals="carry")
     with pytest.raises(ValueError, match=r"global_tokens must be \(2, any number, 16\), got \(2, 3, 8\)"):
         carrying(images(), global_tokens=outside[..., :8])
-    with pytest.raises(ConfigError, match="stage_globals: to carry global tokens, all stages need as many"):
+    with pytest.raises(
+        UserError, match="stage_globals: carry needs the same number of global tokens in all stages"
+    ):
         small(stage_globals="carry")
-    with pytest.raises(ConfigError, match="stage_globals: must be discard or carry"):
+    with pytest.raises(UserError, match="stage_globals: expected one of discard, carry, got 'share'"):
         small(stage_globals="share")
     linformer = small(
         stages=[StageConfig(dim=16, heads=2, patch=4, attention="linformer", projected_tokens=4)]
     )
-    with pytest.raises(ValueError, match="linformer attention is bound to its tokens, got 3 more"):
+    with pytest.raises(
+        ValueError, match="linformer attention has a fixed number of tokens, got 3 external ones"
+    ):
         linformer(images(), global_tokens=outside)
     flat = small(stages=[StageConfig(dim=16, heads=2, patch=8, attention="full")])
     assert flat.forward_features(images(), global_tokens=outside).shape == (2, 1 + 3 + 16, 16)
@@ -253,7 +257,7 @@ def test_data_configuration_for_timm():
 def test_a_resize_that_fails_changes_nothing():
     model = small(attention=["full", "linformer", "full"]).eval()
     expected = model(images())
-    with pytest.raises(ConfigError, match="linformer attention is bound"):
+    with pytest.raises(UserError, match="linformer attention has a fixed number of tokens"):
         model.set_input_size(64)
     assert model.img_size == (32, 32)
     assert torch.equal(model(images()), expected)

@@ -1,4 +1,4 @@
-"""Models with published names and the outputs that the paper's own code gave them: to the last digits."""
+"""Published models against the outputs of the paper's code, to the last digits."""
 
 import dataclasses
 import json
@@ -10,10 +10,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from vil.config import ConfigError
-from vil.models.released import load_released, parse_arch, read_config
-from vil.models.released_names import convert_weights
-from vil.weight_files import read
+from vil.checkpoints.loading import load_released
+from vil.checkpoints.open import open_weights
+from vil.checkpoints.published_config import parse_arch, read_published_config
+from vil.config import UserError
+from vil.models.state_dict import translate_published_names
 
 CASES = sorted(filter(Path.is_dir, (Path(__file__).parents[1] / "fixtures" / "parity").iterdir()))
 
@@ -60,7 +61,7 @@ def test_copies_of_a_shared_weight_that_differ_are_refused(tmp_path, name, copy,
     assert torch.equal(content["net"][copy], content["net"][original])
     content["net"][copy] = content["net"][copy] + 0.01
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(ConfigError, match=f"other.pth: {copy} and {original} differ, but the configuration"):
+    with pytest.raises(UserError, match=f"other.pth: {copy} and {original} differ, but the configuration"):
         load_released(folder / "config.yaml", tmp_path / "other.pth")
 
 
@@ -75,14 +76,14 @@ def test_gradients(case):
         key.removeprefix("grad."): value for key, value in expected.items() if key.startswith("grad.")
     }
     published.pop("input")
-    gradients = convert_weights(model, published)
+    gradients = translate_published_names(model, published)
     assert len(gradients) >= len(published)
     parameters = dict(model.named_parameters())
     for name, gradient in gradients.items():
         close(parameters[name].grad, gradient, 1e-4)
 
 
-def test_random_shift_per_neighbour():
+def test_random_shift_per_neighbor():
     case = next(c for c in CASES if c.name == "vil_random_shift")
     expected = load_file(case / "expected.safetensors")
     model = load(case).train()
@@ -125,17 +126,18 @@ def test_configuration_gives_the_evaluation_transform(tmp_path):
     path = edited(
         tmp_path, CASES[0], INPUT__CROP_PCT=0.922, INPUT__INTERPOLATION="2", INPUT__MEAN="(0.5, 0.5, 0.5)"
     )
-    data = read_config(path).data
-    assert (data.crop_pct, data.interpolation, data.mean) == (0.922, "bilinear", (0.5, 0.5, 0.5))
-    assert read_config(CASES[0] / "config.yaml").data.interpolation == "bicubic"
+    transform = read_published_config(path).transform
+    assert (transform["crop_pct"], transform["interpolation"]) == (0.922, "bilinear")
+    assert transform["mean"] == [0.5, 0.5, 0.5]
+    assert read_published_config(CASES[0] / "config.yaml").transform["interpolation"] == "bicubic"
 
 
-def test_missing_keys_take_that_codes_defaults(tmp_path):
+def test_missing_keys_have_the_defaults_of_the_papers_code(tmp_path):
     path = edited(tmp_path, CASES[0], MODEL__VIT__MSVIT__SHARE_W=None, MODEL__VIT__MSVIT__SW_EXACT=None,
                   MODEL__VIT__AVG_POOL=None, INPUT=None, DATA=None)  # fmt: skip
-    config = read_config(path)
+    config = read_published_config(path)
     assert (config.model.image_size, config.model.num_classes) == (224, 1000)
-    assert config.data.interpolation == "bilinear"
+    assert config.transform["interpolation"] == "bilinear"
     assert config.model.share_global_projection is True
     assert config.model.mask == "chunk"
 
@@ -163,7 +165,7 @@ def test_architecture_notation():
     ("changes", "message"),
     [
         ({"MODEL__VIT__MSVIT__ARCH": None}, "MODEL.VIT.MSVIT.ARCH: is missing"),
-        ({"MODEL__VIT__MSVIT__ARCH": "l1,x3"}, "MODEL.VIT.MSVIT.ARCH: 'x3' is no letter"),
+        ({"MODEL__VIT__MSVIT__ARCH": "l1,x3"}, "MODEL.VIT.MSVIT.ARCH: 'x3' is not one of the letters"),
         ({"MODEL__VIT__MSVIT__ARCH": "l1,h3"}, "MODEL.VIT.MSVIT.ARCH: stage 'l1,h3' lacks d, n"),
         ({"MODEL__VIT__MSVIT__ATTN_TYPE": "magic"}, "MODEL.VIT.MSVIT.ATTN_TYPE: must be one of"),
         ({"MODEL__VIT__MSVIT__SW_EXACT": 7}, "MODEL.VIT.MSVIT.SW_EXACT: must be one of 0, 1, -1"),
@@ -172,10 +174,10 @@ def test_architecture_notation():
         ({"MODEL": "none"}, "MODEL"),
     ],
 )
-def test_configurations_that_make_no_sense(tmp_path, changes, message):
+def test_invalid_configurations(tmp_path, changes, message):
     path = edited(tmp_path, CASES[0], **changes)
-    with pytest.raises(ConfigError) as error:
-        read_config(path)
+    with pytest.raises(UserError) as error:
+        read_published_config(path)
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -189,23 +191,23 @@ class Malicious:
         return (open, (str(self.path), "w"))
 
 
-def test_a_pickle_that_acts_is_refused_and_does_nothing(tmp_path):
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
     victim, path = tmp_path / "created", tmp_path / "model.pth"
     torch.save({"net": {"head.weight": torch.zeros(1)}, "extra": Malicious(victim)}, path)
-    with pytest.raises(ConfigError, match="refused"):
-        read(path)
+    with pytest.raises(UserError, match="refused"):
+        open_weights(path)
     path.write_bytes(pickle.dumps(Malicious(victim), protocol=2))
-    with pytest.raises(ConfigError):
-        read(path)
+    with pytest.raises(UserError):
+        open_weights(path)
     assert not victim.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(100)])
-def test_files_that_are_no_checkpoints(tmp_path, content):
+def test_files_that_are_not_checkpoints(tmp_path, content):
     path = tmp_path / "model.pth"
     path.write_bytes(content)
-    with pytest.raises(ConfigError) as error:
-        read(path)
+    with pytest.raises(UserError) as error:
+        open_weights(path)
     assert str(error.value).startswith(f"{path}: ")
     assert "\n" not in str(error.value)
 
@@ -215,15 +217,15 @@ def test_truncated_missing_and_damaged_checkpoints(tmp_path):
     path = tmp_path / "model.pth"
     for length in (10, 1000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ConfigError, match=r"model\.pth: "):
-            read(path)
-    with pytest.raises(ConfigError, match="no such file"):
-        read(tmp_path / "none.pth")
+        with pytest.raises(UserError, match=r"model\.pth: "):
+            open_weights(path)
+    with pytest.raises(UserError, match="no such file"):
+        open_weights(tmp_path / "none.pth")
     weights = torch.load(CASES[0] / "model_best.pth", weights_only=True)
     weights["net"]["head.bias"][0] = float("nan")
     torch.save(weights, path)
-    with pytest.raises(ConfigError, match=r"model\.pth: head\.bias holds values that are not finite"):
-        read(path)
+    with pytest.raises(UserError, match=r"model\.pth: head\.bias holds values that are not finite"):
+        open_weights(path)
 
 
 def test_loading_is_strict_and_names_everything(tmp_path):
@@ -233,20 +235,20 @@ def test_loading_is_strict_and_names_everything(tmp_path):
     net["layer9.0.extra"] = net.pop("norm.weight")
     net["layer1.1.attn.proj.bias"] = torch.zeros(3)
     torch.save(content, path)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load_released(case / "config.yaml", path)
     text = str(error.value)
     assert "missing: norm.weight" in text
     assert "unexpected: layer9.0.extra" in text
     assert "stages.0.blocks.0.attn.projection.bias is (3,), the model's (8,)" in text
     other = next(c for c in CASES if c.name == "srformer")
-    with pytest.raises(ConfigError, match="does not fit the model"):
+    with pytest.raises(UserError, match="does not fit the model"):
         load_released(other / "config.yaml", case / "model_best.pth")
 
 
 def test_resizing_is_logged(caplog):
     case = next(c for c in CASES if c.name == "finetune_resolution_ape")
-    with caplog.at_level("INFO", logger="vil.models.weights"):
+    with caplog.at_level("INFO", logger="vil"):
         load(case, image_size=96, num_classes=4)
     assert "stages.0.position.rows: (16, 4) → (24, 4)" in caplog.text
     assert "head.weight: (10, 32) → (4, 32)" in caplog.text
@@ -256,8 +258,8 @@ def test_resizing_is_logged(caplog):
 def test_published_configurations_are_read_as_strictly_as_ours(tmp_path, line):
     path = tmp_path / "config.yaml"
     path.write_text(f"{(CASES[0] / 'config.yaml').read_text()}\n{line}\n")
-    with pytest.raises(ConfigError) as error:
-        read_config(path)
+    with pytest.raises(UserError) as error:
+        read_published_config(path)
     assert str(error.value).startswith(f"{path}: ")
     assert "line" in str(error.value)
 
@@ -267,10 +269,10 @@ def test_published_configurations_are_read_as_strictly_as_ours(tmp_path, line):
     ["layer0.1.attn.proj.weight", f"layer{'9' * 5000}.0.proj.weight", f"layer1.{'9' * 5000}.norm.bias",
      "layer01.0.proj.bias", "layer1.00.proj.bias", "layer².0.proj.bias", "layer-1.0.proj.bias"],
 )  # fmt: skip
-def test_names_with_numbers_that_no_layer_has(tmp_path, name):
+def test_names_with_invalid_layer_numbers(tmp_path, name):
     content = torch.load(CASES[0] / "model_best.pth", weights_only=True)
     content["net"][name] = torch.zeros(8)
     torch.save(content, tmp_path / "model.pth")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load_released(CASES[0] / "config.yaml", tmp_path / "model.pth")
     assert f"1 unexpected: {name[:1000]}" in str(error.value)

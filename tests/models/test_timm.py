@@ -1,4 +1,4 @@
-"""A full citizen of timm: what timm's own tests demand of its models, and what detectors do with them."""
+"""The contract of timm's models, as tested by timm and used by detectors."""
 
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 import vil
-from vil.models.released import read_config
+from vil.checkpoints.published_config import read_published_config
+from vil.config import UserError
 
 NAME = "vil_tiny"
 
@@ -49,6 +50,34 @@ def test_arguments_of_timm():
         timm.create_model(NAME, pretrained=True)
 
 
+def test_arguments_of_timm_have_their_names_and_meaning():
+    model = timm.create_model(
+        NAME, img_size=(64, 96), in_chans=1, num_classes=3, global_pool="token", drop_path_rate=0.2,
+        drop_rate=0.1, pos_drop_rate=0.3, attn_drop_rate=0.4, proj_drop_rate=0.5,
+    )  # fmt: skip
+    stage, block = model.stages[0], model.stages[-1].blocks[-1]
+    assert (model.img_size, model.in_chans, model.num_classes, model.global_pool) == ((64, 96), 1, 3, "cls")
+    assert block.drop_path1.drop_prob == pytest.approx(0.2)
+    assert (model.head_drop.p, stage.pos_drop.p) == (0.1, 0.3)
+    assert (block.attn.attention_dropout, block.attn.output_dropout.p, block.mlp.drop1.p) == (0.4, 0.5, 0.5)
+    # In timm, proj_drop_rate does not include the embeddings, as the option dropout does.
+    assert timm.create_model(NAME, img_size=64, proj_drop_rate=0.5).stages[0].pos_drop.p == 0
+    with pytest.raises(UserError, match="drop_block_rate: unknown key"):
+        timm.create_model(NAME, drop_block_rate=0.1)
+
+
+def test_device_and_dtype():
+    """timm's distillation tasks pass both to timm.create_model."""
+    model = timm.create_model(NAME, img_size=64, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert not {"device", "dtype"} & model._model_args.keys()
+
+
+def test_without_pooling():
+    model = timm.create_model(NAME, img_size=64, num_classes=0, global_pool="")
+    assert model(images()).shape == (1, 4, 384)
+
+
 def test_checkpoint_path(tmp_path):
     model = timm.create_model(NAME, num_classes=4, img_size=64)
     torch.save(model.state_dict(), tmp_path / "model.pt")
@@ -61,7 +90,7 @@ PUBLISHED = Path(__file__).parents[1] / "fixtures" / "parity" / "vil_rpe_chunk"
 
 def published_model(**options):
     """The model of a published checkpoint, by timm, and its expected outputs."""
-    config = read_config(PUBLISHED / "config.yaml").model
+    config = read_published_config(PUBLISHED / "config.yaml").model
     model = timm.create_model("vil", stages=config.stages, num_classes=10, img_size=64, **options)
     return model.eval(), load_file(PUBLISHED / "expected.safetensors")
 
@@ -134,7 +163,7 @@ def test_feature_maps_have_the_stated_channels_and_reductions(height):
 
 
 class Backbone(nn.Module):
-    """Feature maps into a pyramid, as torchvision's detectors want them."""
+    """Feature maps into a pyramid, as in torchvision's detectors."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Weights into models: what fits, what is resized or cut, and every difference by name."""
+"""Loading weights into models: exact fit, resizing, cutting, and errors that name every difference."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 import vil
-from vil import weight_files
-from vil.config import ConfigError, ModelConfig, StageConfig
-from vil.models.released import load_released, open_model
-from vil.models.weights import load_file, load_weights
-from vil.models.zoo import model_from_config, model_from_file
-from vil.weight_files import WeightsFile, write_safetensors
+from vil.checkpoints.loading import load_released
+from vil.checkpoints.open import open_weights
+from vil.checkpoints.safetensors_file import write_safetensors
+from vil.checkpoints.weights import Weights, load_state_dict
+from vil.config import ModelConfig, StageConfig, UserError
+from vil.models.state_dict import translate_state_dict
+from vil.models.zoo import model_from_config
 
 PARITY = sorted(filter(Path.is_dir, (Path(__file__).parents[1] / "fixtures" / "parity").iterdir()))
 STAGES = [
@@ -27,15 +28,15 @@ STAGES = [
 CONFIG = ModelConfig(name="vil", image_size=32, num_classes=6, stages=STAGES, mask="exact", pool="avg")
 
 
-def file_of(config: ModelConfig, seed: int = 1) -> WeightsFile:
+def random_weights(config: ModelConfig, seed: int = 1) -> Weights:
     torch.manual_seed(seed)
     weights = {k: torch.randn(v.shape) for k, v in model_from_config(config).state_dict().items()}
-    return WeightsFile("x.pt", "run", "raw", weights, config)
+    return Weights("x.pt", "run", "raw", weights, config)
 
 
 def test_weights_that_fit_are_loaded() -> None:
     source, target = nn.Linear(3, 2), nn.Linear(3, 2)
-    load_weights(target, source.state_dict(), "x.pt")
+    load_state_dict(target, source.state_dict(), "x.pt")
     assert torch.equal(target.weight, source.weight)
 
 
@@ -43,8 +44,8 @@ def test_every_difference_is_named_on_one_line() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     other = nn.Sequential(nn.Linear(4, 2), nn.Identity(), nn.Linear(2, 2))
-    with pytest.raises(ConfigError) as caught:
-        load_weights(model, other.state_dict(), "x.pt")
+    with pytest.raises(UserError) as caught:
+        load_state_dict(model, other.state_dict(), "x.pt")
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith("x.pt: ")
@@ -54,13 +55,13 @@ def test_every_difference_is_named_on_one_line() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_what_depends_on_the_image_size_is_resized(caplog: pytest.LogCaptureFixture) -> None:
-    """As the model itself does when it is set to another size; the parity fixtures say how."""
-    file = file_of(CONFIG)
+def test_weights_that_depend_on_the_image_size_are_resized(caplog: pytest.LogCaptureFixture) -> None:
+    """As the model itself does when it is set to another size; the parity fixtures contain the results."""
+    file = random_weights(CONFIG)
     with caplog.at_level("INFO", logger="vil"):
-        larger = model_from_file(file, image_size=48)
-    same = model_from_file(file)
-    assert all(torch.equal(value, file.weights[name]) for name, value in same.state_dict().items())
+        larger = file.build_model(image_size=48)
+    same = file.build_model()
+    assert all(torch.equal(value, file.state_dict[name]) for name, value in same.state_dict().items())
     same.set_input_size(48)
     for name, value in larger.state_dict().items():
         torch.testing.assert_close(value, same.state_dict()[name], atol=1e-6, rtol=1e-6)
@@ -75,50 +76,50 @@ def test_what_depends_on_the_image_size_is_resized(caplog: pytest.LogCaptureFixt
 
 def test_another_window_resizes_the_local_bias_tables(caplog: pytest.LogCaptureFixture) -> None:
     """Bilinearly and without aligned corners, as the paper's code takes window 7 to 12 for 384² images."""
-    file, name = file_of(CONFIG), "stages.0.blocks.0.attn.bias_table"
+    file, name = random_weights(CONFIG), "stages.0.blocks.0.attn.bias_table"
     model = model_from_config(dataclasses.replace(CONFIG, window=3))
     with caplog.at_level("INFO", logger="vil"):
-        load_file(model, file)
-    before, after = file.weights[name], model.state_dict()[name]
+        file.load_into(model)
+    before, after = file.state_dict[name], model.state_dict()[name]
     assert (before.shape, after.shape) == ((2, 7, 7), (2, 11, 11))
     assert f"{name}: (2, 7, 7) → (2, 11, 11)" in caplog.text
     expected = nn.functional.interpolate(before[None], (11, 11), mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(after, expected)
     for shape in ((2, 9, 9), (2, 7, 8), (3, 7, 7)):  # tables of no window, or of other heads
-        odd = dataclasses.replace(file, weights={**file.weights, name: torch.zeros(shape)})
-        with pytest.raises(ConfigError, match=r"attn\.bias_table is "):
-            load_file(model, odd)
+        odd = dataclasses.replace(file, state_dict={**file.state_dict, name: torch.zeros(shape)})
+        with pytest.raises(UserError, match=r"attn\.bias_table is "):
+            odd.load_into(model)
 
 
 def test_heads(caplog: pytest.LogCaptureFixture) -> None:
-    file = file_of(CONFIG)
+    file = random_weights(CONFIG)
     with caplog.at_level("INFO", logger="vil"):
-        fewer = model_from_file(file, num_classes=4)
-    assert torch.equal(fewer.head.weight, file.weights["head.weight"][:4])
-    assert torch.equal(fewer.head.bias, file.weights["head.bias"][:4])
-    assert "head.weight: (6, 16) → (4, 16), cut to its first rows" in caplog.text
-    with pytest.raises(ConfigError, match=r"head\.weight is \(6, 16\), the model's \(9, 16\)"):
-        model_from_file(file, num_classes=9)
+        fewer = file.build_model(num_classes=4)
+    assert torch.equal(fewer.head.weight, file.state_dict["head.weight"][:4])
+    assert torch.equal(fewer.head.bias, file.state_dict["head.bias"][:4])
+    assert "head.weight: (6, 16) → (4, 16), first rows kept" in caplog.text
+    with pytest.raises(UserError, match=r"head\.weight is \(6, 16\), the model's \(9, 16\)"):
+        file.build_model(num_classes=9)
     more = model_from_config(dataclasses.replace(CONFIG, num_classes=9))
     own = more.head.weight.clone()
     with caplog.at_level("INFO", logger="vil"):
-        load_file(more, file, new_head=True)
+        file.load_into(more, new_head=True)
     assert torch.equal(more.head.weight, own)
-    assert torch.equal(more.norm.weight, file.weights["norm.weight"])
-    assert "head.weight: (6, 16) → (9, 16), which begins anew" in caplog.text
-    none = model_from_file(file, num_classes=0)
+    assert torch.equal(more.norm.weight, file.state_dict["norm.weight"])
+    assert "head.weight: (6, 16) → (9, 16), reinitialized" in caplog.text
+    none = file.build_model(num_classes=0)
     assert none(torch.randn(1, 3, 32, 32)).shape == (1, 16)
 
 
 def test_baselines_of_timm_at_another_size_and_number_of_classes() -> None:
     config = ModelConfig(name="timm/vit_tiny_patch16_224", image_size=32, num_classes=6,
                          timm_options={"depth": 1})  # fmt: skip
-    file = file_of(config)
-    model = model_from_file(file, image_size=48, num_classes=4)
+    file = random_weights(config)
+    model = file.build_model(image_size=48, num_classes=4)
     assert model(torch.randn(1, 3, 48, 48)).shape == (1, 4)
-    assert torch.equal(model.head.weight, file.weights["head.weight"][:4])
+    assert torch.equal(model.head.weight, file.state_dict["head.weight"][:4])
     by_timm = model_from_config(config)
-    by_timm.load_state_dict(file.weights)
+    by_timm.load_state_dict(file.state_dict)
     by_timm.set_input_size((48, 48))
     assert torch.equal(model.pos_embed, by_timm.pos_embed)
 
@@ -126,8 +127,9 @@ def test_baselines_of_timm_at_another_size_and_number_of_classes() -> None:
 @pytest.mark.parametrize("case", PARITY, ids=lambda case: case.name)
 def test_converted_and_published_agree_to_the_bit(case: Path, tmp_path: Path) -> None:
     published = load_released(case / "config.yaml", case / "model_best.pth")
-    _, file = open_model(case / "model_best.pth", case / "config.yaml")
-    write_safetensors(tmp_path / "x.safetensors", file)
+    weights = open_weights(case / "model_best.pth", case / "config.yaml")
+    converted = dataclasses.replace(weights, state_dict=published.state_dict())
+    write_safetensors(tmp_path / "x.safetensors", converted)
     converted = vil.create_model(None, checkpoint=tmp_path / "x.safetensors").eval()
     images = torch.randn(2, 3, *published.img_size)
     with torch.no_grad():
@@ -139,8 +141,8 @@ def test_every_option_of_a_published_configuration_is_kept(tmp_path: Path) -> No
     config = ModelConfig(name="vil", image_size=32, num_classes=6, stages=STAGES, pool="avg", mask="cyclic",
                          norm_embed=False, share_global_projection=False, neighbors="random",
                          dropout=0.1, drop_path=0.2)  # fmt: skip
-    write_safetensors(tmp_path / "x.safetensors", file_of(config))
-    assert weight_files.read(tmp_path / "x.safetensors").model == config
+    write_safetensors(tmp_path / "x.safetensors", random_weights(config))
+    assert open_weights(tmp_path / "x.safetensors").model == config
     model = vil.create_model(None, checkpoint=tmp_path / "x.safetensors")
     attention = model.stages[0].blocks[0].attn
     assert (attention.mask, attention.neighbors, attention.shares_projection) == ("cyclic", "random", False)
@@ -151,21 +153,23 @@ def test_every_option_of_a_published_configuration_is_kept(tmp_path: Path) -> No
 
 def test_create_model_from_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    file = file_of(ModelConfig(name="vil_tiny", image_size=64, num_classes=3, blocks=(1, 1, 1, 1), window=3))
+    file = random_weights(
+        ModelConfig(name="vil_tiny", image_size=64, num_classes=3, blocks=(1, 1, 1, 1), window=3)
+    )
     write_safetensors(path, file)
     for name in (None, "vil_tiny"):
         model = vil.create_model(name, checkpoint=path)
         assert (model.img_size, model.num_classes) == ((64, 64), 3)
         assert model.stages[0].blocks[0].attn.window == 3
-        assert torch.equal(model.norm.weight, file.weights["norm.weight"])
+        assert torch.equal(model.norm.weight, file.state_dict["norm.weight"])
     changed = vil.create_model("vil_tiny", image_size=96, num_classes=2, drop_path=0.5, checkpoint=path)
     assert (changed.img_size, changed.num_classes) == ((96, 96), 2)
     assert changed.stages[3].blocks[0].drop_path1.drop_prob == 0.5
-    with pytest.raises(ConfigError, match="it is of another architecture"):
+    with pytest.raises(UserError, match="it is of another architecture"):
         vil.create_model("vil_small", checkpoint=path)
-    with pytest.raises(ConfigError, match="name: is needed"):
+    with pytest.raises(UserError, match="name: is needed"):
         vil.create_model(None)
-    with pytest.raises(ConfigError, match="does not hold its model"):
+    with pytest.raises(UserError, match="does not describe its model"):
         vil.create_model(None, checkpoint=PARITY[0] / "model_best.pth")
 
 
@@ -174,14 +178,14 @@ def test_a_published_checkpoint_into_a_named_model() -> None:
     published = load_released(case / "config.yaml", case / "model_best.pth")
     stages = [dataclasses.asdict(stage.config) for stage in published.stages]
     model = timm.create_model("vil", stages=stages, img_size=64, num_classes=10)
-    load_file(model, weight_files.read(case / "model_best.pth"))
+    open_weights(case / "model_best.pth").load_into(model)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in published.state_dict().items())
 
 
-def test_a_configuration_beside_a_checkpoint_that_has_its_own(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "x.safetensors", file_of(CONFIG))
-    with pytest.raises(ConfigError, match="no published checkpoint"):
-        open_model(tmp_path / "x.safetensors", PARITY[0] / "config.yaml")
+def test_a_configuration_for_a_checkpoint_that_contains_one(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", random_weights(CONFIG))
+    with pytest.raises(UserError, match="not a published checkpoint"):
+        open_weights(tmp_path / "x.safetensors", PARITY[0] / "config.yaml")
 
 
 def test_published_weights_of_odd_shapes_are_named(tmp_path: Path) -> None:
@@ -191,25 +195,33 @@ def test_published_weights_of_odd_shapes_are_named(tmp_path: Path) -> None:
     for shape in ((), (3,), (5, 1)):
         content["net"][name] = torch.zeros(shape)
         torch.save(content, tmp_path / "x.pth")
-        with pytest.raises(ConfigError, match="bias_table"):
+        with pytest.raises(UserError, match="bias_table"):
             load_released(case / "config.yaml", tmp_path / "x.pth")
 
 
-def test_integers_are_no_weights_and_half_precision_is() -> None:
+def test_prefixes_of_wrappers_are_removed() -> None:
+    weight = torch.ones(2, 3)
+    for name in ("weight", "module.weight", "_orig_mod.weight", "module._orig_mod.weight"):
+        assert translate_state_dict(nn.Linear(3, 2), {name: weight}) == {"weight": weight}
+    assert translate_state_dict(nn.Identity(), {"net": weight}) == {"net": weight}  # a weight of this name
+    assert translate_state_dict(nn.Identity(), {"net": {"module.weight": weight}}) == {"weight": weight}
+
+
+def test_integers_are_refused_and_half_precision_is_loaded() -> None:
     model = nn.BatchNorm1d(2)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    load_weights(model, {**weights, "weight": torch.tensor([0.5, 2.0], dtype=torch.bfloat16)}, "x.pt")
+    load_state_dict(model, {**weights, "weight": torch.tensor([0.5, 2.0], dtype=torch.bfloat16)}, "x.pt")
     assert model.weight.tolist() == [0.5, 2.0]
     changed = {**weights, "weight": weights["weight"].int(), "num_batches_tracked": torch.tensor(0.5)}
-    with pytest.raises(ConfigError) as caught:
-        load_weights(model, changed, "x.pt")
+    with pytest.raises(UserError) as caught:
+        load_state_dict(model, changed, "x.pt")
     assert "weight is of torch.int32, the model's of torch.float32" in str(caught.value)
     assert "num_batches_tracked is of torch.float32, the model's of torch.int64" in str(caught.value)
 
 
-def test_names_that_are_no_text_are_reported() -> None:
-    with pytest.raises(ConfigError, match="1 unexpected: 3"):
-        load_weights(nn.Identity(), {3: torch.ones(1)}, "x.pt")  # type: ignore[dict-item]
+def test_names_that_are_not_text_are_reported() -> None:
+    with pytest.raises(UserError, match="1 unexpected: 3"):
+        load_state_dict(nn.Identity(), {3: torch.ones(1)}, "x.pt")  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 16), (3, 0), (1, 1, 1)])
@@ -219,10 +231,10 @@ def test_names_that_are_no_text_are_reported() -> None:
     ["head.weight", "head.bias", "stages.1.position.rows", "stages.2.blocks.0.attn.bias_table"],
 )
 def test_weights_of_odd_shapes_are_named(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    file = file_of(CONFIG)
-    changed = dataclasses.replace(file, weights={**file.weights, name: torch.zeros(shape, dtype=dtype)})
-    with pytest.raises(ConfigError, match=name.replace(".", r"\.") + " is "):
-        model_from_file(changed, num_classes=4)
+    file = random_weights(CONFIG)
+    changed = dataclasses.replace(file, state_dict={**file.state_dict, name: torch.zeros(shape, dtype=dtype)})
+    with pytest.raises(UserError, match=name.replace(".", r"\.") + " is "):
+        changed.build_model(num_classes=4)
 
 
 @pytest.mark.parametrize("knows_size", [True, False], ids=["own file", "foreign file"])
@@ -237,36 +249,36 @@ def test_weights_of_odd_shapes_are_named(name: str, shape: tuple[int, ...], dtyp
 def test_timm_models_at_another_image_size(name: str, before: int, after: int, knows_size: bool) -> None:
     config = ModelConfig(name=f"timm/{name}", image_size=before, num_classes=5)
     weights = model_from_config(config).state_dict()
-    file = WeightsFile("x.pth", "converted", "raw", weights, config if knows_size else None)
+    file = Weights("x.pth", "safetensors", "raw", weights, config if knows_size else None)
     model = model_from_config(dataclasses.replace(config, image_size=after))
-    load_file(model, file, after)
+    file.load_into(model, after)
     assert model(torch.zeros(1, 3, after, after)).shape == (1, 5)
     name = max(weights, key=lambda key: weights[key].numel())
     assert torch.equal(model.state_dict()[name], weights[name])
 
 
 @pytest.mark.parametrize("name", ["timm/resnet10t", "vil_tiny"])
-def test_grey_images_for_a_model_of_colour_images(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The first convolution is summed over the colours, as timm does: grey images keep their activations."""
+def test_gray_images_for_a_model_of_color_images(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The first convolution is summed over the colors, as timm does: gray images keep their activations."""
     config = ModelConfig(name=name, image_size=64, num_classes=5)
-    colour = model_from_config(config).eval()
-    grey = model_from_config(dataclasses.replace(config, in_chans=1)).eval()
+    color = model_from_config(config).eval()
+    gray = model_from_config(dataclasses.replace(config, in_chans=1)).eval()
     with caplog.at_level("INFO", logger="vil"):
-        load_file(grey, WeightsFile("x.pth", "converted", "raw", colour.state_dict(), config), 64)
+        Weights("x.pth", "safetensors", "raw", color.state_dict(), config).load_into(gray, 64)
     assert "from 3 to 1 channels" in caplog.text
     image = torch.rand(1, 1, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(grey(image), colour(image.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(gray(image), color(image.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
 
 
 def test_errors_name_three_weights_and_count_the_others() -> None:
     config = ModelConfig(name="timm/resnet10t", image_size=64, num_classes=5)
     other = model_from_config(dataclasses.replace(config, name="timm/vit_tiny_patch16_224")).state_dict()
     with pytest.raises(
-        ConfigError, match=r"it is of another architecture; 86 missing: conv1.0.weight, "
+        UserError, match=r"it is of another architecture; 86 missing: conv1.0.weight, "
     ) as error:
-        load_file(model_from_config(config), WeightsFile("x.pth", "converted", "raw", other))
+        Weights("x.pth", "foreign", "raw", other).load_into(model_from_config(config))
     assert len(str(error.value)) < 400
     wide = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
-    with pytest.raises(ConfigError, match="it is of another size; 2 of another shape: weight is"):
-        load_weights(nn.Linear(2, 4), wide, "x.pth")
+    with pytest.raises(UserError, match="it is of another size; 2 of another shape: weight is"):
+        load_state_dict(nn.Linear(2, 4), wide, "x.pth")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from vil.config import ConfigError
+from vil.config import UserError
 from vil.runtime import files
 from vil.runtime.files import open_regular, replacing, write_durably, write_output
 
 
 @pytest.mark.parametrize("content", ["naïve\n", b"\x00\xff"])
-def test_what_is_written_is_there_and_nothing_else(tmp_path: Path, content: str | bytes):
+def test_written_content_is_read_back_without_leftovers(tmp_path: Path, content: str | bytes):
     path = tmp_path / "file"
     for written in ("old", content):
         write_durably(path, written)
@@ -22,8 +22,8 @@ def test_what_is_written_is_there_and_nothing_else(tmp_path: Path, content: str 
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path: Path):
-    """--json /dev/null, by root, must leave the device where it is."""
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path):
+    """--json /dev/null, by root, must not replace the device."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -32,8 +32,9 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path):
     os.close(reader)
     assert pipe.is_fifo()
     assert os.listdir(tmp_path) == ["pipe"]
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(UserError) as caught:
         write_output(tmp_path, "text")
+    assert str(caught.value) == f"{tmp_path}: cannot be written: Is a directory"
 
 
 @pytest.mark.parametrize("failing", ["os.fsync", "os.replace", "os.fdopen"])
@@ -51,7 +52,7 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_the_file_has_its_name_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Content first, then the name, then the folder that holds the name."""
     done = []
     fsync, replace = os.fsync, os.replace
@@ -84,7 +85,7 @@ def test_names_may_be_as_long_as_the_system_allows(tmp_path: Path):
         assert (tmp_path / name).read_text() == "text"
 
 
-def test_a_name_that_this_project_chose_is_replaced_whatever_it_is(tmp_path: Path):
+def test_a_name_chosen_by_this_project_is_replaced_even_if_a_link(tmp_path: Path):
     (tmp_path / "outside").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "outside")
     os.mkfifo(tmp_path / "fifo")
@@ -131,11 +132,11 @@ def test_only_regular_files_are_opened(tmp_path: Path):
     (tmp_path / "link").symlink_to("file")
     assert open_regular(tmp_path / "link").read() == b"text"
     with pytest.raises(OSError, match="symbolic link") as caught:
-        open_regular(tmp_path / "link", follow_links=False)
+        files.open_for_appending(tmp_path / "link")
     assert caught.value.errno == errno.ELOOP
 
 
-def test_limits_of_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_size_limits_of_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "file"
     path.write_text("12345")
     assert files.read_bytes(path, 5) == b"12345"
@@ -154,7 +155,7 @@ def test_limits_of_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         next(lines)
 
 
-def test_leftovers_of_a_kill_go_and_nothing_else(tmp_path: Path):
+def test_only_leftovers_of_a_kill_are_removed(tmp_path: Path):
     kept = ["a.tmp", "a.0123456789abcdef.tmp", "config.yaml.0123.tmp", "config.yaml"]
     for name in (*kept, "config.yaml.0123456789abcdef.tmp"):
         (tmp_path / name).touch()
@@ -162,7 +163,7 @@ def test_leftovers_of_a_kill_go_and_nothing_else(tmp_path: Path):
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 
-def test_folders_below_one_that_the_user_named_are_no_links(tmp_path: Path):
+def test_folders_below_the_users_folder_must_not_be_links(tmp_path: Path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "output").symlink_to("elsewhere")
     assert files.make_folders(tmp_path / "output", "a", "b").is_dir()
@@ -172,13 +173,13 @@ def test_folders_below_one_that_the_user_named_are_no_links(tmp_path: Path):
     assert not (tmp_path / "d").exists()
 
 
-def test_an_input_is_no_output(tmp_path: Path):
+def test_an_input_is_refused_as_output(tmp_path: Path):
     (tmp_path / "checkpoints").mkdir()
     for name in ("in", "config.yaml", "checkpoints/best.pt", "predictions.csv"):
         (tmp_path / name).touch()
     (tmp_path / "link").symlink_to("in")
     for name in ("in", "link", "config.yaml", "checkpoints/best.pt"):
-        with pytest.raises(ConfigError, match=r"--output: .* is an input of this command"):
+        with pytest.raises(UserError, match=r"--output: .* is an input of this command"):
             files.refuse_input_as_output(tmp_path / name, [tmp_path / "in", tmp_path, "missing"], "--output")
     for name in ("predictions.csv", "new", "checkpoints", "."):
         files.refuse_input_as_output(tmp_path / name, [tmp_path / "in", tmp_path], "--output")

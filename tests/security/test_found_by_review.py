@@ -15,19 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from audit import NETWORK, recorded
+from helpers.audit import NETWORK, recorded
 from safetensors.torch import save_file
 from torch import nn
 
 import eval as eval_program
-from tools import ablate, report
-from vil import checkpoint_files, command_line
-from vil.config import ConfigError, ModelConfig, ScheduleConfig
+from tools.ablation import main as ablate
+from tools.report_page import main as report
+from vil import command_line
+from vil.checkpoints import checkpoint_files
+from vil.checkpoints.open import open_weights
+from vil.checkpoints.training_state import read_training_state
+from vil.config import ModelConfig, ScheduleConfig, UserError
 from vil.models.zoo import model_from_config
-from vil.training.checkpoint import read as read_checkpoint
-from vil.training.optimizer import build_optimizer, check_state, state_of_group
-from vil.weight_files import read
-from vil.yaml_files import parse_yaml, read_yaml
+from vil.runtime.yaml_files import parse_yaml, read_yaml
+from vil.training.optimizer import build_optimizer, check_optimizer_state, merge_group_options
 
 QUICK = ["--data.workers", "0", "--device", "cpu", "--progress", "false"]
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "version_0_1_0" / "run"
@@ -42,8 +44,8 @@ def folder(tmp_path, monkeypatch):
 def call(monkeypatch, capsys):
     """Call a program that must not use the network; return its status, output and errors."""
 
-    def call(main, *words):
-        monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+    def call(main, *argv):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
         with recorded() as events, pytest.raises(SystemExit) as ended:
             command_line.main(main)
         remote = [
@@ -56,7 +58,7 @@ def call(monkeypatch, capsys):
     return call
 
 
-# --- State of an optimiser, which kernels trust ---
+# --- State of an optimizer, which kernels trust ---
 
 
 def trained_optimizer(name="adamw"):
@@ -85,27 +87,29 @@ def test_state_of_another_shape_is_refused(name, key, value):
     """A fused kernel reads and writes past the end of a moment that is too small."""
     optimizer = trained_optimizer(name)
     state = optimizer.state_dict()
-    check_state(optimizer, state)
+    check_optimizer_state(optimizer, state)
     if value is None:
         del state["state"][0][key]
     else:
         state["state"][0][key] = value
     with pytest.raises(ValueError, match=key):
-        check_state(optimizer, state)
+        check_optimizer_state(optimizer, state)
 
 
 def test_options_of_an_optimizer_are_not_taken_from_a_checkpoint():
     built = trained_optimizer().param_groups[0]
     stored = {**built, "fused": None, "amsgrad": True, "lr": 3.0, "foreach": True}
-    options = state_of_group(stored, built)
+    options = merge_group_options(stored, built)
     assert {key: options[key] for key in ("fused", "amsgrad", "lr")} == {
         "fused": True,
         "amsgrad": False,
         "lr": built["lr"],
     }
     lookahead = trained_optimizer("lookahead_adamw").param_groups[0]
-    assert state_of_group({**lookahead, "lookahead_step": 5}, lookahead)["lookahead_step"] == 5
-    assert state_of_group({**lookahead, "lookahead_step": float("nan")}, lookahead)["lookahead_step"] != 5
+    assert merge_group_options({**lookahead, "lookahead_step": 5}, lookahead)["lookahead_step"] == 5
+    assert (
+        merge_group_options({**lookahead, "lookahead_step": float("nan")}, lookahead)["lookahead_step"] != 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,11 +121,11 @@ def test_options_of_an_optimizer_are_not_taken_from_a_checkpoint():
         ("watched", {"skipped": 0, "skipped_in_a_row": 0, "losses": [float("nan")]}),
     ],
 )
-def test_checkpoints_of_runs_that_make_no_sense(key, value):
-    state = read_checkpoint(OLD_RUN / "checkpoints" / "best.pt")
+def test_invalid_run_checkpoints(key, value):
+    state = read_training_state(OLD_RUN / "checkpoints" / "best.pt")
     torch.save({**state, key: value}, "x.pt")
-    with pytest.raises(ConfigError, match=f"x.pt: damaged: {key} is not"):
-        read_checkpoint("x.pt")
+    with pytest.raises(UserError, match=f"x.pt: damaged: {key} is not"):
+        read_training_state("x.pt")
 
 
 # --- Grids: keys are names of options, in one spelling ---
@@ -141,8 +145,8 @@ def test_checkpoints_of_runs_that_make_no_sense(key, value):
 def test_keys_of_grids(call, base):
     factors = {"f": {"a": {"schedule.lr": 0.1}, "b": {"schedule.lr": 0.2}}}
     Path("grid.yaml").write_text(yaml.safe_dump({"base": base, "factors": factors, "seeds": [0]}))
-    for words in (["--report"], []):
-        status, _, error = call(ablate.ablate, "grid.yaml", "--output", "grids", *words)
+    for argv in (["--report"], []):
+        status, _, error = call(ablate.main, "grid.yaml", "--output", "grids", *argv)
         assert status == 2
         assert error.count("\n") == 1
         assert "grid.yaml: base." in error
@@ -156,7 +160,7 @@ def test_escape_characters_in_the_question_of_a_grid(call):
         "seeds": [0],
     }
     Path("grid.yaml").write_text(yaml.safe_dump(content))
-    status, output, _ = call(ablate.ablate, "grid.yaml", "--output", "grids", "--report")
+    status, output, _ = call(ablate.main, "grid.yaml", "--output", "grids", "--report")
     assert status == 0
     assert "\x1b" not in output
 
@@ -190,8 +194,8 @@ def test_a_zip_with_two_directories():
     last = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 3, 3, len(moved), len(hidden), 0)
     Path("x.pt").write_bytes(hidden + hidden_directory + shown + bytes(moved) + last)
     assert pickle.loads(zipfile.ZipFile("x.pt").read("archive/data.pkl")) == {"net": {"w": 1}}
-    with pytest.raises(ConfigError, match="the directory of its zip is not where it says"):
-        read("x.pt")
+    with pytest.raises(UserError, match="the directory of its zip is misplaced"):
+        open_weights("x.pt")
 
 
 # --- YAML: numbers are read in linear time ---
@@ -211,7 +215,7 @@ def test_long_numbers(text):
     handler = signal.signal(signal.SIGALRM, stop)
     signal.alarm(20)
     try:
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(UserError):
             read_yaml("x.yaml")
     finally:
         signal.alarm(0)
@@ -230,24 +234,22 @@ def test_numbers_are_those_of_yaml_1_2():
 def test_a_file_that_is_called_command_line(call):
     options = {"name": "timm/resnet10t", "image_size": 32, "timm_options": {"pretrained": True}}
     Path("command line").write_text(yaml.safe_dump(options))
-    status, _, error = call(eval_program.evaluate, "--model", "command line", "--complexity", *QUICK)
+    status, _, error = call(eval_program.main, "--model", "command line", "--complexity", *QUICK)
     assert status == 2
     assert error.startswith("error: ./command line: model.timm_options.pretrained: ")
     Path("command line").write_text("data: {download: true}\n")
-    status, _, error = call(
-        eval_program.evaluate, "--config", "command line", "--model.name", "vil_tiny", *QUICK
-    )
+    status, _, error = call(eval_program.main, "--config", "command line", "--model.name", "vil_tiny", *QUICK)
     assert status == 2
-    assert error.startswith("error: ./command line: data.download: is taken from the command line alone, ")
+    assert error.startswith("error: ./command line: data.download: a file cannot set this option; ")
 
 
-@pytest.mark.parametrize("option", ["--data", "--config", "--sets", "--model"])
+@pytest.mark.parametrize("option", ["--data", "--config", "--datasets", "--model"])
 def test_results_over_a_configuration(call, option):
     text = {"--config": "seed: 1\n", "--model": "name: vil_tiny\n"}.get(option, "source: digits\n")
     Path("d.yaml").write_text(text.replace("seed: 1\n", "batch_size: 8\n"))
     before = Path("d.yaml").read_text()
-    words = ["--complexity", "--model.name", "vil_tiny", *QUICK]
-    status, _, error = call(eval_program.evaluate, option, "d.yaml", "--json", "d.yaml", *words)
+    argv = ["--complexity", "--model.name", "vil_tiny", *QUICK]
+    status, _, error = call(eval_program.main, option, "d.yaml", "--json", "d.yaml", *argv)
     assert (status, Path("d.yaml").read_text()) == (2, before)
     assert "json" in error
 
@@ -255,8 +257,8 @@ def test_results_over_a_configuration(call, option):
 @pytest.mark.parametrize("path", ["a" * 5000, "a\0b"])
 def test_names_that_no_file_has(call, path):
     Path("m.yaml").write_text(yaml.safe_dump({"name": "vil_tiny", "init_from": path}))
-    with pytest.raises(ConfigError):
-        read(path)
+    with pytest.raises(UserError):
+        open_weights(path)
 
 
 @pytest.mark.parametrize("size", [0, -16, 7, 60_000, 10**17])
@@ -265,15 +267,15 @@ def test_stored_image_sizes(size):
     weights = {"norm.weight": model_from_config(config).norm.weight}
     metadata = {"name": config.name, "image_size": size, "num_classes": 2}
     save_file(weights, "x.safetensors", {"model": json.dumps(metadata)})
-    with pytest.raises(ConfigError) as refusal:
-        eval_program.evaluate(
+    with pytest.raises(UserError) as refusal:
+        eval_program.main(
             ["--checkpoint", "x.safetensors", "--model.image_size", "64", "--complexity", *QUICK]
         )
     assert "x.safetensors" in str(refusal.value)
 
 
 def test_workers_of_a_stored_data_section(call, monkeypatch):
-    """They start processes on this machine, whose number a checkpoint does not know."""
+    """They start processes on this machine, whose number a checkpoint must not determine."""
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     model = model_from_config(ModelConfig(name="timm/resnet10t", image_size=32, num_classes=10))
     config = {
@@ -284,12 +286,12 @@ def test_workers_of_a_stored_data_section(call, monkeypatch):
     path = Path("run") / checkpoint_files.BEST
     path.parent.mkdir(parents=True)
     torch.save({**content, "config": config}, path)
-    checkpoint_files.write_digest(path, checkpoint_files.digest_of(path))
+    checkpoint_files.write_digest(path, checkpoint_files.file_digest(path))
     status, output, _ = call(
-        eval_program.evaluate, "--checkpoint", "run", "--device", "cpu", "--progress", "false"
+        eval_program.main, "--checkpoint", "run", "--device", "cpu", "--progress", "false"
     )
     assert status == 0
-    assert "data.workers: 4, not 900 as run says" in output
+    assert "data.workers: 4, not 900 as in run" in output
 
 
 def test_a_report_on_a_model_that_cannot_be_counted(call):
@@ -300,5 +302,5 @@ def test_a_report_on_a_model_that_cannot_be_counted(call):
         {"kind": "train", "step": s, "epoch": 1, "loss": 1.0, "time": t} for s, t in ((1, -1e308), (2, 1e308))
     ]
     Path("run/metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    status, _, error = call(report.report, "run", "--output", "page.html")
+    status, _, error = call(report.main, "run", "--output", "page.html")
     assert status == 0, error

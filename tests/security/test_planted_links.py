@@ -1,4 +1,4 @@
-"""Run folders and output folders that a stranger made: nothing outside of them is changed or deleted."""
+"""Untrusted run folders and output folders: nothing outside of them is changed or deleted."""
 
 import json
 import os
@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from planted import Outside, snapshot
+from helpers.planted import Outside, snapshot
 
 import train as program
-from vil import checkpoint_files
-from vil.config import ConfigError, DataConfig, TrainConfig
-from vil.training import checkpoint, run_folder
-from vil.training.folder_lock import FolderLock
-from vil.training.logging import RunLog
+from vil.checkpoints import checkpoint_files, run_folder
+from vil.checkpoints.run_folder import FolderLock
+from vil.checkpoints.training_state import copy_training_state, write_training_state
+from vil.config import DataConfig, TrainConfig, UserError
+from vil.runtime import run_files
+from vil.training.run_log import RunLog
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--device", "cpu", "--schedule.epochs", "1", "--schedule.max_steps", "1", "--data.workers", "0"]
@@ -32,7 +33,7 @@ def train(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("exists", [True, False], ids=["to a file", "dangling"])
 def test_links_of_files_in_a_run_folder(tmp_path: Path, outside: Outside, exists: bool):
-    """Under the names of its files, and under those that older versions gave to temporary files."""
+    """Under the names of its files, and of temporary files of older versions."""
     (tmp_path / "disk").mkdir()
     folder = tmp_path / "run"
     folder.symlink_to("disk")  # the user's own --output may be a link
@@ -54,12 +55,12 @@ def test_links_that_are_refused(tmp_path: Path, outside: Outside, name: str, exi
     folder = tmp_path / "run"
     folder.mkdir()
     outside.plant(folder / name, name in ("checkpoints", "tensorboard"), exists)
-    with pytest.raises(ConfigError, match=rf"output: .*{name}.* is a symbolic link, which is not followed$"):
-        program.train([*TINY, "--output", str(folder)])
+    with pytest.raises(UserError, match=rf"output: .*{name}.* is a symbolic link, which is not followed$"):
+        program.main([*TINY, "--output", str(folder)])
     assert outside.changes() == []
 
 
-def test_a_linked_checkpoints_folder_of_a_run_is_not_tidied(tmp_path: Path, outside: Outside):
+def test_a_linked_checkpoints_folder_is_not_cleaned(tmp_path: Path, outside: Outside):
     """Without this `*.tmp` and `*.sha256` in any folder of the user go."""
     (tmp_path / "run").mkdir()
     outside.plant(tmp_path / "run" / "checkpoints", is_folder=True, exists=True)
@@ -67,10 +68,10 @@ def test_a_linked_checkpoints_folder_of_a_run_is_not_tidied(tmp_path: Path, outs
         (outside.target / name).write_text("mine")
     before = snapshot(outside.folder)
     with pytest.raises(OSError, match="symbolic link"):
-        checkpoint_files.tidy(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"checkpoints cannot be written: is a symbolic link"):
-        run_folder.begin(tmp_path / "run", TrainConfig())
-    with pytest.raises(ConfigError, match=r"checkpoints cannot be written: is a symbolic link"):
+        checkpoint_files.remove_partial_files(tmp_path / "run")
+    with pytest.raises(UserError, match=r"checkpoints cannot be written: is a symbolic link"):
+        run_folder.begin_run(tmp_path / "run", TrainConfig())
+    with pytest.raises(UserError, match=r"checkpoints cannot be written: is a symbolic link"):
         run_folder.open_run(tmp_path / "run", TrainConfig())
     assert snapshot(outside.folder) == before
 
@@ -78,16 +79,16 @@ def test_a_linked_checkpoints_folder_of_a_run_is_not_tidied(tmp_path: Path, outs
 def test_a_configuration_is_not_written_through_a_link(tmp_path: Path, outside: Outside):
     for name in ("config.yaml", "config.yaml.tmp"):
         outside.plant(tmp_path / name, is_folder=False, exists=True)
-    run_folder.begin(tmp_path, TrainConfig())
+    run_folder.begin_run(tmp_path, TrainConfig())
     assert outside.changes() == []
     assert not (tmp_path / "config.yaml").is_symlink()
 
 
-def test_only_files_of_a_save_are_tidied(tmp_path: Path):
+def test_only_files_of_a_save_are_removed(tmp_path: Path):
     (tmp_path / "checkpoints").mkdir()
     for name in ("thesis.tmp", "disk.iso.sha256", "other.pt.sha256"):
         (tmp_path / "checkpoints" / name).write_text("mine")
-    checkpoint_files.tidy(tmp_path)
+    checkpoint_files.remove_partial_files(tmp_path)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == [
         "disk.iso.sha256",
         "other.pt.sha256",
@@ -99,7 +100,7 @@ def test_a_lock_is_not_truncated_before_it_is_held(tmp_path: Path, outside: Outs
     for exists in (True, False):
         outside.plant(tmp_path / ".lock", is_folder=False, exists=exists)
         lock = FolderLock(tmp_path)
-        with pytest.raises(ConfigError, match=r"^output: .*\.lock cannot be written: is a symbolic link"):
+        with pytest.raises(UserError, match=r"^output: .*\.lock cannot be written: is a symbolic link"):
             lock.acquire()
         lock.release(remove=True)
         assert outside.changes() == []
@@ -112,25 +113,23 @@ def test_a_lock_is_not_truncated_before_it_is_held(tmp_path: Path, outside: Outs
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device"])
-def test_a_lock_that_is_no_file(tmp_path: Path, kind: str):
+def test_a_lock_that_is_not_a_file(tmp_path: Path, kind: str):
     if kind == "fifo":
         os.mkfifo(tmp_path / ".lock")
     else:
         (tmp_path / ".lock").mkdir()
-    with pytest.raises(
-        ConfigError, match=r"\.lock cannot be written: (is not a regular file|Is a directory)"
-    ):
+    with pytest.raises(UserError, match=r"\.lock cannot be written: (is not a regular file|Is a directory)"):
         FolderLock(tmp_path).acquire()
 
 
 def test_checkpoints_are_written_past_links(tmp_path: Path, outside: Outside):
-    """The names that older versions gave to unfinished files, and those of the files themselves."""
+    """Under the names of the files, and of temporary files of older versions."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     for name in ("best.pt.tmp", "best.pt.sha256.tmp", "best.pt", "best.pt.sha256"):
         outside.plant(folder / name, is_folder=False, exists=True)
-    checkpoint.save(folder / "best.pt", {"a": 1})
-    checkpoint.copy(folder / "best.pt", folder / "step_00000001.pt")
+    write_training_state(folder / "best.pt", {"a": 1})
+    copy_training_state(folder / "best.pt", folder / "step_00000001.pt")
     assert outside.changes() == []
     checkpoint_files.check_digest(folder / "best.pt", required=True)
     checkpoint_files.check_digest(folder / "step_00000001.pt", required=True)
@@ -139,25 +138,25 @@ def test_checkpoints_are_written_past_links(tmp_path: Path, outside: Outside):
 @pytest.mark.parametrize("name", ["tensorboard", "metrics.jsonl"])
 def test_a_log_is_not_written_through_links(tmp_path: Path, outside: Outside, name: str):
     outside.plant(tmp_path / name, is_folder=name == "tensorboard", exists=name == "tensorboard")
-    with pytest.raises(ConfigError, match="symbolic link"):
-        RunLog(tmp_path, TrainConfig(), 0, 0)
+    with pytest.raises(UserError, match="symbolic link"):
+        RunLog(tmp_path, TrainConfig(), 0, True)
     assert outside.changes() == []
 
 
 def test_a_list_of_bad_images_is_not_written_through_links(tmp_path: Path, outside: Outside):
-    from data.bad_images import FILE, BadImages
+    from data.unreadable_images import UnreadableImages
 
-    outside.plant(tmp_path / FILE, is_folder=False, exists=True)
-    with pytest.raises(ConfigError, match=r"bad_images.txt cannot be written: is a symbolic link"):
-        BadImages(10, 1.0, tmp_path).add("image", "broken")
+    outside.plant(tmp_path / run_files.BAD_IMAGES, is_folder=False, exists=True)
+    with pytest.raises(UserError, match=r"bad_images.txt cannot be written: is a symbolic link"):
+        UnreadableImages(10, 1.0, tmp_path).add("image", "broken")
     assert outside.changes() == []
 
 
 def test_a_lock_of_a_download_is_not_made_through_links(tmp_path: Path, outside: Outside):
-    from data.sources.timm_datasets import open_timm
+    from data.sources.timm_datasets import TimmDataset
 
     outside.plant(tmp_path / ".download.lock", is_folder=False, exists=True)
     data = DataConfig(source="torch/no_such_set", root=str(tmp_path), download=True)
-    with pytest.raises(ConfigError):
-        open_timm(data, "val", "RGB")
+    with pytest.raises(UserError):
+        TimmDataset.open(data, "val", "RGB")
     assert outside.changes() == []

@@ -13,7 +13,7 @@ LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFF
 
 
 def processes_below(pid: int) -> list[int]:
-    """The process and all that it has started."""
+    """Return a process and its descendants."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in task.read_text().split():
@@ -22,7 +22,7 @@ def processes_below(pid: int) -> list[int]:
 
 
 def listening(pid: int) -> set[str]:
-    """Addresses, as /proc/net/tcp has them, on which a process or one that it started listens."""
+    """Return the addresses, as in /proc/net/tcp, on which a process or its descendants listen."""
     inodes = set()
     for one in processes_below(pid):
         try:
@@ -41,14 +41,14 @@ def listening(pid: int) -> set[str]:
 
 
 def addresses(command: list[str]) -> set[str]:
-    """Those on which a command, or what it starts, listens while it runs."""
+    """Return the addresses on which a command or its descendants listen while it runs."""
     found = set()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             try:
                 found |= listening(process.pid)
-            except OSError:  # it has ended meanwhile
+            except OSError:  # it has exited
                 continue
             time.sleep(0.005)
         process.kill()

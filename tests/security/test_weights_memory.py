@@ -1,4 +1,4 @@
-"""Files of weights: what they claim is refused before it is allocated, and only regular files are opened."""
+"""Weights files: excessive sizes are refused before allocation, and only regular files are opened."""
 
 import io
 import json
@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.measured import measured
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from measured import measured
 from safetensors.torch import save
 
-from vil.config import ConfigError
-from vil.weight_files import read, read_pickle
+from vil.checkpoints.open import open_weights
+from vil.checkpoints.pickle_file import read_pickle
+from vil.config import UserError
 
 MB = 10**6
 
 
 def number(value: int) -> bytes:
-    """A whole number in a pickle."""
+    """Return an integer in a pickle."""
     content = value.to_bytes(8, "little", signed=True)
     return b"\x8a\x08" + content
 
@@ -98,20 +99,20 @@ FORMS = {"zip": lambda content: zipped(b"\x80\x02" + content + b"."), "legacy": 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", PICKLES)
-def test_a_pickle_asks_for_gigabytes(tmp_path: Path, form: str, name: str):
+def test_a_pickle_that_requests_gigabytes(tmp_path: Path, form: str, name: str):
     path = tmp_path / "x.pt"
     path.write_bytes(FORMS[form](PICKLES[name]))
     outcome, grown = measured(read_pickle, path)
     if name == "memo" and form != "plain pickle":
         assert outcome == "returned None"  # and no table of 2^31 places
     else:
-        assert outcome.startswith(f"ConfigError: {path}: ")
+        assert outcome.startswith(f"UserError: {path}: ")
     assert "allocate" not in outcome  # refused, and not merely out of memory
     assert grown < (200 if name == "deep key" else 50) * MB
     assert "\n" not in outcome
 
 
-def test_what_is_real_is_read(tmp_path: Path):
+def test_valid_files_are_read(tmp_path: Path):
     model = torch.nn.Linear(3, 4)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
@@ -142,13 +143,13 @@ def test_what_is_real_is_read(tmp_path: Path):
 @pytest.mark.parametrize("parts", [
     {"DATA.pkl": b"\x80\x02N."}, {"data/0\0": b""}, {"data.pkl ": b""},
 ])  # fmt: skip
-def test_parts_that_two_readers_may_take_for_each_other(tmp_path: Path, parts: dict[str, bytes]):
+def test_parts_that_two_readers_may_confuse(tmp_path: Path, parts: dict[str, bytes]):
     path = tmp_path / "x.pt"
     path.write_bytes(zipped(b"\x80\x02N.", parts))
     if "data.pkl " in parts:
         assert read_pickle(path) is None
         return
-    with pytest.raises(ConfigError, match="two of its parts have the same name"):
+    with pytest.raises(UserError, match="two of its parts have the same name"):
         read_pickle(path)
 
 
@@ -171,7 +172,7 @@ def test_pickles_of_known_pieces(tmp_path_factory: pytest.TempPathFactory, data:
 def outcome(path: Path) -> str:
     try:
         return str(read_pickle(path))
-    except ConfigError as error:
+    except UserError as error:
         return str(error)
 
 
@@ -179,12 +180,12 @@ def test_headers_of_safetensors(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     header = json.dumps({"__metadata__": {"x": "y" * (9 << 20)}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(ConfigError, match="a header of 9,"):
-        read(path)
+    with pytest.raises(UserError, match="a header of 9,"):
+        open_weights(path)
     path.write_bytes(
         save({"w": torch.ones(1)}, {"class_names": json.dumps([f"name {n}" for n in range(30_000)])})
     )
-    assert len(read(path).class_names) == 30_000
+    assert len(open_weights(path).class_names) == 30_000
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
@@ -200,7 +201,7 @@ def test_only_regular_files(tmp_path: Path, name: str, kind: str):
     else:
         server = socket.socket(socket.AF_UNIX)
         server.bind(str(path))
-    outcome, grown = measured(read, path, seconds=30)
+    outcome, grown = measured(open_weights, path, seconds=30)
     assert outcome == f"UnreadableFileError: {path}: cannot be read: is not a regular file"
     assert grown < 50 * MB
 
@@ -212,5 +213,5 @@ def test_a_run_whose_checkpoint_is_a_fifo(tmp_path: Path, name: str):
         (tmp_path / "checkpoints" / file).write_text("0" * 64 + "  best.pt\n")
     (tmp_path / "checkpoints" / name).unlink()
     os.mkfifo(tmp_path / "checkpoints" / name)
-    outcome, _ = measured(read, tmp_path, seconds=30)
+    outcome, _ = measured(open_weights, tmp_path, seconds=30)
     assert outcome.startswith("UnreadableFileError") or "holds no checkpoints/best.pt" in outcome

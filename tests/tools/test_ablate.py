@@ -1,4 +1,4 @@
-"""tools/ablate.py: grids, their processes, what is collected from their folders, and how it is shown."""
+"""tools/ablate.py: grids, scheduling of their runs, collected results and their presentation."""
 
 import csv
 import dataclasses
@@ -19,16 +19,14 @@ import pytest
 import yaml
 from PIL import Image
 
-import tools.ablate as program
-import train
-from tools.ablating import grid as grids
-from tools.ablating import pages, processes, results, runs
-from tools.ablating.estimates import Estimate, estimate, paired
-from tools.ablating.grid import Cell, Grid, read_grid
-from tools.ablating.progress import Progress, clock
-from vil.config import ConfigError, ModelConfig, ScheduleConfig, TrainConfig
-from vil.training import run_folder
-from vil.training.limits import check_limits
+from tools.ablation import grid as grids
+from tools.ablation import main as program
+from tools.ablation import output, run_status, scheduler
+from tools.ablation.grid import Cell, Grid, read_grid, resolve_train_command
+from tools.ablation.progress import Progress
+from tools.ablation.results import Estimate, collect, estimate, paired_differences
+from vil.checkpoints import run_folder
+from vil.config import ModelConfig, ScheduleConfig, TrainConfig, UserError
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(
@@ -40,7 +38,7 @@ FILES = sorted(
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """A working folder without runs."""
+    """Run each test in an empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -53,8 +51,8 @@ def write_grid(text, name="grid"):
 # --- Grids --------------------------------------------------------------------------------------------------
 
 
-def test_cells_are_the_product_of_the_levels_with_their_files_and_options(folder):
-    """Two models × two widths of windows: a level's model replaces the base's, options go over both."""
+def test_cells_are_the_product_of_levels_with_files_and_options(folder):
+    """Two models × two windows: a level's model file replaces the base's; options override both."""
     for name in ("small", "large"):
         (folder / f"{name}.yaml").write_text(
             f"name: vil_{ {'small': 'tiny', 'large': 'small'}[name] }\ndrop_path: 0.3\n"
@@ -85,13 +83,12 @@ def test_cells_are_the_product_of_the_levels_with_their_files_and_options(folder
         "a, 7": "a, 7", "a, 5": "a, 7", "b 2, 7": "b 2, 7", "b 2, 5": "b 2, 7",
     }  # fmt: skip
     assert (grid.question, grid.seeds) == ("Which one?", (3, 1))
-    found = grid.runs()
-    assert [(run.cell.name, run.seed) for run in found[:5]] == [
+    all_runs = grid.runs()
+    assert [(run.cell.name, run.seed) for run in all_runs[:5]] == [
         ("a, 7", 3), ("a, 5", 3), ("b 2, 7", 3), ("b 2, 5", 3), ("a, 7", 1),
     ]  # fmt: skip
-    assert found[2].folder == Path("out/grid/model=b_2,window=7/seed=3")
-    # What is compared with what lies in a run's folder is what train.py makes of the words it is given.
-    assert train.configure(found[3].words).config == found[3].config
+    assert all_runs[2].folder == Path("out/grid/model=b_2,window=7/seed=3")
+    assert resolve_train_command(all_runs[3].argv).config == all_runs[3].config
 
 
 BASE = "base: {model.name: vil_tiny}\n"
@@ -102,108 +99,130 @@ SEEDS = "seeds: [0]\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("factor: {}", "grid.yaml: factor: unknown key; did you mean factors?"),
-        ("- a", "grid.yaml: expected a mapping with question, base, factors, compare, seeds"),
-        (BASE + SEEDS, "grid.yaml: factors: expected a mapping of factors"),
-        ("factors: {pool: {avg: null}}", "grid.yaml: factors.pool: expected a mapping of two or more levels"),
-        ("factors: {pool: {no: null, cls: null}}", "grid.yaml: factors.pool: False is no name"),
-        ("factors: {pool: {a/b: null, cls: null}}", "grid.yaml: factors.pool: 'a/b' is no name"),
-        ("factors: {pool: {1: null, '1': null}}", "grid.yaml: factors.pool: two levels have the same name"),
-        ("factors: {a: {x: none.yaml, y: null}}", "grid.yaml: factors.a.x.config: none.yaml: no such file"),
-        ("factors: {a: {x: 3, y: null}}", "grid.yaml: factors.a.x: expected a YAML file, or options"),
-        ("base: {model: none.yaml}", "grid.yaml: base.model: none.yaml: no such file"),
+        ("factor: {}", "factor: unknown key; did you mean factors?"),
+        ("- a", "expected a mapping of keys to values, got ['a']"),
+        (BASE + SEEDS, "factors: is missing; expected a mapping of names to plain values"),
+        ("factors: {pool: {avg: null}}\n" + SEEDS, "factors.pool: expected two or more levels"),
         (
-            "base: {model: {pool: cls}}",
-            "grid.yaml: base.model: expected the path of a YAML file, as model.NAME",
+            "factors: {pool: {no: null, cls: null}}\n" + SEEDS,
+            "factors.pool: False is not a valid name",
         ),
-        ("base: {seed: 3}", "grid.yaml: base.seed: is decided by the grid"),
-        (TWO, "grid.yaml: seeds: expected a list of seeds, as [0, 1, 2], got None"),
-        (TWO + "seeds: [0, 0]", "grid.yaml: seeds: a seed is given twice"),
-        (TWO + "seeds: [true]", "grid.yaml: seeds: expected a list of seeds"),
-        (TWO + SEEDS + "compare: model", "grid.yaml: compare: there is no factor 'model'; known are pool"),
-        (TWO + SEEDS + "question: [a]", "grid.yaml: question: expected one line of text"),
-        ("a: 1\na: 2", "grid.yaml: a: given twice"),
-        # From here on the configuration of a cell is looked at.
+        (
+            "factors: {pool: {a/b: null, cls: null}}\n" + SEEDS,
+            "factors.pool: 'a/b' is not a valid name",
+        ),
+        (
+            "factors: {pool: {1: null, '1': null}}\n" + SEEDS,
+            "factors.pool: two levels have the same name",
+        ),
+        (
+            "factors: {a: {x: none.yaml, y: null}}\n" + SEEDS,
+            "factors.a.x.config: none.yaml: no such file",
+        ),
+        (
+            "factors: {a: {x: 3, y: null}}\n" + SEEDS,
+            "factors.a.x: expected a YAML file, or options",
+        ),
+        ("base: {model: none.yaml}\n" + TWO + SEEDS, "base.model: none.yaml: no such file"),
+        (
+            "base: {model: {pool: cls}}\n" + TWO + SEEDS,
+            "base.model: expected the path of a YAML file, got {'pool': 'cls'}; write model.NAME: value",
+        ),
+        ("base: {seed: 3}\n" + TWO + SEEDS, "base.seed: is set by the grid for each run"),
+        (TWO, "seeds: is missing; expected a list of integers of at least 0, e.g. [1, 2]"),
+        (TWO + "seeds: [0, 0]", "seeds: expected one or more different seeds, got [0, 0]"),
+        (
+            TWO + "seeds: [true]",
+            "seeds: expected a list of integers of at least 0, e.g. [1, 2], got [True]",
+        ),
+        (TWO + SEEDS + "compare: model", "compare: unknown factor 'model'; expected one of pool"),
+        (TWO + SEEDS + "question: [a]", "question: expected text, got ['a']"),
+        ("a: 1\na: 2", "a: given twice"),
+        # Errors in the configuration of a cell.
         (
             BASE + "factors: {p: {a: {model.widnow: 3}, b: null}}\n" + SEEDS,
-            "grid.yaml: factors.p.a.model.widnow: unknown option; did you mean --model.window?",
+            "factors.p.a.model.widnow: unknown option; did you mean --model.window?",
         ),
         (
             BASE + "factors: {p: {a: {model.mask: exact, model.neighbors: self}, b: null}}\n" + SEEDS,
-            "grid.yaml: factors.p.a.model.neighbors: ",
+            "factors.p.a.model.neighbors: ",
         ),
         (
             "base: {schedule.epochs: 0}\n" + TWO + SEEDS,
-            "grid.yaml: base.schedule.epochs: ",
+            "base.schedule.epochs: ",
         ),
         (
             "base: {data.source: folder, data.root: nowhere}\n" + TWO + SEEDS,
-            "grid.yaml: base.data.root: nowhere: no such folder",
+            "base.data.root: nowhere: no such folder",
         ),
         (
             BASE + "factors: {p: {a: bad.yaml, b: null}}\n" + SEEDS,
-            "grid.yaml: cell a: bad.yaml: model.x: unknown key",
+            "cell a: bad.yaml: model.x: unknown key",
         ),
         (
             BASE + "factors: {p: {a: null, b: {model.name: vil_tiny}}}\n" + SEEDS,
-            "grid.yaml: factors: the cells a and b have the same configuration",
+            "factors: the cells a and b have the same configuration",
         ),
     ],
 )
-def test_a_bad_grid(text, message, folder):
+def test_invalid_grids(text, message, folder):
     (folder / "bad.yaml").write_text("model: {x: 1}\n")
-    with pytest.raises(ConfigError) as error:
-        program.ablate([write_grid(text)])
-    assert str(error.value).startswith(message)
+    with pytest.raises(UserError) as error:
+        program.main([write_grid(text)])
+    assert str(error.value).startswith(f"grid.yaml: {message}")
     assert "\n" not in str(error.value)
     assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--report"], "command line: the following arguments are required: GRID"),
-        (["grid.yaml", "--jobs", "0"], "command line: --jobs must be at least 1, got 0"),
+        (
+            ["grid.yaml", "--jobs", "0"],
+            "command line: argument --jobs: expected an integer of at least 1, got '0'",
+        ),
         (["grid.yaml", "a/grid.yaml"], "command line: two grids are called grid"),
         (["none.yaml"], "none.yaml: no such file"),
-        (["grid.yaml", "--seed", "3"], "command line: --seed: is decided by the grid"),
-        (["grid.yaml", "--seeds", "-1"], "grid.yaml: seeds: expected a list of seeds"),
+        (["grid.yaml", "--seed", "3"], "command line: --seed: is set by the grid for each run"),
+        (
+            ["grid.yaml", "--seeds", "x"],
+            "command line: argument --seeds: expected an integer of at least 0, got 'x'",
+        ),
         (["grid.yaml", "--model.widnow", "3"], "command line: --model.widnow: unknown option"),
         (["grid.yaml", "--markdown", "page.md"], "--markdown page.md: cannot be read: No such file"),
     ],
 )
-def test_a_bad_line(words, message, folder):
+def test_invalid_arguments(argv, message, folder):
     write_grid(BASE + TWO + SEEDS)
-    with pytest.raises(ConfigError) as error:
-        program.ablate(words)
+    with pytest.raises(UserError) as error:
+        program.main(argv)
     assert str(error.value).startswith(message)
     assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_grids_open_with_their_command_and_can_be_configured(path, monkeypatch):
-    """Of the cells the last one, which differs most from the base: each takes half a second."""
+def test_provided_grids_name_their_command_and_resolve(path, monkeypatch):
+    """Resolve only the last cell, which differs most from the base: each cell takes half a second."""
     lines = [line for line in path.read_text().splitlines() if line.startswith("# ")]
     assert any(f"python tools/ablate.py configs/ablations/{path.name}" in line for line in lines)
-    configure, check = grids.train.configure, grids._check_model
-    monkeypatch.setattr(grids, "_check_images", lambda config: None)
-    monkeypatch.setattr(grids.train, "configure", lambda words: SimpleNamespace(config=TrainConfig()))
+    check_model = grids._check_model
+    monkeypatch.setattr(grids, "_check_data_folder", lambda config: None)
+    monkeypatch.setattr(grids, "resolve_train_command", lambda argv: SimpleNamespace(config=TrainConfig()))
     monkeypatch.setattr(grids, "_check_model", lambda config: None)
-    monkeypatch.setattr(grids, "_check_differ", lambda cells: None)
+    monkeypatch.setattr(grids, "_check_distinct", lambda cells: None)
     grid = read_grid(str(path), Path("out"))
     assert len(grid.cells) == math.prod(map(len, yaml.safe_load(path.read_text())["factors"].values()))
     assert len(grid.seeds) == 3
-    assert len({cell.words for cell in grid.cells}) == len(grid.cells)
-    config = configure(grid.cells[-1].words).config
-    check(config)
-    check_limits(config)
+    assert len({cell.argv for cell in grid.cells}) == len(grid.cells)
+    check_model(resolve_train_command(grid.cells[-1].argv).config)
 
 
-# --- What a run's folder says -------------------------------------------------------------------------------
+# --- Run folders --------------------------------------------------------------------------------------------
 
 
 def make_grid(folder, cells=("avg", "cls"), seeds=(0, 1, 2), compare=None):
-    """A grid without files; the cells differ in the window."""
+    """Build a grid without a file; its cells differ in the window."""
     made = [
         Cell({"pool": name}, ("--model.window", str(number)), TrainConfig(model=ModelConfig(window=number)))
         for number, name in enumerate(cells, start=3)
@@ -217,7 +236,7 @@ def make_grid(folder, cells=("avg", "cls"), seeds=(0, 1, 2), compare=None):
 def write_run(
     run, top1, ema=None, best=None, config=None, times=((1, 9.0, 5.0), (3, 2.0, 40.0), (4, 1.0, 60.0))
 ):
-    """The files of a finished run; times: (step, seconds per step, images per second)."""
+    """Write the files of a finished run; times: (step, seconds per step, images per second)."""
     run.folder.mkdir(parents=True, exist_ok=True)
     stored = dataclasses.replace(config or run.config, precision="float32")
     stored.model = dataclasses.replace(stored.model, num_classes=10)
@@ -226,11 +245,11 @@ def write_run(
         {"kind": "train", "step": step, "epoch": 1, "step_time": seconds, "images_per_second": rate}
         for step, seconds, rate in times
     ]
-    of_ema = {} if ema is None else {"ema_top1": ema}
+    averaged = {} if ema is None else {"ema_top1": ema}
     evaluations = [
         {"kind": "validation", "step": 4, "epoch": 3, "top1": 99.0},
         {"kind": "spike", "step": 4, "epoch": 3, "loss": 1.0},
-        {"kind": "validation", "step": 8, "epoch": 4, "top1": top1, **of_ema},
+        {"kind": "validation", "step": 8, "epoch": 4, "top1": top1, **averaged},
     ]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*steps, *evaluations]))
     summary = {
@@ -240,62 +259,63 @@ def write_run(
     (run.folder / "summary.json").write_text(json.dumps([summary]))
 
 
-def test_a_finished_run_is_read_from_its_files(folder):
+def test_metrics_of_a_finished_run(folder):
     (run,) = make_grid(folder, cells=("avg",), seeds=(0,)).runs()
-    assert runs.outcome_of(run) == runs.Outcome(run)
+    assert run_status.read_status(run) == run_status.RunStatus(run)
     write_run(run, 90.0, ema=80.0)
-    found = runs.outcome_of(run).found
-    assert (found.top1, found.ema_top1, found.best_top1, found.images) == (90.0, 80.0, 99.0, 360)
-    assert (found.params, found.flops, found.train_memory_mb, found.eval_memory_mb) == (
+    metrics = run_status.read_status(run).metrics
+    assert (metrics.top1, metrics.ema_top1, metrics.best_top1, metrics.images) == (90.0, 80.0, 99.0, 360)
+    assert (metrics.params, metrics.flops, metrics.train_memory_mb, metrics.eval_memory_mb) == (
         800_000,
         8_000_000,
         0.5,
         0.25,
     )
-    assert found.images_per_second == 50.0  # the first logged step is left out
-    assert found.inference_images_per_second == 1000.0
-    assert found.minutes == pytest.approx((9.0 + 2 * 2.0 + 1.0) / 60)
-    assert runs.epochs_done(run) == 4
+    assert metrics.images_per_second == 50.0  # the first logged step is left out
+    assert metrics.inference_images_per_second == 1000.0
+    assert metrics.minutes == pytest.approx((9.0 + 2 * 2.0 + 1.0) / 60)
+    assert run_status.completed_epochs(run) == 4
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "epoch": 3}\n')
-    assert runs.epochs_done(run) == 2
+    assert run_status.completed_epochs(run) == 2
     (run.folder / "summary.json").write_text("[")
-    damaged = runs.outcome_of(run)
-    assert damaged.found is None
+    damaged = run_status.read_status(run)
+    assert damaged.metrics is None
     assert damaged.failure.startswith(f"{run.folder}: cannot be read: JSONDecodeError")
 
 
-def test_where_images_lie_and_what_is_logged_is_no_other_run(folder):
-    """--report needs neither the folder of the images nor the options of how the runs were made."""
+def test_data_folder_and_logging_options_may_change(folder):
+    """--report needs neither the data folder nor the options of logging."""
     grid = make_grid(folder, cells=("avg",), seeds=(0,))
     (run,) = grid.runs()
     data = dataclasses.replace(run.config.data, root="/elsewhere", workers=7)
     write_run(run, 90.0, config=dataclasses.replace(run.config, data=data, log_every=3, save_every=5))
-    assert runs.outcome_of(run).found.top1 == 90.0
+    assert run_status.read_status(run).metrics.top1 == 90.0
     write_grid(BASE + TWO + SEEDS)
-    words = ["--data.source", "folder", "--data.root", "/gone"]
-    with pytest.raises(ConfigError, match="no such folder"):
-        read_grid("grid.yaml", folder, words)
-    assert len(read_grid("grid.yaml", folder, words, needs_images=False).cells) == 2
+    argv = ["--data.source", "folder", "--data.root", "/gone"]
+    with pytest.raises(UserError, match="no such folder"):
+        read_grid("grid.yaml", folder, argv)
+    assert len(read_grid("grid.yaml", folder, argv, check_data=False).cells) == 2
 
 
-def test_a_run_of_another_configuration_does_not_count(folder):
+def test_run_of_another_configuration_is_excluded(folder):
     grid = make_grid(folder)
     for run in grid.runs():
         write_run(run, 90.0)
-    runs.check_unchanged(grid)
+    run_status.check_unchanged(grid)
     for run in grid.runs()[-2:]:
         changed = dataclasses.replace(run.config, schedule=ScheduleConfig(epochs=7))
         write_run(run, 10.0, config=changed)
-    with pytest.raises(ConfigError) as error:
-        runs.check_unchanged(grid)
+    with pytest.raises(UserError) as error:
+        run_status.check_unchanged(grid)
     where = grid.runs()[-2].folder
     assert str(error.value) == (
-        f"{where}: was begun with schedule.epochs: 7 → 4, like 1 more; remove it, or name another --output"
+        f"{where}: was started with another configuration (schedule.epochs: 7 → 4), and 1 more runs; "
+        "remove it, or name another --output"
     )
-    rows = results.collect(grid)
-    assert [row.top1.n for row in rows] == [2, 2]
-    assert "- cls, seed 2 is left out: the grid has changed since (schedule.epochs: 7 → 4)" in results.table(
+    rows = collect(grid)
+    assert [row.mean("top1").n for row in rows] == [2, 2]
+    assert "- cls, seed 2 is excluded: the grid has changed since (schedule.epochs: 7 → 4)" in output.table(
         rows
     )
 
@@ -303,7 +323,7 @@ def test_a_run_of_another_configuration_does_not_count(folder):
 # --- Estimates ----------------------------------------------------------------------------------------------
 
 
-def test_intervals_are_students():
+def test_confidence_intervals_use_students_t():
     assert estimate([]) is None
     assert estimate([4.0]) == Estimate(1, 4.0, None, None)
     assert estimate([4.0]).interval is None
@@ -314,17 +334,17 @@ def test_intervals_are_students():
     assert estimate([0.0, 2.0]).margin == pytest.approx(12.706205, rel=1e-6)  # t(0.975, 1) · √2 / √2
 
 
-def test_an_interval_holds_the_mean_as_often_as_it_says():
+def test_95_percent_of_the_intervals_contain_the_mean():
     draws = np.random.default_rng(0).normal(5.0, 2.0, size=(4000, 3))
     held = [low <= 5.0 <= high for low, high in (estimate(list(row)).interval for row in draws)]
     assert np.mean(held) == pytest.approx(0.95, abs=0.012)
 
 
 def test_differences_are_paired_by_seed():
-    found = paired({0: 91.0, 1: 82.0, 5: 0.0}, {1: 81.0, 0: 88.0, 7: 3.0})
-    assert (found.n, found.mean) == (2, 2.0)
-    assert found.sd == pytest.approx(math.sqrt(2))
-    assert paired({0: 1.0}, {1: 1.0}) is None
+    differences = paired_differences({0: 91.0, 1: 82.0, 5: 0.0}, {1: 81.0, 0: 88.0, 7: 3.0})
+    assert differences == [3.0, 1.0]
+    assert estimate(differences).sd == pytest.approx(math.sqrt(2))
+    assert paired_differences({0: 1.0}, {1: 1.0}) == []
 
 
 # --- Results ------------------------------------------------------------------------------------------------
@@ -340,12 +360,12 @@ def filled(folder):
             write_run(run, values[run.cell.name, run.seed], best=95.0)
         elif run.cell.name == "cls":
             run.folder.mkdir(parents=True)
-            (run.folder / runs.FAILURE).write_text("step 3: the loss is nan\n")
+            (run.folder / run_status.FAILURE).write_text("step 3: the loss is nan\n")
     return grid
 
 
-def test_the_table_has_means_intervals_and_paired_differences(filled):
-    shown = results.table(results.collect(filled))
+def test_table_has_means_intervals_and_paired_differences(filled):
+    shown = output.table(collect(filled))
     head, _, *lines = (
         [cell.strip() for cell in line.strip("| ").split("|")] for line in shown.splitlines() if "|" in line
     )
@@ -360,26 +380,26 @@ def test_the_table_has_means_intervals_and_paired_differences(filled):
     assert cls["Top-1 %, last epoch"] == "89.00 ± 1.41"
     assert cls["paired difference"] == "-1.50 (-7.85 to +4.85), 2 of 3 pairs"
     assert set(list(never.values())[2:]) == {"-"}
-    place = filled.folder / "pool=cls" / "seed=2"
-    assert shown.endswith(f"\n\n- cls, seed 2 failed: step 3: the loss is nan ({place})")
+    failed_folder = filled.folder / "pool=cls" / "seed=2"
+    assert shown.endswith(f"\n\n- cls, seed 2 failed: step 3: the loss is nan ({failed_folder})")
 
 
-def test_the_last_epoch_of_the_average_has_a_column_where_there_is_one(filled):
-    rows = results.collect(filled)
-    assert "EMA" not in results.table(rows)
+def test_ema_column_is_shown_if_a_run_has_ema(filled):
+    rows = collect(filled)
+    assert "EMA" not in output.table(rows)
     write_run(filled.runs()[0], 90.0, ema=93.0)
-    assert "EMA %" in results.table(results.collect(filled))
-    assert results.collect(filled)[0].ema_top1 == Estimate(1, 93.0, None, None)
+    assert "EMA %" in output.table(collect(filled))
+    assert collect(filled)[0].mean("ema_top1") == Estimate(1, 93.0, None, None)
 
 
-def test_files_hold_what_the_table_shows(filled):
-    rows = results.collect(filled)
-    pages.write_results(filled, rows, "COMMAND")
+def test_result_files_agree_with_the_table(filled):
+    rows = collect(filled)
+    output.write_results(filled, rows, "COMMAND")
     folder = filled.folder
     text = (folder / "results.md").read_text()
     assert text.startswith("# hand\n\nIs it better?\n\n```sh\nCOMMAND\n```\n")
-    assert results.table(rows) in text
-    assert "360 validation images, of which one is 0.28 %" in text
+    assert output.table(rows) in text
+    assert "360 validation images (one image: 0.28 %)" in text
     assert "![results](results.png)" in text
     avg, cls, never = csv.DictReader((folder / "results.csv").open())
     assert (avg["cell"], avg["pool"], avg["n"], avg["failed"]) == ("avg", "avg", "3", "0")
@@ -401,8 +421,8 @@ def test_files_hold_what_the_table_shows(filled):
         assert image.width > 800
 
 
-def test_the_figure_has_every_seed_and_interval(filled):
-    left, right = results.figure(filled, results.collect(filled)).axes
+def test_figure_shows_every_seed_and_interval(filled):
+    left, right = output.draw_figure(filled, collect(filled)).axes
     seeds = [line.get_xdata().tolist() for line in left.lines if line.get_marker() == "o"]
     assert seeds == [[90.0, 91.0, 92.0], [88.0, 90.0], []]
     (bars,) = (c.lines[2][0].get_segments() for c in left.containers[:1])
@@ -412,15 +432,15 @@ def test_the_figure_has_every_seed_and_interval(filled):
     assert [label.get_text() for label in left.get_yticklabels()] == ["avg", "cls", "max"]
 
 
-def test_a_page_is_written_between_its_comments(filled):
+def test_results_are_inserted_between_markers(filled):
     page = Path("docs/page.md")
     page.parent.mkdir()
     page.write_text(
         "above\n<!-- begin hand -->\nold\n<!-- end hand -->\nbelow <!-- begin other --><!-- end other -->\n"
     )
-    rows = results.collect(filled)
+    rows = collect(filled)
     for _ in range(2):
-        pages.insert(page, filled, rows, "COMMAND")
+        output.insert_into_page(page, filled, rows, "COMMAND")
     text = page.read_text()
     assert text.startswith("above\n<!-- begin hand -->\n\nIs it better?")
     assert text.endswith(
@@ -431,12 +451,12 @@ def test_a_page_is_written_between_its_comments(filled):
     assert text.count("COMMAND") == 1
     assert (page.parent / "figures" / "ablation_hand.png").read_bytes().startswith(b"\x89PNG")
     page.write_text("<!-- end hand --> <!-- begin hand -->")
-    with pytest.raises(ConfigError, match=r"--markdown docs/page\.md: has no line <!-- begin hand -->"):
-        pages.check_page(page, ["hand"])
+    with pytest.raises(UserError, match=r"--markdown docs/page\.md: contains no <!-- begin hand -->"):
+        output.check_markers(page, ["hand"])
 
 
-def test_the_command_that_is_shown_names_no_folder_of_images():
-    words = [
+def test_reproducing_command_hides_the_data_folder():
+    argv = [
         "a.yaml",
         "--data.root",
         "/home/me/x",
@@ -447,7 +467,7 @@ def test_the_command_that_is_shown_names_no_folder_of_images():
         "--x",
         "a b",
     ]
-    assert pages.command_of(words) == (
+    assert output.reproducing_command(argv) == (
         "python tools/ablate.py a.yaml --data.root DIR --seeds 0 --data.root=DIR --x 'a b'"
     )
 
@@ -456,8 +476,8 @@ def test_the_command_that_is_shown_names_no_folder_of_images():
 
 FAKE = """
 import json, os, pathlib, sys, time
-words = sys.argv[1:]
-folder = pathlib.Path(words[words.index("--output") + 1])
+argv = sys.argv[1:]
+folder = pathlib.Path(argv[argv.index("--output") + 1])
 with open("calls.txt", "a") as calls:
     print(folder.parent.name, folder.name, os.environ["OMP_NUM_THREADS"],
           os.environ.get("CUDA_VISIBLE_DEVICES"), file=calls)
@@ -466,32 +486,32 @@ if pathlib.Path("behave.py").exists():
     exec(pathlib.Path("behave.py").read_text())
 (folder / "summary.json").write_text("done")
 """
-"""Stands in for train.py, without its seconds of imports. behave.py says what else it does."""
+"""Replacement of train.py without its slow imports; it executes behave.py of the working folder."""
 
 
 @pytest.fixture
 def fake(folder, monkeypatch):
-    """A program in the place of train.py, and folders that count as finished when it says so."""
+    """Replace train.py by FAKE; a run is finished if its summary.json exists."""
     (folder / "fake.py").write_text(FAKE)
-    monkeypatch.setattr(processes, "PROGRAM", [sys.executable, "-S", str(folder / "fake.py")])
-    monkeypatch.setattr(processes, "POLL", 0.01)
+    monkeypatch.setattr(scheduler, "PROGRAM", [sys.executable, "-S", str(folder / "fake.py")])
+    monkeypatch.setattr(scheduler, "POLL_INTERVAL_S", 0.01)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    found = SimpleNamespace(top1=50.0)
+    metrics = SimpleNamespace(top1=50.0)
 
-    def outcome_of(run):
+    def read_status(run):
         if (run.folder / "summary.json").exists():
-            return runs.Outcome(run, found=found)
-        failure = run.folder / runs.FAILURE
-        return runs.Outcome(run, failure=failure.read_text().strip() if failure.exists() else None)
+            return run_status.RunStatus(run, metrics=metrics)
+        failure = run.folder / run_status.FAILURE
+        return run_status.RunStatus(run, failure=failure.read_text().strip() if failure.exists() else None)
 
-    monkeypatch.setattr(processes, "outcome_of", outcome_of)
+    monkeypatch.setattr(scheduler, "read_status", read_status)
 
     def execute(grid, jobs=1, gpus=()):
-        missing = [run for run in grid.runs() if outcome_of(run).found is None]
+        missing = [run for run in grid.runs() if read_status(run).metrics is None]
         progress = Progress(missing)
         try:
-            processes.execute(missing, jobs, gpus, progress)
+            scheduler.execute(missing, jobs, gpus, progress)
         finally:
             progress.close()
         return [line.split() for line in Path("calls.txt").read_text().splitlines()]
@@ -499,7 +519,7 @@ def fake(folder, monkeypatch):
     return execute
 
 
-def test_runs_share_cores_and_gpus_and_have_their_logs(fake, folder, capsys):
+def test_runs_share_cores_and_gpus_and_write_logs(fake, folder, capsys):
     grid = make_grid(folder / "runs", seeds=(0, 1))
     (folder / "behave.py").write_text(
         "time.sleep(0.3)\nimport fcntl\n"
@@ -522,7 +542,7 @@ def test_runs_share_cores_and_gpus_and_have_their_logs(fake, folder, capsys):
     assert fake(grid, jobs=2) == calls  # nothing is called again
 
 
-def test_a_failed_run_has_its_reason_and_the_others_go_on(fake, folder, capsys):
+def test_failed_run_reports_its_reason_and_others_continue(fake, folder, capsys):
     grid = make_grid(folder / "runs", cells=("avg", "cls", "max", "sum"), seeds=(0,))
     (folder / "behave.py").write_text(
         "if 'cls' in str(folder): sys.exit('warning\\nerror: the loss is nan\\nlate warning')\n"
@@ -531,17 +551,17 @@ def test_a_failed_run_has_its_reason_and_the_others_go_on(fake, folder, capsys):
     )
     calls = fake(grid)
     assert [call[0] for call in calls] == ["pool=avg", "pool=cls", "pool=max", "pool=sum"]
-    reasons = [processes.outcome_of(run).failure for run in grid.runs()]
-    assert reasons == [None, "the loss is nan", "ended by SIGKILL", "exit status 0, nothing said"]
+    reasons = [scheduler.read_status(run).failure for run in grid.runs()]
+    assert reasons == [None, "the loss is nan", "ended by SIGKILL", "exit status 0 without a message"]
     assert "[2/4] cls, seed 0: failed: the loss is nan" in capsys.readouterr().out
     (folder / "behave.py").unlink()
     assert len(fake(grid)) == 4 + 3  # only what failed is called again
-    assert [processes.outcome_of(run).failure for run in grid.runs()] == [None] * 4
+    assert [scheduler.read_status(run).failure for run in grid.runs()] == [None] * 4
 
 
 @pytest.fixture
-def heard():
-    """Signals as a shell's foreground job has them, whatever nohup or `&` made of them."""
+def default_signal_handlers():
+    """Restore the signal handlers of a foreground job, which nohup and `&` change."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
@@ -549,12 +569,12 @@ def heard():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("heard")
+@pytest.mark.usefixtures("default_signal_handlers")
 @pytest.mark.parametrize(
     ("number", "passed"),
     [(signal.SIGINT, "2"), (signal.SIGTERM, "15"), (signal.SIGHUP, "15")],  # runs do not save at a SIGHUP
 )
-def test_a_signal_is_passed_on_and_ends_the_runs(fake, folder, number, passed):
+def test_signal_is_forwarded_and_ends_the_runs(fake, folder, number, passed):
     grid = make_grid(folder / "runs", seeds=(0,))
     (folder / "behave.py").write_text(
         "import signal\n"
@@ -570,17 +590,17 @@ def test_a_signal_is_passed_on_and_ends_the_runs(fake, folder, number, passed):
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
-    with pytest.raises(processes.Stopped) as stopped:
+    with pytest.raises(scheduler.Stopped) as stopped:
         fake(grid, jobs=2)
-    assert stopped.value.number == number
+    assert stopped.value.signum == number
     for run in grid.runs():
         assert (run.folder / "signal.txt").read_text() == passed
-        assert not (run.folder / runs.FAILURE).exists()
+        assert not (run.folder / run_status.FAILURE).exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_process_that_does_not_end_is_killed(fake, folder, monkeypatch):
-    monkeypatch.setattr(processes, "GRACE", 0.2)
+def test_unresponsive_process_is_killed(fake, folder, monkeypatch):
+    monkeypatch.setattr(scheduler, "KILL_DELAY_S", 0.2)
     grid = make_grid(folder / "runs", cells=("avg",), seeds=(0,))
     grid.cells[0].config.grace_period = 0.1
     (folder / "behave.py").write_text(
@@ -595,16 +615,16 @@ def test_a_process_that_does_not_end_is_killed(fake, folder, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=send, daemon=True).start()
-    with pytest.raises(processes.Stopped):
+    with pytest.raises(scheduler.Stopped):
         fake(grid)
     with pytest.raises(ProcessLookupError):
         os.kill(int(ready.read_text()), 0)
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_a_run_that_another_process_is_at_work_on_is_waited_for(fake, folder, capsys, here):
-    """As after a call that was killed itself: its train.py still works, and holds the lock. On this machine
-    it has a place among those that run at once."""
+def test_run_locked_by_another_process_is_waited_for(fake, folder, capsys, here):
+    """After a killed call of the tool, its train.py still runs and holds the lock; on this machine it counts
+    as one of the jobs."""
     grid = make_grid(folder / "runs", seeds=(0,))
     first = grid.runs()[0].folder
     first.mkdir(parents=True)
@@ -619,19 +639,19 @@ def test_a_run_that_another_process_is_at_work_on_is_waited_for(fake, folder, ca
             time.sleep(0.01)
         time.sleep(0.3)
         assert second.exists() != here
-        (first / "summary.json").write_text("by the other")
+        (first / "summary.json").write_text("by another call")
         lock.close()
 
     threading.Thread(target=finish, daemon=True).start()
     assert [call[0] for call in fake(grid)] == ["pool=cls"]
     assert (second / ".ablate.lock").read_text() == f"0 {socket.gethostname()}"
     shown = capsys.readouterr().out
-    assert shown.count("avg, seed 0: another process is at work on it") == 1
+    assert shown.count("avg, seed 0: waiting for another process that trains it") == 1
     assert f"[{1 if here else 2}/2] avg, seed 0: Top-1 50.00 %" in shown
 
 
-def test_another_ones_place_is_not_given_away(fake, folder):
-    """Two places and GPUs, the first of which a run of another call has."""
+def test_slot_of_another_process_is_not_reused(fake, folder):
+    """Two slots and GPUs; a run of another call has the first slot."""
     grid = make_grid(folder / "runs", cells=("avg", "cls", "max"), seeds=(0,))
     first = grid.runs()[0].folder
     first.mkdir(parents=True)
@@ -643,7 +663,7 @@ def test_another_ones_place_is_not_given_away(fake, folder):
     def finish():
         while not (grid.runs()[2].folder / "summary.json").exists():
             time.sleep(0.01)
-        (first / "summary.json").write_text("by the other")
+        (first / "summary.json").write_text("by another call")
         lock.close()
 
     threading.Thread(target=finish, daemon=True).start()
@@ -651,34 +671,34 @@ def test_another_ones_place_is_not_given_away(fake, folder):
     assert [(call[0], call[3]) for call in calls] == [("pool=cls", "7"), ("pool=max", "7")]
 
 
-def test_the_estimate_counts_what_is_running(folder, monkeypatch, capsys):
+def test_remaining_time_includes_running_epochs(folder, monkeypatch, capsys):
     grid = make_grid(folder, cells=("avg", "cls"), seeds=(0, 1))  # four runs of four epochs
     progress = Progress(grid.runs())
     for run in grid.runs()[:2]:
-        progress.started(run)
+        progress.run_started(run)
     second = grid.runs()[1].folder
     second.mkdir(parents=True)
     (second / "metrics.jsonl").write_text('{"kind": "validation", "epoch": 2}\n')
-    progress.began -= 60.0
-    progress.ended(runs.Outcome(grid.runs()[0], found=SimpleNamespace(top1=50.0)))
-    assert "about 1 min 40 s left" in capsys.readouterr().out  # six of sixteen in a minute
+    progress.start_time -= 60.0
+    progress.run_ended(run_status.RunStatus(grid.runs()[0], metrics=SimpleNamespace(top1=50.0)))
+    assert "about 01:40 left" in capsys.readouterr().out  # six of sixteen in a minute
     progress.close()
 
 
-def test_gpus_are_those_that_the_environment_names(monkeypatch):
-    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 2)
+def test_visible_gpus_follow_cuda_visible_devices(monkeypatch):
+    monkeypatch.setattr(scheduler.torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert processes.visible_gpus() == ["0", "1"]
+    assert scheduler.visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,5")
-    assert processes.visible_gpus() == ["GPU-a", "5"]
-    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 0)
-    assert processes.visible_gpus() == []
+    assert scheduler.visible_gpus() == ["GPU-a", "5"]
+    monkeypatch.setattr(scheduler.torch.cuda, "device_count", lambda: 0)
+    assert scheduler.visible_gpus() == []
 
 
 @pytest.mark.parametrize(
     ("jobs", "device", "expected"), [(None, "auto", 2), (3, "auto", 3), (None, "cpu", 1)]
 )
-def test_by_default_each_gpu_has_a_run(jobs, device, expected, folder, monkeypatch):
+def test_default_is_one_run_per_gpu(jobs, device, expected, folder, monkeypatch):
     asked = []
     monkeypatch.setattr(program, "visible_gpus", lambda: ["0", "1"])
     monkeypatch.setattr(
@@ -687,19 +707,16 @@ def test_by_default_each_gpu_has_a_run(jobs, device, expected, folder, monkeypat
     grid = make_grid(folder)
     for cell in grid.cells:
         cell.config.device = device
-    program.run_all(grid.runs(), jobs)
+    program.run_unfinished(grid.runs(), jobs)
     assert asked == [(expected, 0 if device == "cpu" else 2)]
 
 
-def test_clock():
-    assert [clock(x) for x in (5.4, 75, 3600, 7384)] == ["5 s", "1 min 15 s", "1 h 0 min", "2 h 3 min"]
+# --- End to end ---------------------------------------------------------------------------------------------
 
 
-# --- The whole ----------------------------------------------------------------------------------------------
-
-
-def test_a_grid_that_is_stopped_goes_on_and_a_failing_cell_is_shown(folder, monkeypatch, capsys):
-    """With the real train.py: stopped in its second cell, called again; the third cannot be trained."""
+@pytest.mark.slow
+def test_interrupted_grid_continues_and_failed_cell_is_reported(folder, monkeypatch, capsys):
+    """Stop the real train.py in the second cell, call again; the third cell has no images and fails."""
     (folder / "empty").mkdir()
     write_grid(
         "base: {model: configs/models/vil_32.yaml, model.blocks: [1, 1, 1], schedule.epochs: 1,\n"
@@ -719,17 +736,17 @@ def test_a_grid_that_is_stopped_goes_on_and_a_failing_cell_is_shown(folder, monk
 
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(SystemExit) as stopped:
-        program.ablate(["grid.yaml"])
+        program.main(["grid.yaml"])
     assert stopped.value.code == 143
-    assert "stopped; the same command goes on from here" in capsys.readouterr().out
+    assert "stopped; run the same command again to continue" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
     assert not (second / "summary.json").exists()
 
     with pytest.raises(SystemExit) as ended:
-        program.ablate(["grid.yaml", "--jobs", "2"])
+        program.main(["grid.yaml", "--jobs", "2"])
     assert ended.value.code == 1
     shown = capsys.readouterr().out
-    assert "3 runs, 1 of them finished; 2 at once" in shown
+    assert "3 runs, 1 finished; running 2 at a time" in shown
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == before
     assert "- none, seed 0 failed: " in shown
     avg, cls, none = json.loads((results_of / "results.json").read_text())["cells"]
@@ -741,9 +758,9 @@ def test_a_grid_that_is_stopped_goes_on_and_a_failing_cell_is_shown(folder, monk
     assert cls["difference"] == pytest.approx(values[1] - values[0])
 
     with pytest.raises(SystemExit) as ended:
-        program.ablate(["grid.yaml", "--report", "--schedule.epochs", "2"])
+        program.main(["grid.yaml", "--report", "--schedule.epochs", "2"])
     assert ended.value.code == 1
     assert (
-        "avg, seed 0 is left out: the grid has changed since (schedule.epochs: 1 → 2)"
+        "avg, seed 0 is excluded: the grid has changed since (schedule.epochs: 1 → 2)"
         in capsys.readouterr().out
     )

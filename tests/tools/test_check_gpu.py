@@ -1,4 +1,4 @@
-"""tools/check_gpu.py on a machine without a GPU: small shapes, and what becomes of sections that fail."""
+"""tools/check_gpu.py without a GPU: all sections with small shapes, and outcomes of sections that fail."""
 
 import json
 import os
@@ -12,90 +12,105 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import check_gpu
-from tools.gpu_check import kernels, training
-from tools.gpu_check.report import MAX_LINES, NotApplicableError, Outcome, Report, Row, read_rows, table
+from tools.gpu_check import kernels, program, training
+from tools.gpu_check.report import (
+    MAX_LINES,
+    NotApplicableError,
+    Outcome,
+    Report,
+    Row,
+    read_rows,
+    summary_table,
+)
 from tools.gpu_check.runner import Options, RunningSection, Section
-from vil.config import ConfigError
+from vil.config import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def check(*words, **about):
+def run_program(*argv):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "tools/check_gpu.py", *words], cwd=ROOT, capture_output=True, text=True, check=False,
-        env=environment, **about,
-    )  # fmt: skip
+    command = [sys.executable, "tools/check_gpu.py", *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_small_shapes_on_the_cpu(tmp_path):
-    sections = ["machine", "kernels", "speed", "models", "loading", "tuning", "cifar10"]
-    path = tmp_path / "check.jsonl"
-    found = check("--device", "cpu", "--json", str(path), "--sections", *sections)
-    assert found.returncode == 0, found.stdout + found.stderr
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """Run all sections that a CPU can, once; return the process and the outcomes by section."""
+    path = tmp_path_factory.mktemp("check_gpu") / "check.jsonl"
+    sections = ["machine", "kernels", "speed", "models", "loading", "tuning", "cifar10", "training"]
+    process = run_program("--device", "cpu", "--budget", "3000", "--json", str(path), "--sections", *sections)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [line["section"] for line in lines] == sections
-    skipped = {"tuning", "cifar10"}
-    assert {line["section"] for line in lines if line["status"] == "skipped"} == skipped
-    assert all(line["status"] == "passed" for line in lines if line["section"] not in skipped)
-    checks = [row for line in lines for row in line["rows"] if row["passed"] is not None]
+    return process, {line["section"]: line for line in lines}
+
+
+@pytest.mark.slow
+def test_small_sections_pass(small_run):
+    process, outcomes = small_run
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert {name: outcome["status"] for name, outcome in outcomes.items()} == {
+        **dict.fromkeys(("machine", "kernels", "speed", "training", "models", "loading"), "passed"),
+        **dict.fromkeys(("tuning", "cifar10"), "skipped"),
+    }
+    checks = [row for outcome in outcomes.values() for row in outcome["rows"] if row["passed"] is not None]
     assert len(checks) > 15
     assert all(row["passed"] for row in checks)
-    shown = found.stdout[found.stdout.index("\n\n") :].strip().splitlines()
-    assert len(shown) <= MAX_LINES
-    assert not any("target" in line for line in shown)  # they are of a GPU
 
 
-def test_training_section_on_the_cpu(tmp_path):
-    path = tmp_path / "check.jsonl"
-    found = check("--device", "cpu", "--json", str(path), "--sections", "training")
-    (line,) = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    assert found.returncode == 0, line
-    assert {row["name"] for row in line["rows"] if row["passed"]} == {
-        "4 steps", "resumed run equal to the bit", "float16 with a planted infinity",
-        "DDP with gloo, a group of one",
-    }  # fmt: skip
+@pytest.mark.slow
+def test_training_section_checks_resume_infinite_gradients_and_ddp(small_run):
+    assert {row["name"] for row in small_run[1]["training"]["rows"] if row["passed"]} == {
+        "4 steps",
+        "resumed run is bit-identical",
+        "infinite float16 gradient is skipped",
+        "gradients of DDP with gloo, one rank",
+    }
+
+
+@pytest.mark.slow
+def test_the_table_is_short_and_has_no_targets_on_a_cpu(small_run):
+    shown = small_run[0].stdout
+    lines = shown[shown.index("\n\n") :].strip().splitlines()
+    assert len(lines) <= MAX_LINES
+    assert not any("target" in line for line in lines)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_ends_in_one_line(tmp_path):
-    found = check("--json", str(tmp_path / "check.jsonl"))
-    assert found.returncode == 2
-    assert found.stdout == ""
-    assert found.stderr.splitlines() == [
-        "error: command line: PyTorch finds no GPU; --device cpu tries this program on small shapes"
-    ]
+def test_without_a_gpu_it_exits_with_one_line(tmp_path):
+    process = run_program("--json", str(tmp_path / "check.jsonl"))
+    assert (process.returncode, process.stdout) == (2, "")
+    reason = "PyTorch finds no GPU; --device cpu tests this program with small shapes"
+    assert process.stderr == f"error: command line: {reason}\n"
     assert not (tmp_path / "check.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
-        (["--budget", "0"], "--budget must be positive, got 0"),
-        (["--images", "missing"], "--images: missing is no folder"),
+        (["--budget", "0"], "argument --budget: must be positive, got 0"),
+        (["--images", "missing"], "--images: missing is not a folder"),
         (["--json", "missing/check.jsonl"], "--json: missing/check.jsonl: No such file or directory"),
         (["--sections", "kernel"], "argument --sections: invalid choice: 'kernel'"),
     ],
 )
-def test_bad_options(words, message):
-    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
-        check_gpu.check(["--device", "cpu", *words])
+def test_bad_options(argv, message):
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        program.check_gpu(["--device", "cpu", *argv])
     assert "\n" not in str(raised.value)
 
 
-def test_sections_beyond_the_budget_are_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(check_gpu, "_prepare_environment", lambda _: None)
+def test_sections_beyond_the_budget_are_skipped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program, "_set_environment", lambda _: None)
     path = tmp_path / "check.jsonl"
-    words = ["--sections", "kernels", "models", "--budget", "10"]
-    check_gpu.check(["--device", "cpu", "--json", str(path), *words])
+    argv = ["--sections", "kernels", "models", "--budget", "10"]
+    program.check_gpu(["--device", "cpu", "--json", str(path), *argv])
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [line["status"] for line in lines] == ["skipped", "skipped"]
     assert lines[0]["reason"].startswith("needs 30 s, ")
     assert "models: skipped" in capsys.readouterr().out
 
 
-# --- Sections that end badly --------------------------------------------------------------------------------
+# --- Sections that fail -------------------------------------------------------------------------------------
 
 
 def pass_and_print(options, report):
@@ -112,7 +127,7 @@ def raise_after_a_row(options, report):
     raise ValueError("a line\nand more")
 
 
-def kill_itself(options, report):
+def abort(options, report):
     report.add("measured", 1.0)
     os.abort()
 
@@ -122,7 +137,7 @@ def sleep(options, report):
     time.sleep(60)
 
 
-def leave_out(options, report):
+def not_applicable(options, report):
     raise NotApplicableError("nothing to do")
 
 
@@ -132,13 +147,12 @@ def leave_out(options, report):
         (pass_and_print, "passed", ""),
         (fail_a_check, "failed", ""),
         (raise_after_a_row, "failed", "ValueError: a line and more"),
-        (kill_itself, "failed", "SIGABRT"),
+        (abort, "failed", "SIGABRT"),
         (sleep, "timed out", "stopped after"),
-        (leave_out, "skipped", "nothing to do"),
+        (not_applicable, "skipped", "nothing to do"),
     ],
 )
-def test_outcomes(run, status, reason, tmp_path):
-    """What was measured before a section ended is kept, however it ended."""
+def test_outcomes_keep_the_rows_of_a_section(run, status, reason, tmp_path):
     section = Section(run.__name__, run, "", 120, 0)
     process = RunningSection(section, Options("cpu", tmp_path, deadline=time.time() + 120))
     while run is sleep and not read_rows(process.rows):
@@ -148,77 +162,84 @@ def test_outcomes(run, status, reason, tmp_path):
     outcome = process.finish()
     assert outcome.status == status
     assert reason in outcome.reason
-    if run in (raise_after_a_row, kill_itself, sleep):
+    if run in (raise_after_a_row, abort, sleep):
         assert [row.name for row in outcome.rows] == ["measured"]
     assert json.loads(outcome.as_json())["section"] == run.__name__
 
 
-def test_the_table_keeps_failures_and_statuses_when_there_is_no_room():
+def test_the_table_prefers_failures_and_statuses():
     rows = [Row(f"measurement {number}", 1.0, "ms") for number in range(100)]
     rows.append(Row("wrong", 3.0, limit="≤ 2", passed=False, shown=False))
     outcomes = [Outcome("first", "failed", 1, rows=rows), Outcome("second", "skipped", reason="needs 30 s")]
-    lines = table(outcomes).splitlines()
+    lines = summary_table(outcomes).splitlines()
     assert len(lines) <= MAX_LINES - 3
     assert any("wrong" in line and "FAILED" in line for line in lines)
     assert any("second" in line and "needs 30 s" in line for line in lines)
     assert lines[-1].endswith("more in the JSON lines")
 
 
-def test_rows_survive_a_line_that_was_cut_off(tmp_path):
+def test_rows_before_a_truncated_line_are_read(tmp_path):
     report = Report(tmp_path / "rows")
     report.add("whole", float("inf"))
     with report.path.open("a", encoding="utf-8") as file:
-        file.write('{"name": "cut o')
+        file.write('{"name": "trunc')
     assert [row.name for row in read_rows(report.path)] == ["whole"]
 
 
-# --- What only a GPU computes -------------------------------------------------------------------------------
+# --- Parts for a GPU ----------------------------------------------------------------------------------------
 
 
-def test_cases_cover_precisions_masks_windows_and_globals():
-    """The cases of a GPU can be listed without one."""
-    problems = [case.problem for case in kernels.cases(torch.device("cuda"), small=False)]
-    assert {problem.dtype for problem in problems} == {torch.bfloat16, torch.float16, torch.float32}
-    for dtype in kernels.TOLERANCES:
-        of_dtype = [problem for problem in problems if problem.dtype == dtype]
-        assert {(p.mask, p.window) for p in of_dtype} >= {
-            (m, w) for m in ("chunk", "exact", "cyclic") for w in (7, 12, 15)
-        }
-        assert {p.global_tokens for p in of_dtype} >= {0, 1, 16, 256}
-        assert {p.head_width for p in of_dtype} >= {32, 48, 64, 128}
-        assert {p.neighbors for p in of_dtype} >= {"all", "self", 0, 6}
-        assert any(p.size == (56, 56) for p in of_dtype)
-    assert sum(case.large_biases for case in kernels.cases(torch.device("cuda"), small=False)) == 3
+def test_cases_cover_precisions_masks_windows_and_global_tokens():
+    cases = kernels.list_cases("cuda", is_small=False)
+    assert {case.shape.precision for case in cases} == set(kernels.TOLERANCES)
+    for precision in ("bfloat16", "float16", "float32"):
+        shapes = [case.shape for case in cases if case.shape.precision == precision]
+        masks = {(mask, window) for mask in ("chunk", "exact", "cyclic") for window in (7, 12, 15)}
+        assert {(shape.mask, shape.window) for shape in shapes} >= masks
+        assert {shape.global_tokens for shape in shapes} >= {0, 1, 16, 256}
+        assert {shape.head_width for shape in shapes} >= {32, 48, 64, 128}
+        assert {shape.neighbors for shape in shapes} >= {"all", "self", 0, 6}
+        assert any(shape.size == (56, 56) for shape in shapes)
+    assert sum(case.large_biases for case in cases) == 3
 
 
-def test_every_case_is_compiled_with_its_own_constants(monkeypatch):
-    import tools.compile_kernels
+def test_every_case_is_compiled_with_its_constants(monkeypatch):
+    import tools.dev.kernel_statistics
 
-    seen = []
-    monkeypatch.setattr(tools.compile_kernels, "compile_kernels", lambda *words: seen.append(words) or [])
-    problem = kernels.cases(torch.device("cuda"), small=False)[0].problem
-    problem = replace(problem, dtype=torch.float16, neighbors=3, window=5, global_tokens=2)
-    assert kernels.compile_case(*kernels._kernel_arguments(problem, 90)) == 0
-    assert seen == [(90, "float16", problem.head_width, problem.geometry, 2, True)]
+    calls = []
+    monkeypatch.setattr(
+        tools.dev.kernel_statistics, "compile_kernels", lambda *arguments: calls.append(arguments) or []
+    )
+    shape = kernels.list_cases("cuda", is_small=False)[0].shape
+    shape = replace(shape, precision="float16", neighbors=3, window=5, global_tokens=2)
+    assert kernels.compile_shape(90, shape) == 0
+    assert calls == [(90, "float16", shape.head_width, shape.spec, 2, True)]
 
 
-def test_large_biases_survive_rounding():
-    """What the kernels make of them, multiplied by log₂e and rounded, is what they were drawn as."""
-    case = kernels.cases(torch.device("cpu"), small=True)[-1]
+def test_large_biases_are_not_rounded_by_the_kernels():
+    case = kernels.list_cases("cpu", is_small=True)[-1]
     assert case.large_biases
     table = case.inputs(0).bias_table.detach()
     scaled = table * 1.4426950408889634
-    rounded = scaled.to(case.problem.dtype).float()
+    rounded = scaled.to(case.shape.dtype).float()
     torch.testing.assert_close(scaled, rounded, atol=0, rtol=1e-6)
     assert table.abs().max() > 8
 
 
 def test_differences_between_checkpoints_are_named(tmp_path):
-    state = {"model": {"a": torch.ones(2)}, "ema": None, "optimizer": {"state": {0: {"step": 1}}},
-             "scaler": {}, "step": 4}  # fmt: skip
-    for name, change in (("first", {}), ("second", {"model": {"a": torch.zeros(2)}, "step": 5})):
+    state = {
+        "model": {"a": torch.ones(2)},
+        "ema": None,
+        "optimizer": {"state": {0: {"step": 1}}},
+        "scaler": {},
+        "step": 4,
+    }
+    changes = {"first": {}, "second": {"model": {"a": torch.zeros(2)}, "step": 5}}
+    for name, change in changes.items():
         (tmp_path / name / "checkpoints").mkdir(parents=True)
-        torch.save({**state, **change}, tmp_path / name / "checkpoints" / "step_00000004.pt")
-    found = training._differences(tmp_path / "first", tmp_path / "second")
-    assert found == ["model.a", "step"]
-    assert training._differences(tmp_path / "first", tmp_path / "first") == []
+        torch.save(state | change, tmp_path / name / "checkpoints" / "step_00000004.pt")
+    assert training.state_differences(tmp_path / "first", tmp_path / "second") == [
+        "['model']['a']",
+        "['step']",
+    ]
+    assert training.state_differences(tmp_path / "first", tmp_path / "first") == []

@@ -1,4 +1,4 @@
-"""The figures of docs/attention.md show what the code does, and the page shows all of them."""
+"""The figures of docs/attention.md agree with the local attention, and the page shows all of them."""
 
 from __future__ import annotations
 
@@ -9,86 +9,86 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from tools import draw_attention
-from tools.draw_attention import Cell, draw_map, key_blocks, query_blocks, strips
+from tools.dev import draw_attention
+from tools.dev.draw_attention import Cell, draw_map, key_blocks, query_blocks, stage_strips
 from vil.attention.local import local_attention
-from vil.attention.local.geometry import AROUND, Window
-from vil.config import ConfigError
+from vil.attention.local.geometry import NEIGHBOR_OFFSETS, LocalAttentionSpec
+from vil.config import UserError
 
 ROOT = Path(__file__).parents[2]
-SIZE, SIDE = (13, 10), 4
+SIZE, WINDOW = (13, 10), 4
 CORNERS = [(0, 0), (0, 9), (12, 0), (12, 9)]
 QUERIES = [*CORNERS, (0, 5), (6, 0), (12, 4), (7, 9), (6, 5)]
-DRAWN_AS_SEEN = [Cell.SEEN, Cell.OWN, Cell.QUERY, Cell.SEEN_PADDING]
+VISIBLE_CELLS = [Cell.VISIBLE, Cell.SAME_CHUNK, Cell.QUERY, Cell.VISIBLE_PADDING]
 
 
-def drawn(window, query, neighbor=None):
-    """(P, Q): the cells that the figure shows."""
+def drawn_cells(spec, query, neighbor=None):
+    """Return (P, Q), the cells that the figure shows."""
     axes = Figure().subplots()
-    draw_map(axes, window, query, neighbor)
+    draw_map(axes, spec, query, neighbor)
     return torch.as_tensor(axes.collections[0].get_array().data)
 
 
-def weights_of(query, **options):
-    """(H, W): the weight of every token in one query's output, by the attention that models use."""
+def attention_weights(query, **options):
+    """Return (H, W), the weight of each token in the output for a query, by the attention of the models."""
     tokens = SIZE[0] * SIZE[1]
     value = torch.zeros(1, 1, tokens, 2, requires_grad=True)
-    nothing = torch.zeros(1, 1, 0, 2)
+    empty = torch.zeros(1, 1, 0, 2)
     key = torch.randn(1, 1, tokens, 2, generator=torch.Generator().manual_seed(0))
-    output = local_attention(key, key, value, nothing, nothing, size=SIZE, window=SIDE, **options)
+    output = local_attention(key, key, value, empty, empty, size=SIZE, window=WINDOW, **options)
     output[0, 0, query[0] * SIZE[1] + query[1], 0].backward()
     return value.grad[0, 0, :, 0].view(SIZE)
 
 
 @pytest.mark.parametrize("query", QUERIES)
 @pytest.mark.parametrize("mask", ["chunk", "exact", "cyclic"])
-def test_maps_show_what_is_attended_to(mask, query):
-    cells = drawn(Window(SIZE, SIDE, mask), query)
+def test_maps_show_the_keys_with_attention_weights(mask, query):
+    cells = drawn_cells(LocalAttentionSpec(SIZE, WINDOW, mask), query)
     assert cells.shape == (16, 12)  # whole chunks
-    seen = torch.isin(cells, torch.tensor(DRAWN_AS_SEEN))
-    assert torch.equal(seen[:13, :10], weights_of(query, mask=mask, backend="dense") > 0)
-    assert torch.equal(seen[:13, :10], weights_of(query, mask=mask, backend="chunked") > 0)
+    visible = torch.isin(cells, torch.tensor(VISIBLE_CELLS))
+    assert torch.equal(visible[:13, :10], attention_weights(query, mask=mask, backend="dense") > 0)
+    assert torch.equal(visible[:13, :10], attention_weights(query, mask=mask, backend="chunked") > 0)
     assert (cells == Cell.QUERY).nonzero().tolist() == [list(query)]
-    padding = torch.isin(cells, torch.tensor([Cell.PADDING, Cell.SEEN_PADDING]))
+    padding = torch.isin(cells, torch.tensor([Cell.PADDING, Cell.VISIBLE_PADDING]))
     assert not padding[:13, :10].any()
     assert padding[13:].all()
     assert padding[:, 10:].all()
-    assert bool((cells == Cell.SEEN_PADDING).any()) == (mask == "cyclic" and min(query) < SIDE)
+    assert bool((cells == Cell.VISIBLE_PADDING).any()) == (mask == "cyclic" and min(query) < WINDOW)
 
 
 @pytest.mark.parametrize("query", [*CORNERS, (6, 5)])
 @pytest.mark.parametrize("neighbor", range(8))
 def test_maps_show_the_neighbor(neighbor, query):
-    cells = drawn(Window(SIZE, SIDE, "chunk", "one"), query, neighbor)
-    seen = torch.isin(cells, torch.tensor(DRAWN_AS_SEEN))
-    assert torch.equal(seen[:13, :10], weights_of(query, neighbors=neighbor) > 0)
+    cells = drawn_cells(LocalAttentionSpec(SIZE, WINDOW, "chunk", "one"), query, neighbor)
+    visible = torch.isin(cells, torch.tensor(VISIBLE_CELLS))
+    assert torch.equal(visible[:13, :10], attention_weights(query, neighbors=neighbor) > 0)
 
 
-def test_figures_of_masks_have_the_papers_counts():
+def test_the_figure_of_masks_has_the_papers_counts():
     """A map of 5 × 5 chunks, w = 3: at a border a third is missing, in a corner five ninths."""
-    labels = [axes.get_xlabel() for axes in draw_attention.draw_masks().axes]
+    labels = [axes.get_xlabel() for axes in draw_attention.FIGURES["masks"]().axes]
     counts = [[81, 54, 36], [49, 7 * 5, 16], [81, 81, 81]]
     assert labels == [f"{count} keys" for row in counts for count in row]
 
 
-def test_strips_are_those_of_the_page():
+def test_the_page_names_the_strips():
     page = (ROOT / "docs" / "attention.md").read_text()
     assert "one image 1, 6 and 1 columns, for eight 1, 2, 2, 2 and 1." in page.replace("\n", " ")
-    assert [strip.count for strip in strips(1)] == [1, 6, 1]
-    assert [strip.count for strip in strips(8)] == [1, 2, 2, 2, 1]
+    assert [strip.count for strip in stage_strips(1)] == [1, 6, 1]
+    assert [strip.count for strip in stage_strips(8)] == [1, 2, 2, 2, 1]
 
 
-def test_kernels_go_through_what_is_seen():
-    """Every place once, in blocks in their order; the neighbour after the own chunk."""
+def test_blocks_of_kernels_cover_the_visible_keys():
+    """Each position once, in the order of the blocks; the neighbor after the chunk of the query."""
     pytest.importorskip("triton")
-    numbers, on_map = key_blocks(Window((56, 56), 7), (0, 7))
+    numbers, on_map = key_blocks(LocalAttentionSpec((56, 56), 7), (0, 7))
     assert (numbers.flatten().diff() >= 0).all()
     assert numbers.min() == 0
     expected = torch.zeros(21, 21, dtype=torch.bool)
-    expected[7:, :14] = True  # the upper right corner has nothing above and nothing to its right
+    expected[7:, :14] = True  # the upper right corner has no chunk above it and none to its right
     assert torch.equal(on_map, expected)
-    for neighbor, (row, column) in enumerate(AROUND):
-        numbers, _ = key_blocks(Window((56, 56), 7, "chunk", "one"), (4, 4), neighbor)
+    for neighbor, (row, column) in enumerate(NEIGHBOR_OFFSETS):
+        numbers, _ = key_blocks(LocalAttentionSpec((56, 56), 7, "chunk", "one"), (4, 4), neighbor)
         own, other = numbers[7:14, 7:14], numbers[7 * row + 7 :, 7 * column + 7 :][:7, :7]
         assert (own >= 0).all()
         assert (other >= own.max()).all()
@@ -97,24 +97,25 @@ def test_kernels_go_through_what_is_seen():
     assert query_blocks(7).unique().tolist() == [0]
 
 
-def test_program_writes_all_figures(tmp_path, capsys):
+def test_the_program_writes_all_figures(tmp_path, capsys):
     pytest.importorskip("triton")
     folder = tmp_path / "new" / "figures"
-    draw_attention.draw(["--folder", str(folder)])
+    draw_attention.main(["--folder", str(folder)])
     assert capsys.readouterr().out.split() == [f"{folder}/{name}.png" for name in draw_attention.FIGURES]
     for path in (folder / f"{name}.png" for name in draw_attention.FIGURES):
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size < 150_000
 
 
-def test_page_shows_every_figure():
+def test_the_page_shows_all_figures():
     shown = re.findall(r"!\[[^\]]+\]\(figures/(\w+)\.png\)", (ROOT / "docs" / "attention.md").read_text())
     assert sorted(shown) == sorted(draw_attention.FIGURES)
     for name in draw_attention.FIGURES:
         assert (ROOT / "docs" / "figures" / f"{name}.png").stat().st_size < 150_000
 
 
-def test_folder_that_cannot_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(draw_attention, "FIGURES", {"masks": Figure})
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--folder: cannot write there: .*file"):
-        draw_attention.draw(["--folder", str(tmp_path / "file")])
+    with pytest.raises(UserError, match=r"^--folder: .*file/masks.png cannot be written: File exists$"):
+        draw_attention.main(["--folder", str(tmp_path / "file")])

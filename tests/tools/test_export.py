@@ -1,8 +1,10 @@
-"""tools/export.py: what it writes, loaded by whom it is written for, computes what the model does."""
+"""tools/export.py: exported models, loaded by their target, compute the same logits."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import onnxruntime
@@ -12,18 +14,19 @@ import torch
 from torch import nn
 
 import vil  # registers the models with timm
-from tools import export as program
-from vil import weight_files
-from vil.config import ConfigError, ModelConfig, StageConfig
-from vil.models.released import open_model
+from tools.programs import export as program
+from vil.checkpoints.open import open_weights
+from vil.checkpoints.safetensors_file import write_safetensors
+from vil.checkpoints.weights import Weights
+from vil.config import ModelConfig, StageConfig, UserError
 from vil.models.zoo import model_from_config
-from vil.weight_files import WeightsFile, write_safetensors
 
 STAGES = [
     StageConfig(dim=8, heads=2, patch=4, window=3, global_tokens=2),
     StageConfig(dim=16, heads=2, attention="full", global_tokens=1),
 ]
-PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
+ROOT = Path(__file__).parents[2]
+PARITY = ROOT / "tests" / "fixtures" / "parity"
 VIL = ModelConfig(name="vil", image_size=32, num_classes=5, stages=STAGES, in_chans=1, mask="cyclic",
                   pool="cls", share_global_projection=False, norm_embed=False, drop_path=0.1)  # fmt: skip
 ZOO = ModelConfig(name="vil_tiny_3stage", image_size=64, num_classes=5, blocks=(1, 1, 1), pool="cls",
@@ -37,7 +40,7 @@ NAMES = ("ant", "bee", "cat", "dog", "eel")
 
 @pytest.fixture(params=CONFIGS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Safetensors of a small model with weights, transform and classes that nothing else has."""
+    """Write safetensors of a small model with unique weights, transform and class names."""
     torch.manual_seed(0)
     config = CONFIGS[request.param]
     weights = {
@@ -46,7 +49,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     }
     transform = {**TRANSFORM, **({"mean": [0.1] * 3, "std": [0.4] * 3} if config.in_chans == 1 else {})}
     write_safetensors(
-        tmp_path / "x.safetensors", WeightsFile("x", "run", "ema", weights, config, transform, NAMES)
+        tmp_path / "x.safetensors",
+        Weights("x", "run", "ema", weights, config, transform=transform, class_names=NAMES),
     )
     return tmp_path / "x.safetensors"
 
@@ -57,18 +61,20 @@ def images(model: nn.Module, count: int) -> torch.Tensor:
     return torch.randn(count, getattr(model, "in_chans", 3), *size, generator=generator)
 
 
-def test_torch(checkpoint: Path, tmp_path: Path) -> None:
-    program.export([str(checkpoint), str(tmp_path / "x.pt2"), "--format", "torch"])
-    model, loaded = open_model(checkpoint)[0], torch.export.load(tmp_path / "x.pt2").module()
+def test_torch_export_computes_the_same_logits(checkpoint: Path, tmp_path: Path) -> None:
+    program.main([str(checkpoint), str(tmp_path / "x.pt2"), "--format", "torch"])
+    model, loaded = open_weights(checkpoint).build_model(), torch.export.load(tmp_path / "x.pt2").module()
     for count in (1, 3, 8):
         with torch.no_grad():
             x = images(model, count)
             torch.testing.assert_close(loaded(x), model(x), atol=1e-4, rtol=0)
 
 
-def test_onnx(checkpoint: Path, tmp_path: Path) -> None:
-    program.export([str(checkpoint), str(tmp_path / "x.onnx"), "--format", "onnx"])
-    model, session = open_model(checkpoint)[0], onnxruntime.InferenceSession(tmp_path / "x.onnx")
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ["vil", "zoo"], indirect=True)
+def test_onnx_export_computes_the_same_logits(checkpoint: Path, tmp_path: Path) -> None:
+    program.main([str(checkpoint), str(tmp_path / "x.onnx"), "--format", "onnx"])
+    model, session = open_weights(checkpoint).build_model(), onnxruntime.InferenceSession(tmp_path / "x.onnx")
     for count in (1, 3, 8):
         x = images(model, count)
         (logits,) = session.run(["logits"], {"images": x.numpy()})
@@ -77,9 +83,9 @@ def test_onnx(checkpoint: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.safetensors"]
 
 
-def test_folder_of_the_hub(checkpoint: Path, tmp_path: Path) -> None:
-    program.export([str(checkpoint), str(tmp_path / "hub"), "--format", "hf"])
-    model = open_model(checkpoint)[0]
+def test_hub_folder_is_loaded_by_timm(checkpoint: Path, tmp_path: Path) -> None:
+    program.main([str(checkpoint), str(tmp_path / "hub"), "--format", "hf"])
+    model = open_weights(checkpoint).build_model()
     loaded = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(loaded(images(model, 2)), model(images(model, 2)))
@@ -96,7 +102,7 @@ def test_folder_of_the_hub(checkpoint: Path, tmp_path: Path) -> None:
         assert torch.equal(again(images(model, 2)), model(images(model, 2)))
 
 
-def test_a_model_of_ours_is_saved_by_timm_itself(tmp_path: Path) -> None:
+def test_timm_saves_and_loads_models_of_this_project(tmp_path: Path) -> None:
     model = vil.create_model(
         "vil_tiny", image_size=64, num_classes=3, window=5, mask="exact", blocks=(1, 1, 1, 1)
     )
@@ -107,34 +113,54 @@ def test_a_model_of_ours_is_saved_by_timm_itself(tmp_path: Path) -> None:
     assert (loaded.stages[0].blocks[0].attn.mask, loaded.stages[0].blocks[0].attn.window) == ("exact", 5)
 
 
-def test_safetensors_and_a_published_checkpoint(tmp_path: Path) -> None:
-    case = PARITY / "performer_partial"
-    words = [str(case / "model_best.pth"), "--released-config", str(case / "config.yaml")]
-    program.export([*words, str(tmp_path / "x.safetensors"), "--format", "safetensors"])
-    file = weight_files.read(tmp_path / "x.safetensors")
-    assert (file.model.name, file.kind) == ("vil", "raw")
-    assert file.data["interpolation"] == "bicubic"
+def test_safetensors_of_a_published_checkpoint_from_another_folder(tmp_path: Path) -> None:
+    """The logits of the converted file are those of the checkpoint, to the bit."""
+    case = PARITY / "linformer_shared_kv"
+    published = [case / "model_best.pth", "--released-config", case / "config.yaml"]
+    argv = [
+        sys.executable,
+        ROOT / "tools" / "export.py",
+        *published,
+        "x.safetensors",
+        "--format",
+        "safetensors",
+    ]
+    ended = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "x.safetensors: safetensors, raw weights\n"
+    file = open_weights(tmp_path / "x.safetensors")
+    assert (file.model.name, file.kind, file.transform["interpolation"]) == ("vil", "raw", "bicubic")
+    exported = vil.create_model(None, checkpoint=tmp_path / "x.safetensors").eval()
+    model, x = vil.load_released(case / "config.yaml", case / "model_best.pth"), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(exported(x), model(x))
+
+
+def test_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^none: no such file or folder$"):
+        program.main(["none", str(tmp_path / "x"), "--format", "safetensors"])
 
 
 @pytest.mark.parametrize("checkpoint", ["timm"], indirect=True)
-def test_an_export_that_differs_is_not_kept(
+def test_differing_export_is_not_written(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(program, "TOLERANCE", -1.0)
-    with pytest.raises(ConfigError, match="differs from the model"):
-        program.export([str(checkpoint), str(tmp_path / "x.pt2"), "--format", "torch"])
+    with pytest.raises(UserError, match="differs from the model"):
+        program.main([str(checkpoint), str(tmp_path / "x.pt2"), "--format", "torch"])
     assert not (tmp_path / "x.pt2").exists()
 
 
 @pytest.mark.parametrize("form", ["torch", "onnx"])
-def test_a_model_that_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+def test_export_errors_have_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     class Unexportable(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * float(x.sum()) if x.sum() > 0 else x
 
-    file = WeightsFile("x.safetensors", "converted", "raw", {}, VIL)
-    monkeypatch.setattr(program, "open_model", lambda **words: (Unexportable().eval(), file))
-    with pytest.raises(ConfigError, match=r"x\.safetensors: the model cannot be exported: ") as error:
-        program.export(["x.safetensors", str(tmp_path / "out"), "--format", form])
+    weights = Weights("x.safetensors", "safetensors", "raw", {}, VIL)
+    monkeypatch.setattr(Weights, "build_model", lambda self: Unexportable().eval())
+    monkeypatch.setattr(program, "open_weights", lambda *arguments: weights)
+    with pytest.raises(UserError, match=r"x\.safetensors: the model cannot be exported: ") as error:
+        program.main(["x.safetensors", str(tmp_path / "out"), "--format", form])
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""tools/predict.py: the model's own probabilities, with names, for every image that can be read."""
+"""tools/predict.py: probabilities and class names of every readable image."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from data.transforms import evaluation_transform
-from tools import predict as program
+from tools.programs import predict as program
+from vil.checkpoints.safetensors_file import write_safetensors
+from vil.checkpoints.weights import Weights
 from vil.command_line import main
-from vil.config import ConfigError, DataConfig, ModelConfig, StageConfig
+from vil.config import DataConfig, ModelConfig, StageConfig, UserError
 from vil.models.zoo import model_from_config
-from vil.weight_files import WeightsFile, write_safetensors
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 STAGES = [StageConfig(dim=8, heads=2, patch=8, window=3)]
@@ -26,16 +27,18 @@ CONFIG = ModelConfig(name="vil", image_size=32, num_classes=5, stages=STAGES)
 DATA = {"crop_pct": 0.8, "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
 
 
-def checkpoint(path, config=CONFIG, names=NAMES):
-    """Safetensors of a model whose predictions differ from image to image."""
+def write_checkpoint(path, config=CONFIG, names=NAMES):
+    """Write safetensors of a model whose predictions differ from image to image."""
     torch.manual_seed(0)
     model = model_from_config(config)
     torch.nn.init.normal_(model.head.weight, std=2.0)
-    write_safetensors(path, WeightsFile("x", "run", "raw", model.state_dict(), config, DATA, names))
+    write_safetensors(
+        path, Weights("x", "run", "raw", model.state_dict(), config, transform=DATA, class_names=names)
+    )
     return model.eval()
 
 
-def picture(path, seed, mode="RGB"):
+def write_image(path, seed, mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (30, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)
@@ -44,12 +47,12 @@ def picture(path, seed, mode="RGB"):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Images in folders with numbers, one damaged, other files, and links that go round in circles."""
+    """Create images in numbered folders, one damaged, other files, and circular links."""
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(
         ("img10.png", "img2.png", "Img1.jpg", "sub/b.bmp", "sub/a.webp", ".git/no.txt")
     ):
-        picture(tmp_path / "pics" / name, seed) if not name.endswith("txt") else None
+        write_image(tmp_path / "pics" / name, seed) if not name.endswith("txt") else None
     (tmp_path / "pics" / "notes.txt").write_text("no image")
     (tmp_path / "pics" / "sub" / "c.jpg").write_bytes((tmp_path / "pics" / "Img1.jpg").read_bytes()[:300])
     (tmp_path / "pics" / "sub" / "up").symlink_to("..")
@@ -58,17 +61,17 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(capsys, *words):
-    """Exit status, standard output and standard error of the program."""
-    sys.argv = ["predict.py", *map(str, words)]
+def run(capsys, *argv):
+    """Run the program; return exit status, standard output and standard error."""
+    sys.argv = ["predict.py", *map(str, argv)]
     with pytest.raises(SystemExit) as ended:
-        main(program.predict)
+        main(program.main)
     captured = capsys.readouterr()
     return ended.value.code, captured.out, captured.err
 
 
 def expected(model, path):
-    """Probabilities by hand: decode, transform, softmax."""
+    """Return the probabilities by hand: decode, transform, softmax."""
     data = DataConfig(crop_pct=0.8, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     transform = evaluation_transform(data, image_size=32, in_chans=3)
     with Image.open(path) as image, torch.no_grad():
@@ -80,9 +83,9 @@ READABLE = ["pics/again/a.webp", "pics/again/b.bmp", "pics/Img1.jpg", "pics/img2
 
 def test_folder_as_json(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
-    model = checkpoint(folder / "x.safetensors")
-    words = ["x.safetensors", "pics", "pics/img2.png", "--format", "json", "--top", "2", "--batch-size", "2"]
-    status, out, err = run(capsys, *words, "--workers", "2", "--output", "new/out.json")
+    model = write_checkpoint(folder / "x.safetensors")
+    argv = ["x.safetensors", "pics", "pics/img2.png", "--format", "json", "--top", "2", "--batch-size", "2"]
+    status, out, err = run(capsys, *argv, "--workers", "2", "--output", "new/out.json")
     assert (status, out) == (1, "")
     entries = json.loads((folder / "new" / "out.json").read_text())
     # Natural order; what a link leads to once; links in a circle not at all.
@@ -107,10 +110,10 @@ def test_folder_as_json(folder, capsys, monkeypatch):
 
 def test_csv_and_table(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
-    model = checkpoint(folder / "x.safetensors")
-    strange = picture(folder / "new\nline, é.png", 7)
-    words = ["x.safetensors", READABLE[2], strange, "--workers", "0", "--top", "9"]  # more than there are
-    status, out, err = run(capsys, *words, "--format", "csv")
+    model = write_checkpoint(folder / "x.safetensors")
+    strange = write_image(folder / "new\nline, é.png", 7)
+    argv = ["x.safetensors", READABLE[2], strange, "--workers", "0", "--top", "9"]  # more than there are
+    status, out, err = run(capsys, *argv, "--format", "csv")
     assert (status, err) == (0, "")
     rows = list(csv.DictReader(out.splitlines(keepends=True)))
     assert [row["image"] for row in rows] == [READABLE[2]] * 5 + [str(strange)] * 5
@@ -119,7 +122,7 @@ def test_csv_and_table(folder, capsys, monkeypatch):
     assert [(int(row["class"]), row["name"]) for row in rows[:5]] == [(i, NAMES[i]) for i in order]
     assert sum(float(row["probability"]) for row in rows[:5]) == pytest.approx(1, abs=1e-4)
 
-    status, out, _ = run(capsys, *words, "missing.png")
+    status, out, _ = run(capsys, *argv, "missing.png")
     lines = out.splitlines()
     assert status == 1
     assert len(lines) == 1 + 10 + 1  # the line break in the name is none here
@@ -130,25 +133,25 @@ def test_csv_and_table(folder, capsys, monkeypatch):
     assert lines[-1].split(maxsplit=1) == ["missing.png", "cannot be read: No such file or directory"]
 
 
-def test_orientation_and_grey_are_as_in_training(folder, capsys, monkeypatch):
-    """Decoding is the sources': EXIF is not applied, grey becomes RGB."""
+def test_exif_and_grayscale_are_decoded_as_in_training(folder, capsys, monkeypatch):
+    """Decoding is the sources': EXIF is not applied, gray becomes RGB."""
     monkeypatch.setattr(sys, "argv", [])
-    model = checkpoint(folder / "x.safetensors")
-    grey = picture(folder / "grey.png", 8, "L")
+    model = write_checkpoint(folder / "x.safetensors")
+    gray = write_image(folder / "gray.png", 8, "L")
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = folder / "turned.jpg"
-    with Image.open(picture(folder / "flat.png", 9)) as image:
+    with Image.open(write_image(folder / "flat.png", 9)) as image:
         image.save(turned, exif=exif, quality=95)
-    _, out, _ = run(capsys, "x.safetensors", grey, turned, "--workers", "0", "--format", "json", "--top", "5")
-    for path, entry in zip((grey, turned), json.loads(out)):
+    _, out, _ = run(capsys, "x.safetensors", gray, turned, "--workers", "0", "--format", "json", "--top", "5")
+    for path, entry in zip((gray, turned), json.loads(out)):
         shares = {c["class"]: c["probability"] for c in entry["classes"]}
         assert [shares[i] for i in range(5)] == pytest.approx(expected(model, path).tolist(), abs=1e-4)
 
 
-def test_names_of_imagenet():
-    """The order of the challenge: known places of it, sorted synsets."""
-    classes = program.named_classes(1000, None)
+def test_imagenet_class_names():
+    """The order of the challenge: known positions, sorted synsets."""
+    classes = program.name_classes(1000, None)
     known = {
         0: "tench", 1: "goldfish", 2: "great white shark", 207: "golden retriever", 281: "tabby",
         388: "giant panda", 504: "coffee mug", 817: "sports car", 963: "pizza", 999: "toilet tissue",
@@ -160,17 +163,17 @@ def test_names_of_imagenet():
     assert (labels[0], labels[999]) == ("n01440764", "n15075141")
     # A run on ten of its classes has stored their synsets.
     synsets = ImageNetInfo("imagenet-1k").label_names()[200:210]
-    assert program.named_classes(10, synsets)[7] == program.Class(7, "n02099601", "golden retriever")
-    assert program.named_classes(3, None)[2] == program.Class(2, "2", "2")
-    known = program.named_classes(1000, ("one", "two"))  # a larger head than the data has classes
+    assert program.name_classes(10, synsets)[7] == program.ClassName(7, "n02099601", "golden retriever")
+    assert program.name_classes(3, None)[2] == program.ClassName(2, "2", "2")
+    known = program.name_classes(1000, ("one", "two"))  # a larger head than the data has classes
     assert [known[row].name for row in (0, 1, 2, 999)] == ["one", "two", "2", "999"]
 
 
-def test_thousand_classes_without_names(folder, capsys, monkeypatch):
+def test_thousand_classes_without_names_are_imagenets(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
     config = ModelConfig(name="timm/resnet10t", image_size=64, num_classes=1000)
     model = model_from_config(config)
-    write_safetensors("x.safetensors", WeightsFile("x", "run", "raw", model.state_dict(), config, {}, None))
+    write_safetensors("x.safetensors", Weights("x", "run", "raw", model.state_dict(), config))
     status, out, _ = run(capsys, "x.safetensors", READABLE[3], "--workers", "0", "--format", "json")
     imagenet = ImageNetInfo("imagenet-1k")
     classes = json.loads(out)[0]["classes"]
@@ -187,33 +190,33 @@ def test_natural_order():
     ]  # fmt: skip
 
 
-def test_folders_without_images(folder, capsys, monkeypatch):
-    """Nothing is passed over in silence, and the rest is done."""
+def test_folder_without_images_is_reported(folder, capsys, monkeypatch):
+    """Every error is reported, and the other images are processed."""
     monkeypatch.setattr(sys, "argv", [])
-    checkpoint(folder / "x.safetensors")
+    write_checkpoint(folder / "x.safetensors")
     (folder / "empty").mkdir()
-    words = ["x.safetensors", "empty", READABLE[3], "--workers", "0", "--format", "json"]
-    status, out, err = run(capsys, *words)
+    argv = ["x.safetensors", "empty", READABLE[3], "--workers", "0", "--format", "json"]
+    status, out, err = run(capsys, *argv)
     assert (status, err) == (1, "empty: cannot be read: Is a directory\n")
     assert [entry["image"] for entry in json.loads(out)] == ["empty", READABLE[3]]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
-        (["x.safetensors"], "command line: the following arguments are required: images"),
+        (["x.safetensors"], "the following arguments are required: images"),
         (["nothing", "pics"], "nothing: no such file or folder"),
-        (["x.safetensors", "pics", "--top", "0"], "--top: must be at least 1"),
-        (["x.safetensors", "pics", "--workers", "-1"], "--workers: must be at least 0"),
-        (["x.safetensors", "pics", "--batch-size", "0"], "--batch-size: must be at least 1"),
+        (["x.safetensors", "pics", "--top", "0"], "argument --top: expected an integer of at least 1"),
+        (["x.safetensors", "pics", "--workers", "-1"], "argument --workers: expected an integer of at least"),
+        (["x.safetensors", "pics", "--batch-size", "0"], "argument --batch-size: expected an integer of"),
         (["x.safetensors", "pics", "--output", "pics"], "--output: pics is a folder; expected a file"),
         (["x.safetensors", READABLE[3], "--workers", "0", "--output", "x.safetensors/out"],
          "--output: x.safetensors/out cannot be written: "),
         (["pics/img2.png", "pics"], "pics/img2.png: not a checkpoint"),
     ],
 )  # fmt: skip
-def test_errors(folder, words, message):
-    checkpoint(folder / "x.safetensors")
-    with pytest.raises(ConfigError) as error:
-        program.predict(words)
-    assert str(error.value).startswith(message)
+def test_invalid_arguments(folder, argv, message):
+    write_checkpoint(folder / "x.safetensors")
+    with pytest.raises(UserError) as error:
+        program.main(argv)
+    assert str(error.value).removeprefix("command line: ").startswith(message)

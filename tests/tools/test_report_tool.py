@@ -1,4 +1,4 @@
-"""tools/report.py: the page, opened in a browser that can reach nothing, and what it reads."""
+"""tools/report.py: the page in a browser without network, and reading of run folders."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 import yaml
 
 import train
-from tools import report
-from tools.reporting import figures, page
-from tools.reporting.mistakes import Evaluated
-from tools.reporting.runs import differences, open_runs
+from tools.report_page import figures, page
+from tools.report_page.evaluation import Evaluation
+from tools.report_page.main import main as report
+from tools.report_page.runs import differences, open_runs
 from vil.command_line import main
-from vil.config import ConfigError, TrainConfig
+from vil.config import TrainConfig, UserError
 from vil.evaluation.predictions import Mistake, Predictions
-from vil.schema import stored_tree
+from vil.validation import stored_tree
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = "<img src=x onerror=window.hacked=1>"
@@ -28,7 +28,7 @@ STEPS = 30
 
 
 def write_run(folder, records=True, finished=False, **changes):
-    """A run folder by hand: half of its epochs done, a damaged line, a spike, a record of an unknown kind."""
+    """Write a run folder: half of its epochs, a damaged line, a spike, a record of an unknown kind."""
     folder.mkdir(parents=True)
     config = stored_tree(TrainConfig())
     config["model"] |= {"name": "vil_tiny", "image_size": 64, "num_classes": 10}
@@ -65,12 +65,12 @@ def write(**record):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Three steps on the digits."""
+    """Train three steps on the digits."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    words = ["--schedule.epochs", "1", "--schedule.batch_size", "479", "--schedule.warmup_epochs", "0",
+    argv = ["--schedule.epochs", "1", "--schedule.batch_size", "479", "--schedule.warmup_epochs", "0",
              "--data.workers", "0", "--log_every", "1", "--tensorboard", "false", "--progress", "false",
-             "--device", "cpu"]  # fmt: skip
-    train.train(["--output", str(folder), *words])
+             "--device", "cpu", "--model.blocks", "1", "1", "1"]  # fmt: skip
+    train.main(["--output", str(folder), *argv])
     return folder
 
 
@@ -84,15 +84,15 @@ def browser():
 
 
 class Visit:
-    """A page in the browser, with everything that it asked for and complained of."""
+    """A page in the browser, with its requests and console messages."""
 
     def __init__(self, browser, path, width=1280, scheme="light"):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.page, self.requests, self.complaints = context.new_page(), [], []
+        self.page, self.requests, self.messages = context.new_page(), [], []
         context.route(re.compile("^(?!file:|data:|blob:)"), lambda route: route.abort())
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.goto(path.as_uri())
 
     def ready(self):
@@ -100,34 +100,34 @@ class Visit:
         return self
 
     def drawn(self):
-        """Charts that can be seen → lines, points and heat maps in the SVG."""
+        """Return visible chart → number of lines, points and heat maps in its SVG."""
         signs = ".js-line[d*=L], .js-line[d*=H], .scatterlayer .point, .heatmaplayer image"
         script = f"""() => Object.fromEntries([...document.querySelectorAll(".chart")]
             .filter(e => e.offsetParent).map(e => [e.id, e.querySelectorAll("{signs}").length]))"""
         return self.page.evaluate(script)
 
-    def ask(self, script):
+    def evaluate(self, script):
         return self.page.evaluate(script)
 
-    def turn(self, scheme):
-        """Another colour scheme; returns when the charts have followed."""
-        before = self.looks()[-1]
+    def set_color_scheme(self, scheme):
+        """Change the color scheme and wait until the charts have been redrawn."""
+        before = self.colors()[-1]
         self.page.emulate_media(color_scheme=scheme)
         for _ in range(200):  # not wait_for_function, which the page's policy refuses
-            if self.looks()[-1] != before:
+            if self.colors()[-1] != before:
                 return
             self.page.wait_for_timeout(50)
-        pytest.fail(f"the charts keep their colours when the screen turns {scheme}")
+        pytest.fail(f"the charts do not follow the {scheme} color scheme")
 
-    def reached(self):
+    def external_requests(self):
         return [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))]
 
     def overflow(self):
-        return self.ask("document.documentElement.scrollWidth - window.innerWidth")
+        return self.evaluate("document.documentElement.scrollWidth - window.innerWidth")
 
-    def looks(self):
-        """The page's and a chart's colours."""
-        return self.ask("""() => [getComputedStyle(document.body).backgroundColor,
+    def colors(self):
+        """Return colors of the page and of a chart."""
+        return self.evaluate("""() => [getComputedStyle(document.body).backgroundColor,
             getComputedStyle(document.body).color,
             document.querySelector("#loss .xtick text").style.fill,
             document.querySelector("#loss .js-line").style.stroke]""")
@@ -135,81 +135,85 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def reported(trained, tmp_path_factory):
-    """The page of two runs: a trained one, and one in progress whose images are not there."""
+    """Write the page of a trained run, and of a run in progress whose images are missing."""
     folder = tmp_path_factory.mktemp("pages")
     data = {"source": "folder", "root": ENDS, "workers": 0}
     other = write_run(folder / "other", data=data, schedule={"epochs": 6, "optimizer": EVIL})
     output = folder / "report.html"
-    report.report([str(trained), str(other), "--output", str(output), "--mistakes", "6", "--device", "cpu"])
+    report([str(trained), str(other), "--output", str(output), "--mistakes", "6", "--device", "cpu"])
     return output
 
 
-def test_every_chart_of_the_page_is_drawn_and_reaches_nothing(browser, reported):
+def test_all_charts_are_drawn_without_network(browser, reported):
     visit = Visit(browser, reported).ready()
     curves = {"loss", "top1", "lr", "grad-norm", "images-per-second", "data-wait", "skipped-steps"}
-    assert set(visit.drawn()) == {*curves, "flops", "memory", "classes-0", "confusion-0"}
+    assert set(visit.drawn()) == {*curves, "flops", "train-memory-mb", "classes-0", "confusion-0"}
     assert all(visit.drawn().values()), visit.drawn()
     traces = "document.getElementById('loss').data"
-    names = visit.ask(f"{traces}.map(t => t.name)")
-    assert names == ["digits"] * 3 + ["other"] * 4  # training, validation, average, and the spike
-    assert visit.ask(f"{traces}.at(-4).x.length") == STEPS - 1  # one loss was not finite
-    assert visit.ask(f"{traces}.at(-1).x") == [12]
+    names = visit.evaluate(f"{traces}.map(t => t.name)")
+    assert names == ["digits"] * 3 + ["other"] * 4  # training, spike, validation, average
+    assert visit.evaluate(f"{traces}.at(-4).x.length") == STEPS - 1  # one loss was not finite
+    assert visit.evaluate(f"{traces}.at(-3).x") == [12]
     for axis, values in (
         ("images", [step * 1024 for step in (10, 20, 30)]),
         ("hours", [9 / 60, 19 / 60, 29 / 60]),
     ):
         visit.page.check(f"input[value={axis}]", force=True)
-        assert visit.ask("document.getElementById('top1').data.at(-3).x") == pytest.approx(values, rel=0.01)
+        assert visit.evaluate("document.getElementById('top1').data.at(-3).x") == pytest.approx(
+            values, rel=0.01
+        )
         assert all(visit.drawn().values()), axis
     visit.page.uncheck("input[value='1'][type=checkbox]", force=True)
-    assert visit.ask(f"{traces}.map(t => t.visible)") == [True] * 3 + [False] * 4
-    assert not visit.page.is_visible("tr[data-of='1']")
-    assert visit.page.is_visible("tr[data-of='0']")
+    assert visit.evaluate(f"{traces}.map(t => t.visible)") == [True] * 3 + [False] * 4
+    assert not visit.page.is_visible("tr[data-run='1']")
+    assert visit.page.is_visible("tr[data-run='0']")
     visit.page.check("input[value='1'][type=checkbox]", force=True)
-    assert visit.page.is_visible("tr[data-of='1']")
+    assert visit.page.is_visible("tr[data-run='1']")
     visit.page.click("#configuration-tab-1")
     assert ENDS in visit.page.inner_text("#configuration-panel-1")
     assert not visit.page.is_visible("#configuration-panel-0")
     visit.page.keyboard.press("ArrowLeft")
     assert "source: digits" in visit.page.inner_text("#configuration-panel-0")
     shown = "[...document.querySelectorAll('.mistakes img')].map(i => i.complete && i.naturalWidth)"
-    assert visit.ask(shown) == [32] * 6
-    assert visit.ask("window.hacked") is None
-    light = visit.looks()
-    visit.turn("dark")
-    dark = visit.looks()
+    assert visit.evaluate(shown) == [32] * 6
+    assert visit.evaluate("window.hacked") is None
+    light = visit.colors()
+    visit.set_color_scheme("dark")
+    dark = visit.colors()
     assert all(one != other for one, other in zip(light, dark))
     assert visit.overflow() == 0
-    assert visit.reached() == []
-    assert visit.complaints == []
+    assert visit.external_requests() == []
+    assert visit.messages == []
 
 
-def test_the_page_on_a_phone_in_the_dark(browser, reported):
+def test_page_on_a_phone_in_the_dark_color_scheme(browser, reported):
     visit = Visit(browser, reported, 390, "dark").ready()
     assert all(visit.drawn().values())
     assert visit.overflow() == 0
-    widths = visit.ask(
+    widths = visit.evaluate(
         "[...document.querySelectorAll('.main-svg')].map(e => e.getBoundingClientRect().right)"
     )
     assert max(widths) <= 390
     for run in (0, 1):
         visit.page.click(f"#configuration-tab-{run}")
         assert visit.overflow() == 0
-    ground, text, tick, _ = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in visit.looks())
+    ground, text, tick, _ = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in visit.colors())
     assert ground < 150 < 380 < min(text, tick)
-    visit.turn("light")
-    assert (visit.overflow(), visit.reached(), visit.complaints) == (0, [], [])
+    visit.set_color_scheme("light")
+    assert (visit.overflow(), visit.external_requests(), visit.messages) == (0, [], [])
 
 
-def test_names_of_others_are_text(browser, tmp_path):
-    """Of runs, classes, options and records; and a script that got in all the same would not run."""
+def test_untrusted_texts_are_escaped(browser, tmp_path):
+    """Texts of runs, classes, options and records are escaped; an injected script is not executed."""
     runs = open_runs([str(write_run(tmp_path / name, finished=True)) for name in (EVIL, f"{EVIL} $x$ &lt;")])
     runs[0].warnings.append(EVIL)
     classes = (EVIL, ENDS.replace("/", ""), "<b>bold</b>")
     confusion = torch.tensor([[3, 2, 0], [0, 4, 1], [0, 0, 0]])
     mistakes = [Mistake(torch.zeros(1, 2, 2), 4, 0, 1, 0.9, 0.1)]
-    found = Evaluated(Predictions(torch.tensor([5, 5, 0]), confusion, mistakes, 0), classes, EVIL, ["data:,"])
-    text = page.render(runs, [found, f"reason {EVIL}"], f"title {ENDS}")
+    evaluation = Evaluation(
+        Predictions(torch.tensor([5, 5, 0]), confusion, mistakes, 0), classes, EVIL, ["data:,"]
+    )
+    text = page.render(runs, [evaluation, f"reason {EVIL}"], f"title {ENDS}")
     assert EVIL not in text
     assert ENDS not in text
     (tmp_path / "x.html").write_text(text.replace("</main>", f"<u></u>{ENDS}</main>"))
@@ -221,21 +225,21 @@ def test_names_of_others_are_text(browser, tmp_path):
     labels = visit.page.locator(ticks).all_text_contents()
     assert "<b>bold</b>" in labels
     assert any(label.startswith("<img src=x") for label in labels)
-    assert visit.ask("document.querySelectorAll('u, img[src=x], .chart b').length") == 1  # ours
-    assert visit.ask("window.hacked") is None
-    assert visit.reached() == []
-    refused = [text for text in visit.complaints if "Content Security Policy" in text]
-    assert len(refused) == len([text for text in visit.complaints if "data:," not in text]) == 1
+    assert visit.evaluate("document.querySelectorAll('u, img[src=x], .chart b').length") == 1  # ours
+    assert visit.evaluate("window.hacked") is None
+    assert visit.external_requests() == []
+    refused = [text for text in visit.messages if "Content Security Policy" in text]
+    assert len(refused) == len([text for text in visit.messages if "data:," not in text]) == 1
 
 
-def test_a_page_that_reaches_out_would_be_seen(browser, tmp_path):
+def test_requests_of_a_page_are_detected(browser, tmp_path):
     (tmp_path / "x.html").write_text("<img src='http://127.0.0.1:9/x.png'>")
     visit = Visit(browser, tmp_path / "x.html")
-    assert visit.reached() == ["http://127.0.0.1:9/x.png"]
-    assert visit.complaints
+    assert visit.external_requests() == ["http://127.0.0.1:9/x.png"]
+    assert visit.messages
 
 
-def test_what_stands_on_the_page(reported, trained, tmp_path, capsys):
+def test_content_of_the_page(reported, trained, tmp_path, capsys):
     text = reported.read_text()
     assert "metrics.jsonl: line 36 is skipped: not a record of train.py" in text
     assert "line 37" not in text  # which is being written
@@ -249,41 +253,44 @@ def test_what_stands_on_the_page(reported, trained, tmp_path, capsys):
     assert '<th scope="row">model.position</th>' not in table
     output = tmp_path / "new" / "page.html"
     empty = write_run(tmp_path / "empty", records=False)
-    report.report([str(empty), str(empty), "--no-predictions", "--output", str(output), "--title", "T & T"])
+    report([str(empty), str(empty), "--no-predictions", "--output", str(output), "--title", "T & T"])
     out = capsys.readouterr().out
     assert re.fullmatch(rf"{re.escape(str(output))}: 1 run, \d\.\d MB\n", out)
     text = output.read_text()
     assert "<title>T &amp; T</title>" in text
     assert "0 of 300, not finished" in text
-    assert "Not logged by these runs: Loss, Top-1, %, Learning rate" in text
+    assert "Not logged by these runs: Top-1 %, Loss, Learning rate" in text
     assert "--no-predictions" in text
     assert [path.name for path in output.parent.iterdir()] == ["page.html"]
 
 
-def test_images_that_are_not_there_are_one_line(trained, tmp_path, capsys):
+def test_missing_checkpoint_is_reported_in_one_line(trained, tmp_path, capsys):
     copy = shutil.copytree(trained, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints")
-    report.report([str(copy), "--output", str(tmp_path / "x.html")])
+    report([str(copy), "--output", str(tmp_path / "x.html")])
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("copy is not evaluated: ")
     assert last.startswith(str(tmp_path / "x.html"))
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("argv", "line"),
     [
         (["{}/none"], "error: {}/none: no such folder"),
         (["{}"], "error: {}: the folder holds no run of train.py: config.yaml is missing"),
         ([], "error: command line: the following arguments are required: RUN"),
-        (["{}", "--mistakes", "-1"], "error: command line: argument --mistakes: expected a whole number"),
+        (
+            ["{}", "--mistakes", "-1"],
+            "error: command line: argument --mistakes: expected an integer of at least 0, got '-1'",
+        ),
         (["{}", "--output", "{}"], "error: --output: {} cannot be written: Is a directory"),
     ],
 )
-def test_a_line_that_cannot_be_used(words, line, tmp_path, monkeypatch, capsys):
+def test_invalid_arguments(argv, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["report.py", *(word.format(tmp_path) for word in words)])
+    monkeypatch.setattr(sys, "argv", ["report.py", *(argument.format(tmp_path) for argument in argv)])
     with pytest.raises(SystemExit) as ended:
-        main(report.report)
+        main(report)
     error = capsys.readouterr().err
     assert ended.value.code == 2
     assert error.startswith(line.format(tmp_path))
@@ -291,16 +298,16 @@ def test_a_line_that_cannot_be_used(words, line, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_runs_are_called_by_what_tells_them_apart(tmp_path):
+def test_run_names_are_the_shortest_unique_path_ends(tmp_path):
     paths = [write_run(tmp_path / name, records=False) for name in ("a/seed0", "b/seed0", "b/seed1")]
     assert [run.name for run in open_runs(list(map(str, paths)))] == ["a/seed0", "b/seed0", "b/seed1"]
     assert [run.name for run in open_runs([str(paths[0]), str(paths[2])])] == ["seed0", "seed1"]
     (paths[0] / "config.yaml").write_text("- a list")
-    with pytest.raises(ConfigError, match=r"a/seed0/config\.yaml: expected a mapping"):
+    with pytest.raises(UserError, match=r"a/seed0/config\.yaml: expected a mapping"):
         open_runs([str(paths[0])])
     (paths[1] / "summary.json").write_text("[]")
     (run,) = open_runs([str(paths[1])])
-    assert run.warnings == [f"{paths[1]}/summary.json is passed over: not a result of eval.py"]
+    assert run.warnings == [f"{paths[1]}/summary.json is ignored: not a result of eval.py"]
 
 
 def test_differences_of_configurations(tmp_path):
@@ -320,40 +327,46 @@ def test_differences_of_configurations(tmp_path):
     }
 
 
-def test_long_curves_are_drawn_by_means():
+def test_long_curves_show_means():
     points = [(step, float(step % 2)) for step in range(1, 4001)]
-    steps, values = figures.thin(points, 1000)
+    steps, values = figures.average_points(points, 1000)
     assert (len(steps), set(values), steps[0], steps[-1]) == (1000, {0.5}, 2.5, 3998.5)
-    assert figures.thin(points[:3]) == ([1, 2, 3], [1, 0, 1])
-    assert figures.thin([]) == ([], [])
+    assert figures.average_points(points[:3]) == ([1, 2, 3], [1, 0, 1])
+    assert figures.average_points([]) == ([], [])
 
 
-def test_the_papers_points():
-    points = figures.paper_points()
-    assert {point.group for point in points} == set(figures.PAPER_GROUPS)
-    (point,) = [point for point in points if point.name == "S-ViL-1,2,8,1"]
-    assert (point.group, point.top1, point.gflops, point.memory_mb) == ("vil", 82.0, 4.86, 116.8)
-    assert len([point for point in points if point.memory_mb]) == 20  # two without accuracy, two with two
+def test_models_of_the_paper():
+    models = figures.paper_models()
+    assert {model["group"] for model in models} == set(figures.PAPER_GROUPS)
+    (model,) = [model for model in models if model["name"] == "S-ViL-1,2,8,1"]
+    values = [model[key] for key in ("group", "top1", "flops", "train_memory_mb")]
+    assert values == ["vil", 82.0, pytest.approx(4.86e9), 116.8]
+    assert (
+        len([model for model in models if model["train_memory_mb"]]) == 20
+    )  # two without accuracy, two with two
 
 
-def test_of_many_classes_the_worst_are_shown():
+def test_worst_of_many_classes_are_shown():
     classes = 1000
     confusion = torch.diag(torch.full((classes,), 50))
     confusion[7, 8], confusion[500, 3] = 20, 30
-    found = Evaluated(
+    evaluation = Evaluation(
         Predictions(confusion.sum(dim=1), confusion, [], 0), tuple(f"c{n}" for n in range(classes)), "raw", []
     )
-    matrix = figures.confusion("x", found).figure
+    matrix = figures.confusion_chart("x", evaluation).figure
     labels = matrix.layout.yaxis.ticktext
-    assert len(labels) == figures.MOST_CONFUSED
+    assert len(labels) == figures.MAX_CONFUSED_CLASSES
     assert {"c3", "c7", "c8", "c500"} <= set(labels)
     row, column = labels.index("c500"), labels.index("c3")
     assert matrix.data[0].z[row][column] == 37.5
-    assert figures.confused_pairs(found) == [("c500", "c3", 30, 37.5), ("c7", "c8", 20, 100 * 20 / 70)]
-    bars = figures.class_accuracy("y", [_Named()], {0: found}).figure
-    assert len(bars.data[0].x) == figures.MOST_CLASSES
+    assert figures.frequent_confusions(evaluation) == [
+        ("c500", "c3", 30, 37.5),
+        ("c7", "c8", 20, 100 * 20 / 70),
+    ]
+    bars = figures.class_accuracy_chart("y", [NamedRun()], {0: evaluation}).figure
+    assert len(bars.data[0].x) == figures.MAX_CLASSES
     assert {"c7", "c500"} <= set(bars.layout.yaxis.ticktext)
 
 
-class _Named:
+class NamedRun:
     name = "run"

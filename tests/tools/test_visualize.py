@@ -1,4 +1,4 @@
-"""tools/visualize.py: the windows it draws are the masks', its files are whole, its errors one line."""
+"""tools/visualize.py: drawn windows equal the masks, files are complete, errors have one line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from matplotlib.collections import LineCollection
 from matplotlib.image import AxesImage
 from PIL import Image
 
-from tools import visualize as program
-from tools.visualizing import sheets
-from vil.config import ConfigError, ModelConfig, StageConfig
+from tools.visualization import figures
+from tools.visualization import main as program
+from vil.checkpoints.safetensors_file import write_safetensors
+from vil.checkpoints.weights import Weights
+from vil.config import ModelConfig, StageConfig, UserError
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import model_from_config
-from vil.weight_files import WeightsFile, write_safetensors
 
 STAGES = [
     StageConfig(dim=6, heads=3, patch=4, window=3, global_tokens=2, blocks=2),
@@ -31,7 +32,8 @@ CORNERS = [(0, 0), (0, 9), (9, 0), (9, 9), (0, 4), (5, 0), (9, 4), (4, 9), (4, 4
 
 def local_model(mask):
     torch.manual_seed(0)
-    return MultiScaleViT(STAGES[:1], img_size=SIDE, num_classes=2, mask=mask).eval()
+    config = ModelConfig(name="vil", stages=STAGES[:1], image_size=SIDE, num_classes=2, mask=mask)
+    return MultiScaleViT(config).eval()
 
 
 def write_checkpoint(path, **options):
@@ -39,7 +41,9 @@ def write_checkpoint(path, **options):
     config = ModelConfig(name="vil", image_size=SIDE, num_classes=3, stages=STAGES, **options)
     weights = model_from_config(config).state_dict()
     transform = {"crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.25] * 3}
-    write_safetensors(path, WeightsFile("x", "run", "ema", weights, config, transform, ("a", "b", "c")))
+    write_safetensors(
+        path, Weights("x", "run", "ema", weights, config, transform=transform, class_names=("a", "b", "c"))
+    )
     return str(path)
 
 
@@ -76,13 +80,13 @@ def seen_by(query, mask, w=3, length=10):
 
 
 @pytest.mark.parametrize("mask", ["chunk", "exact", "cyclic"])
-def test_drawn_window_is_the_mask(mask):
-    """At every border and corner: what is outlined, and what is coloured."""
+def test_drawn_window_equals_the_mask(mask):
+    """At every border and corner: what is outlined, and what is colored."""
     model = local_model(mask)
     maps = model.attention_maps(torch.randn(1, 3, SIDE, SIDE), [(4 * r, 4 * c) for r, c in CORNERS])[0]
-    shown = sheets.Shown(np.zeros((SIDE, SIDE, 3)), "model")
+    canvas = figures.Canvas(np.zeros((SIDE, SIDE, 3)), "model")
     for number, query in enumerate(CORNERS):
-        figure = sheets.query_sheet(shown, maps[-1:], number, (0, 0))
+        figure = figures.query_figure(canvas, maps[-1:], number, (0, 0))
         panels = [axes for axes in figure.axes if "head" in axes.get_title()]
         assert len(panels) == 4  # three heads and their mean
         expected = seen_by(query, mask)
@@ -92,7 +96,7 @@ def test_drawn_window_is_the_mask(mask):
             heat = [child for child in axes.get_children() if isinstance(child, AxesImage)][-1]
             assert torch.equal(torch.from_numpy(~np.ma.getmaskarray(heat.get_array())), expected)
             assert list(heat.get_extent()) == [0, SIDE, SIDE, 0]
-        # What is written adds up: map, global tokens, padding.
+        # The written totals of map, global tokens and padding sum up to 100 %.
         written = [float(part) for line in panels[0].get_xlabel().split("\n") for part in shares(line)]
         assert sum(written) == pytest.approx(100, abs=0.2)
 
@@ -101,39 +105,39 @@ def shares(line):
     """Percentages of a line, without the largest single one and those in brackets."""
     for part in re.sub(r"\(.*\)", "", line).split(","):
         name, number, _ = part.rsplit(maxsplit=2)
-        if name.strip() != "most":
+        if name.strip() != "max":
             yield number
 
 
-def test_outline_of_parts():
+def test_outline_of_two_regions():
     seen = torch.zeros(4, 5, dtype=torch.bool)
     seen[0, 0] = seen[2:, 3:] = True  # two parts, as where chunks wrap
-    edges = sheets.outline(seen)
+    edges = figures.outline(seen)
     assert len(edges) == 4 + 8
     assert torch.equal(inside(edges, (4, 5), 1), seen)
-    assert sheets.outline(torch.zeros(2, 2, dtype=torch.bool)) == []
+    assert figures.outline(torch.zeros(2, 2, dtype=torch.bool)) == []
 
 
-def test_tables_by_offset():
+def test_bias_by_offset():
     """A bias that is large where the key is one row below and two columns right of the query."""
     for mask, reach in (("chunk", 5), ("exact", 3)):
         attention = local_model(mask).stages[0].blocks[0].attn
         with torch.no_grad():
             attention.bias_table.zero_()
             attention.bias_table[:, 5 - 1, 5 - 2] = 9.0  # query − key, 2w − 1 in the middle
-        table = sheets.offsets(attention)
+        table = figures.bias_by_offset(attention)
         assert table.shape == (3, 2 * reach + 1, 2 * reach + 1)
         assert table[0].nonzero().tolist() == [[reach + 1, reach + 2]]
         # And it is this key that the weights favour.
         x, query = torch.randn(1, 2 + 100, 6), torch.tensor([2 + 44])
         with torch.no_grad():
-            assert attention.weights(x, (10, 10), query).to_map[0, 0, 0].argmax() == 56
+            assert attention.attention_weights(x, (10, 10), query).to_map[0, 0, 0].argmax() == 56
 
 
-def test_program(tmp_path, photo, capsys):
+def test_figures_of_a_checkpoint(tmp_path, photo, capsys):
     checkpoint = write_checkpoint(tmp_path / "x.safetensors")
-    words = [checkpoint, "--query", "39,20", "--blocks", "all", photo]
-    program.visualize([*words, "--output", str(tmp_path / "new" / "sheets")])
+    argv = [checkpoint, "--query", "39,20", "--blocks", "all", photo]
+    program.main([*argv, "--output", str(tmp_path / "new" / "sheets")])
     lines = capsys.readouterr().out.splitlines()
     names = {path.name for path in (tmp_path / "new" / "sheets").iterdir()}
     assert names == {
@@ -143,8 +147,8 @@ def test_program(tmp_path, photo, capsys):
     }
     assert {Path(line).name for line in lines if line.endswith(".png")} == names
     assert [line for line in lines if not line.endswith(".png")] == [
-        "stage 2: no rollout, since keys of spatial_reduction are no tokens",
-        "stage 3: linformer attends to mixtures of tokens, which have no place",
+        "stage 2: no rollout, because keys of spatial_reduction are not tokens",
+        "stage 3: keys of linformer have no position on the map",
     ]
     for name in names:
         with Image.open(tmp_path / "new" / "sheets" / name) as image:
@@ -152,7 +156,7 @@ def test_program(tmp_path, photo, capsys):
             assert (image.format, min(image.size) > 200) == ("PNG", True)
 
 
-def test_model_without_weights_and_one_stage(tmp_path, photo, capsys):
+def test_untrained_model_and_selected_stage(tmp_path, photo, capsys):
     config = tmp_path / "model.yaml"
     stages = (
         "[{dim: 6, heads: 3, patch: 4, window: 3}, {dim: 8, heads: 2, attention: full, global_tokens: 0}]"
@@ -161,8 +165,8 @@ def test_model_without_weights_and_one_stage(tmp_path, photo, capsys):
     folder = tmp_path / "sheets"
     folder.mkdir()
     (folder / "stage2_bias.png").write_text("an old one")
-    words = ["--model", str(config), photo, "--stages", "2", "--query", "3,31", "--query", "0,0"]
-    program.visualize([*words, "--output", str(folder)])
+    argv = ["--model", str(config), photo, "--stages", "2", "--query", "3,31", "--query", "0,0"]
+    program.main([*argv, "--output", str(folder)])
     assert sorted(path.name for path in folder.iterdir()) == [
         "stage2_bias.png", "stage2_query_0_0.png", "stage2_query_3_31.png", "stage2_rollout.png",
     ]  # fmt: skip
@@ -171,11 +175,11 @@ def test_model_without_weights_and_one_stage(tmp_path, photo, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
-        (["{photo}"], "command line: the following arguments are required: image, --output"),
+        (["{photo}"], "command line: the following arguments are required: --output"),
         (["{x}", "{photo}", "--output", "{new}", "--query", "40,0"],
-         "--query: 40,0 lies outside the model's 40×40 pixels"),
+         "--query: 40,0 is outside the model input of 40×40 pixels"),
         (["{x}", "{photo}", "--output", "{new}", "--query", "4"], "expected ROW,COLUMN in pixels"),
         (["{x}", "{photo}", "--output", "{new}", "--query=-1,2"], "expected ROW,COLUMN in pixels"),
         (["{x}", "{photo}", "--output", "{new}", "--stages", "5"], "--stages: expected numbers from 1 to 4"),
@@ -185,14 +189,14 @@ def test_model_without_weights_and_one_stage(tmp_path, photo, capsys):
         (["{x}", "{photo}", "--output", "{photo}"],
          "--output: {photo}/stage1_query_20_20.png cannot be written"),
         (["--model", "{timm}", "{photo}", "--output", "{new}"],
-         "{timm}: attention is shown of this project's models, not of timm/resnet10t"),
+         "{timm}: only models of this project can be visualized, not timm/resnet10t"),
     ],
 )  # fmt: skip
-def test_errors(tmp_path, photo, words, message):
+def test_invalid_arguments(tmp_path, photo, argv, message):
     names = {"x": write_checkpoint(tmp_path / "x.safetensors"), "photo": photo, "new": tmp_path / "new",
              "timm": tmp_path / "timm.yaml"}  # fmt: skip
     names["timm"].write_text("name: timm/resnet10t\nimage_size: 64\n")
-    with pytest.raises(ConfigError) as error:
-        program.visualize([word.format(**names) for word in words])
+    with pytest.raises(UserError) as error:
+        program.main([argument.format(**names) for argument in argv])
     assert message.format(**names) in str(error.value)
     assert not (tmp_path / "new").exists()

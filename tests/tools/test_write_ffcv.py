@@ -1,9 +1,9 @@
-"""tools/write_ffcv.py: what is written is what was read; nothing half done has a name."""
+"""tools/write_ffcv.py: files equal their source; incomplete files never get their name."""
 
 import importlib.util
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,19 +12,11 @@ import pytest
 from PIL import Image
 
 from data.sources import open_source
-from vil.config import ConfigError, DataConfig
+from tools.programs import write_ffcv as tool
+from vil.config import DataConfig, UserError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
 TOOL = Path(__file__).parents[2] / "tools" / "write_ffcv.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("write_ffcv", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -42,10 +34,10 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def words(folder, output, *more):
+def arguments(folder, output, *more):
     options = {"source": "folder", "root": folder, "workers": 2}
     line = [word for key, value in options.items() for word in (f"--data.{key}", str(value))]
-    return [*line, "--output", str(output), "--progress", "false", *more]
+    return [*line, "--output", str(output), "--no-progress", *more]
 
 
 def sources(folder, output, split):
@@ -58,22 +50,22 @@ def sources(folder, output, split):
     return opened
 
 
-def test_without_loss(tool, folder, tmp_path):
+def test_lossless_files_equal_the_source(folder, tmp_path):
     output = tmp_path / "ffcv"
-    tool.write(words(folder, output, "--max_resolution", "null", "--jpeg_share", "0"))
+    tool.main(arguments(folder, output, "--max-resolution", "none", "--jpeg-share", "0"))
     assert sorted(os.listdir(output)) == ["train.beton", "train.json", "val.beton", "val.json"]
     for split in ("train", "val"):
         before, after = sources(folder, output, split)
         for index in range(len(before)):
             assert np.array_equal(before.load(index)[0], after.load(index)[0])
-    assert (output / "train.beton").stat().st_size <= 4 * tool.PAGE
+    assert (output / "train.beton").stat().st_size <= 4 * tool.MIN_PAGE_BYTES
     described = json.loads((output / "train.json").read_text())
     assert described["class_names"] == ["ant", "bear"]
     assert (described["source"], described["root"], described["images"]) == ("folder", str(folder), 12)
 
 
-def test_ffcv_reads_the_same(tool, folder, tmp_path):
-    tool.write(words(folder, tmp_path / "ffcv"))
+def test_ffcv_reads_the_same_samples(folder, tmp_path):
+    tool.main(arguments(folder, tmp_path / "ffcv"))
     from ffcv.reader import Reader
 
     for split in ("train", "val"):
@@ -84,21 +76,21 @@ def test_ffcv_reads_the_same(tool, folder, tmp_path):
         assert np.array_equal(reader.metadata["f0"]["width"], beton.widths)
 
 
-def test_limit_share_and_quality(tool, folder, tmp_path):
+def test_resolution_jpeg_share_and_quality(folder, tmp_path):
     def stored(*options):
         output = tmp_path / "-".join(options)
-        tool.write(words(folder, output, *options))
+        tool.main(arguments(folder, output, "--splits", "train", *options))
         before, after = sources(folder, output, "train")
         return before, after
 
-    before, after = stored("--max_resolution", "60", "--jpeg_share", "0")
+    before, after = stored("--max-resolution", "60", "--jpeg-share", "0")
     for index in range(len(before)):
         (width, height), reduced = before.load(index)[0].size, after.load(index)[0].size
         assert max(reduced) <= 60
         assert reduced == ((width, height) if width <= 60 else (60, height * 60 // width))
     assert after.beton.raw.all()
-    _, low = stored("--jpeg_share", "1", "--jpeg_quality", "20")
-    before, high = stored("--jpeg_share", "1", "--jpeg_quality", "98")
+    _, low = stored("--jpeg-share", "1", "--jpeg-quality", "20")
+    before, high = stored("--jpeg-share", "1", "--jpeg-quality", "98")
     assert not low.beton.raw.any()
     assert sum(low.beton.stored(i).size for i in range(12)) < sum(
         high.beton.stored(i).size for i in range(12)
@@ -106,53 +98,55 @@ def test_limit_share_and_quality(tool, folder, tmp_path):
     for index in range(len(before)):
         wrong = np.asarray(before.load(index)[0], int) - np.asarray(high.load(index)[0], int)
         assert 0 < np.abs(wrong).mean() < 4
-    _, half = stored("--jpeg_share", "0.5")
+    _, half = stored("--jpeg-share", "0.5")
     assert 0 < half.beton.raw.sum() < 12
 
 
-def test_a_line_that_is_said_again_goes_on(tool, folder, tmp_path, capsys):
-    output, line = tmp_path / "ffcv", words(folder, tmp_path / "ffcv")
-    tool.write([*line, "--splits", "[val]"])
+def test_repeated_command_continues(folder, tmp_path, capsys):
+    output, line = tmp_path / "ffcv", arguments(folder, tmp_path / "ffcv")
+    tool.main([*line, "--splits", "val"])
     written = (output / "val.beton").stat().st_mtime_ns
-    tool.write(line)
+    tool.main(line)
     assert (output / "val.beton").stat().st_mtime_ns == written
-    assert "val.beton: 6 images, there already" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"train\.beton exists and was written otherwise"):
-        tool.write([*line, "--jpeg_quality", "50"])
+    assert "val.beton: 6 images, exists already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"train\.beton exists and was written with other options"):
+        tool.main([*line, "--jpeg-quality", "50"])
 
 
-def test_unreadable_images(tool, folder, tmp_path):
+def test_unreadable_images_fail_or_are_skipped(folder, tmp_path):
     damaged = folder / "train" / "bear" / "2.png"
     damaged.write_bytes(damaged.read_bytes()[:60])
     output = tmp_path / "ffcv"
-    line = words(folder, output, "--jpeg_share", "0")
-    with pytest.raises(ConfigError, match=rf"data\.root: cannot be read: {damaged}: "):
-        tool.write(line)
+    line = arguments(folder, output, "--jpeg-share", "0", "--splits", "train")
+    with pytest.raises(UserError, match=rf"data\.root: cannot be read: {damaged}: "):
+        tool.main(line)
     assert os.listdir(output) == []
-    with pytest.raises(ConfigError, match=r"data\.max_bad: 1 of 12 images cannot be read, more than 0\.00%"):
-        tool.write([*line, "--data.on_error", "skip", "--data.max_bad", "0"])
-    tool.write([*line, "--data.on_error", "skip", "--data.max_bad", "0.1"])
+    with pytest.raises(
+        UserError, match=r"data\.max_unreadable_fraction: 1 of 12 images cannot be read, more than 0\.00%"
+    ):
+        tool.main([*line, "--data.unreadable_images", "skip", "--data.max_unreadable_fraction", "0"])
+    tool.main([*line, "--data.unreadable_images", "skip", "--data.max_unreadable_fraction", "0.1"])
     after = open_source(DataConfig(source="ffcv", root=str(output)), "train", 3)
     before = open_source(DataConfig(source="folder", root=str(folder)), "train", 3)
     assert json.loads((output / "train.json").read_text())["unreadable"] == [str(damaged)]
     kept = [index for index in range(12) if before.describe(index) != str(damaged)]
     assert after.targets.tolist() == before.targets[kept].tolist()
-    for place, index in enumerate(kept):
-        assert np.array_equal(before.load(index)[0], after.load(place)[0])
-    tool.write([*line, "--data.on_error", "skip", "--data.max_bad", "0.1"])
+    for position, index in enumerate(kept):
+        assert np.array_equal(before.load(index)[0], after.load(position)[0])
+    tool.main([*line, "--data.unreadable_images", "skip", "--data.max_unreadable_fraction", "0.1"])
 
 
-def test_a_process_that_dies_is_not_waited_for(tool, folder, tmp_path, monkeypatch):
+def test_dead_writer_process_is_detected(folder, tmp_path, monkeypatch):
     def die(samples, index):
         os._exit(9)
 
     monkeypatch.setattr(tool.Samples, "pixels", die)
-    with pytest.raises(ConfigError, match=r"^command line: output: a process that wrote images died"):
-        tool.write(words(folder, tmp_path / "ffcv"))
+    with pytest.raises(UserError, match=r"^--output: a writer process died; memory or disk may be full$"):
+        tool.main(arguments(folder, tmp_path / "ffcv"))
     assert os.listdir(tmp_path / "ffcv") == []
 
 
-def test_a_file_that_differs_is_not_kept(tool, folder, tmp_path, monkeypatch):
+def test_differing_file_is_removed(folder, tmp_path, monkeypatch):
     write_images = tool.write_images
 
     def damage(path, *options):
@@ -162,56 +156,62 @@ def test_a_file_that_differs_is_not_kept(tool, folder, tmp_path, monkeypatch):
         path.write_bytes(content)
 
     monkeypatch.setattr(tool, "write_images", damage)
-    with pytest.raises(ConfigError, match="differs from that of the source"):
-        tool.write(words(folder, tmp_path / "ffcv", "--jpeg_share", "0"))
+    with pytest.raises(UserError, match="differs from that of the source"):
+        tool.main(arguments(folder, tmp_path / "ffcv", "--jpeg-share", "0"))
     assert os.listdir(tmp_path / "ffcv") == []
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--jpeg_share", "2"], "command line: jpeg_share: expected a share in [0, 1]"),
-        (["--jpeg_quality", "0"], "command line: jpeg_quality: expected 1 to 100"),
-        (["--max_resolution", "0"], "command line: max_resolution: expected 1 to 65535 pixels, or null"),
-        (["--data.train_fraction", "0.5"], "command line: data.train_fraction: is for training"),
-        (["--splits", "[test]"], "command line: splits: expected a list of one of train, val, got"),
+        (
+            ["--jpeg-share", "2"],
+            "argument --jpeg-share: expected a number from 0 to 1, got '2'",
+        ),
+        (
+            ["--jpeg-quality", "0"],
+            "argument --jpeg-quality: expected an integer from 1 to 100, got '0'",
+        ),
+        (
+            ["--max-resolution", "0"],
+            "argument --max-resolution: expected an integer from 1 to 65535, got '0'",
+        ),
+        (
+            ["--data.train_fraction", "0.5"],
+            "data.train_fraction: applies to training; a file holds",
+        ),
+        (["--splits", "test"], "argument --splits: invalid choice: 'test'"),
     ],
 )
-def test_values_that_cannot_be(tool, folder, tmp_path, options, message):
-    with pytest.raises(ConfigError) as caught:
-        tool.write(words(folder, tmp_path / "ffcv", *options))
-    assert str(caught.value).startswith(message)
+def test_invalid_options(folder, tmp_path, options, message):
+    with pytest.raises(UserError) as caught:
+        tool.main(arguments(folder, tmp_path / "ffcv", *options))
+    assert str(caught.value).removeprefix("command line: ").startswith(message)
 
 
-def test_images_larger_than_a_page(tool, folder, tmp_path, monkeypatch):
+def test_pages_grow_with_the_largest_image(folder, tmp_path, monkeypatch):
     """Pages grow with the largest image, within what FFCV allows, and not without need."""
-    line = [
-        *words(folder, tmp_path / "ffcv"),
-        "--max_resolution",
-        "null",
-        "--jpeg_share",
-        "0",
-        "--splits",
-        "[val]",
-    ]
+    options = ["--max-resolution", "none", "--jpeg-share", "0", "--splits", "val"]
+    line = arguments(folder, tmp_path / "ffcv", *options)
     large = folder / "val" / "ant" / "0.png"
     Image.new("RGB", (2000, 1500), (9, 8, 7)).save(large)
-    monkeypatch.setattr(tool, "LARGEST_PAGE", 1 << 23)
-    with pytest.raises(ConfigError, match=r"0\.png: 2000×1500 pixels are larger than a page"):
-        tool.write(line)
+    monkeypatch.setattr(tool, "MAX_PAGE_BYTES", 1 << 23)
+    with pytest.raises(UserError, match=r"0\.png: 2000×1500 pixels are larger than a page"):
+        tool.main(line)
     monkeypatch.undo()
-    tool.write(line)
+    tool.main(line)
     before, after = sources(folder, tmp_path / "ffcv", "val")
     for index in range(len(before)):
         assert np.array_equal(before.load(index)[0], after.load(index)[0])
     assert (tmp_path / "ffcv" / "val.beton").stat().st_size <= 4 * (1 << 24)
 
 
-def test_as_a_program(folder, tmp_path):
-    line = [sys.executable, str(TOOL), "--data.source", "folder", "--data.root", str(folder / "none")]
-    ended = subprocess.run(
-        [*line, "--output", "x"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 2
-    assert ended.stderr.count("\n") == 1
-    assert ended.stderr.startswith("error: command line: data.root: ")
+def test_errors_of_the_program_have_one_line(folder, tmp_path, monkeypatch, capsys):
+    argv = ["--data.source", "folder", "--data.root", str(folder / "none"), "--output", str(tmp_path / "x")]
+    monkeypatch.setattr(sys, "argv", ["write_ffcv.py", *argv])
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert ended.value.code == 2
+    message = f"error: command line: data.root: {folder}/none/train: no such folder\n"
+    assert capsys.readouterr().err == message

@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vil import checkpoint_files
-from vil.config import ConfigError
-from vil.training import checkpoint
+from vil.checkpoints import checkpoint_files
+from vil.checkpoints.training_state import (
+    copy_training_state,
+    library_versions,
+    read_training_state,
+    write_training_state,
+)
+from vil.config import UserError
 
 CONFIG = {"model": {"name": None}, "schedule": {"betas": (0.9, 0.999)}, "data": {}}
 
@@ -28,13 +33,13 @@ def make_state(value: float = 1.0) -> dict:
         "best": {"top1": 50.0, "weights": "raw", "epoch": 1},
         "class_names": ["cat", "dog"],
         "config": CONFIG,
-        "versions": checkpoint.versions(),
+        "versions": library_versions(),
     }
 
 
 def test_round_trip(tmp_path: Path):
-    checkpoint.save(tmp_path / "last.pt", make_state(2.0))
-    state = checkpoint.load(tmp_path / "last.pt")
+    write_training_state(tmp_path / "last.pt", make_state(2.0))
+    state = read_training_state(tmp_path / "last.pt")
     assert torch.equal(state["model"]["weight"], torch.full((1000,), 2.0))
     assert state["config"] == CONFIG
     assert state["versions"]["torch"] == str(torch.__version__)
@@ -42,11 +47,11 @@ def test_round_trip(tmp_path: Path):
 
 
 @pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
-def test_a_failure_while_saving_leaves_the_old_file(
+def test_a_failure_while_saving_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ):
     path = tmp_path / "last.pt"
-    checkpoint.save(path, make_state(1.0))
+    write_training_state(path, make_state(1.0))
 
     def fail(*arguments: object) -> None:
         if failing == "torch.save":
@@ -55,24 +60,24 @@ def test_a_failure_while_saving_leaves_the_old_file(
 
     monkeypatch.setattr(failing, fail)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(path, make_state(2.0))
-    assert checkpoint.load(path)["model"]["weight"][0] == 1.0
+        write_training_state(path, make_state(2.0))
+    assert read_training_state(path)["model"]["weight"][0] == 1.0
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last.pt.sha256"}
 
 
 def test_a_copied_checkpoint_keeps_its_content(tmp_path: Path):
     best, last = tmp_path / "best.pt", tmp_path / "last.pt"
-    checkpoint.save(last, make_state(1.0))
-    checkpoint.save(best, make_state(2.0))
+    write_training_state(last, make_state(1.0))
+    write_training_state(best, make_state(2.0))
     for _ in range(2):
-        checkpoint.copy(best, last)
-        assert checkpoint.load(last)["model"]["weight"][0] == 2.0
-    checkpoint.save(last, make_state(3.0))
-    assert checkpoint.load(best)["model"]["weight"][0] == 2.0
+        copy_training_state(best, last)
+        assert read_training_state(last)["model"]["weight"][0] == 2.0
+    write_training_state(last, make_state(3.0))
+    assert read_training_state(best)["model"]["weight"][0] == 2.0
 
 
 def test_the_digest_is_one_that_the_usual_tool_reads(tmp_path: Path):
-    checkpoint.save(tmp_path / "last.pt", make_state())
+    write_training_state(tmp_path / "last.pt", make_state())
     checked = subprocess.run(
         ["sha256sum", "--check", "last.pt.sha256"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
@@ -84,7 +89,7 @@ class _KilledError(BaseException):
 
 
 @pytest.mark.parametrize("is_new", [True, False])
-def test_killed_anywhere_inside_a_save_a_whole_checkpoint_is_left(
+def test_a_kill_anywhere_in_a_save_keeps_an_intact_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_new: bool
 ):
     """The process ends before its first, second, third … call that changes the disk."""
@@ -109,10 +114,10 @@ def test_killed_anywhere_inside_a_save_a_whole_checkpoint_is_left(
             os.unlink(file)
         end = 0
         if not is_new:
-            checkpoint.save(path, make_state(1.0))
+            write_training_state(path, make_state(1.0))
         calls, end = 0, moment
         try:
-            checkpoint.save(path, make_state(2.0))
+            write_training_state(path, make_state(2.0))
         except _KilledError:
             survived.append(moment)
         end = 0
@@ -120,16 +125,16 @@ def test_killed_anywhere_inside_a_save_a_whole_checkpoint_is_left(
             break
         if path.exists():
             checkpoint_files.check_digest(path, required=True)
-            assert checkpoint.load(path)["model"]["weight"][0] in ((2.0,) if is_new else (1.0, 2.0))
+            assert read_training_state(path)["model"]["weight"][0] in ((2.0,) if is_new else (1.0, 2.0))
         assert path.exists() or is_new
-    assert checkpoint.load(path)["model"]["weight"][0] == 2.0
+    assert read_training_state(path)["model"]["weight"][0] == 2.0
     assert len(survived) > 5
 
 
-def test_damage_is_found_at_every_length_and_with_every_flipped_bit(tmp_path: Path):
+def test_every_truncation_and_flipped_bit_is_detected(tmp_path: Path):
     """200 cuts and 200 flips: each loads the same to the bit, or is refused with one line."""
     path = tmp_path / "last.pt"
-    checkpoint.save(path, make_state())
+    write_training_state(path, make_state())
     whole, rng = path.read_bytes(), random.Random(0)
     damaged = [whole[: rng.randrange(len(whole))] for _ in range(200)]
     for _ in range(200):
@@ -138,15 +143,17 @@ def test_damage_is_found_at_every_length_and_with_every_flipped_bit(tmp_path: Pa
         damaged.append(bytes(flipped))
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"^checkpoint: .*last\.pt: damaged: it is not what [^\n]*$"):
-            checkpoint.load(path)
+        with pytest.raises(
+            UserError, match=r"last\.pt: damaged: does not match its digest in last\.pt\.sha256$"
+        ):
+            read_training_state(path)
     path.write_bytes(whole)
     digest = checkpoint_files.digest_file(path)
     text = digest.read_bytes()
     for position in range(len(text)):
         digest.write_bytes(text[:position] + bytes([text[position] ^ 4]) + text[position + 1 :])
-        with suppress(ConfigError):  # a flip in the name of the file does no harm
-            assert checkpoint.load(path)["model"]["weight"][0] == 1.0
+        with suppress(UserError):  # a flip in the name of the file does no harm
+            assert read_training_state(path)["model"]["weight"][0] == 1.0
 
 
 MALFORMED = [
@@ -176,10 +183,10 @@ MALFORMED = [
 
 @pytest.mark.parametrize(("key", "value"), MALFORMED)
 def test_a_value_of_another_type_is_named(tmp_path: Path, key: str, value: object):
-    checkpoint.save(tmp_path / "last.pt", make_state() | {key: value})
-    with pytest.raises(ConfigError) as caught:
-        checkpoint.load(tmp_path / "last.pt")
-    assert str(caught.value).startswith(f"checkpoint: {tmp_path}/last.pt: damaged: {key} is not ")
+    write_training_state(tmp_path / "last.pt", make_state() | {key: value})
+    with pytest.raises(UserError) as caught:
+        read_training_state(tmp_path / "last.pt")
+    assert str(caught.value).startswith(f"{tmp_path}/last.pt: damaged: {key} is not ")
     assert "\n" not in str(caught.value)
 
 
@@ -193,23 +200,23 @@ class _Evil:
 
 def test_code_in_a_checkpoint_is_refused(tmp_path: Path):
     torch.save(make_state() | {"model": _Evil(tmp_path / "owned")}, tmp_path / "evil.pt")
-    with pytest.raises(ConfigError, match="refused"):
-        checkpoint.load(tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="refused"):
+        read_training_state(tmp_path / "evil.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(_Evil(tmp_path / "owned")))
-    with pytest.raises(ConfigError, match="refused"):
-        checkpoint.load(tmp_path / "plain.pt")
+    with pytest.raises(UserError, match="refused"):
+        read_training_state(tmp_path / "plain.pt")
     assert not (tmp_path / "owned").exists()
 
 
 def test_unusable_files(tmp_path: Path):
-    checkpoint.save(tmp_path / "whole.pt", make_state())
+    write_training_state(tmp_path / "whole.pt", make_state())
     whole = (tmp_path / "whole.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.pt").touch()
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"net": {}}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    words = {
+    messages = {
         "cut": "cut off",
         "empty": "the file is empty",
         "text": "not a checkpoint",
@@ -217,11 +224,11 @@ def test_unusable_files(tmp_path: Path):
         "list": "lacks model",
         "missing": "no such file",
     }
-    for name, expected in words.items():
-        with pytest.raises(ConfigError) as caught:
-            checkpoint.load(tmp_path / f"{name}.pt")
+    for name, expected in messages.items():
+        with pytest.raises(UserError) as caught:
+            read_training_state(tmp_path / f"{name}.pt")
         assert expected in str(caught.value), name
         assert f"{name}.pt" in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        checkpoint.load(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_training_state(tmp_path)

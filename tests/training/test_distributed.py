@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import several_ranks
 import torch
-from tiny_run import load_last
+from helpers import several_ranks
+from helpers.tiny_run import load_last
 
-from vil.config import ConfigError
-from vil.training import distributed
-from vil.training.distributed import Process
+from vil.config import UserError
+from vil.runtime import distributed
+from vil.runtime.distributed import Process
 
 HERE = Path(__file__).parent
 
@@ -35,9 +35,12 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def torchrun(ranks: int, folder: Path, what: str) -> None:
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}",
+        "OMP_NUM_THREADS": "1",
+    }
     program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *program, str(HERE / "several_ranks.py"), str(folder), what]
+    command = [sys.executable, *program, str(HERE.parent / "helpers" / "several_ranks.py"), str(folder), what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Warning" not in done.stderr
@@ -77,7 +80,7 @@ def test_running_statistics_are_those_of_all_ranks(worlds: dict[int, Path]):
     assert saved["model"]["norm.running_mean"].tolist() == first
 
 
-def test_what_is_not_finite_on_one_rank_is_skipped_on_all(worlds: dict[int, Path]):
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(worlds: dict[int, Path]):
     """Rank 1's loss is NaN in the second step, its gradient in the fourth."""
     faulty = records(worlds[2] / "faulty", "train")
     assert [r["step"] for r in faulty if r["grad_norm"] is None] == [2, 4]
@@ -86,48 +89,47 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all(worlds: dict[int, Path
     assert all(abs(value) < 100 for value in found(worlds[2], 0)["faulty"])
 
 
-def test_two_ranks_go_on_as_if_nothing_had_happened(worlds: dict[int, Path]):
-    """Batch norm's statistics, of which a checkpoint has one set, and everything else, to the bit."""
+def test_two_ranks_continue_bit_identically(worlds: dict[int, Path]):
+    """Also the statistics of batch norm, of which a checkpoint has one set."""
     for size in (1, 2):
-        whole, continued = (load_last(worlds[size] / name) for name in ("whole", "continued"))
+        full, continued = (load_last(worlds[size] / name) for name in ("full", "continued"))
         for key in ("model", "ema"):
-            assert all(torch.equal(whole[key][name], value) for name, value in continued[key].items())
+            assert all(torch.equal(full[key][name], value) for name, value in continued[key].items())
 
 
-def test_three_ranks_go_on_to_the_bit(tmp_path: Path):
-    """With three ranks the order in which gradients are summed shows in the last digits."""
+def test_three_ranks_continue_bit_identically(tmp_path: Path):
+    """With three ranks the order of summation changes the last digits."""
     torchrun(3, tmp_path, "wide")
-    whole, continued = (load_last(tmp_path / name) for name in ("whole", "continued"))
+    full, continued = (load_last(tmp_path / name) for name in ("full", "continued"))
     for key in ("model", "ema"):
-        assert all(torch.equal(whole[key][name], value) for name, value in continued[key].items())
+        assert all(torch.equal(full[key][name], value) for name, value in continued[key].items())
     lines = (
-        [(r["loss"], r["grad_norm"]) for r in records(tmp_path / n, "train")] for n in ("whole", "continued")
+        [(r["loss"], r["grad_norm"]) for r in records(tmp_path / n, "train")] for n in ("full", "continued")
     )
     assert next(lines) == next(lines)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(worlds: dict[int, Path]):
+def test_a_run_continues_with_another_number_of_ranks(worlds: dict[int, Path]):
     """From one to two and from two to one: the same global batches in the same order, the same losses within
     rounding."""
     process = Process(0, 0, 1, torch.device("cpu"))
     several_ranks.train(worlds[2] / "short", process, several_ranks.TinyModel())
-    whole = records(worlds[1] / "plain", "train")
+    full = records(worlds[1] / "plain", "train")
     for folder in (worlds[2] / "moved", worlds[2] / "short"):
         moved = records(folder, "train")
-        assert [r["step"] for r in moved] == [r["step"] for r in whole]
-        assert [r["loss"] for r in moved] == pytest.approx([r["loss"] for r in whole], abs=1e-4)
-        assert [r["loss"] for r in moved] != [r["loss"] for r in whole]
+        assert [r["step"] for r in moved] == [r["step"] for r in full]
+        assert [r["loss"] for r in moved] == pytest.approx([r["loss"] for r in full], abs=1e-4)
+        assert [r["loss"] for r in moved] != [r["loss"] for r in full]
 
 
 def test_ranks_save_and_stop_after_the_same_step(worlds: dict[int, Path]):
-    """Rank 1 alone is told, by SIGUSR1 in the fourth step and by SIGTERM in the eighth: one step later all
-    know."""
+    """Rank 1 alone receives SIGUSR1 in the fourth step and SIGTERM in the eighth; all act one step later."""
     ended = [found(worlds[2], rank)["stop"] for rank in (0, 1)]
     assert ended[0]["signum"] == ended[1]["signum"] == signal.SIGTERM
     assert (
         ended[0]["reason"]
         == ended[1]["reason"]
-        == ("SIGTERM: saved after step 9; the same command goes on from there")
+        == ("SIGTERM: saved after step 9; run the same command to continue")
     )
     assert (ended[0]["saved"], ended[1]["saved"]) == ([5, 5, 9], [])
     assert load_last(worlds[2] / "stop")["step"] == 9
@@ -137,8 +139,8 @@ def test_a_rank_that_ends_an_evaluation_ends_it_for_all(worlds: dict[int, Path])
     assert [found(worlds[2], rank)["evaluation"] for rank in (0, 1)] == ["ended", "ended"]
 
 
-def test_gradients_travel_once_per_step(worlds: dict[int, Path]):
-    """And once before the first step, see `distributed._settle`."""
+def test_gradients_are_reduced_once_per_step(worlds: dict[int, Path]):
+    """And once before the first step: see `distributed._rebuild_buckets`."""
     assert [found(worlds[2], rank)["reductions"] for rank in (0, 1)] == [2, 2]
 
 
@@ -160,27 +162,27 @@ def test_one_process_needs_no_group():
         assert not distributed.is_distributed()
     assert distributed.all_reduce_sum(torch.tensor(3)).item() == 3
     assert distributed.broadcast_object("same") == "same"
-    assert distributed.from_main(lambda: 4) == 4
-    with pytest.raises(ConfigError, match=r"data\.root: there is nothing"):
-        distributed.from_main(several_ranks.fail_on_main)
+    assert distributed.call_on_main(lambda: 4) == 4
+    with pytest.raises(UserError, match=r"data\.root: there is nothing"):
+        distributed.call_on_main(several_ranks.fail_on_main)
 
 
 def test_unknown_devices():
     for device in ("gpu", "meta", "tpu:0"):
         with (
-            pytest.raises(ConfigError, match="device: expected auto, cpu or cuda"),
+            pytest.raises(UserError, match="device: expected auto, cpu or cuda"),
             distributed.start(device),
         ):
             pass
 
 
-def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch):
+def test_missing_devices(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ConfigError, match="no GPU on this machine"), distributed.start("cuda"):
+    with pytest.raises(UserError, match="no GPU on this machine"), distributed.start("cuda"):
         pass
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="there is no cuda:5"), distributed.start("cuda:5"):
+    with pytest.raises(UserError, match="there is no cuda:5"), distributed.start("cuda:5"):
         pass
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="4 processes on this machine"), distributed.start("cuda"):
+    with pytest.raises(UserError, match="4 processes on this machine"), distributed.start("cuda"):
         pass

@@ -1,21 +1,19 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
-from tiny_run import STEPS, TinyModel, load_last, make_config, run
+from helpers.tiny_run import STEPS, TinyModel, load_last, make_config, run
 
-from vil.checkpoint_files import step_files
-from vil.training.logging import TIMING_FIELDS
-from vil.training.signals import InterruptedRun, Signals
+from vil.checkpoints.checkpoint_files import step_files
+from vil.runtime.signals import InterruptedRun, SignalHandler
+from vil.training.metrics_log import TIMING_FIELDS
 
 
 class Signalled(TinyModel):
-    """Sends its own process a signal in each of some forward passes, in training or in evaluation."""
+    """Send signals to this process in forward passes, counted from 1, of training or of evaluation."""
 
     def __init__(self, signals: dict[int, int], in_training: bool = True) -> None:
         super().__init__(dropout=0.2)
@@ -36,7 +34,7 @@ def records(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbs."""
+    """A run without interruptions."""
     folder = tmp_path_factory.mktemp("whole")
     run(make_config(folder), TinyModel(dropout=0.2))
     return folder
@@ -50,7 +48,7 @@ def test_a_run_is_saved_after_the_step_of_the_signal(tmp_path: Path, whole: Path
         run(make_config(tmp_path), Signalled({call: signum}))
     assert caught.value.signum == signum
     name = signal.Signals(signum).name
-    assert str(caught.value) == f"{name}: saved after step {call}; the same command goes on from there"
+    assert str(caught.value) == f"{name}: saved after step {call}; run the same command to continue"
     assert signal.getsignal(signum) is handler
     state = load_last(tmp_path)
     assert state["step"] == call
@@ -58,7 +56,7 @@ def test_a_run_is_saved_after_the_step_of_the_signal(tmp_path: Path, whole: Path
     assert records(tmp_path) == records(whole)
 
 
-def test_an_interrupted_evaluation_is_done_again(tmp_path: Path, whole: Path):
+def test_an_interrupted_evaluation_is_repeated(tmp_path: Path, whole: Path):
     with pytest.raises(InterruptedRun, match="saved after step 10"):
         run(make_config(tmp_path), Signalled({2: signal.SIGTERM}, in_training=False))
     state = load_last(tmp_path)
@@ -67,7 +65,7 @@ def test_an_interrupted_evaluation_is_done_again(tmp_path: Path, whole: Path):
     assert records(tmp_path) == records(whole)
 
 
-def test_an_evaluation_that_the_checkpoint_knows_nothing_of_stands_once(tmp_path: Path, whole: Path):
+def test_an_evaluation_that_was_logged_but_not_saved_is_logged_once(tmp_path: Path, whole: Path):
     """Killed after the evaluation was logged and before it was saved."""
     with pytest.raises(InterruptedRun):
         run(make_config(tmp_path), Signalled({2: signal.SIGTERM}, in_training=False))
@@ -88,26 +86,12 @@ def test_checkpoints_on_demand_and_every_few_steps(tmp_path: Path, whole: Path):
     assert [step for step, _ in step_files(tmp_path / "few")] == [15, 12, 10]
 
 
-def test_a_second_interrupt_ends_at_once(tmp_path: Path):
-    program = (
-        "import os, signal, time\n"
-        "from vil.training.signals import Signals\n"
-        "with Signals().received():\n"
-        "    for _ in range(2):\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "    time.sleep(60)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (130, "interrupted again: not saved\n")
-
-
-def test_outside_a_main_thread_signals_stay_as_they_are():
-    found = []
+def test_handlers_are_installed_in_the_main_thread_only():
+    found: list[object] = []
 
     def receive() -> None:
-        with Signals().received() as signals:
-            found.append((signal.getsignal(signal.SIGTERM), signals.agree().stop))
+        with SignalHandler().installed() as handler:
+            found.append((signal.getsignal(signal.SIGTERM), handler.synchronize().stop))
 
     thread = threading.Thread(target=receive)
     thread.start()

@@ -1,1 +1,1 @@
-"""The sections of tools/check_gpu.py, and the processes that they run in."""
+"""Checks and benchmarks of a GPU: see tools/check_gpu.py."""

@@ -1,4 +1,4 @@
-"""Sections `compile` and `kernels`: all kernels compiled ahead, and compared with float64."""
+"""Sections `compile` and `kernels`: compilation of all kernels, and comparison with float64."""
 
 from __future__ import annotations
 
@@ -6,249 +6,225 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 
 import torch
 from torch.utils import deterministic
 
-from tools.benchmarking.check import check_problem
-from tools.benchmarking.measure import Missing, attempt
-from tools.benchmarking.problem import Problem, leaves_of, shown_precision
+from tools.benchmarks.accuracy import compare_with_float64, relative_error, to_float64
+from tools.benchmarks.methods import METHODS
+from tools.benchmarks.shapes import AttentionShape, merge_equal, zoo_shapes
+from tools.benchmarks.timing import Missing, try_measure
 from tools.gpu_check.report import Report
 from tools.gpu_check.runner import Options
-from vil.attention.local import local_attention
+from tools.gpu_check.speed import TUNING, override_launch, stage_shape
 from vil.attention.local.geometry import Inputs
-from vil.models.stage import map_sizes
-from vil.models.zoo import stages_of
 
-TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-"""Relative errors of outputs and gradients: what rounding inputs, weights and outputs once each may cost."""
-STAGES_OF = ("vil_tiny", "vil_small", "vil_base_deep")
-HUGE = 2_500_000_000
-"""Elements of a tensor whose offsets do not fit into 32 bits."""
+TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+"""Relative errors of outputs and gradients, from rounding inputs, weights and outputs once each."""
+ZOO_MODELS = ("vil_tiny", "vil_small", "vil_base_deep")
+HUGE_ELEMENTS = 2_500_000_000
+"""Elements of a tensor whose offsets exceed 32 bits."""
+LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, and whether its position biases are large."""
+    """A shape to check; `large_biases` have a standard deviation of 8."""
 
-    problem: Problem
+    shape: AttentionShape
     large_biases: bool = False
 
     def inputs(self, seed: int) -> Inputs:
-        """Fresh random ones; large biases have a standard deviation of 8.
+        """Return random inputs.
 
-        The kernels multiply biases by log₂e and round them to the precision of the queries. Large ones are
-        drawn such that this changes nothing: what is checked is the arithmetic, not that rounding.
+        The kernels multiply biases by log₂e and round them to the precision of the queries. Large biases are
+        drawn such that this is exact: the check is of the arithmetic, and not of this rounding.
         """
-        inputs = self.problem.inputs(seed)
+        inputs = self.shape.inputs(seed)
         if not self.large_biases:
             return inputs
-        log2e = 1.4426950408889634
 
-        def exact(bias: torch.Tensor | None) -> torch.Tensor:
+        def enlarge(bias: torch.Tensor | None) -> torch.Tensor:
             assert bias is not None
-            rounded = (bias.detach() * (8 * log2e)).to(self.problem.dtype).float()
-            return (rounded / log2e).requires_grad_()
+            rounded = (bias.detach() * (8 * LOG2_E)).to(self.shape.dtype).float()
+            return (rounded / LOG2_E).requires_grad_()
 
-        return inputs._replace(bias_table=exact(inputs.bias_table), global_bias=exact(inputs.global_bias))
+        return inputs._replace(bias_table=enlarge(inputs.bias_table), global_bias=enlarge(inputs.global_bias))
 
 
-def cases(device: torch.device, small: bool) -> list[Case]:
-    """Return what is checked, the stages of the paper's models first."""
-
-    def problem(label: str, dtype: torch.dtype, **change: object) -> Problem:
-        problem = Problem(
-            label, batch=2, heads=3, head_width=32, size=(30, 25), window=7, global_tokens=1, mask="chunk",
-            neighbors="all", relative=True, dtype=dtype, device=device,
-        )  # fmt: skip
-        return replace(problem, **change)  # type: ignore[arg-type]
-
-    if small:  # in Triton's interpreter, which has no bfloat16 and is slow
-        tiny = {"batch": 1, "heads": 1, "head_width": 16, "size": (5, 4), "window": 2}
-        return [
-            Case(problem("chunk", torch.float32, **tiny)),
-            Case(
-                problem("random shift", torch.float16, **tiny, neighbors=3, mask="cyclic"), large_biases=True
-            ),
+def list_cases(device: str, is_small: bool) -> list[Case]:
+    """Return all cases, for each precision the stages of the paper's models first."""
+    if is_small:  # for Triton's interpreter, which lacks bfloat16 and is slow
+        tiny = AttentionShape("chunk", 1, 1, 16, 5, 4, window=2)
+        cyclic = replace(tiny, label="random shift", mask="cyclic", neighbors=3, precision="float16")
+        return [Case(tiny), Case(cyclic, large_biases=True)]
+    base = AttentionShape("", 2, 3, 32, 30, 25, device=device)
+    masks, windows = ("chunk", "exact", "cyclic"), (7, 12, 15)
+    changes = {f"{mask}, window {n}": {"mask": mask, "window": n} for mask in masks for n in windows}
+    for mask, neighbors in itertools.product(("chunk", "cyclic"), ("self", 0, 6)):
+        changes[f"{mask}, neighbors {neighbors}"] = {"mask": mask, "neighbors": neighbors}
+    changes |= {f"{count} global tokens": {"global_tokens": count} for count in (0, 16, 256)}
+    changes |= {f"head width {width}": {"head_width": width} for width in (48, 64, 128)}
+    changes["absolute position"] = {"position": "absolute"}
+    cases = []
+    for precision in TOLERANCES:
+        shapes = [replace(stage, batch=2, device=device) for stage in zoo_shapes(ZOO_MODELS)]
+        shapes += [replace(base, label=label, **change) for label, change in changes.items()]  # type: ignore[arg-type]
+        cases += [
+            Case(shape) for shape in merge_equal(replace(shape, precision=precision) for shape in shapes)
         ]
-    found = []
-    for dtype in TOLERANCES:
-        for name in STAGES_OF:
-            stages = stages_of(name)
-            for number, (stage, size) in enumerate(zip(stages, map_sizes(stages, (224, 224))), 1):
-                if stage.attention == "vision_longformer":
-                    shape = {
-                        "heads": stage.heads, "head_width": stage.dim // stage.heads, "size": size,
-                        "window": stage.window, "global_tokens": stage.global_tokens,
-                    }  # fmt: skip
-                    found.append(Case(problem(f"{name} stage {number}", dtype, **shape)))
-        for mask, window in itertools.product(("chunk", "exact", "cyclic"), (7, 12, 15)):
-            if (mask, window) != ("chunk", 7):
-                found.append(Case(problem(f"{mask}, window {window}", dtype, mask=mask, window=window)))
-        for mask, neighbors in itertools.product(("chunk", "cyclic"), ("self", 0, 6)):
-            about = {"mask": mask, "neighbors": neighbors}
-            found.append(Case(problem(f"{mask}, neighbors {neighbors}", dtype, **about)))
-        found += [Case(problem(f"{n} global tokens", dtype, global_tokens=n)) for n in (0, 16, 256)]
-        found += [Case(problem(f"head width {width}", dtype, head_width=width)) for width in (48, 64, 128)]
-        found.append(Case(problem("absolute position", dtype, relative=False)))
-        found.append(Case(problem("large biases", dtype), large_biases=True))
-    seen: dict[Problem, Case] = {}
-    for case in found:  # sizes of stages are equal among models; large biases have a label of their own
-        seen.setdefault(replace(case.problem, label="large" if case.large_biases else ""), case)
-    return list(seen.values())
+        cases.append(Case(replace(base, label="large biases", precision=precision), large_biases=True))
+    return cases
 
 
-# --- Compiling ----------------------------------------------------------------------------------------------
+# --- Compilation --------------------------------------------------------------------------------------------
 
 
 def compile_all(options: Options, report: Report) -> None:
-    """Compile the kernels of all cases into Triton's cache, in as many processes as there are cores.
+    """Compile the kernels of all cases into Triton's cache, in parallel.
 
-    Nothing is launched, so a GPU need not be there: one small case is compiled for capability 9.0 then.
+    Nothing is launched. Without a GPU, one small case is compiled for compute capability 9.0.
     """
-    from tools.gpu_check.speed import TUNING, compile_choice
-
-    began = time.time()
-    os.environ.pop("TRITON_INTERPRET", None)  # it counts when kernels are defined: in the pool's processes
-    if options.small:
-        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # which Triton asks a driver for
-        capability, choices = 90, TUNING[:0]
-        problems = [replace(cases(torch.device("cpu"), True)[0].problem, dtype=torch.bfloat16)]
+    start = time.time()
+    os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are defined, in the processes of the pool
+    if options.is_small:
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton reads this from a driver otherwise
+        capability = 90
+        shapes = [replace(list_cases("cpu", True)[0].shape, precision="bfloat16")]
     else:
         major, minor = torch.cuda.get_device_capability()
-        capability, choices = 10 * major + minor, TUNING
-        problems = [case.problem for case in cases(torch.device(options.device), False)]
-    kinds = dict.fromkeys(_kernel_arguments(problem, capability) for problem in problems)
-    failed, compiled = [], 0
+        capability = 10 * major + minor
+        shapes = [case.shape for case in list_cases(options.device, False)]
+    # Kernels do not depend on these: compile equal ones once.
+    kinds = dict.fromkeys(
+        replace(x, label="", batch=1, heads=1, neighbors=0 if isinstance(x.neighbors, int) else x.neighbors)
+        for x in shapes
+    )
+    compiled, failures = 0, []
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(compile_case, *kind): str(kind) for kind in kinds}
-        futures |= {pool.submit(compile_choice, capability, *choice): str(choice) for choice in choices}
+        futures = {pool.submit(compile_shape, capability, shape): str(shape) for shape in kinds}
+        if not options.is_small:
+            stage = stage_shape(options, 1)
+            futures |= {pool.submit(compile_choice, capability, stage, *x): str(x) for x in TUNING}
         for future in as_completed(futures):
-            if (error := future.exception()) is None:
+            error = future.exception()
+            if error is None:
                 compiled += future.result()
             else:
-                failed.append(f"{futures[future]}: {type(error).__name__}: {error}")
-                print(failed[-1], file=sys.stderr)
-    report.add("kernels compiled", compiled, note=f"in {time.time() - began:.0f} s")
-    report.expect("no kernel fails to compile", not failed, failed[0] if failed else "")
+                failures.append(f"{futures[future]}: {type(error).__name__}: {error}")
+                print(failures[-1], file=sys.stderr)
+    report.add("kernels compiled", compiled, note=f"in {time.time() - start:.0f} s")
+    report.expect("all kernels compile", not failures, failures[0] if failures else "")
 
 
-def _kernel_arguments(
-    problem: Problem, capability: int
-) -> tuple[int, str, int, tuple[object, ...], int, bool]:
-    geometry = tuple(problem.geometry)
-    return (
-        capability, shown_precision(problem.dtype), problem.head_width, geometry, problem.global_tokens,
-        problem.relative,
-    )  # fmt: skip
+def compile_shape(capability: int, shape: AttentionShape) -> int:
+    """Compile the kernels for a shape, in a process of the pool; return their number."""
+    from tools.dev.kernel_statistics import compile_kernels
+
+    arguments = (shape.precision, shape.head_width, shape.spec, shape.global_tokens, shape.is_relative)
+    return len(compile_kernels(capability, *arguments))
 
 
-def compile_case(
-    capability: int, precision: str, width: int, window: Sequence[object], globals_: int, relative: bool
-) -> int:
-    """Compile the kernels of one case, in the process of a pool; return how many there are."""
-    from tools.compile_kernels import compile_kernels
-    from vil.attention.local.geometry import Window
-
-    return len(compile_kernels(capability, precision, width, Window(*window), globals_, relative))  # type: ignore[arg-type]
+def compile_choice(capability: int, shape: AttentionShape, warps: int, stages: int) -> int:
+    """Compile the kernels for one choice of `TUNING`; return 0 if it needs more resources than there are."""
+    try:
+        with override_launch(warps, stages):
+            return compile_shape(capability, shape)
+    except Exception:  # reported by the section `tuning`
+        return 0
 
 
 # --- Correctness --------------------------------------------------------------------------------------------
 
 
 def check_all(options: Options, report: Report) -> None:
-    """Compare the kernels with float64 on fresh random inputs, then run them twice, then on a huge batch.
+    """Compare the kernels with float64 on random inputs, test that they are reproducible, and a huge batch.
 
-    Memory that nobody wrote is NaN meanwhile, so that an element that a kernel leaves out is found.
+    Uninitialized memory is filled with NaN, so that elements that a kernel does not write are found.
     """
     device = torch.device(options.device)
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     if not torch.empty(1, device=device).isnan().item():
-        raise RuntimeError("memory is not poisoned, so the check would miss what is not written")
+        raise RuntimeError("uninitialized memory is not filled with NaN: missing writes would not be found")
     seed = torch.seed() % 2**31
-    todo = cases(device, options.small)
-    done: dict[torch.dtype, list[tuple[str, float, str]]] = {}
-    left = 0
-    for number, case in enumerate(todo):
-        if options.seconds_left() < 30 and not options.small:  # for what comes after
-            left = len(todo) - number
+    cases = list_cases(options.device, options.is_small)
+    results: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    compared = 0
+    for case in cases:
+        if options.seconds_left < 30 and not options.is_small:  # for the other checks
             break
-        done.setdefault(case.problem.dtype, []).append(_compare(case, seed, report))
-    for dtype, results in done.items():
-        label, worst, tensor = max(results, key=lambda result: result[1] if result[1] == result[1] else 1e9)
-        name = shown_precision(dtype)
-        note = f"{tensor} of {label}; {len(results)} cases, seed {seed}"
-        report.check(f"largest relative error, {name}", worst, TOLERANCES[dtype], note=note)
-    if left:
-        report.expect("time for all cases", False, f"{left} of {len(todo)} were left out")
-    repeated = [case for case in todo if "stage" in case.problem.label] or todo[:1]
-    unequal = [case.problem.label for case in repeated if not _is_repeatable(case, seed)]
-    report.expect("twice equal to the bit", not unequal, ", ".join(unequal) or f"{len(repeated)} cases")
+        results[case.shape.precision].append(_compare(case, seed, report))
+        compared += 1
+    for precision, errors in results.items():
+        worst, note = max(errors, key=lambda item: item[0] if item[0] == item[0] else float("inf"))
+        name = f"largest relative error, {precision}"
+        report.check(name, worst, TOLERANCES[precision], note=f"{note}; {len(errors)} cases, seed {seed}")
+    if compared < len(cases):
+        report.expect("time for all cases", False, f"{len(cases) - compared} of {len(cases)} were omitted")
+    repeated = [case for case in cases if "stage" in case.shape.label] or cases[:1]
+    different = [case.shape.label for case in repeated if not _is_reproducible(case, seed)]
+    report.expect("bit-identical twice", not different, ", ".join(different) or f"{len(repeated)} cases")
     _check_huge(options, report, seed)
 
 
-def _compare(case: Case, seed: int, report: Report) -> tuple[str, float, str]:
-    """The case's label, its largest error, and of which tensor."""
-    problem = case.problem
-    name = f"{problem.label}, {shown_precision(problem.dtype)}"
-    found = attempt(lambda: check_problem(problem, ["fused"], seed, case.inputs(seed)), problem.device)
-    if isinstance(found, Missing):
-        report.expect(name, False, found.reason)
-        return problem.label, float("nan"), "nothing"
-    (comparison,) = found
-    if comparison.missing is not None:
-        report.expect(name, False, comparison.missing.reason)
-        return problem.label, float("nan"), "nothing"
-    tensor, worst = max(comparison.errors.items(), key=lambda item: item[1] if item[1] == item[1] else 1e9)
-    report.check(name, worst, TOLERANCES[problem.dtype], note=str(comparison), shown=False)
-    return problem.label, worst, tensor
+def _compare(case: Case, seed: int, report: Report) -> tuple[float, str]:
+    """Return the largest error (NaN after a failure), and its tensor and case."""
+    shape, name = case.shape, f"{case.shape.label}, {case.shape.precision}"
+    compare = partial(compare_with_float64, shape, ["fused"], seed, case.inputs(seed))
+    result = try_measure(compare, torch.device(shape.device))
+    missing = result if isinstance(result, Missing) else result[0].missing
+    if isinstance(result, Missing) or missing is not None:
+        report.expect(name, False, missing.reason if missing else "")
+        return float("nan"), f"{shape.label} failed"
+    tensor, error = result[0].largest()
+    report.check(name, error, TOLERANCES[shape.precision], note=str(result[0]), shown=False)
+    return error, f"{tensor} of {shape.label}"
 
 
-def _passes(case: Case, inputs: Inputs) -> Iterator[torch.Tensor]:
-    """The output and all gradients."""
-    problem, (*tokens, table, bias, neighbor) = case.problem, inputs
-    output = local_attention(
-        *tokens, size=problem.size, window=problem.window, mask=problem.mask,
-        neighbors=problem.neighbors if neighbor is None else neighbor,  # type: ignore[arg-type]
-        bias_table=table, global_bias=bias, backend="fused",
-    )  # fmt: skip
-    yield output
-    yield from torch.autograd.grad(output, leaves_of(inputs), problem.output_gradient(output))
+def _outputs(
+    backend: str, shape: AttentionShape, inputs: Inputs, gradient: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """Yield the output and all gradients."""
+    method = METHODS[backend](shape, inputs)
+    output = method.forward()
+    yield output.detach()
+    yield from method.gradients(output, gradient)
 
 
-def _is_repeatable(case: Case, seed: int) -> bool:
+def _is_reproducible(case: Case, seed: int) -> bool:
     inputs = case.inputs(seed)
-    return all(torch.equal(a, b) for a, b in zip(_passes(case, inputs), _passes(case, inputs)))
+    gradient = case.shape.output_gradient(inputs.query)
+    first, second = (_outputs("fused", case.shape, inputs, gradient) for _ in range(2))
+    return all(map(torch.equal, first, second))
 
 
 def _check_huge(options: Options, report: Report, seed: int) -> None:
-    """The last images of a batch with more elements than 32 bits count, against the same images alone."""
+    """Compare the last images of a batch of more than 2³¹ elements with float64."""
     device = torch.device(options.device)
-    size, dtype = ((4, 4), torch.float16) if options.small else ((56, 56), torch.bfloat16)
-    heads, width, window = (1, 16, 2) if options.small else (3, 32, 7)
-    images = 3 if options.small else -(-HUGE // (size[0] * size[1] * heads * width))
-    name = f"batch of {images * size[0] * size[1] * heads * width:.2g} elements"
-    needed = 14 * images * size[0] * size[1] * heads * width * dtype.itemsize
-    if not options.small and torch.cuda.mem_get_info(device)[0] < needed:
-        report.add(name, note=f"left out: needs {needed / 1e9:.0f} GB")
+    batch = -(-HUGE_ELEMENTS // (3 * 32 * 56 * 56))
+    shape = AttentionShape("huge", batch, 3, 32, 56, 56, precision="bfloat16", device=options.device)
+    if options.is_small:
+        shape = AttentionShape("huge", 3, 1, 16, 4, 4, window=2, precision="float16")
+    shape = replace(shape, position="absolute")
+    elements = shape.batch * shape.tokens * shape.heads * shape.head_width
+    name, required = f"batch of {elements:.2g} elements", 14 * elements * shape.dtype.itemsize
+    if not options.is_small and torch.cuda.mem_get_info(device)[0] < required:
+        report.add(name, note=f"skipped: needs {required / 1e9:.0f} GB")
         return
-    problem = Problem("huge", images, heads, width, size, window, 1, "chunk", "all", False, dtype, device)
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # tens of gigabytes, again and again
-    inputs = problem.inputs(seed)
-    gradient = problem.output_gradient(inputs.query)
-
-    def run(tensors: Inputs, upstream: torch.Tensor, backend: str) -> list[torch.Tensor]:
-        output = local_attention(*tensors[:5], size=size, window=window, backend=backend)
-        grads = torch.autograd.grad(output, leaves_of(tensors), upstream)
-        return [x[-2:].double() for x in (output.detach(), *grads)]
-
-    found = run(inputs, gradient, "fused")
-    exact = Inputs(*[x[-2:].detach().double().requires_grad_() for x in inputs[:5]])
-    expected = run(exact, gradient[-2:].double(), "dense")
-    worst = max((ours - its).norm().item() / its.norm().item() for ours, its in zip(found, expected))
-    report.check(name, worst, TOLERANCES[dtype], note="of the last two images")
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow for so many gigabytes
+    inputs = shape.inputs(seed)
+    gradient = shape.output_gradient(inputs.query)
+    actual = [x[-2:].clone() for x in _outputs("fused", shape, inputs, gradient)]
+    last = to_float64(Inputs(*(x[-2:] for x in inputs[:5])))
+    last_shape = replace(shape, batch=2, precision="float64")
+    expected = _outputs("dense", last_shape, last, gradient[-2:].double())
+    report.check(
+        name, max(map(relative_error, actual, expected)), TOLERANCES[shape.precision], note="last two images"
+    )

@@ -1,118 +1,126 @@
-"""Section `models`: training images per second and memory of ViL beside Swin and DeiT."""
+"""Section `models`: training images per second and memory of ViL, Swin and DeiT."""
 
 from __future__ import annotations
 
 import time
-from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from tools.benchmarking import measure
-from tools.benchmarking.measure import Missing, attempt
-from tools.benchmarking.models import Candidate, paper_memory
+from tools.benchmarks.models import Candidate, measure_models, paper_memory
+from tools.benchmarks.output import ratio
+from tools.benchmarks.timing import Measurement, Missing, TimingOptions, try_measure
 from tools.gpu_check.report import Report
 from tools.gpu_check.runner import Options
 from vil.attention.local import fallback
 from vil.config import Precision
 
-SWIN, DEIT_S, DEIT_T = (
-    "timm/swin_tiny_patch4_window7_224", "timm/deit_small_patch16_224", "timm/deit_tiny_patch16_224",
-)  # fmt: skip
-RUNS: tuple[tuple[str, Precision, bool], ...] = (
-    ("vil_small", "bfloat16", True),
-    (SWIN, "bfloat16", True),
-    ("vil_tiny", "bfloat16", True),
-    (DEIT_T, "bfloat16", True),
-    ("vil_small", "bfloat16", False),
-    (SWIN, "bfloat16", False),
-    (DEIT_S, "bfloat16", False),
-    ("vil_tiny", "bfloat16", False),
-    ("vil_small", "float16", False),
-    ("vil_small", "float32", False),
-    (DEIT_S, "bfloat16", True),
+
+class Configuration(NamedTuple):
+    """A model, its precision, and True for torch.compile."""
+
+    model: str
+    precision: Precision = "bfloat16"
+    is_compiled: bool = False
+
+    @property
+    def short_name(self) -> str:
+        """Name of the model without its source and patch size."""
+        return self.model.removeprefix("timm/").split("_patch")[0]
+
+    def __str__(self) -> str:
+        return f"{self.short_name}, {self.precision}{', compiled' if self.is_compiled else ''}"
+
+
+SWIN, DEIT_S = "timm/swin_tiny_patch4_window7_224", "timm/deit_small_patch16_224"
+DEIT_TI = "timm/deit_tiny_patch16_224"
+CONFIGURATIONS = (
+    *(Configuration(name, is_compiled=True) for name in ("vil_small", SWIN, "vil_tiny", DEIT_TI)),
+    *(Configuration(name) for name in ("vil_small", SWIN, DEIT_S, "vil_tiny")),
+    Configuration("vil_small", "float16"),
+    Configuration("vil_small", "float32"),
+    Configuration(DEIT_S, is_compiled=True),
 )
-"""Model, precision, compiled; the most important first, for the time may not reach for all."""
-PAIRS = (("vil_small", SWIN, "0.87"), ("vil_tiny", DEIT_T, "0.9"))
-"""Ours, theirs, and the quotient of their images/s to reach: about that of their FLOPs."""
+"""In order of importance: the time limit may omit the last ones."""
+PAIRS = (("vil_small", SWIN, "0.87"), ("vil_tiny", DEIT_TI, "0.9"))
+"""Models to compare, and the target of the ratio of their images/s, about that of their FLOPs."""
 
 
 def run(options: Options, report: Report) -> None:
-    """Measure each run of `RUNS`, as long as there is time for the next; then compare."""
+    """Measure each configuration that there is time for, then compare pairs of models."""
     device = torch.device(options.device)
-    runs: tuple[tuple[str, Precision, bool], ...] = RUNS
-    if options.small:
-        runs = (("vil_tiny", "float32", True),)
-    printed = paper_memory()
-    speeds: dict[tuple[str, Precision, bool], float] = {}
+    small = (Configuration("vil_tiny", "float32", is_compiled=True),)
+    speeds: dict[Configuration, float] = {}
     longest = 0.0
-    for name, precision, compiled in runs:
-        if options.seconds_left() < 1.2 * longest + 5:
-            report.add("time for all models", note=f"stopped before {name}, {precision}")
+    for configuration in small if options.is_small else CONFIGURATIONS:
+        if options.seconds_left < 1.2 * longest + 5:
+            report.add("time for all models", note=f"stopped before {configuration}")
             break
-        began = time.time()
-        label = f"{name.removeprefix('timm/')[:22]}, {precision}{', compiled' if compiled else ''}"
-        found = attempt(lambda: _measure(name, precision, compiled, options, label, report), device)  # noqa: B023
-        longest = max(longest, time.time() - began)
-        if isinstance(found, Missing):
-            report.expect(label, False, found.reason)
+        start = time.time()
+        measurement = try_measure(partial(_measure, configuration, options, report), device)
+        longest = max(longest, time.time() - start)
+        speed = (
+            None
+            if isinstance(measurement, Missing)
+            else ratio(measurement.labels["batch"], measurement.get("training"))
+        )
+        if isinstance(measurement, Missing) or speed is None:
+            report.expect(
+                str(configuration),
+                False,
+                measurement.reason if isinstance(measurement, Missing) else measurement.note,
+            )
             continue
-        speed, memory = found
-        speeds[name, precision, compiled] = speed
-        report.add(label, speed, "images/s", note="" if memory is None else f"{memory:.1f} MB per image")
-        paper = printed.get(name)
-        if memory is not None and precision == "bfloat16" and name.startswith("vil"):
-            report.add(f"{label}: memory", memory, "MB/image", target=f"{paper}", shown=False)
-    for ours, theirs, target in PAIRS:
-        for compiled in (True, False):
-            keys = [(name, "bfloat16", compiled) for name in (ours, theirs)]
-            if all(key in speeds for key in keys):
-                a, b = (speeds[key] for key in keys)  # type: ignore[index]
-                other = theirs.removeprefix("timm/").split("_patch")[0]
-                words = f"{ours}: × {other}{', compiled' if compiled else ''}"
-                report.add(words, a / b, target=target)
-    report.expect("no kernel was replaced", not fallback.failures(), "; ".join(fallback.failures()))
+        speeds[configuration] = speed
+        memory = measurement.get("memory", 1e6)
+        note = "" if memory is None else f"{memory:.1f} MB per image"
+        report.add(str(configuration), speed, "images/s", note=f"batch {measurement.labels['batch']}; {note}")
+        if configuration.precision == "bfloat16" and configuration.model.startswith("vil"):
+            target = str(paper_memory().get(configuration.model))
+            report.add(f"{configuration}: memory", memory, "MB/image", target=target, shown=False)
+    for ours, other, target in PAIRS:
+        for is_compiled in (True, False):
+            pair = [Configuration(name, is_compiled=is_compiled) for name in (ours, other)]
+            if all(configuration in speeds for configuration in pair):
+                name = f"{ours}: × {pair[1].short_name}{', compiled' if is_compiled else ''}"
+                report.add(name, speeds[pair[0]] / speeds[pair[1]], target=target)
+    report.expect("no kernel fell back to chunked", not fallback.failures(), "; ".join(fallback.failures()))
 
 
-def _measure(
-    name: str, precision: Precision, compiled: bool, options: Options, label: str, report: Report
-) -> tuple[float, float | None]:
-    """Training images per second, and MB per image; the compiler's graphs are checked on the way."""
-    device = torch.device(options.device)
+def _measure(configuration: Configuration, options: Options, report: Report) -> Measurement:
+    """Measure training speed and memory; check the compiled graphs."""
     torch.compiler.reset()
-    size = 64 if options.small else 224
-    candidate = Candidate(name, Namespace(image_size=size, compile=False), device, precision)
+    size, batch = (64, 2) if options.is_small else (224, 128)
     graphs: list[set[str]] = []
-    if compiled:
-        candidate.callable = torch.compile(
-            candidate.model, backend=_recording(graphs, options.small), fullgraph=True, dynamic=False
-        )
-    images, targets = candidate.images(2 if options.small else 128)
-    for _ in range(1 if options.small else 3):
-        candidate.train(images, targets)
-    if compiled:
-        expected = f"vil.{'chunked' if options.small else 'fused'}_attention.default"
-        is_right = len(graphs) == 1 and (expected in graphs[0] or not name.startswith("vil"))
-        names = sorted(name for graph in graphs for name in graph if name.startswith("vil."))
-        report.expect(
-            f"{label}: one graph", is_right, f"{len(graphs)} with {', '.join(names) or 'no operator'}"
-        )
-    calls = 1 if options.small else 10
-    rounds = 1 if options.small else 5
-    times = sorted(
-        measure.seconds_of(lambda: candidate.train(images, targets), calls, device) for _ in range(rounds)
+    compiler = partial(
+        torch.compile, backend=_recording_backend(graphs, options.is_small), fullgraph=True, dynamic=False
     )
-    memory = None if options.small else candidate.memory(len(images)) / 1e6
-    return len(images) / times[len(times) // 2], memory
+    candidate = Candidate(
+        configuration.model,
+        size,
+        torch.device(options.device),
+        configuration.precision,
+        compiler if configuration.is_compiled else None,
+    )
+    timing = TimingOptions(1, 0.1) if options.is_small else TimingOptions(15, 2.0)
+    (measurement,) = measure_models([candidate], batch, timing, inference=False)
+    if configuration.is_compiled and not isinstance(measurement.values["training"], Missing):
+        expected = f"vil.{'chunked' if options.is_small else 'fused'}_attention.default"
+        has_operator = any(expected in graph for graph in graphs) or not configuration.model.startswith("vil")
+        names = sorted(name for graph in graphs for name in graph if name.startswith("vil."))
+        note = f"{len(graphs)} with {', '.join(names) or 'no operator of this project'}"
+        report.expect(f"{configuration}: one graph", len(graphs) == 1 and has_operator, note)
+    return measurement
 
 
-def _recording(graphs: list[set[str]], small: bool) -> Callable[..., Any]:
-    """A compiler that notes the operators of each graph; for a CPU one that is quick."""
+def _recording_backend(graphs: list[set[str]], is_small: bool) -> Callable[..., Any]:
+    """Return a backend of torch.compile that records the operators of each graph; eager if `is_small`."""
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         graphs.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
-        if small:
+        if is_small:
             return graph.forward
         from torch._inductor.compile_fx import compile_fx
 

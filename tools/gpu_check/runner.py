@@ -1,4 +1,4 @@
-"""Processes of sections: one each, with a time limit, since a CUDA error lasts as long as its process."""
+"""Processes of sections: one each, with a time limit, as a CUDA error persists until its process ends."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tools.gpu_check.report import NotApplicableError, Outcome, Report, read_rows
+import torch
 
-NOT_APPLICABLE = 3
-"""Exit status of a section that has nothing to do here."""
+from tools.benchmarks.timing import Rates, measure_rates
+from tools.gpu_check.report import NotApplicableError, Outcome, Report, read_rows
+from vil.config import one_line
+
+NOT_APPLICABLE_STATUS = 3
 
 
 @dataclass(frozen=True)
 class Options:
-    """What sections need to know.
+    """Options of all sections.
 
     Attributes:
         device: `cuda` or `cpu`.
-        folder: for files of the sections; exists.
-        images: folder with train/<class>/<image>, for the loader; None for images that are made up.
-        cifar10: folder with train/<class> and test/<class>, or with cifar-10-batches-py; None without.
-        deadline: `time.time()` at which the section is stopped; those that can, end before.
+        folder: existing folder for files of the sections.
+        images: folder with train/<class>/<image> for the loader; None: synthetic images.
+        cifar10: folder with train/<class> and test/<class>, or with cifar-10-batches-py.
+        deadline: `time.time()` at which the budget ends; for a running section, at which it is stopped.
     """
 
     device: str
@@ -38,98 +41,109 @@ class Options:
     deadline: float = float("inf")
 
     @property
-    def small(self) -> bool:
-        """Small shapes, for a machine without a GPU, where nothing that is measured means much."""
+    def is_small(self) -> bool:
+        """True on a CPU: small shapes that only test this program."""
         return self.device == "cpu"
 
+    @property
     def seconds_left(self) -> float:
-        """Return the seconds until the deadline."""
+        """Seconds until the deadline."""
         return self.deadline - time.time()
+
+    def measure_rates(self, precision: str) -> Rates:
+        """Return the peak rates of the device."""
+        sizes = (2**20, 64) if self.is_small else None
+        return measure_rates(torch.device(self.device), getattr(torch, precision), sizes)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the check.
+    """A section of the check.
 
     Attributes:
-        name: on the command line and in the table.
-        run: adds rows; an exception fails the section. Must be importable by name.
-        about: what it does, for the help.
-        limit: seconds after which it is stopped.
-        least: seconds of the budget without which it is not begun.
+        run: function of a module that adds rows to a report; an exception fails the section.
+        description: text for the help.
+        max_seconds: time limit.
+        min_seconds: the section is skipped if less is left of the budget.
     """
 
     name: str
     run: Callable[[Options, Report], None]
-    about: str
-    limit: float
-    least: float
+    description: str
+    max_seconds: float
+    min_seconds: float
+
+
+def limit_time(options: Options, section: Section) -> Options:
+    """Return the options of a section that starts now; time limits of small shapes are ten times longer."""
+    limit = section.max_seconds * (10 if options.is_small else 1)
+    return replace(options, deadline=min(options.deadline, time.time() + limit))
 
 
 class RunningSection:
-    """A section in a process group of its own."""
+    """A section in a new process group."""
 
     def __init__(self, section: Section, options: Options) -> None:
-        self.section, self.options = section, options
-        self.began = time.time()
+        self.section, self.start = section, time.time()
         self.rows = options.folder / f"{section.name}.rows.jsonl"
         self.log = options.folder / f"{section.name}.log"
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tools.gpu_check.sections"])
-        self.process = context.Process(target=_work, args=(section.run, options, self.rows, self.log))
-        self.process.start()
+        context.set_forkserver_preload(["tools.gpu_check.program"])
+        self.process = context.Process(target=_run_section, args=(section, options, self.rows, self.log))
+        self.process.start()  # the first one waits for imports, which do not count
+        self.options = limit_time(options, section)
 
     def finish(self) -> Outcome:
-        """Wait until the section has ended, or end it at its deadline."""
-        self.process.join(max(0.0, self.options.seconds_left()))
-        timed_out = self.process.is_alive()
+        """Wait for the section until its deadline, then stop it."""
+        self.process.join(max(0.0, self.options.seconds_left))
+        has_timed_out = self.process.is_alive()
         self.stop()
-        outcome = Outcome(self.section.name, "passed", time.time() - self.began, rows=read_rows(self.rows))
-        if timed_out:
-            limit = self.options.deadline - self.began
-            outcome.status, outcome.reason = "timed out", f"stopped after {limit:.0f} s"
-        elif self.process.exitcode == NOT_APPLICABLE:
-            outcome.status, outcome.reason = "skipped", _last_line(self.log)
-        elif self.process.exitcode:
-            outcome.status, outcome.reason = "failed", self._reason()
+        code = self.process.exitcode or 0
+        outcome = Outcome(self.section.name, "passed", time.time() - self.start, rows=read_rows(self.rows))
+        if has_timed_out:
+            outcome.status = "timed out"
+            outcome.reason = f"stopped after {outcome.seconds:.0f} s"
+        elif code == NOT_APPLICABLE_STATUS:
+            outcome.status, outcome.reason = "skipped", self._last_log_line()
+        elif code:
+            outcome.status = "failed"
+            if code != 1 or not any(row.passed is False for row in outcome.rows):
+                status = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+                outcome.reason = self._last_log_line() or status
         return outcome
 
     def stop(self) -> None:
-        """End the process and those that it started."""
+        """End the process and its children."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid or 0, signal.SIGKILL)
         self.process.join()
 
-    def _reason(self) -> str:
-        code = self.process.exitcode or 0
-        if code == 1 and any(row.passed is False for row in read_rows(self.rows)):  # these say what
-            return ""
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        return _last_line(self.log) or how
+    def _last_log_line(self) -> str:
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1][:200] if lines else ""
 
 
-def _last_line(log: Path) -> str:
-    if not log.exists():
-        return ""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else ""
-
-
-def _work(run: Callable[[Options, Report], None], options: Options, rows: Path, log: Path) -> None:
-    """The process of a section: output goes to `log`, rows to `rows`; exit status 1 where it failed."""
-    os.setsid()  # so that what it starts can be ended with it
+def redirect_output(log: Path) -> None:
+    """Append standard output and standard error of this process to a file."""
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    report = Report(rows, has_targets=not options.small)
+
+
+def _run_section(section: Section, options: Options, rows: Path, log: Path) -> None:
+    """Run a section in this process; exit with status 1 if it fails."""
+    os.setsid()  # a process group, which `stop` ends
+    redirect_output(log)
+    report = Report(rows, has_targets=not options.is_small)
     try:
-        run(options, report)
+        section.run(limit_time(options, section), report)
     except NotApplicableError as error:
         print(error, file=sys.stderr)
-        raise SystemExit(NOT_APPLICABLE) from None
+        raise SystemExit(NOT_APPLICABLE_STATUS) from None
     except Exception as error:
         traceback.print_exc()
-        print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        print(f"{type(error).__name__}: {one_line(error, 300)}", file=sys.stderr)
         raise SystemExit(1) from None
-    raise SystemExit(int(report.failed))
+    raise SystemExit(int(report.has_failed))

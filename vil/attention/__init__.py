@@ -1,6 +1,6 @@
-"""The six attentions: x (B, G+N, C) → the same shape. To add one: one file, one line below, one test."""
+"""The attentions: x (B, G+N, C) → the same shape. Adding one takes a file, a line below, and a test."""
 
-from vil.attention.base import Attention, AttentionOptions
+from vil.attention.base import Attention
 from vil.attention.full import FullAttention
 from vil.attention.global_only import GlobalOnlyAttention
 from vil.attention.linformer import LinformerAttention
@@ -17,4 +17,4 @@ ATTENTIONS: dict[str, type[Attention]] = {
     "global_only": GlobalOnlyAttention,
 }
 
-__all__ = ["ATTENTIONS", "Attention", "AttentionOptions"]
+__all__ = ["ATTENTIONS", "Attention"]

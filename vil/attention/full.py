@@ -6,33 +6,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vil.attention.base import Attention, AttentionOptions, GlobalBias
-from vil.attention.weights import AttentionWeights, softmax_weights
+from vil.attention.base import Attention, GlobalBias
+from vil.attention.maps import AttentionWeights, softmax_weights
+from vil.config import ModelConfig, StageConfig
 
 
 class FullAttention(Attention):
-    """Full self-attention over global and local tokens, with a relative position bias where asked for.
+    """Full self-attention over global and local tokens, with an optional relative position bias.
 
     The bias is one number per head and offset (query − key, rows first) between local tokens, in a table of
     (2H−1) × (2W−1), and one per head and global token for the scores that involve global tokens. On a map of
     another size than the one it was built for, the table is resized bilinearly.
     """
 
-    has_relative_position = True
+    supports_relative_position = True
 
-    def __init__(
-        self, dim: int, heads: int, size: tuple[int, int], global_tokens: int, options: AttentionOptions
-    ) -> None:
-        super().__init__(dim, heads, size, global_tokens, options)
-        self.query_key_value = nn.Linear(dim, 3 * dim)
-        self.projection = nn.Linear(dim, dim)
+    def __init__(self, stage: StageConfig, config: ModelConfig, size: tuple[int, int]) -> None:
+        super().__init__(stage, config, size)
+        self.query_key_value = nn.Linear(self.dim, 3 * self.dim)
+        self.projection = nn.Linear(self.dim, self.dim)
         self.bias_table: nn.Parameter | None = None
         self.global_bias: GlobalBias | None = None
-        if options.relative_position:
-            self.bias_table = nn.Parameter(torch.empty(heads, 2 * size[0] - 1, 2 * size[1] - 1))
+        if self.uses_relative_position(stage):
+            self.bias_table = nn.Parameter(torch.empty(self.heads, 2 * size[0] - 1, 2 * size[1] - 1))
             nn.init.trunc_normal_(self.bias_table, std=0.02)
-            if global_tokens:
-                self.global_bias = GlobalBias(heads, global_tokens)
+            if self.global_tokens:
+                self.global_bias = GlobalBias(self.heads, self.global_tokens)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`."""
@@ -40,17 +39,17 @@ class FullAttention(Attention):
         output = self.attend(query, key, value, self._bias(size, self.count_globals(x, size)))
         return self.output_dropout(self.projection(self.merge_heads(output)))
 
-    def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
-        """See `Attention.weights`."""
+    def attention_weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
+        """See `Attention.attention_weights`."""
         query, key, _ = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
-        globals_ = self.count_globals(x, size)
-        bias = self._bias(size, globals_)
+        num_globals = self.count_globals(x, size)
+        bias = self._bias(size, num_globals)
         weights = softmax_weights(query[:, :, queries], key, None if bias is None else bias[:, queries])
-        return AttentionWeights.place(weights, None, globals_, size)
+        return AttentionWeights.from_flat(weights, None, num_globals, size)
 
     @torch.no_grad()
     def resize(self, size: tuple[int, int]) -> None:
-        """See `Attention.resize`; the table becomes another parameter."""
+        """See `Attention.resize`; replaces the parameter of the bias table."""
         super().resize(size)
         if self.bias_table is not None:
             self.bias_table = nn.Parameter(resize_offsets(self.bias_table, size))
@@ -60,25 +59,25 @@ class FullAttention(Attention):
         tokens = self.global_tokens + size[0] * size[1]
         return 4 * tokens * self.dim**2 + 2 * tokens**2 * self.dim
 
-    def _bias(self, size: tuple[int, int], globals_: int) -> Tensor | None:
-        """(h, G+N, G+N), or None without relative position."""
+    def _bias(self, size: tuple[int, int], num_globals: int) -> Tensor | None:
+        """Return the biases (h, G+N, G+N) of all scores, or None without relative position."""
         if self.bias_table is None:
             return None
         table = resize_offsets(self.bias_table, size)
-        # Query i and key j along one axis are i − j apart: in the table turned around, the entries of query i
-        # are one stretch, which `unfold` reads without a tensor of indices.
-        stretches = table.flip(1, 2).unfold(1, size[0], 1).unfold(2, size[1], 1)  # (h, H, W, H, W)
-        local = stretches.flip(1, 2).flatten(3).flatten(1, 2)  # (h, N, N)
+        # Query i and key j along one axis are i − j apart: in the flipped table, the entries of query i are
+        # contiguous, and `unfold` reads them without an index tensor.
+        rows = table.flip(1, 2).unfold(1, size[0], 1).unfold(2, size[1], 1)  # (h, H, W, H, W)
+        local = rows.flip(1, 2).flatten(3).flatten(1, 2)  # (h, N, N)
         if self.global_bias is None:
-            return F.pad(local, (globals_, 0, globals_, 0))
-        locals_ = local.shape[-1]
-        from_local = self.global_bias.of_local_queries(globals_)[:, None, :].expand(-1, locals_, -1)
-        of_globals = self.global_bias.of_global_queries(globals_, locals_)  # (h, G, G+N)
-        return torch.cat([of_globals, torch.cat([from_local, local], dim=-1)], dim=1)
+            return F.pad(local, (num_globals, 0, num_globals, 0))
+        num_locals = local.shape[-1]
+        local_query = self.global_bias.local_query_bias(num_globals)[:, None, :].expand(-1, num_locals, -1)
+        global_query = self.global_bias.global_query_bias(num_globals, num_locals)  # (h, G, G+N)
+        return torch.cat([global_query, torch.cat([local_query, local], dim=-1)], dim=1)
 
 
 def resize_offsets(table: Tensor, size: tuple[int, int]) -> Tensor:
-    """A table of offsets (h, 2H'−1, 2W'−1), resized bilinearly to (h, 2H−1, 2W−1) for (H, W) = `size`."""
+    """Resize a table of offsets (h, 2H'−1, 2W'−1) to (h, 2H−1, 2W−1), (H, W) = `size`, bilinearly."""
     target = (2 * size[0] - 1, 2 * size[1] - 1)
     if table.shape[1:] == target:
         return table

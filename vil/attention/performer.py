@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vil.attention.base import Attention, AttentionOptions
-from vil.attention.weights import AttentionWeights
-from vil.config import ConfigError
+from vil.attention.base import Attention
+from vil.attention.maps import AttentionWeights
+from vil.config import ModelConfig, StageConfig
 
 EPS = 1e-4
 
@@ -16,8 +16,8 @@ EPS = 1e-4
 def _random_orthogonal(width: int) -> Tensor:
     """Draw an orthogonal (width, width) matrix from the Haar distribution, uniform over all of them.
 
-    Q of a Gaussian matrix alone is not: LAPACK's choice of signs prefers directions, and the kernel estimate
-    is biased with it. The signs of R's diagonal correct that.
+    Q of a Gaussian matrix alone is not Haar-distributed, because of the signs that LAPACK chooses, and would
+    bias the kernel estimate. Multiplying by the signs of R's diagonal corrects that.
 
     Source: F. Mezzadri, How to generate random matrices from the classical compact groups, Notices of the
     AMS 54, 2007, section 5.
@@ -30,21 +30,17 @@ class PerformerAttention(Attention):
     """softmax(q·k) approximated by φ(q)·φ(k) with m random features, linear in the number of tokens.
 
     The projection is orthogonal within blocks of D rows, Haar-distributed, its rows scaled by norms of
-    Gaussian rows. It is a buffer, saved with the model, and drawn anew while training: see
-    `set_training_progress`. Attention dropout drops a key for all queries of a head at once, since no weight
-    of a single pair is ever computed.
+    Gaussian rows. It is a buffer, saved with the model, and redrawn in training: see `set_training_progress`.
+    Attention dropout drops a key for all queries of a head at once, since weights of single pairs are never
+    computed.
     """
 
-    def __init__(
-        self, dim: int, heads: int, size: tuple[int, int], global_tokens: int, options: AttentionOptions
-    ) -> None:
-        super().__init__(dim, heads, size, global_tokens, options)
-        if options.random_features < 1:
-            raise ConfigError("random_features", f"must be at least 1, got {options.random_features}")
-        self.query_key_value = nn.Linear(dim, 3 * dim)
-        self.projection = nn.Linear(dim, dim)
+    def __init__(self, stage: StageConfig, config: ModelConfig, size: tuple[int, int]) -> None:
+        super().__init__(stage, config, size)
+        self.query_key_value = nn.Linear(self.dim, 3 * self.dim)
+        self.projection = nn.Linear(self.dim, self.dim)
         self.random_projection: Tensor
-        self.register_buffer("random_projection", torch.empty(options.random_features, self.head_dim))
+        self.register_buffer("random_projection", torch.empty(stage.random_features, self.head_dim))
         self.redraw()
 
     @torch.no_grad()
@@ -56,10 +52,10 @@ class PerformerAttention(Attention):
         self.random_projection.copy_(torch.cat(blocks) * norms)
 
     def set_training_progress(self, step: int, epoch: int) -> None:
-        """See `Attention.set_training_progress`: a new projection every 2 + 5·epoch steps, as in the paper.
+        """See `Attention.set_training_progress`: redraw every 2 + 5·epoch steps, as in the paper.
 
-        The first projection, too, is used for a whole period. The periods are counted from the first step of
-        the run, so that a continued run needs no counter.
+        The first projection is used for a whole period, too. Periods are counted from the first step of the
+        run, so that a continued run needs no counter.
         """
         if (step + 1) % (2 + 5 * epoch) == 0:
             self.redraw()
@@ -67,7 +63,7 @@ class PerformerAttention(Attention):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`."""
         query, key, value = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
-        # Exponentials of sums of squares: half precision would overflow.
+        # Exponentials of sums of squares overflow in half precision.
         with torch.autocast(x.device.type, enabled=False):
             query_features = self._features(query.float(), is_query=True)  # (B, h, G+N, m)
             key_features = self._features(key.float(), is_query=False)
@@ -77,26 +73,26 @@ class PerformerAttention(Attention):
             output = query_features @ summary / normalizer
         return self.output_dropout(self.projection(self.merge_heads(output.to(value.dtype))))
 
-    def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
-        """See `Attention.weights`: φ(q)·φ(k) over its sum, by which `forward` sums up values unseen."""
+    def attention_weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
+        """See `Attention.attention_weights`: normalized φ(q)·φ(k), the weights that `forward` implies."""
         query, key, _ = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
         with torch.autocast(x.device.type, enabled=False):
             query_features = self._features(query[:, :, queries].float(), is_query=True)  # (B, h, n, m)
             products = query_features @ self._features(key.float(), is_query=False).transpose(-2, -1)
             weights = products / products.sum(dim=-1, keepdim=True)  # (B, h, n, G+N)
-        return AttentionWeights.place(weights, None, self.count_globals(x, size), size)
+        return AttentionWeights.from_flat(weights, None, self.count_globals(x, size), size)
 
     def multiply_adds(self, size: tuple[int, int]) -> int:
-        """See `Attention.multiply_adds`. Features, their summary, sums and normalizers."""
+        """See `Attention.multiply_adds`: features, their summary, weighted sums and normalizers."""
         tokens = self.global_tokens + size[0] * size[1]
         features = self.random_projection.shape[0]
         return 4 * tokens * self.dim**2 + 4 * tokens * features * self.dim + tokens * features * self.heads
 
     def _features(self, x: Tensor, *, is_query: bool) -> Tensor:
-        """φ(x) = m^−½ (exp(w·x − |x|²/2 − max) + eps) with x scaled by D^−¼; (B, h, T, D) → (B, h, T, m)."""
+        """Compute φ(x) = m^−½ (exp(w·x − |x|²/2 − max) + eps), x scaled by D^−¼; (…, T, D) → (…, T, m)."""
         x = x * self.head_dim**-0.25
         dots = x @ self.random_projection.to(x.dtype).T  # (B, h, T, m)
         # A constant per query cancels in the quotient, and so does one constant for all keys.
-        largest = dots.amax(dim=-1, keepdim=True) if is_query else dots.max()
+        maximum = dots.amax(dim=-1, keepdim=True) if is_query else dots.max()
         half_square = x.square().sum(dim=-1, keepdim=True) / 2
-        return self.random_projection.shape[0] ** -0.5 * ((dots - half_square - largest).exp() + EPS)
+        return self.random_projection.shape[0] ** -0.5 * ((dots - half_square - maximum).exp() + EPS)

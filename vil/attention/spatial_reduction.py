@@ -6,27 +6,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vil.attention.base import Attention, AttentionOptions
-from vil.attention.weights import AttentionWeights, softmax_weights
-from vil.config import ConfigError
+from vil.attention.base import Attention
+from vil.attention.maps import AttentionWeights, softmax_weights
+from vil.config import ModelConfig, StageConfig, UserError
 
 
 class SpatialReductionAttention(Attention):
     """Every token attends to the global tokens and to the map after an r × r convolution of stride r.
 
-    The convolution has no bias; an instance norm without weights follows. Rows and columns that r does not
-    divide are floored.
+    The convolution has no bias; an instance norm without weights follows. Rows and columns beyond the last
+    multiple of r are dropped.
     """
 
-    def __init__(
-        self, dim: int, heads: int, size: tuple[int, int], global_tokens: int, options: AttentionOptions
-    ) -> None:
-        super().__init__(dim, heads, size, global_tokens, options)
-        if not 1 <= options.reduction <= min(size):
-            raise ConfigError(
-                "reduction", f"must be from 1 to {min(size)}, the map's side, got {options.reduction}"
-            )
-        self.reduction = options.reduction
+    def __init__(self, stage: StageConfig, config: ModelConfig, size: tuple[int, int]) -> None:
+        super().__init__(stage, config, size)
+        if stage.reduction > min(size):
+            side = min(size)
+            raise UserError("reduction", f"must be at most {side}, the map's side, got {stage.reduction}")
+        dim = self.dim
+        self.reduction = stage.reduction
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.projection = nn.Linear(dim, dim)
@@ -39,22 +37,24 @@ class SpatialReductionAttention(Attention):
         output = self.attend(query, key, value)
         return self.output_dropout(self.projection(self.merge_heads(output)))
 
-    def weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
-        """See `Attention.weights`. Those of the map are for cells of r × r positions."""
+    def attention_weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
+        """See `Attention.attention_weights`; local keys are cells of r × r positions."""
         query = self.split_heads(self.query(x[:, queries]))  # (B, h, n, D)
         key, _ = self._keys_values(x, size)
         cells = (size[0] // self.reduction, size[1] // self.reduction)
-        globals_ = self.count_globals(x, size)
-        return AttentionWeights.place(softmax_weights(query, key), None, globals_, cells, self.reduction)
+        num_globals = self.count_globals(x, size)
+        return AttentionWeights.from_flat(
+            softmax_weights(query, key), None, num_globals, cells, self.reduction
+        )
 
     def _keys_values(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Keys and values (B, h, G+N', D) of the global tokens and the reduced map."""
-        globals_ = self.count_globals(x, size)
-        grid = x[:, globals_:].transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
+        """Return keys and values (B, h, G+N', D) of the global tokens and the reduced map."""
+        num_globals = self.count_globals(x, size)
+        grid = x[:, num_globals:].transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
         reduced = self.reduce(grid).flatten(2)  # (B, C, N')
-        # Instance norm without weights, also where a single position is left.
+        # Instance norm without weights; F.instance_norm refuses a map of a single position.
         reduced = F.layer_norm(reduced, reduced.shape[-1:]).transpose(1, 2)  # (B, N', C)
-        keys = torch.cat([x[:, :globals_], reduced.to(x.dtype)], dim=1)
+        keys = torch.cat([x[:, :num_globals], reduced.to(x.dtype)], dim=1)
         return self.split_heads_many(self.key_value(keys), 2)
 
     def multiply_adds(self, size: tuple[int, int]) -> int:

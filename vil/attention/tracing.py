@@ -1,8 +1,9 @@
-"""Questions about the current trace that torch.compile answers once, while it traces, and puts into no graph.
+"""Properties of the current trace, evaluated by torch.compile once, while tracing, and not in the graph.
 
-PyTorch's own functions are not enough: in torch 2.11 Dynamo takes `torch.compiler.is_exporting()` for True in
-plain `torch.compile` as well (pytorch/pytorch#176347), and cannot trace `torch.amp.is_autocast_available`. A
-function marked `assume_constant_result` runs as ordinary Python instead, with its result in the graph.
+PyTorch's functions are not sufficient: in torch 2.11 Dynamo evaluates `torch.compiler.is_exporting()` as
+True in plain `torch.compile` as well (pytorch/pytorch#176347), and cannot trace
+`torch.amp.is_autocast_available`. A function marked `assume_constant_result` runs as ordinary Python instead,
+and its result is a constant of the graph.
 """
 
 from __future__ import annotations

@@ -7,42 +7,43 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vil.attention.base import AttentionOptions
 from vil.attention.global_only import GlobalMemoryAttention
-from vil.attention.local import Neighbors, check_backend, forced_backend, keys_per_query, local_attention
+from vil.attention.local import (
+    Mask,
+    Neighbors,
+    check_backend,
+    forced_backend,
+    keys_per_query,
+    local_attention,
+)
 from vil.attention.local.dense import dense_weights
-from vil.attention.local.geometry import Inputs, Window
-from vil.config import ConfigError
+from vil.attention.local.geometry import Inputs, LocalAttentionSpec
+from vil.config import ModelConfig, StageConfig, UserError
 
 
 class VisionLongformerAttention(GlobalMemoryAttention):
-    """Local tokens attend to the global tokens and to a 2-D window; cost is linear in the number of tokens.
+    """Local tokens attend to the global tokens and to a 2-D window, at a cost linear in the number of tokens.
 
-    While training with `neighbors="random"`, each forward pass draws one of the eight neighbouring chunks,
-    and a query sees that one beside its own: the paper's random shift. `neighbors` may be changed at any
-    time, also to a number 0..7 that shows every query the same neighbour. Evaluation sees all eight, except
-    with `self`.
+    In training with `neighbors="random"`, each forward pass draws one of the eight neighboring chunks, and a
+    query sees its own chunk and that one: the paper's random shift. `set_neighbors` changes the neighbors at
+    any time, also to a fixed one, 0..7. Evaluation uses all eight, except with `self`.
     """
 
-    has_relative_position = True
+    supports_relative_position = True
 
-    def __init__(
-        self, dim: int, heads: int, size: tuple[int, int], global_tokens: int, options: AttentionOptions
-    ) -> None:
-        super().__init__(dim, heads, size, global_tokens, options)
-        if options.window < 1:
-            raise ConfigError("window", f"must be at least 1, got {options.window}")
-        if options.mask == "exact" and options.neighbors != "all":
-            raise ConfigError("neighbors", "the exact mask is defined for all neighbors only")
-        forced_backend(options.backend)  # raises here and not in the first step
-        self.window = options.window
-        self.mask = options.mask
-        self.neighbors: Literal["all", "self", "random"] | int = options.neighbors
-        self.backend = options.backend
+    def __init__(self, stage: StageConfig, config: ModelConfig, size: tuple[int, int]) -> None:
+        super().__init__(stage, config, size)
+        self.window = stage.window
+        self.mask: Mask = config.mask or "chunk"
+        self.neighbors: Literal["all", "self", "random"] | int = config.neighbors or "all"
+        self.backend = config.attention_backend
+        if self.mask == "exact" and self.neighbors != "all":
+            raise UserError("neighbors", "the exact mask is defined for all neighbors only")
+        forced_backend(self.backend)  # raises for a wrong environment variable now, not in the first step
         self.bias_table: nn.Parameter | None = None
-        if options.relative_position:
+        if self.uses_relative_position(stage):
             side = 4 * self.window - 1
-            self.bias_table = nn.Parameter(torch.empty(heads, side, side))
+            self.bias_table = nn.Parameter(torch.empty(self.heads, side, side))
             nn.init.trunc_normal_(self.bias_table, std=0.02)
 
     def attend_local(
@@ -57,7 +58,7 @@ class VisionLongformerAttention(GlobalMemoryAttention):
         """See `GlobalMemoryAttention.attend_local`."""
         neighbors: Neighbors = "all"
         if self.neighbors == "random":
-            if self.training:  # drawn on the device, so that the host need not wait for it
+            if self.training:  # drawn on the device, to avoid a synchronization
                 neighbors = torch.randint(8, (1,), device=query.device)
         elif self.training or self.neighbors == "self":
             neighbors = self.neighbors
@@ -72,27 +73,27 @@ class VisionLongformerAttention(GlobalMemoryAttention):
             mask=self.mask,
             neighbors=neighbors,
             bias_table=self.bias_table,
-            global_bias=self._bias_of_globals(global_key.shape[2]),
+            global_bias=self._global_bias(global_key.shape[2]),
             dropout=self.dropout_p(),
             backend=self.backend,
         )
 
-    def weigh_local(
+    def local_attention_weights(
         self, query: Tensor, key: Tensor, global_key: Tensor, size: tuple[int, int], queries: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See `GlobalMemoryAttention.weigh_local`."""
-        bias = self._bias_of_globals(global_key.shape[2])
+        """See `GlobalMemoryAttention.local_attention_weights`."""
+        bias = self._global_bias(global_key.shape[2])
         inputs = Inputs(query, key, key, global_key, global_key, self.bias_table, bias)  # values are not read
         neighbors: Literal["all", "self"] = "self" if self.neighbors == "self" else "all"
-        return dense_weights(inputs, Window(size, self.window, self.mask, neighbors), queries)
+        return dense_weights(inputs, LocalAttentionSpec(size, self.window, self.mask, neighbors), queries)
 
-    def _bias_of_globals(self, globals_: int) -> Tensor | None:
-        return None if self.global_bias is None else self.global_bias.of_local_queries(globals_)
+    def _global_bias(self, num_globals: int) -> Tensor | None:
+        return None if self.global_bias is None else self.global_bias.local_query_bias(num_globals)
 
     def set_neighbors(self, neighbors: Literal["all", "self", "random"] | int) -> None:
-        """See `Attention.set_neighbors`. Raises ValueError for the exact mask unless `all`."""
+        """See `Attention.set_neighbors`. Raise ValueError for the exact mask unless `all`."""
         if self.mask == "exact" and neighbors != "all":
-            raise ValueError("the exact window is defined for all neighbors only")
+            raise ValueError("the exact mask is defined for all neighbors only")
         self.neighbors = neighbors
 
     def check_device(self, device: torch.device) -> None:
@@ -104,5 +105,5 @@ class VisionLongformerAttention(GlobalMemoryAttention):
             )
 
     def local_keys(self) -> int:
-        """9w² for the chunk and cyclic masks, (2w+1)² for exact; w² where only the own chunk is seen."""
+        """Return 9w² for the chunk and cyclic masks, (2w+1)² for exact, w² with `neighbors="self"`."""
         return keys_per_query(self.window, self.mask, "self" if self.neighbors == "self" else "all")

@@ -1,27 +1,30 @@
 """Command lines and YAML files → a validated configuration; errors → one line and an exit status."""
 
-from vil.command_line.line import COMMAND_LINE_KEYS, CommandLine, Line, file_origin, parse
+from vil.command_line.arguments import file_origin
+from vil.command_line.eval_command import resolve_eval_command
 from vil.command_line.program import (
-    OneRankError,
     ToolParser,
+    bounded_int,
+    errors_of_one_rank,
     main,
     out_of_memory,
-    reading_images,
-    write_output,
+    run_program,
 )
-from vil.config import COMMAND_LINE
+from vil.command_line.resolution import COMMAND_LINE_KEYS, ParsedArguments, ResolvedConfig, parse
+from vil.command_line.train_command import resolve_train_command
 
 __all__ = [
-    "COMMAND_LINE",
     "COMMAND_LINE_KEYS",
-    "CommandLine",
-    "Line",
-    "OneRankError",
+    "ParsedArguments",
+    "ResolvedConfig",
     "ToolParser",
+    "bounded_int",
+    "errors_of_one_rank",
     "file_origin",
     "main",
     "out_of_memory",
     "parse",
-    "reading_images",
-    "write_output",
+    "resolve_eval_command",
+    "resolve_train_command",
+    "run_program",
 ]

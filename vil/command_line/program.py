@@ -1,4 +1,4 @@
-"""Run a program of this project: exit status, one line on standard error, results written durably."""
+"""Run a program of this project: exit status, one line on standard error, atomic results."""
 
 from __future__ import annotations
 
@@ -8,78 +8,91 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from vil.config import COMMAND_LINE, ConfigError, printable
-from vil.console import finish, say
-from vil.runtime import files
+import vil
+from vil.config import COMMAND_LINE, UserError, error_reason, printable
+from vil.runtime.console import flush_streams, print_line
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
-class OneRankError(ConfigError):
-    """A ConfigError of which the other ranks may know nothing."""
+class OneRankError(UserError):
+    """A UserError that may concern one rank alone."""
 
 
 @contextmanager
-def reading_images() -> Iterator[None]:
-    """Makes what is raised inside about the data an `OneRankError`: each rank reads images of its own."""
+def errors_of_one_rank() -> Iterator[None]:
+    """Turn an error about the data into `OneRankError`: each rank reads other images."""
     try:
         yield
-    except ConfigError as error:
-        if error.key.startswith("data."):
-            raise OneRankError(error.key, error.reason, error.origin) from error
+    except UserError as error:
+        if error.location.startswith("data."):
+            raise OneRankError(error.location, error.reason, error.origin) from error
         raise
 
 
-def main(program: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Runs `program` with the words of the command line, and ends the process as every program here does.
+def run_program(
+    program: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
+) -> Result:
+    """Call a program and return its result; end the process if it raises.
 
-    Exit status 2 and one line on standard error for a ConfigError, 1 where the memory of the machine or of
-    its GPU is not enough, 130 for Ctrl-C. Of several processes that torchrun starts on one machine, the first
-    one speaks, and each one of what it alone may know. What the package logs meanwhile is printed.
+    Exit status 2 and one line on standard error for a UserError, `exit_status` of an exception that has one,
+    1 if the machine or its GPU is out of memory, 130 for Ctrl-C. Of the processes that torchrun starts on
+    one machine the first one prints the line, and for a `OneRankError` the one that raised it. Log records of
+    the package are printed meanwhile.
     """
     status, line = 0, None
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is replaced: no line is lost
+        if isinstance(stream, io.TextIOWrapper):  # characters that the encoding lacks are replaced
             stream.reconfigure(errors="replace")
-    rank, speaks = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
-    screen, logger = _Screen(), logging.getLogger("vil")
+    rank, prints = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
+    handler, logger = _ConsoleHandler(), logging.getLogger("vil")
     if rank == "0":
-        logger.addHandler(screen)
+        logger.addHandler(handler)
         logger.setLevel(logging.INFO)
     try:
-        program(sys.argv[1:])
+        return program(*args, **kwargs)
     except SystemExit as ended:
         if not isinstance(ended.code, int):
             raise
         status = ended.code
-    except ConfigError as error:
+    except UserError as error:
         status, line = 2, f"error: {error}"
         if isinstance(error, OneRankError) and rank != "0":
-            speaks, line = True, f"[rank {rank}] {line}"
+            prints, line = True, f"[rank {rank}] {line}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted"
     except Exception as error:
-        reason = out_of_memory(error)
-        if reason is not None:
+        status = 1
+        if isinstance(exit_status := getattr(error, "exit_status", None), int):
+            status, line = exit_status, str(error) if exit_status > 128 else f"error: {error}"
+        elif reason := out_of_memory(error):
             line = f"error: {reason}; smaller batches or images, or a smaller model, need less"
             if rank != "0":
-                speaks, line = True, f"[rank {rank}] {line}"
+                prints, line = True, f"[rank {rank}] {line}"
         elif _has_process_group():
             traceback.print_exc()
         else:
             raise
-        status = 1
     finally:
-        logger.removeHandler(screen)
-    if line is not None and speaks:
-        say(" ".join(printable(line).split()), sys.stderr)
-    finish()
-    if _has_process_group():  # left after an error: it would wait for the other ranks, perhaps for ever
+        logger.removeHandler(handler)
+    if line is not None and prints:
+        print_line(" ".join(printable(line).split()), sys.stderr)
+    flush_streams()
+    if _has_process_group():  # left after an error: destroying it could wait for the other ranks forever
         os._exit(status)
     raise SystemExit(status)
+
+
+def main(program: Callable[[list[str]], object]) -> NoReturn:
+    """Run a program with the arguments of the command line, then end the process with status 0."""
+    run_program(program, sys.argv[1:])
+    flush_streams()
+    raise SystemExit(0)
 
 
 def _has_process_group() -> bool:
@@ -87,57 +100,58 @@ def _has_process_group() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
-def write_output(path: Path, content: str | bytes, option: str = "") -> None:
-    """Write a result, and the folders above it; `path` holds the old content or all of the new.
-
-    A device, a pipe and /dev/stdout are written to, and not replaced.
-
-    Args:
-        path: the file.
-        content: text, written as UTF-8, or bytes.
-        option: what to name in the error, where it was an option that named the file.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_output(path, content)
-    except OSError as error:
-        reason = f"cannot be written: {error.strerror or error}"
-        raise ConfigError(*((option, f"{path} {reason}") if option else (str(path), reason))) from None
-
-
 def out_of_memory(error: Exception) -> str | None:
-    """What an error of Python, of PyTorch on a CPU or on a GPU says that had too little memory, on one line;
-    None for any other."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    if isinstance(error, MemoryError) or any(some in str(error) for some in words):
-        return f"out of memory: {(str(error).splitlines() or ['MemoryError'])[0]}"
+    """Return one line about an out-of-memory error of Python or PyTorch; None for other errors."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or any(text in str(error) for text in texts):
+        return f"out of memory: {error_reason(error)}"
     return None
 
 
-class _Screen(logging.Handler):
-    """Log records as lines on standard output, among those that a program prints itself."""
+class _ConsoleHandler(logging.Handler):
+    """Print log records on standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record))
+        print_line(self.format(record))
+
+
+def bounded_int(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """Return an argparse type for integers from `minimum` to `maximum`, both included and not negative."""
+    limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not minimum <= int(text) <= (int(text) if maximum is None else maximum):
+            raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text!r}")
+        return int(text)
+
+    return parse
 
 
 class ToolParser(argparse.ArgumentParser):
-    """An argument parser of the standard library whose complaints are `ConfigError`s of one line."""
+    """An `argparse.ArgumentParser` with --version, whose errors are `UserError`s."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_argument("--version", action="version", version=f"vil {vil.__version__}")
 
     def error(self, message: str) -> NoReturn:
-        """Raises the complaint instead of printing it with the usage."""
-        raise ConfigError("", message, COMMAND_LINE)
+        """Raise the error instead of printing it with the usage."""
+        raise UserError("", message, COMMAND_LINE)
 
-    def add_checkpoint(self) -> None:
-        """Adds the arguments of `vil.models.released.open_model`: which weights to read."""
+    def add_checkpoint(self, is_optional: bool = False) -> None:
+        """Add the arguments that select weights: those of `vil.checkpoints.open_weights`."""
         self.add_argument(
-            "checkpoint", help="run folder, checkpoint of train.py, safetensors, or published checkpoint"
+            "checkpoint",
+            nargs="?" if is_optional else None,
+            help="run folder, checkpoint of train.py, safetensors, or published checkpoint",
         )
         self.add_argument("--released-config", metavar="YAML", help="configuration of a published checkpoint")
-        self.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto",
-                          help="which weights of a run; auto takes the kind that was best")  # fmt: skip
-        self.add_argument("--which", choices=("best", "last"), default="best",
-                          help="which checkpoint of a run's folder")  # fmt: skip
+        self.add_argument(
+            "--weights",
+            choices=("auto", "raw", "ema"),
+            default="auto",
+            help="raw weights of a run or their moving average; auto is the better one in evaluation",
+        )
+        self.add_argument(
+            "--run-checkpoint", choices=("best", "last"), default="best", help="checkpoint of a run's folder"
+        )

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model, without changing it."""
+"""Parameters and FLOPs of a model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vil.modes import mode
+from vil.runtime.modes import mode
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a model costs whatever the machine.
+    """Cost of a model on any machine.
 
     Attributes:
-        params: numbers in its parameters; one that is shared counts once, buffers do not count.
-        flops: multiply-adds of one forward pass of one image, as papers of this field count them.
+        params: number of parameters; shared ones count once, buffers do not count.
+        flops: multiply-adds of a forward pass of one image, the convention of papers in this field.
     """
 
     params: int
@@ -28,28 +28,28 @@ class Complexity:
 
 
 def measure_complexity(model: nn.Module, image_size: int, in_chans: int) -> Complexity:
-    """Parameters and multiply-adds of `model` for one image (in_chans, image_size, image_size)."""
-    return Complexity(
-        sum(parameter.numel() for parameter in model.parameters()),
-        multiply_adds(model, image_size, in_chans),
-    )
+    """Count the parameters of `model`, and its multiply-adds for one square image."""
+    return Complexity(count_parameters(model), multiply_adds(model, image_size, in_chans))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters; shared ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def multiply_adds(model: nn.Module, image_size: int, in_chans: int) -> int:
-    """Multiply-adds of one forward pass of one image.
+    """Return the multiply-adds of a forward pass of one image.
 
-    A model with a method `multiply_adds((height, width))` is asked: its formula also knows fused kernels. Any
-    other runs once, in eval mode, under PyTorch's counter of matrix products and convolutions.
+    A model with a method `multiply_adds((height, width))` computes them itself, which also covers fused
+    kernels. Any other runs once in eval mode under PyTorch's counter of matrix products and convolutions.
     """
     formula = getattr(model, "multiply_adds", None)
     if callable(formula):
         return int(formula((image_size, image_size)))
-    some_tensor = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(
-        1, in_chans, image_size, image_size, device=some_tensor.device, dtype=some_tensor.dtype
-    )
-    # The math backend takes attention apart into the products that the counter knows on every device. The
-    # counter's hooks break on views of parameters that need gradients (CaiT, PiT), so none does here.
+    parameter = next(model.parameters(), torch.empty(0))
+    image = torch.zeros(1, in_chans, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    # The math backend splits attention into products that the counter supports on every device. The counter's
+    # hooks fail on views of parameters that require gradients (CaiT, PiT).
     with (
         torch.no_grad(),
         mode(model, training=False),
@@ -63,7 +63,7 @@ def multiply_adds(model: nn.Module, image_size: int, in_chans: int) -> int:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter need a gradient inside; afterwards each is as it was."""
+    """Disable the gradients of all parameters, and restore those that were enabled."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a model predicts, image by image: per-class accuracy, confusion matrix, most confident mistakes."""
+"""Predictions of a model on each image: confusion matrix, accuracy by class, most confident mistakes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vil.config import ConfigError, Precision
-from vil.modes import mode
-from vil.training.precision import autocast
+from vil.config import Precision, UserError
+from vil.runtime.modes import mode
+from vil.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that was taken for one of another class.
+    """A misclassified image.
 
     Attributes:
-        image: (C, H, W) as the model saw it, normalised, on the CPU.
-        number: its place in the order of the loader, counted from 0; images that cannot be read have none.
-        target: its class.
-        predicted: the class it was taken for.
-        confidence: probability of the predicted class, 0-1.
-        target_probability: probability of its own class, 0-1.
+        image: (C, H, W), the normalized input of the model, on the CPU.
+        index: position in the order of the loader, which skips images that cannot be read.
+        target: index of its class.
+        predicted: index of the predicted class.
+        confidence: probability of the predicted class, in [0, 1].
+        target_probability: probability of the target, in [0, 1].
     """
 
     image: Tensor
-    number: int
+    index: int
     target: int
     predicted: int
     confidence: float
@@ -37,15 +37,15 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Counts over all images, and the worst of the mistakes.
+    """Counts over all images, and the most confident mistakes.
 
     Attributes:
-        images: (classes,) int64, how many images of each class there are.
-        confusion: (classes, logits) int64, images of each class (row) by the class they were taken for
-            (column). A model with more rows than the data has classes may take an image for one of those. An
-            image whose logits hold a NaN is taken for none and stands in no column.
-        mistakes: the most confident ones first; of equal ones the earlier image first.
-        unreadable: images of the set that could not be read and are not counted above.
+        images: (classes,) int64, number of images of each class.
+        confusion: (classes, logits) int64, number of images by class (row) and prediction (column). A model
+            with more logits than the data has classes may predict any of them. Images with a NaN among their
+            logits have no prediction and are in no column.
+        mistakes: by descending confidence; of equal ones the earlier image first.
+        unreadable: number of images that could not be read, which are not counted above.
     """
 
     images: Tensor
@@ -55,14 +55,14 @@ class Predictions:
 
     @property
     def top1(self) -> float:
-        """Images that were taken for their own class, in per cent: `vil.evaluation.accuracy`'s Top-1."""
+        """Top-1 in percent, as in `vil.evaluation.metrics`."""
         return 100 * int(self.confusion.diagonal().sum()) / int(self.images.sum())
 
     @property
     def class_accuracy(self) -> list[float | None]:
-        """The same for each class; None for a class without images."""
+        """Top-1 of each class in percent; None for a class without images."""
         correct = self.confusion.diagonal().tolist()
-        return [100 * right / count if count else None for right, count in zip(correct, self.images.tolist())]
+        return [100 * hits / count if count else None for hits, count in zip(correct, self.images.tolist())]
 
 
 @torch.no_grad()
@@ -72,79 +72,80 @@ def predict(
     *,
     device: torch.device,
     precision: Precision,
-    class_count: int,
-    class_rows: Sequence[int] | None = None,
-    most_mistakes: int = 24,
+    num_classes: int,
+    logit_indices: Sequence[int] | None = None,
+    max_mistakes: int = 24,
     progress: bool = False,
 ) -> Predictions:
-    """Runs `model` over all images of the loader, in one process.
+    """Run `model` on all images of the loader, in one process.
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, rows); its mode is the same afterwards as before.
-        loader: yields images (B, C, H, W), float, and targets (B,), int64, or (B, 1 + K), whose first column
-            is the class, as `vil.evaluation.accuracy.evaluate` takes them.
-        device: where the model is.
-        precision: of the forward pass; probabilities are computed in float64.
-        class_count: number of classes of the data; the model may have more.
-        class_rows: the logits that belong to these classes, class 0's first; all others are left out.
-        most_mistakes: how many mistakes to keep.
-        progress: show a bar.
+        model: maps images (B, C, H, W) to logits (B, logits), on `device`; its mode is restored.
+        loader: batches of images (B, C, H, W), float, and targets (B,), int64, or (B, 1 + K), whose first
+            column is the target, as in `vil.evaluation.accuracy.evaluate`.
+        device: device of the model.
+        precision: precision of the forward pass; probabilities are computed in float64.
+        num_classes: number of classes of the data; the model may have more.
+        logit_indices: index of each class's logit; all other logits are ignored. None keeps all.
+        max_mistakes: number of mistakes to keep.
+        progress: show a progress bar in a terminal.
 
     Raises:
-        ConfigError: there is no image, or the model has fewer classes than the data.
+        UserError: there are no images, or the model has fewer classes than the data.
     """
-    rows = None if class_rows is None else torch.tensor(class_rows, device=device)
-    needed = max(class_rows) + 1 if class_rows else class_count
-    images_of = torch.zeros(class_count, dtype=torch.int64)
+    indices = None if logit_indices is None else torch.tensor(logit_indices, device=device)
+    num_logits = max(logit_indices) + 1 if logit_indices else num_classes
+    class_images = torch.zeros(num_classes, dtype=torch.int64)
     confusion: Tensor | None = None
     mistakes: list[Mistake] = []
-    seen = 0
+    images_seen = 0
     with mode(model, training=False):
         for images, targets in tqdm(
             loader, desc="predict", unit="batch", leave=False, disable=None if progress else True
         ):
             with autocast(precision, device):
-                logits = model(images.to(device, non_blocking=True))  # (B, rows)
-            if logits.shape[1] < needed:
-                reason = f"the model has {logits.shape[1]} classes, the data has {class_count}"
-                raise ConfigError("model.num_classes", reason)
-            logits = (logits if rows is None else logits[:, rows]).double().cpu()
+                logits = model(images.to(device, non_blocking=True))  # (B, logits)
+            if logits.shape[1] < num_logits:
+                reason = f"the model has {logits.shape[1]} classes, the data has {num_classes}"
+                raise UserError("model.num_classes", reason)
+            logits = (logits if indices is None else logits[:, indices]).double().cpu()
             targets = targets.view(len(targets), -1)[:, 0].cpu()  # (B,)
             if confusion is None:
-                confusion = torch.zeros(class_count, logits.shape[1], dtype=torch.int64)
-            images_of += targets.bincount(minlength=class_count)
-            decided = ~logits.isnan().any(dim=1)
-            first = logits.argmax(dim=1)
-            ones = torch.ones(int(decided.sum()), dtype=torch.int64)
-            confusion.index_put_((targets[decided], first[decided]), ones, accumulate=True)
-            if most_mistakes:
-                found = _mistakes(images, logits, targets, decided & (first != targets), seen, most_mistakes)
-                mistakes = sorted([*mistakes, *found], key=lambda m: (-m.confidence, m.number))
-                del mistakes[most_mistakes:]
-            seen += len(targets)
+                confusion = torch.zeros(num_classes, logits.shape[1], dtype=torch.int64)
+            class_images += targets.bincount(minlength=num_classes)
+            has_prediction = ~logits.isnan().any(dim=1)
+            predicted = logits.argmax(dim=1)
+            ones = torch.ones(int(has_prediction.sum()), dtype=torch.int64)
+            confusion.index_put_((targets[has_prediction], predicted[has_prediction]), ones, accumulate=True)
+            if max_mistakes:
+                is_wrong = has_prediction & (predicted != targets)
+                mistakes += _find_mistakes(images, logits, targets, is_wrong, images_seen, max_mistakes)
+                mistakes.sort(key=lambda mistake: (-mistake.confidence, mistake.index))
+                del mistakes[max_mistakes:]
+            images_seen += len(targets)
     unreadable = int(getattr(loader, "unreadable", 0))
     if confusion is None:
-        reason = f"none of the {unreadable} images can be read" if unreadable else "there is no image"
-        raise ConfigError("data", reason)
-    return Predictions(images_of, confusion, mistakes, unreadable)
+        reason = f"none of the {unreadable} images can be read" if unreadable else "no images"
+        raise UserError("data", reason)
+    return Predictions(class_images, confusion, mistakes, unreadable)
 
 
-def _mistakes(
-    images: Tensor, logits: Tensor, targets: Tensor, wrong: Tensor, seen: int, most: int
+def _find_mistakes(
+    images: Tensor, logits: Tensor, targets: Tensor, is_wrong: Tensor, first_index: int, max_mistakes: int
 ) -> list[Mistake]:
-    """The most confident of the images of a batch that `wrong` (B,) marks; `seen` images came before it."""
+    """Return the most confident mistakes of a batch; `first_index` is the index of its first image."""
     probabilities = logits.softmax(dim=1)
     confidence, predicted = probabilities.max(dim=1)  # (B,)
-    places = wrong.nonzero()[:, 0]
-    order = confidence[places].argsort(descending=True, stable=True)[:most]
+    wrong = is_wrong.nonzero()[:, 0]
+    order = confidence[wrong].argsort(descending=True, stable=True)[:max_mistakes]
     return [
         Mistake(
-            images[place].float().cpu().clone(),
-            seen + place,
-            int(targets[place]),
-            int(predicted[place]),
-            float(confidence[place]),
-            float(probabilities[place, targets[place]]),
+            image=images[index].float().cpu().clone(),
+            index=first_index + index,
+            target=int(targets[index]),
+            predicted=int(predicted[index]),
+            confidence=float(confidence[index]),
+            target_probability=float(probabilities[index, targets[index]]),
         )
-        for place in places[order].tolist()
+        for index in wrong[order].tolist()
     ]

@@ -1,7 +1,7 @@
-"""What a model attends to: the weights of every block for chosen queries, and their rollout over a stage.
+"""Attention maps: the attention weights of every block for chosen queries, and their rollout over a stage.
 
-Nothing is computed here as a model computes it: the attentions of its blocks are asked for their weights
-(`vil.attention.Attention.weights`), on the tokens that they receive in a forward pass.
+Forward hooks record the input of each attention in one forward pass; `Attention.attention_weights` computes
+the weights from it.
 
 Legend: B batch, h heads, n queries, G global tokens, N local tokens of an H × W map, T = G + N.
 """
@@ -11,40 +11,38 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from vil.attention.weights import AttentionWeights
-from vil.models.stage import Size
-from vil.modes import mode
-
-if TYPE_CHECKING:
-    from vil.models.multiscale_vit import MultiScaleViT
+from vil.attention import Attention
+from vil.attention.maps import AttentionWeights
+from vil.models.stage import Size, Stage
+from vil.runtime.modes import mode
 
 Position = tuple[int, int]
 """Row and column."""
 Queries = Sequence[Position] | Literal["all"] | None
-Weigh = Callable[[Tensor], AttentionWeights]
-"""From places among the T tokens of a block, (n,) int64, to what they attend to."""
+WeightsFunction = Callable[[Tensor], AttentionWeights]
+"""From token indices (n,) int64 of a block, in 0..T−1, to their attention weights."""
 
 ROLLOUT_ROWS = 256
-"""Tokens whose weights a rollout holds at a time."""
+"""Tokens whose attention weights a rollout holds at a time."""
 
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """What the queries and the global tokens of a block attend to, or those of a stage by its rollout.
+    """Attention weights of queries and global tokens in one block, or their rollout over a stage.
 
     Attributes:
-        stage: number of the stage, from 0.
-        block: number of the block in its stage, from 0; None for the rollout over all blocks.
+        stage: index of the stage.
+        block: index of the block in its stage; None for the rollout over all blocks.
         size: (H, W) of the stage's map.
         patch: side of a position of that map, in pixels.
         queries: positions on the map.
-        from_queries: the weights of these queries, n = len(queries); of a rollout, h = 1.
-        from_globals: the weights of the global tokens, n = G.
+        from_queries: weights of these queries, n = len(queries); h = 1 for a rollout.
+        from_globals: weights of the global tokens, n = G.
     """
 
     stage: int
@@ -57,32 +55,34 @@ class AttentionMap:
 
 
 @dataclass(frozen=True)
-class _StageInputs:
-    """What the blocks of a stage received: their `Weigh`, and (T, device, size and patch) of the stage."""
+class _StageTrace:
+    """The blocks of a stage after a forward pass: their weights as functions, and T, size and patch."""
 
-    blocks: list[Weigh]
+    blocks: list[WeightsFunction]
     tokens: int
     device: torch.device
     size: Size
     patch: int
 
-    def mapped(self, stage: int, block: int | None, weigh: Weigh, queries: list[Position]) -> AttentionMap:
-        """The weights of queries, given in positions of the map, and of all global tokens."""
-        globals_ = self.tokens - self.size[0] * self.size[1]
-        places = [globals_ + row * self.size[1] + column for row, column in queries]
-        from_queries = weigh(torch.tensor(places, dtype=torch.int64, device=self.device))
-        from_globals = weigh(torch.arange(globals_, device=self.device))
+    def attention_map(
+        self, stage: int, block: int | None, weights: WeightsFunction, queries: list[Position]
+    ) -> AttentionMap:
+        """Return the weights of queries, given as positions on the map, and of all global tokens."""
+        num_globals = self.tokens - self.size[0] * self.size[1]
+        indices = [num_globals + row * self.size[1] + column for row, column in queries]
+        from_queries = weights(torch.tensor(indices, dtype=torch.int64, device=self.device))
+        from_globals = weights(torch.arange(num_globals, device=self.device))
         return AttentionMap(stage, block, self.size, self.patch, tuple(queries), from_queries, from_globals)
 
-    def positions(self, queries: Queries, image: Size) -> list[Position]:
-        """The positions of the map on which pixels of an image of that size lie.
+    def positions(self, queries: Queries, image_size: Size) -> list[Position]:
+        """Return the positions on the map that contain the pixels `queries` of an image.
 
-        Pixels at the edge that filled no patch count to the one beside them.
+        Pixels at the bottom and right outside of all patches are assigned to the nearest position.
         """
         height, width = self.size
         if queries == "all":
             return [(row, column) for row in range(height) for column in range(width)]
-        pixels = [(image[0] // 2, image[1] // 2)] if queries is None else queries
+        pixels = [(image_size[0] // 2, image_size[1] // 2)] if queries is None else queries
         return [
             (min(int(row) // self.patch, height - 1), min(int(column) // self.patch, width - 1))
             for row, column in pixels
@@ -90,92 +90,103 @@ class _StageInputs:
 
 
 def attention_maps(
-    model: MultiScaleViT, images: Tensor, queries: Queries = None, global_tokens: Tensor | None = None
+    model: nn.Module,
+    stages: Sequence[Stage],
+    images: Tensor,
+    queries: Queries = None,
+    global_tokens: Tensor | None = None,
 ) -> list[list[AttentionMap]]:
-    """See `MultiScaleViT.attention_maps`."""
-    image = _checked(queries, images)
+    """See `MultiScaleViT.attention_maps`; `stages` are those of the model."""
+    image_size = _check_queries(queries, images)
     with torch.no_grad():
         return [
             [
-                stage.mapped(number, block, weigh, stage.positions(queries, image))
-                for block, weigh in enumerate(stage.blocks)
+                trace.attention_map(index, block, weights, trace.positions(queries, image_size))
+                for block, weights in enumerate(trace.blocks)
             ]
-            for number, stage in enumerate(_stage_inputs(model, images, global_tokens))
+            for index, trace in enumerate(_trace(model, stages, images, global_tokens))
         ]
 
 
 def attention_rollout(
-    model: MultiScaleViT, images: Tensor, queries: Queries = None, global_tokens: Tensor | None = None
+    model: nn.Module,
+    stages: Sequence[Stage],
+    images: Tensor,
+    queries: Queries = None,
+    global_tokens: Tensor | None = None,
 ) -> list[AttentionMap | None]:
-    """See `MultiScaleViT.attention_rollout`."""
-    image = _checked(queries, images)
-    found: list[AttentionMap | None] = []
+    """See `MultiScaleViT.attention_rollout`; `stages` are those of the model."""
+    image_size = _check_queries(queries, images)
+    rollouts: list[AttentionMap | None] = []
     with torch.no_grad():
-        for number, stage in enumerate(_stage_inputs(model, images, global_tokens)):
-            first = torch.zeros(1, dtype=torch.int64, device=stage.device)
-            samples = [weigh(first) for weigh in stage.blocks]
-            if not samples or not all(sample.on_map and sample.cell == 1 for sample in samples):
-                found.append(None)
+        for index, trace in enumerate(_trace(model, stages, images, global_tokens)):
+            first = torch.zeros(1, dtype=torch.int64, device=trace.device)
+            samples = [weights(first) for weights in trace.blocks]
+            if not samples or not all(sample.has_positions and sample.cell == 1 for sample in samples):
+                rollouts.append(None)
                 continue
-            weigh = partial(_rolled_out, stage, len(images))
-            found.append(stage.mapped(number, None, weigh, stage.positions(queries, image)))
-    return found
+            weights = partial(_rollout_rows, trace, len(images))
+            rollouts.append(trace.attention_map(index, None, weights, trace.positions(queries, image_size)))
+    return rollouts
 
 
-def _rolled_out(stage: _StageInputs, batch: int, queries: Tensor) -> AttentionWeights:
-    """The rows of the rollout for places (n,) among the tokens.
+def _rollout_rows(trace: _StageTrace, batch: int, queries: Tensor) -> AttentionWeights:
+    """Return the rows of the rollout for token indices (n,).
 
-    With A the mean over the heads of a block, a block mixes its tokens by A + I, whose rows are then made to
-    sum up to 1; the stage by the product over its blocks. The rows that are asked for go through it from the
-    last block to the first, so that no T × T matrix is ever held.
+    With A the mean over the heads of a block, a block mixes its tokens by A + I with rows normalized to 1;
+    the stage by the product over its blocks. The requested rows are multiplied from the last block to the
+    first, so that no T × T matrix is held.
     """
-    rows = torch.zeros(batch, len(queries), stage.tokens, device=stage.device)
-    rows[:, torch.arange(len(queries), device=stage.device), queries] = 1.0
-    for weigh in reversed(stage.blocks):
-        before = torch.zeros_like(rows)
-        reached = rows.ne(0).flatten(0, 1).any(dim=0).nonzero()[:, 0]
-        for tokens in reached.split(ROLLOUT_ROWS):
-            weights = weigh(tokens)
+    rows = torch.zeros(batch, len(queries), trace.tokens, device=trace.device)
+    rows[:, torch.arange(len(queries), device=trace.device), queries] = 1.0
+    for block_weights in reversed(trace.blocks):
+        product = torch.zeros_like(rows)
+        nonzero = rows.ne(0).flatten(0, 1).any(dim=0).nonzero()[:, 0]
+        for tokens in nonzero.split(ROLLOUT_ROWS):
+            weights = block_weights(tokens)
             mixing = torch.cat([weights.to_globals, weights.to_map.flatten(-2)], dim=-1).mean(dim=1)
             mixing = mixing.float()  # (B, c, T)
-            share = rows[:, :, tokens] / (1 + mixing.sum(dim=-1))[:, None]  # (B, n, c)
-            before[:, :, tokens] += share
-            before += share @ mixing
-        rows = before
-    locals_ = stage.size[0] * stage.size[1]
-    seen = rows[:, :, stage.tokens - locals_ :].gt(0).any(dim=0)  # (n, N)
-    return AttentionWeights.place(rows[:, None], seen, stage.tokens - locals_, stage.size)
+            scaled = rows[:, :, tokens] / (1 + mixing.sum(dim=-1))[:, None]  # (B, n, c)
+            product[:, :, tokens] += scaled
+            product += scaled @ mixing
+        rows = product
+    num_globals = trace.tokens - trace.size[0] * trace.size[1]
+    seen = rows[:, :, num_globals:].gt(0).any(dim=0)  # (n, N)
+    return AttentionWeights.from_flat(rows[:, None], seen, num_globals, trace.size)
 
 
-def _stage_inputs(model: MultiScaleViT, images: Tensor, global_tokens: Tensor | None) -> list[_StageInputs]:
-    """What the blocks of each stage receive in a forward pass, as in evaluation."""
-    received: dict[nn.Module, tuple[Tensor, Size]] = {}
+def _trace(
+    model: nn.Module, stages: Sequence[Stage], images: Tensor, global_tokens: Tensor | None
+) -> list[_StageTrace]:
+    """Run the model in evaluation mode and record the inputs of all attentions."""
+    inputs: dict[nn.Module, tuple[Tensor, Size]] = {}
 
-    def note(attention: nn.Module, arguments: tuple[Any, ...]) -> None:
-        received[attention] = arguments
+    def record(attention: nn.Module, arguments: tuple[Tensor, Size]) -> None:
+        inputs[attention] = arguments
 
-    attentions = [[block.attn for block in stage.blocks] for stage in model.stages]
-    hooks = [a.register_forward_pre_hook(note) for of_stage in attentions for a in of_stage]
+    attentions: list[list[Attention]] = [[block.attn for block in stage.blocks] for stage in stages]
+    hooks = [a.register_forward_pre_hook(record) for in_stage in attentions for a in in_stage]
     try:
         with mode(model, training=False):
-            model.forward_features(images, global_tokens)
+            model(images, global_tokens)
     finally:
         for hook in hooks:
             hook.remove()
-    found = []
-    for of_stage, info in zip(attentions, model.feature_info):
-        blocks: list[Weigh] = [partial(attention.weights, *received[attention]) for attention in of_stage]
-        tokens, size = received[of_stage[0]] if of_stage else (images.new_empty(1, 0, 0), (0, 0))
-        found.append(_StageInputs(blocks, tokens.shape[1], tokens.device, size, info["reduction"]))
-    return found
+    traces, patch = [], 1
+    for stage, in_stage in zip(stages, attentions):
+        patch *= stage.patch_embed.patch
+        blocks: list[WeightsFunction] = [partial(a.attention_weights, *inputs[a]) for a in in_stage]
+        tokens, size = inputs[in_stage[0]] if in_stage else (images.new_empty(1, 0, 0), (0, 0))
+        traces.append(_StageTrace(blocks, tokens.shape[1], tokens.device, size, patch))
+    return traces
 
 
-def _checked(queries: Queries, images: Tensor) -> Size:
-    """(Height, width) of the images. Raises ValueError where a query lies outside."""
+def _check_queries(queries: Queries, images: Tensor) -> Size:
+    """Return (height, width) of the images. Raise ValueError for a query outside them."""
     height, width = images.shape[-2:]
     if isinstance(queries, str) and queries != "all":
         raise ValueError(f"queries must be positions (row, column), 'all' or None, got {queries!r}")
     for row, column in () if queries is None or isinstance(queries, str) else queries:
         if not (0 <= row < height and 0 <= column < width):
-            raise ValueError(f"query ({row}, {column}) lies outside images of {height}×{width} pixels")
+            raise ValueError(f"query ({row}, {column}) is outside the images of {height}×{width} pixels")
     return height, width

@@ -1,168 +1,115 @@
-"""The multi-scale vision transformer (Zhang et al., ICCV 2021, section 3.1), under timm's model contract.
+"""The multi-scale vision transformer (Zhang et al., ICCV 2021, section 3.1), with timm's model interface.
 
 Legend: B batch, G global tokens, N local tokens of an H × W map, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import dataclasses
 from typing import Any, Literal, cast
 
 from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vil.attention import ATTENTIONS, AttentionOptions
-from vil.config import ConfigError, StageConfig
+from vil.config import ModelConfig, StageConfig, Tree, UserError
 from vil.models.attention_maps import AttentionMap, Queries, attention_maps, attention_rollout
 from vil.models.stage import LayerNorm, Size, Stage, map_sizes
+from vil.validation import validate
+
+MAX_BLOCKS = 2000
+"""Blocks of a model; the largest of the zoo has 37."""
+_STAGE_OPTIONS = {field.name for field in dataclasses.fields(StageConfig)}
 
 
 class MultiScaleViT(nn.Module):
     """Multi-scale vision transformer: stages of shrinking maps, each with its own attention.
 
-    Between stages the local tokens are folded back to a map, and the global ones are dropped, or carried on
-    by a linear map to the next width (`stage_globals`). After the last stage: LayerNorm, then the mean over
-    all tokens, global ones included (`avg`), or the first global token (`cls`), then one linear layer.
+    Between stages the local tokens are folded back to a map, and the global ones are dropped, or projected to
+    the next width (`stage_globals`). After the last stage: LayerNorm, then the mean over all tokens, global
+    ones included (`avg`), or the first global token (`cls`), then one linear layer.
 
     Args:
-        stages: one `StageConfig` per stage, at least one.
-        img_size: (height, width) of the images that the model is built for, or one number for both; other
+        config: the options; `stages` and `num_classes` must be set, and options that `stages` replaces
+            (`attention`, `blocks`, `position`, `window`, ...) are ignored: see `vil.models.zoo`.
+        image_size: (height, width) of the images in pixels; None is the square of `config.image_size`. Other
             sizes work at run time, except with linformer attention.
-        in_chans: channels of the images.
-        num_classes: classes of the head; 0 for none.
-        global_pool: `avg`, `cls` (timm's `token` is the same), or empty for no pooling.
-        mask: keys of the local attention: `chunk`, `exact` or `cyclic`.
-        neighbors: chunks that the local attention sees in training: `all`, `self` or `random`.
-        share_global_projection: global tokens use the projections of the local ones.
-        share_key_value_projection: linformer: one projection for keys and values.
-        attention_backend: implementation of the local attention.
-        mlp_ratio: hidden width of the MLPs over C.
-        drop_rate: dropout before the head.
-        pos_drop_rate: dropout after the embeddings.
-        proj_drop_rate: dropout after the attention's projection and in the MLP.
-        attn_drop_rate: dropout of the attention weights.
-        drop_path_rate: stochastic depth at the last block, rising linearly from 0 over all blocks.
-        norm_embed: LayerNorm after each patch embedding.
-        stage_globals: what becomes of global tokens between stages: `discard`, as in the paper, or `carry`;
-            then only the first stage has learned ones, and all stages have as many.
 
     Raises:
-        ConfigError: an impossible combination; the key is named as in `ModelConfig`.
+        UserError: options that do not go together; the location is the name in `ModelConfig`.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[StageConfig],
-        img_size: int | Size = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        mask: Literal["chunk", "exact", "cyclic"] = "chunk",
-        neighbors: Literal["all", "self", "random"] = "all",
-        share_global_projection: bool = True,
-        share_key_value_projection: bool = True,
-        attention_backend: str = "auto",
-        mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        pos_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        norm_embed: bool = True,
-        stage_globals: Literal["discard", "carry"] = "discard",
-    ) -> None:
+    def __init__(self, config: ModelConfig, image_size: int | Size | None = None) -> None:
         super().__init__()
-        if not stages:
-            raise ConfigError("stages", "a model needs at least one stage")
-        if in_chans < 1:
-            raise ConfigError("in_chans", f"must be at least 1, got {in_chans}")
-        for key, rate in (("drop_path", drop_path_rate), ("dropout", proj_drop_rate),
-                          ("attention_dropout", attn_drop_rate)):  # fmt: skip
-            if not 0 <= rate < 1:
-                raise ConfigError(key, f"must be from 0 to below 1, got {rate}")
-        if stage_globals not in ("discard", "carry"):
-            raise ConfigError("stage_globals", f"must be discard or carry, got {stage_globals!r}")
-        if stage_globals == "carry" and len({stage.global_tokens for stage in stages}) > 1:
-            raise ConfigError("stage_globals", "to carry global tokens, all stages need as many of them")
-        self._model_args: dict[str, Any] = {}  # what timm writes beside the weights; the zoo fills it in
-        self.stage_globals = stage_globals
-        # Width of tokens from outside, None where they would be dropped after the first stage.
-        self.outside_width = stages[0].dim if stage_globals == "carry" or len(stages) == 1 else None
-        self.img_size = _pair(img_size)
-        self.in_chans = in_chans
-        self.num_classes = num_classes
+        config = validate(ModelConfig, dataclasses.asdict(config))
+        if not config.stages:
+            raise UserError("stages", "a model needs at least one stage")
+        if config.num_classes is None:
+            raise UserError("num_classes", "is needed to build a model")
+        stages = config.stages
+        num_blocks = sum(stage.blocks for stage in stages)
+        if num_blocks > MAX_BLOCKS:
+            raise UserError("blocks", f"a model has at most {MAX_BLOCKS:,} blocks, got {num_blocks:,}")
+        carries_globals = config.stage_globals == "carry"
+        if carries_globals and len({stage.global_tokens for stage in stages}) > 1:
+            raise UserError("stage_globals", "carry needs the same number of global tokens in all stages")
+        self.config = config
+        # Arguments of timm.create_model that build this model again; timm stores them with the weights.
+        self._model_args: Tree = {}
+        # Width of external global tokens; None if they would be dropped after the first stage.
+        self.external_width = stages[0].dim if carries_globals or len(stages) == 1 else None
+        self.img_size = _as_pair(config.image_size if image_size is None else image_size)
+        self.in_chans = config.in_chans
+        self.num_classes = config.num_classes
         self.num_features = self.head_hidden_size = stages[-1].dim
-        last = max(1, sum(stage.blocks for stage in stages) - 1)
-        rates = [drop_path_rate * block / last for block in range(last + 1)]
-        self.feature_info: list[dict[str, Any]] = []
-        modules = []
-        channels, reduction = in_chans, 1
-        for number, (stage, size) in enumerate(zip(stages, map_sizes(stages, self.img_size))):
-            with _named_as_of_stage(number, stage):
-                _check_stage(stage)
-            options = AttentionOptions(
-                relative_position=stage.position == "relative"
-                and ATTENTIONS[stage.attention].has_relative_position,
-                attention_dropout=attn_drop_rate,
-                dropout=proj_drop_rate,
-                window=stage.window,
-                mask=mask,
-                neighbors=neighbors,
-                share_global_projection=share_global_projection,
-                backend=attention_backend,
-                projected_tokens=stage.projected_tokens,
-                share_key_value_projection=share_key_value_projection,
-                random_features=stage.random_features,
-                reduction=stage.reduction,
-            )
-            done = sum(s.blocks for s in stages[:number])
-            drop_path = rates[done : done + stage.blocks]
-            carries = number > 0 and stage_globals == "carry"
-            with _named_as_of_stage(number, stage):
-                built = Stage(
-                    stage, channels, size, options, mlp_ratio, pos_drop_rate, drop_path, norm_embed, carries
-                )
-            modules.append(built)
+        rates = [config.drop_path * block / max(1, num_blocks - 1) for block in range(num_blocks)]
+        self.feature_info: list[Tree] = []
+        modules: list[Stage] = []
+        channels, reduction = config.in_chans, 1
+        for index, (stage, size) in enumerate(zip(stages, map_sizes(stages, self.img_size))):
+            drop_path, rates = rates[: stage.blocks], rates[stage.blocks :]
+            try:
+                modules.append(Stage(stage, config, channels, size, drop_path, carries_globals and index > 0))
+            except UserError as error:
+                if error.location not in _STAGE_OPTIONS:  # an option of the model
+                    raise
+                raise UserError(f"stages[{index}].{error.location}", error.reason) from None
             channels = stage.dim
             reduction *= stage.patch
             self.feature_info.append(
-                {"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{number}"}
+                {"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{index}"}
             )
-        self.stages = cast(list[Stage], nn.ModuleList(modules))
+        self.stages = cast(list[Stage], nn.ModuleList(modules))  # typed as a list, for its elements
         self.norm: nn.Module = LayerNorm(channels)
-        self.head_drop = nn.Dropout(drop_rate)
-        self._set_pool(global_pool)
-        self.head = nn.Linear(channels, num_classes) if num_classes > 0 else nn.Identity()
+        self.head_drop = nn.Dropout(config.head_dropout)
+        self.set_pool(config.pool or "avg")
+        self.head = nn.Linear(channels, self.num_classes) if self.num_classes > 0 else nn.Identity()
         self.apply(_initialize)
 
     def forward(self, x: Tensor, global_tokens: Tensor | None = None) -> Tensor:
-        """Images (B, in_chans, height, width) → logits (B, num_classes); see `forward_features`."""
+        """Return the logits (B, num_classes) of images (B, in_chans, H, W); see `forward_features`."""
         return self.forward_head(self.forward_features(x, global_tokens))
 
     def forward_features(self, x: Tensor, global_tokens: Tensor | None = None) -> Tensor:
-        """Images → the last stage's tokens (B, G+G'+N, C) after the final norm, global ones first.
+        """Return the last stage's tokens (B, G+G'+N, C) after the final norm, global ones first.
 
         Args:
             x: images (B, in_chans, height, width).
-            global_tokens: (B, G', width of the first stage), tokens from outside, a text encoder's for
-                instance, that attend and are attended to as the model's own G global tokens, behind which
-                they stand.
+            global_tokens: external global tokens (B, G', width of the first stage), for instance of a text
+                encoder, placed after the G learned ones.
 
         Raises:
-            ValueError: tokens of another shape, or tokens from outside in a model that discards them.
+            ValueError: tokens of another shape, or external tokens in a model that discards them.
         """
-        check_outside_tokens(x, global_tokens, self.outside_width)
-        for number, stage in enumerate(self.stages):
+        check_external_tokens(x, global_tokens, self.external_width)
+        for index, stage in enumerate(self.stages):
             x, size = stage(x, global_tokens)
-            if number < len(self.stages) - 1:
-                global_tokens = stage.carried(x, size) if self.stage_globals == "carry" else None
-                x = stage.to_map(x, size)
+            if index < len(self.stages) - 1:
+                x, global_tokens = self._between_stages(stage, x, size)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, G+N, C) → logits (B, num_classes), or the pooled features (B, C) with `pre_logits`."""
+        """Return the logits (B, num_classes) of tokens (B, G+N, C), or with `pre_logits` pooled features."""
         if self.global_pool == "avg":
             x = x.mean(dim=1)
         elif self.global_pool == "cls":
@@ -181,40 +128,38 @@ class MultiScaleViT(nn.Module):
         return_prefix_tokens: bool = False,
         global_tokens: Tensor | None = None,
     ) -> Any:
-        """Feature maps of the stages, as timm defines it.
+        """Return the feature maps of the stages, as in timm.
 
         Args:
             x: images (B, in_chans, height, width).
             indices: stages to return: the last n for a number, all for None.
             norm: apply the final norm to the last stage's map.
-            stop_early: leave out the stages after the last one that is asked for.
+            stop_early: skip the stages after the last requested one.
             output_fmt: `NCHW`, maps (B, C, H, W), or `NLC`, tokens (B, N, C).
             intermediates_only: return only the list.
             return_prefix_tokens: return pairs (map, global tokens (B, G, C)).
-            global_tokens: tokens from outside, as in `forward_features`.
+            global_tokens: external tokens, as in `forward_features`.
 
         Returns:
             The list of feature maps, or a pair of the final tokens (as `forward_features`) and that list.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
-        check_outside_tokens(x, global_tokens, self.outside_width)
-        take, last = feature_take_indices(len(self.stages), indices)
+        check_external_tokens(x, global_tokens, self.external_width)
+        requested, last = feature_take_indices(len(self.stages), indices)
         intermediates: list[Any] = []
         stages = self.stages[: last + 1] if stop_early else self.stages
-        for number, stage in enumerate(stages):
+        for index, stage in enumerate(stages):
             x, size = stage(x, global_tokens)
-            final = number == len(self.stages) - 1
-            if number in take:
-                tokens = self.norm(x) if norm and final else x
+            if index in requested:
+                tokens = self.norm(x) if norm and index == len(self.stages) - 1 else x
                 local = stage.to_map(tokens, size).contiguous()
                 if output_fmt == "NLC":
                     local = local.flatten(2).transpose(1, 2)
-                prefix = stage.carried(tokens, size)
+                prefix = stage.to_globals(tokens, size)
                 intermediates.append((local, prefix) if return_prefix_tokens else local)
-            if number < len(stages) - 1:
-                global_tokens = stage.carried(x, size) if self.stage_globals == "carry" else None
-                x = stage.to_map(x, size)
+            if index < len(stages) - 1:
+                x, global_tokens = self._between_stages(stage, x, size)
         if intermediates_only:
             return intermediates
         return (self.norm(x) if len(stages) == len(self.stages) else x), intermediates
@@ -222,110 +167,111 @@ class MultiScaleViT(nn.Module):
     def attention_maps(
         self, x: Tensor, queries: Queries = None, global_tokens: Tensor | None = None
     ) -> list[list[AttentionMap]]:
-        """What queries and global tokens attend to: for each stage, one `AttentionMap` per block.
+        """Return the attention weights of queries and global tokens: per stage, one `AttentionMap` per block.
 
-        The weights are those by which each head sums up values in evaluation, whatever mode the model is in.
+        The weights are those of evaluation mode; the mode of the model is restored.
 
         Args:
             x: images (B, in_chans, height, width).
-            queries: (row, column) of pixels; in each stage the position that holds the pixel queries. `all`:
-                all positions of every map, (B, h, N, G+N) weights per block. None: the images' middle.
-            global_tokens: tokens from outside, as in `forward_features`; they count among the global ones.
+            queries: (row, column) of pixels; in each stage, the position that contains a pixel is the query.
+                `all`: all positions of every map, (B, h, N, G+N) weights per block. None: the image center.
+            global_tokens: external tokens, as in `forward_features`; they count as global tokens.
 
         Raises:
-            ValueError: a query outside the images, or what `forward_features` raises.
+            ValueError: a query outside the images, or as `forward_features`.
         """
-        return attention_maps(self, x, queries, global_tokens)
+        return attention_maps(self, self.stages, x, queries, global_tokens)
 
     def attention_rollout(
         self, x: Tensor, queries: Queries = None, global_tokens: Tensor | None = None
     ) -> list[AttentionMap | None]:
-        """Attention rollout over the blocks of each stage (Abnar & Zuidema, 2020, section 3).
+        """Return the attention rollout over the blocks of each stage (Abnar & Zuidema, 2020, section 3).
 
-        A block mixes its tokens by (A + I) / 2, A the mean of its heads' weights and I the residual; a stage
-        by the product over its blocks. Between stages tokens are folded anew, so rollout ends there. Padding
-        that the cyclic mask shows is left out.
+        A block mixes its tokens by (A + I) / 2, with A the mean over heads and I the residual; a stage by the
+        product over its blocks. Stages are separate, as tokens are merged between them. Padding that the
+        cyclic mask includes is ignored.
 
         Args:
-            x, queries, global_tokens: as in `attention_maps`; here `all` is costly in time, not in memory
-                beyond the result.
+            x, queries, global_tokens: as in `attention_maps`; `all` takes long, but no memory beyond the
+                result.
 
         Returns:
-            One `AttentionMap` with h = 1 per stage; None where a stage has no blocks, or keys that are no
+            One `AttentionMap` with h = 1 per stage; None for a stage without blocks, or whose keys are not
             tokens (linformer, spatial_reduction).
 
         Raises:
             ValueError: as `attention_maps`.
         """
-        return attention_rollout(self, x, queries, global_tokens)
+        return attention_rollout(self, self.stages, x, queries, global_tokens)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the stages that the given intermediates do not need; returns those intermediates."""
-        take, last = feature_take_indices(len(self.stages), indices)
+        """Remove the stages after the last requested intermediate. Return the requested indices."""
+        requested, last = feature_take_indices(len(self.stages), indices)
         if last < len(self.stages) - 1:
             self.stages = self.stages[: last + 1]
-            prune_norm = True  # the final norm belongs to the width of the last stage
+            prune_norm = True  # the final norm has the width of the last stage
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
-        return take
+        return requested
 
     def get_classifier(self) -> nn.Module:
-        """The linear layer of the head."""
+        """Return the linear layer of the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for `num_classes` classes (0: none), and another pooling where given."""
+        """Replace the head by a new one for `num_classes` classes (0: none); change the pooling if given."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self._set_pool(global_pool)
+            self.set_pool(global_pool)
         parameter = next(self.parameters())
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head.apply(_initialize).to(device=parameter.device, dtype=parameter.dtype)
 
     def set_input_size(self, img_size: int | Size) -> None:
-        """Builds the model for another image size: embeddings and bias tables are resized in place.
+        """Resize embeddings and bias tables for images of another size.
 
         Raises:
-            ConfigError: the images are too small, or an attention is bound to its number of tokens.
+            UserError: the images are too small, or an attention has a fixed number of tokens; the model is
+                unchanged.
         """
-        sizes = map_sizes([stage.config for stage in self.stages], _pair(img_size))
-        for stage, size in zip(self.stages, sizes):  # all or nothing
+        sizes = map_sizes([stage.config for stage in self.stages], _as_pair(img_size))
+        for stage, size in zip(self.stages, sizes):
             for block in stage.blocks:
                 block.attn.check_resize(size)
         for stage, size in zip(self.stages, sizes):
             stage.resize(size)
-        self.img_size = _pair(img_size)
-        if self._model_args:
-            self._model_args = {**self._model_args, "img_size": self.img_size}
+        self.img_size = _as_pair(img_size)
+        self._model_args = {**self._model_args, "img_size": self.img_size}
+        self._traits = {**getattr(self, "_traits", {}), "img_size": self.img_size}  # read by timm's exports
 
     def set_neighbors(self, neighbors: Literal["all", "self", "random"] | int) -> None:
-        """What every local attention sees in training: see `vil.attention.vision_longformer`."""
+        """Set the chunks that local attentions see in training; see `vil.attention.vision_longformer`."""
         for stage in self.stages:
             for block in stage.blocks:
                 block.attn.set_neighbors(neighbors)
 
     def set_training_progress(self, step: int, epoch: int) -> None:
-        """Tells attentions that change while training (performer) which step comes next."""
+        """Prepare the attentions for a training step (performer redraws its projections)."""
         for stage in self.stages:
             for block in stage.blocks:
                 block.attn.set_training_progress(step, epoch)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass, to save memory."""
+        """Enable recomputing each block in the backward pass, to save memory."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are never decayed: global tokens, embeddings and bias tables."""
+        """Return the names of parameters without weight decay: global tokens, embeddings and bias tables."""
         kinds = (".global_tokens", ".bias_table", ".position.", ".global_bias.")
         return {name for name, _ in self.named_parameters() if any(kind in name for kind in kinds)}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of layers, for layer decay: by stage (coarse) or by block."""
+    def group_matcher(self, coarse: bool = False) -> Tree:
+        """Return the layer groups for layer decay: by stage (coarse) or by block."""
         if coarse:
             return {
                 "stem": r"^stages\.0\.patch_embed",
@@ -341,7 +287,7 @@ class MultiScaleViT(nn.Module):
         }
 
     def multiply_adds(self, size: Size | None = None) -> int:
-        """Multiply-adds for one image of (height, width) = `size`, counted as the paper does.
+        """Count the multiply-adds for one image of (height, width) = `size`, as the paper does.
 
         Convolutions, linear layers, scores and weighted sums count; norms, softmax and additions do not.
         """
@@ -352,53 +298,37 @@ class MultiScaleViT(nn.Module):
             channels = stage.config.dim
         return total + channels * self.num_classes
 
-    def _set_pool(self, global_pool: str) -> None:
-        pool = {"token": "cls"}.get(global_pool, global_pool)
+    def set_pool(self, pool: str) -> None:
+        """Set the pooling: `avg`, `cls` (timm's `token` is the same), or empty for none."""
+        pool = "cls" if pool == "token" else pool
         if pool not in ("avg", "cls", ""):
-            raise ConfigError("pool", f"must be avg or cls, got {global_pool!r}")
+            raise UserError("pool", f"must be avg or cls, got {pool!r}")
         if pool == "cls" and not self.stages[-1].num_global_tokens:
-            raise ConfigError("pool", "cls needs a global token in the last stage, which has none")
+            raise UserError("pool", "cls needs a global token in the last stage, which has none")
         self.global_pool = pool
 
+    def _between_stages(self, stage: Stage, x: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
+        """Return the input map of the next stage and, if they are carried, its global tokens."""
+        carried = stage.to_globals(x, size) if self.config.stage_globals == "carry" else None
+        return stage.to_map(x, size), carried
 
-@register_notrace_function  # a check, and no part of a traced graph
-def check_outside_tokens(x: Tensor, global_tokens: Tensor | None, width: int | None) -> None:
-    """Raises ValueError for tokens from outside that a model with images `x` cannot take."""
+
+@register_notrace_function  # checks only, not part of a traced graph
+def check_external_tokens(x: Tensor, global_tokens: Tensor | None, width: int | None) -> None:
+    """Raise ValueError if a model with images `x` cannot use these external global tokens."""
     if global_tokens is None:
         return
     if width is None:
-        raise ValueError("global tokens from outside need a model with stage_globals='carry'")
+        raise ValueError("external global tokens need a model with stage_globals='carry'")
     if global_tokens.dim() != 3 or global_tokens.shape[::2] != (x.shape[0], width):
         shape = tuple(global_tokens.shape)
         raise ValueError(f"global_tokens must be ({x.shape[0]}, any number, {width}), got {shape}")
 
 
-@contextmanager
-def _named_as_of_stage(number: int, stage: StageConfig) -> Iterator[None]:
-    """Puts the stage in front of the key of a ConfigError that concerns the stage alone."""
-    try:
-        yield
-    except ConfigError as error:
-        if not hasattr(stage, error.key):
-            raise
-        raise ConfigError(f"stages[{number}].{error.key}", error.reason) from error
-
-
-def _check_stage(stage: StageConfig) -> None:
-    if stage.attention not in ATTENTIONS:
-        raise ConfigError("attention", f"must be one of {', '.join(ATTENTIONS)}, got {stage.attention!r}")
-    if stage.dim < 1:
-        raise ConfigError("dim", f"must be at least 1, got {stage.dim}")
-    if stage.blocks < 0:
-        raise ConfigError("blocks", f"must be 0 or more, got {stage.blocks}")
-    if stage.global_tokens < 0:
-        raise ConfigError("global_tokens", f"must be 0 or more, got {stage.global_tokens}")
-
-
-def _pair(size: int | Sequence[int]) -> Size:
-    height, width = (size, size) if isinstance(size, int) else size
-    if not 1 <= min(height, width) <= max(height, width) <= 65536:
-        raise ConfigError("image_size", f"must be from 1 to 65,536 pixels, got {height}×{width}")
+def _as_pair(image_size: int | Size) -> Size:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    for side in (height, width):
+        validate(ModelConfig, {"image_size": side})
     return int(height), int(width)
 
 

@@ -1,11 +1,12 @@
 """A stage of the multi-scale vision transformer: patch embedding, global tokens, position, blocks.
 
 Legend: B batch, G global tokens, N local tokens of an H × W map, C channels (Zhang et al., ICCV 2021,
-    section 3.1).
+section 3.1). Primes mark the previous stage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -16,16 +17,17 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vil.attention import ATTENTIONS, Attention, AttentionOptions
-from vil.config import ConfigError, StageConfig
+from vil.attention import ATTENTIONS, Attention
+from vil.config import ModelConfig, StageConfig, UserError
 from vil.models.position import AbsolutePosition
 
 Size = tuple[int, int]
+"""Height and width."""
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
-    """A `patch` × `patch` convolution of that stride, then a LayerNorm; what fills no patch is left out.
+    """A `patch` × `patch` convolution of that stride and a LayerNorm; incomplete patches are dropped.
 
     (B, C', H', W') → (B, N, C) and the size (H, W) of the new map.
     """
@@ -37,7 +39,7 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Size]:
-        """Raises ValueError for a map smaller than one patch."""
+        """Embed the patches. Raise ValueError for a map smaller than one patch."""
         if min(x.shape[2:]) < self.patch:
             raise ValueError(f"a map of {x.shape[2]}×{x.shape[3]} is smaller than a patch of {self.patch}")
         x = self.proj(x)
@@ -45,89 +47,78 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with a residual; both drop paths have the same rate."""
+    """Pre-norm attention and MLP, each with a residual and the same drop path rate."""
 
-    def __init__(
-        self, dim: int, attention: Attention, mlp_ratio: float, dropout: float, drop_path: float
-    ) -> None:
+    def __init__(self, attention: Attention, config: ModelConfig, drop_path: float) -> None:
         super().__init__()
+        dim = attention.dim
         self.norm1 = LayerNorm(dim)
         self.attn = attention
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm(dim)
-        self.mlp_width = int(mlp_ratio * dim)
-        self.mlp = Mlp(dim, self.mlp_width, drop=dropout)
+        self.mlp_width = int(config.mlp_ratio * dim)
+        self.mlp = Mlp(dim, self.mlp_width, drop=config.dropout)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
-        """(B, G+N, C) → (B, G+N, C)."""
+        """Apply attention and MLP: (B, G+N, C) → (B, G+N, C)."""
         x = x + self.drop_path1(self.attn(self.norm1(x), size))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-@register_notrace_module  # its shapes decide what it does, so torch.fx takes it as one node
+@register_notrace_module  # control flow depends on shapes, so torch.fx must treat a stage as one node
 class Stage(nn.Module):
     """Patch embedding, global tokens, position, blocks.
 
     Args:
-        config: the stage's sizes and attention.
-        in_chans: channels of the map that it receives.
-        size: (H, W) of the map after its patch embedding.
-        options: options of the attention.
-        mlp_ratio: hidden width of the MLP over C.
-        pos_drop: dropout after the position embedding.
+        stage: the options of the stage.
+        config: the options of the model.
+        in_chans: channels of the input map.
+        size: (H, W) of the map after the patch embedding.
         drop_path: one rate per block.
-        norm_embed: LayerNorm after the patch embedding.
-        carries: take the global tokens of the stage before, through a linear map, in place of learned ones.
+        carries_globals: project the global tokens of the previous stage, in place of learned ones.
+
+    Raises:
+        UserError: options that do not go together.
     """
 
     def __init__(
         self,
-        config: StageConfig,
+        stage: StageConfig,
+        config: ModelConfig,
         in_chans: int,
         size: Size,
-        options: AttentionOptions,
-        mlp_ratio: float,
-        pos_drop: float,
         drop_path: Sequence[float],
-        norm_embed: bool,
-        carries: bool,
+        carries_globals: bool = False,
     ) -> None:
         super().__init__()
-        attention = ATTENTIONS[config.attention]
-        self.config = config
+        attention = ATTENTIONS[stage.attention]
+        self.config = stage
         self.size = size
-        self.num_global_tokens = config.global_tokens
+        self.num_global_tokens = stage.global_tokens
         self.grad_checkpointing = False
-        self.patch_embed = PatchEmbed(in_chans, config.dim, config.patch, norm_embed)
-        self.carry = nn.Linear(in_chans, config.dim) if carries else None
+        self.patch_embed = PatchEmbed(in_chans, stage.dim, stage.patch, config.norm_embed)
+        self.carry = nn.Linear(in_chans, stage.dim) if carries_globals else None
         self.global_tokens: nn.Parameter | None = None
-        if config.global_tokens and not carries:
-            self.global_tokens = nn.Parameter(torch.empty(1, config.global_tokens, config.dim))
+        if stage.global_tokens and not carries_globals:
+            self.global_tokens = nn.Parameter(torch.empty(1, stage.global_tokens, stage.dim))
             nn.init.trunc_normal_(self.global_tokens, std=0.02)
         self.position: AbsolutePosition | None = None
-        if not options.relative_position:
-            self.position = AbsolutePosition(config.dim, size, config.global_tokens)
-        self.pos_drop = nn.Dropout(pos_drop)
-        blocks = (
-            Block(
-                config.dim,
-                attention(config.dim, config.heads, size, config.global_tokens, options),
-                mlp_ratio,
-                options.dropout,
-                rate,
-            )
-            for rate in drop_path
+        if not attention.uses_relative_position(stage):
+            self.position = AbsolutePosition(stage.dim, size, stage.global_tokens)
+        self.pos_drop = nn.Dropout(
+            config.dropout if config.position_dropout is None else config.position_dropout
         )
-        self.blocks = cast(list[Block], nn.ModuleList(blocks))  # so that its elements have their type
+        blocks = (Block(attention(stage, config, size), config, rate) for rate in drop_path)
+        self.blocks = cast(list[Block], nn.ModuleList(blocks))  # typed as a list, for its elements
 
     def forward(self, x: Tensor, global_tokens: Tensor | None = None) -> tuple[Tensor, Size]:
-        """A map → tokens (B, G+N, C), global ones first, and the size (H, W) of their map.
+        """Return the tokens (B, G+N, C), global ones first, and the size (H, W) of their map.
 
         Args:
-            x: (B, C', H', W').
-            global_tokens: those of the stage before (B, G, C') where this stage carries them; in the first
-                stage tokens from outside (B, G', C), which come after its own.
+            x: the input map (B, C', H', W').
+            global_tokens: (B, G, C') of the previous stage, if this stage carries them; in the first stage
+                external tokens (B, G', C), placed after the learned ones.
         """
         x, size = self.patch_embed(x)
         parts = [x]
@@ -147,7 +138,7 @@ class Stage(nn.Module):
         return x, size
 
     def resize(self, size: Size) -> None:
-        """Builds the stage for maps of another size. Raises ConfigError where an attention cannot follow."""
+        """Resize the parameters for maps of another size. Raise UserError if an attention cannot."""
         for block in self.blocks:
             block.attn.resize(size)
         if self.position is not None:
@@ -155,18 +146,18 @@ class Stage(nn.Module):
         self.size = size
 
     def to_map(self, x: Tensor, size: Size) -> Tensor:
-        """(B, G+N, C) → (B, C, H, W), without the global tokens."""
+        """Fold the local tokens: (B, G+N, C) → (B, C, H, W)."""
         return x[:, -size[0] * size[1] :].transpose(1, 2).unflatten(2, size)
 
-    def carried(self, x: Tensor, size: Size) -> Tensor:
-        """(B, G+N, C) → (B, G, C), the global tokens alone."""
+    def to_globals(self, x: Tensor, size: Size) -> Tensor:
+        """Select the global tokens: (B, G+N, C) → (B, G, C)."""
         return x[:, : -size[0] * size[1]]
 
     def multiply_adds(self, in_chans: int, size: Size) -> int:
-        """Multiply-adds for one image, with `size` the map after this stage's patch embedding."""
-        locals_ = size[0] * size[1]
-        tokens = self.num_global_tokens + locals_
-        total = locals_ * self.patch_embed.patch**2 * in_chans * self.config.dim
+        """Count the multiply-adds for one image, with `size` the map after this stage's patch embedding."""
+        num_locals = size[0] * size[1]
+        tokens = self.num_global_tokens + num_locals
+        total = num_locals * self.patch_embed.patch**2 * in_chans * self.config.dim
         if self.carry is not None:
             total += self.num_global_tokens * in_chans * self.config.dim
         for block in self.blocks:
@@ -176,24 +167,19 @@ class Stage(nn.Module):
 
 
 def map_sizes(stages: Sequence[StageConfig], image_size: Size) -> list[Size]:
-    """(H, W) of every stage's map, for images of (height, width) = `image_size`.
+    """Return (H, W) of every stage's map, for images of (height, width) = `image_size`.
 
     Raises:
-        ConfigError: a map gets smaller than a patch.
+        UserError: a map is smaller than a patch.
     """
     sizes, size = [], image_size
-    for number, stage in enumerate(stages):
-        if stage.patch < 1:
-            raise ConfigError(f"stages[{number}].patch", f"must be at least 1, got {stage.patch}")
+    for index, stage in enumerate(stages):
         if min(size) < stage.patch:
-            needed = 1
-            for earlier in stages[: number + 1]:
-                needed *= earlier.patch
-            side = "×".join(str(s) for s in image_size)
-            raise ConfigError(
-                "image_size",
-                f"{side} pixels are too few for stage {number + 1} of {len(stages)}, which needs {needed}",
+            needed = math.prod(earlier.patch for earlier in stages[: index + 1])
+            reason = (
+                f"{image_size[0]}×{image_size[1]} pixels are too few for stage {index + 1} of {len(stages)}"
             )
+            raise UserError("image_size", f"{reason}, which needs {needed}")
         size = (size[0] // stage.patch, size[1] // stage.patch)
         sizes.append(size)
     return sizes

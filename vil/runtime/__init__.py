@@ -1,1 +1,1 @@
-"""Modules below training, evaluation and the input pipeline; they import `vil.config` alone."""
+"""Building blocks of training, evaluation and the input pipeline; they import `vil.config` alone."""

@@ -1,11 +1,10 @@
-"""Open files that strangers may have made, and write files: the one place for both.
+"""Read untrusted files and write files durably.
 
-Reading: regular files only, so that a FIFO never blocks and a device never fills the memory, and never more
-bytes than a limit. Writing: the target is the old file or the whole new one, whatever happens meanwhile, also
-after a loss of power; names of temporary files cannot be predicted, and where this project chooses a name
-in a folder, a link of that name is never followed.
+Reading: regular files only, so that a FIFO never blocks and a device never fills the memory, up to a limit of
+bytes. Writing: the target is the old file or the complete new one, also after a loss of power. Names of
+temporary files are unpredictable, and under names that this project chooses symbolic links are not followed.
 
-All functions raise `OSError`, with the reason as `strerror`; callers know which option named the file.
+Functions raise `OSError`, with the reason as `strerror`; those for outputs of the user raise `UserError`.
 """
 
 from __future__ import annotations
@@ -17,40 +16,36 @@ import re
 import secrets
 import stat
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from vil.config import ConfigError
+from vil.config import UserError, error_reason
+from vil.runtime import run_files
 
 MAX_TEXT_BYTES = 1 << 30
 """Size of a log or of a list of images; the list of ImageNet-21k has some 900 MB."""
 MAX_LINE_BYTES = 1 << 20
-"""Length of a line of metrics.jsonl; ours have some hundred bytes."""
+"""Length of a line of metrics.jsonl; typical lines have some hundred bytes."""
 MAX_JSON_BYTES = 1 << 24
 """Size of a JSON file with results or labels; ReaL's has 700 kB."""
 
 _TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{16}\.tmp")
-_CHUNK = 1 << 22
+_CHUNK_BYTES = 1 << 22
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
 
 
-def open_regular(path: str | Path, *, follow_links: bool = True) -> BinaryIO:
-    """Open a regular file for reading; never blocks, as on a FIFO without a writer.
-
-    Args:
-        path: the file.
-        follow_links: whether `path` itself may be a symbolic link.
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading, without blocking on a FIFO.
 
     Raises:
-        OSError: there is none, it cannot be opened, or it is a folder, a device, a pipe or a socket.
+        OSError: it does not exist, cannot be opened, or is a folder, a device, a pipe or a socket.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    descriptor = _open(path, flags if follow_links else flags | os.O_NOFOLLOW)
-    return os.fdopen(descriptor, "rb")
+    return os.fdopen(_open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
 
 
 def read_bytes(path: str | Path, max_bytes: int) -> bytes:
@@ -62,7 +57,7 @@ def read_bytes(path: str | Path, max_bytes: int) -> bytes:
     with open_regular(path) as file:
         _check_size(file, path, max_bytes)
         content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:  # grew meanwhile
+    if len(content) > max_bytes:  # grew after the check
         raise _too_large(path, max_bytes)
     return content
 
@@ -77,46 +72,46 @@ def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES, errors: str = "
     return read_bytes(path, max_bytes).decode("utf-8-sig", errors)
 
 
-def read_lines(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> Iterator[str]:
-    """Yield the lines of a log with their ends, one at a time; what is not UTF-8 is replaced.
+def read_lines(path: str | Path) -> Iterator[str]:
+    """Yield the lines of a log with their line ends; bytes that are not UTF-8 are replaced.
 
     Raises:
         OSError: as `read_bytes`, or a line is longer than `MAX_LINE_BYTES`.
     """
     with open_regular(path) as file:
-        _check_size(file, path, max_bytes)
+        _check_size(file, path, MAX_TEXT_BYTES)
         count = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             count += len(line)
             if len(line) > MAX_LINE_BYTES:
                 raise OSError(errno.EFBIG, f"holds a line of more than {MAX_LINE_BYTES:,} bytes", str(path))
-            if count > max_bytes:
-                raise _too_large(path, max_bytes)
+            if count > MAX_TEXT_BYTES:
+                raise _too_large(path, MAX_TEXT_BYTES)
             yield line.decode("utf-8", "replace")
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text whose numbers can be computed with.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or holds a whole number of more than 18 digits.
+        ValueError: it is not JSON, nested too deeply, or has an integer of more than 18 digits.
     """
     try:
-        return json.loads(text, parse_int=_whole_number)
+        return json.loads(text, parse_int=_bounded_integer)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _whole_number(digits: str) -> int:
+def _bounded_integer(digits: str) -> int:
     if len(digits) > 19:
-        raise ValueError("a whole number of more than 18 digits")
+        raise ValueError("an integer of more than 18 digits")
     return int(digits)
 
 
-def _open(path: str | Path, flags: int, mode: int = 0o666) -> int:
-    """Open a regular file; the descriptor is the caller's to close."""
+def _open(path: str | Path, flags: int) -> int:
+    """Open a regular file; the caller closes the descriptor."""
     try:
-        descriptor = os.open(path, flags, mode)
+        descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP and flags & os.O_NOFOLLOW and os.path.islink(path):
             raise OSError(errno.ELOOP, "is a symbolic link, which is not followed", str(path)) from None
@@ -149,14 +144,13 @@ def _too_large(path: str | Path, max_bytes: int) -> OSError:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a new file to write to; afterwards it takes the place of `path`, whatever that is.
+    """Yield a temporary file that replaces `path` at the end of the context.
 
-    The file lies beside `path` under a name that nobody can predict. It has the permissions of the file that
-    it replaces, or those of any new file. It has been brought to the disk before it gets its name. Where
-    anything is raised inside, nothing is left of it.
+    The file is in the folder of `path`, with an unpredictable name and the permissions of the file that it
+    replaces, or of a new file. It is synced before it is renamed, and removed if an error is raised.
 
     Raises:
-        OSError: the disk is full or the folder is gone; `path` is the old file, or the whole new one.
+        OSError: the disk is full or the folder is gone; `path` is the old or the complete new file.
     """
     # Names are limited to 255 bytes.
     name = os.fsdecode(os.fsencode(path.name)[:200])
@@ -180,9 +174,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Write a file; `path` holds the old content or the new, also after a loss of power. Text is UTF-8.
+    """Write a file; `path` has the old or the new content, also after a loss of power. Text is UTF-8.
 
-    Whatever lies under the name is replaced, never followed or written to: a link, a FIFO, a device.
+    A link, a FIFO or a device of that name is replaced, not followed or written to.
 
     Raises:
         OSError: it cannot be written, or a folder has the name.
@@ -192,10 +186,10 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 
 def open_for_appending(path: Path) -> int:
-    """Open a regular file for reading and appending, made where there is none; never through a link.
+    """Open or create a regular file for reading and appending; do not follow a link.
 
     Returns:
-        the descriptor, which is the caller's to close.
+        the descriptor, which the caller closes.
 
     Raises:
         OSError: it cannot be opened, or the name is that of a link, a folder, a device or a pipe.
@@ -204,10 +198,10 @@ def open_for_appending(path: Path) -> int:
 
 
 def make_folders(base: Path, *names: str) -> Path:
-    """Make the folder `base/names[0]/names[1]/…` and return it; `base`, which the user named, may be a link.
+    """Create the folder `base/names[0]/names[1]/…` and return it; only `base` may be a link.
 
     Raises:
-        OSError: one cannot be made, or one of `names` is that of a link.
+        OSError: a folder cannot be created, or one of `names` is a link.
     """
     base.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -218,20 +212,20 @@ def make_folders(base: Path, *names: str) -> Path:
 
 
 def refuse_link(path: Path) -> None:
-    """Raise OSError where `path` is a symbolic link."""
+    """Raise OSError if `path` is a symbolic link."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, "is a symbolic link, which is not followed", str(path))
 
 
 def remove_leftovers(folder: Path, names: str | re.Pattern[str]) -> None:
-    """Remove the temporary files of `replacing` that a killed process left.
+    """Remove temporary files that a killed process left in `replacing`.
 
     Args:
-        folder: where to look; not below it.
-        names: pattern of the names of the files that they were to become.
+        folder: the folder; its sub-folders are not searched.
+        names: pattern of the names of the final files.
 
     Raises:
-        OSError: the disk says no.
+        OSError: a file cannot be removed.
     """
     for name in os.listdir(folder):
         match = _TEMPORARY.fullmatch(name)
@@ -240,7 +234,7 @@ def remove_leftovers(folder: Path, names: str | re.Pattern[str]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renaming of a file durable, where the system lets a folder be synchronised."""
+    """Sync a folder, which makes renamed files in it durable, if the system supports it."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -253,28 +247,55 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-# --- Writing where the user says ----------------------------------------------------------------------------
+# --- Writing to paths of the user -------------------------------------------------------------------------
 
 
-def write_output(path: Path, content: str | bytes) -> None:
-    """Write a result to where the user named; `path` holds the old content or all of the new.
+def check_writable(path: Path, option: str) -> None:
+    """Create the folders of an output file. Raise UserError for the option if the file cannot be written."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not is_stream(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+    except OSError as error:
+        raise _not_writable(path, error, option) from None
 
-    What is no file, as /dev/null, a pipe or /dev/stdout, is written to and not replaced.
+
+def write_output(path: Path, content: str | bytes, option: str = "") -> None:
+    """Write a result and the folders above it; `path` has the old or the new content.
+
+    /dev/null, a pipe or /dev/stdout are written to and not replaced.
+
+    Args:
+        path: the file.
+        content: text, written as UTF-8, or bytes.
+        option: the option that named the file, for the error.
 
     Raises:
-        OSError: it cannot be written.
+        UserError: the file cannot be written.
     """
     content = content.encode() if isinstance(content, str) else content
-    file = _open_stream(path)
-    if file is None:
-        write_durably(path, content)
-        return
-    with file:
-        file.write(content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _open_stream(path)
+        if file is None:
+            write_durably(path, content)
+            return
+        with file:
+            file.write(content)
+    except OSError as error:
+        raise _not_writable(path, error, option) from None
+
+
+def _not_writable(path: Path, error: OSError, option: str) -> UserError:
+    reason = f"cannot be written: {error_reason(error)}"
+    return UserError(option, f"{path} {reason}") if option else UserError(str(path), reason)
 
 
 def move_output(source: Path, path: Path) -> None:
-    """Move a finished file to where the user named, as `write_output` writes one.
+    """Move a finished file to a path of the user, as `write_output` writes one.
 
     Raises:
         OSError: it cannot be written.
@@ -284,7 +305,7 @@ def move_output(source: Path, path: Path) -> None:
         file = _open_stream(path)
         if file is not None:
             with file:
-                while chunk := content.read(_CHUNK):
+                while chunk := content.read(_CHUNK_BYTES):
                     file.write(chunk)
             return
     os.replace(source, path)
@@ -292,7 +313,7 @@ def move_output(source: Path, path: Path) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """Return True if `path` is something to write to and not to replace: a device, a pipe, /dev/stdout."""
+    """Return True if `path` must be written to and not replaced: a device, a pipe, /dev/stdout."""
     status = _status(path, follow_links=True)
     if status is None or stat.S_ISDIR(status.st_mode):
         return False
@@ -306,54 +327,52 @@ def refuse_input_as_output(output: Path, inputs: Iterable[str | Path], option: s
         output: the file that will be written.
         inputs: the files that are read, also under other names. Of the folder of a run the files that
             train.py writes there.
-        option: what to name in the error: the option, or the file.
+        option: the option or file that the error names.
 
     Raises:
-        ConfigError: `output` is one of the inputs.
+        UserError: `output` is one of the inputs.
     """
     status = _status(output, follow_links=True)
     if status is None or not stat.S_ISREG(status.st_mode):
         return
     if any(_is_input(Path(path), output) for path in inputs):
-        raise ConfigError(option, f"{output} is an input of this command; name another file")
-
-
-_FILES_OF_RUN = ("config.yaml", "summary.json", "metrics.jsonl", "bad_images.txt", ".lock")
-_FOLDERS_OF_RUN = ("checkpoints", "tensorboard")
+        raise UserError(option, f"{output} is an input of this command; name another file")
 
 
 def _is_input(path: Path, output: Path) -> bool:
     try:
-        return os.path.samefile(path, output) or _is_file_of_run(path, output)
-    except (OSError, ValueError):  # an input that cannot be read is reported by who reads it
+        return os.path.samefile(path, output) or _is_run_file(path, output)
+    except (OSError, ValueError):  # an unreadable input is reported where it is read
         return False
 
 
-def _is_file_of_run(folder: Path, output: Path) -> bool:
+def _is_run_file(folder: Path, output: Path) -> bool:
     if not folder.is_dir():
         return False
     parts = output.resolve().parts
     root = folder.resolve().parts
     if parts[: len(root)] != root or len(parts) == len(root):
         return False
-    return parts[len(root) :] in [(name,) for name in _FILES_OF_RUN] or parts[len(root)] in _FOLDERS_OF_RUN
+    return (
+        parts[len(root) :] in [(name,) for name in run_files.FILES] or parts[len(root)] in run_files.FOLDERS
+    )
 
 
 def _open_stream(path: Path) -> IO[bytes] | None:
-    """Open what is to be written to and not replaced; None for a file and for nothing."""
+    """Open a stream for writing; return None for a regular file, and if `path` does not exist."""
     if not is_stream(path):
         return None
     number = _inherited_descriptor(path)
     if number is None:
         return path.open("wb", buffering=0)
-    for stream in (sys.stdout, sys.stderr):  # what was printed before comes before
+    for stream in (sys.stdout, sys.stderr):  # keep the order of the output
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
     return os.fdopen(os.dup(number), "wb")
 
 
 def _inherited_descriptor(path: Path) -> int | None:
-    """Return the number of the descriptor that /dev/stdout or /dev/fd/N stands for; None for other paths."""
+    """Return the descriptor of /dev/stdout or /dev/fd/N; None for other paths."""
     standard = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))
     match = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", str(path))
     return standard if match is None else int(match[1])

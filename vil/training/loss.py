@@ -1,4 +1,4 @@
-"""The losses of image classification, for class numbers and for the soft targets of mixup and cutmix."""
+"""Losses of image classification, for class indices and for the soft targets of mixup and cutmix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vil.config import ScheduleConfig
 class CrossEntropy(nn.Module):
     """Mean cross-entropy with label smoothing (Szegedy et al., Rethinking the Inception Architecture, 2016).
 
-    Soft targets come smoothed from where they were mixed, and are used as they are.
+    Soft targets are not smoothed: mixup smooths them.
     """
 
     def __init__(self, label_smoothing: float) -> None:
@@ -21,16 +21,16 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Logits (B, classes) and targets (B,) int64 or (B, classes) float to a scalar."""
+        """Return the loss of logits (B, classes) for targets (B,) int64 or (B, classes) float, a scalar."""
         smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
 def build_loss(schedule: ScheduleConfig) -> nn.Module:
-    """The loss that `schedule` names.
+    """Build the loss of `schedule`.
 
-    bce without label smoothing counts every class of a mixed image fully, as DeiT III (Touvron et al., 2022,
-    section 4) does; with smoothing, targets stay soft.
+    bce without label smoothing sets the target of every class of a mixed image to 1, as DeiT III (Touvron et
+    al., 2022, section 4); with smoothing, soft targets stay.
     """
     smoothing = schedule.label_smoothing
     if schedule.loss == "bce":

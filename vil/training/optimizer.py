@@ -1,5 +1,4 @@
-"""The optimiser with its parameter groups, from timm.optim, and the learning rate of every step, from
-timm.scheduler."""
+"""Optimizer, parameter groups and learning-rate schedule, built on timm.optim and timm.scheduler."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import difflib
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatch
-from typing import Any
 
 import torch
 from timm.models import group_parameters
@@ -16,34 +14,33 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from vil.config import ConfigError, ScheduleConfig
+from vil.checkpoints.training_state import State
+from vil.config import ScheduleConfig, Tree, UserError
 
 _FUSED = ("adam", "adamw", "sgd", "momentum")
-"""timm's names of PyTorch's optimisers that can skip a step on the device, which their fused forms do."""
+"""timm's names of PyTorch optimizers whose fused versions can skip a step on the device."""
 
-CONFIGURED = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum", "dampening")
-"""Keys of an optimiser's parameter groups that a schedule sets; the others are state of the optimiser."""
+_CONFIGURED_KEYS = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum", "dampening")
+"""Keys of parameter groups that the configuration sets; other numbers are state of the optimizer."""
 
 
 def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.Optimizer:
-    """The optimiser that `schedule` names, at its peak learning rate.
+    """Build the optimizer of `schedule` at its peak learning rate.
 
     Raises:
-        ConfigError: the name is unknown to timm, or the optimiser does not take the options given.
+        UserError: timm has no optimizer of this name, or it does not support the options.
     """
     name = schedule.optimizer.lower()
     kind = name.removeprefix("lookahead_")
     if kind not in list_optimizers():
         close = difflib.get_close_matches(kind, list_optimizers(), n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; timm.optim.list_optimizers() names them"
-        raise ConfigError("schedule.optimizer", f"timm knows no optimiser {schedule.optimizer!r}{hint}")
+        hint = f"; did you mean {close[0]}?" if close else "; timm.optim.list_optimizers() lists them"
+        raise UserError("schedule.optimizer", f"timm has no optimizer {schedule.optimizer!r}{hint}")
     info = get_optimizer_info(kind)
     if info.second_order:
-        raise ConfigError(
-            "schedule.optimizer", f"{name} needs second derivatives, which training never takes"
-        )
-    # The third β of an optimiser that has more than two keeps its default.
-    options: dict[str, Any] = {"betas": schedule.betas} if info.has_betas and info.num_betas == 2 else {}
+        raise UserError("schedule.optimizer", f"{name} needs second derivatives: not supported")
+    # An optimizer with three β keeps its own defaults.
+    options: Tree = {"betas": schedule.betas} if info.has_betas and info.num_betas == 2 else {}
     if schedule.eps is not None:
         options["eps"] = schedule.eps
     if schedule.dampening:
@@ -62,20 +59,33 @@ def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.O
     except (TypeError, ValueError, ImportError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if schedule.dampening and "dampening" in reason:
-            reason = f"{name} takes none; momentum, timm's name for SGD without Nesterov, does"
-            raise ConfigError("schedule.dampening", reason) from error
-        raise ConfigError("schedule.optimizer", f"{name}: {reason}") from error
+            reason = f"not supported by {name}; use momentum, which is SGD without Nesterov momentum in timm"
+            raise UserError("schedule.dampening", reason) from error
+        raise UserError("schedule.optimizer", f"{name}: {reason}") from error
 
 
-def check_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Check what a checkpoint says of an optimiser before it is loaded, which trusts it.
-
-    The kernels of fused optimisers read and write as many numbers as a parameter has, whatever the size of
-    their state.
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Load the state of a checkpoint, and keep the options of the configuration.
 
     Raises:
-        ValueError: a tensor is not plain, or larger than its storage; or of a fused optimiser, the state of a
-            parameter is incomplete or of another shape.
+        ValueError: as of `check_optimizer_state`.
+    """
+    options = [dict(group) for group in optimizer.param_groups]
+    check_optimizer_state(optimizer, state)
+    optimizer.load_state_dict(state)
+    for group, configured in zip(optimizer.param_groups, options):
+        group.update(merge_group_options(group, configured))
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Check the optimizer state of a checkpoint before it is loaded.
+
+    The kernels of fused optimizers read and write as many numbers as a parameter has, whatever the size of
+    the tensors in their state.
+
+    Raises:
+        ValueError: a tensor is not plain or larger than its storage, or, for a fused optimizer, the state of
+            a parameter is incomplete or has another shape.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     groups, states = state["param_groups"], state["state"]
@@ -96,7 +106,7 @@ def check_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
         for name in names if values else ():
             value = values.get(name)
             if value is None and has_momentum:
-                continue  # before the first step, or without momentum
+                continue  # without momentum, or before the first step
             if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
                 raise ValueError(f"{name} of parameter {index} is missing or of another shape")
         step = values.get("step")
@@ -107,40 +117,40 @@ def check_state(optimizer: torch.optim.Optimizer, state: Any) -> None:
 def _is_plain(tensor: torch.Tensor) -> bool:
     if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
         return False
-    is_whole = tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-    return is_whole and not tensor.is_quantized
+    is_complete = tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    return is_complete and not tensor.is_quantized
 
 
-def state_of_group(stored: Mapping[str, Any], built: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a parameter group's options as built, with the counters that the optimiser keeps beside them.
+def merge_group_options(stored: State, configured: Mapping[str, object]) -> Tree:
+    """Return the configured options of a parameter group, with the stored counters of the optimizer.
 
-    Counters, as the step of Lookahead, are the numbers that no schedule sets; flags and options are never
-    taken from a checkpoint.
+    Counters, such as the step of Lookahead, are the numbers that the configuration does not set. Other stored
+    options are ignored.
     """
-    options = {key: value for key, value in built.items() if key != "params"}
+    options = {key: value for key, value in configured.items() if key != "params"}
     for key, value in options.items():
         is_number = all(
             isinstance(x, int | float) and not isinstance(x, bool) for x in (value, stored.get(key))
         )
-        if is_number and key not in CONFIGURED and math.isfinite(stored[key]):
+        if is_number and key not in _CONFIGURED_KEYS and math.isfinite(stored[key]):
             options[key] = stored[key]
     return options
 
 
 def peak_learning_rate(schedule: ScheduleConfig) -> float:
-    """`lr`, scaled linearly from `lr_batch_size` to `batch_size` where the former is given."""
+    """Return `lr`, scaled linearly from `lr_batch_size` (if given) to `batch_size`."""
     return schedule.lr * (schedule.batch_size / schedule.lr_batch_size if schedule.lr_batch_size else 1.0)
 
 
-def parameter_groups(model: nn.Module, schedule: ScheduleConfig) -> list[dict[str, Any]]:
-    """The trainable parameters of `model`, grouped by weight decay and by layer.
+def parameter_groups(model: nn.Module, schedule: ScheduleConfig) -> list[Tree]:
+    """Group the trainable parameters of `model` by weight decay and by layer.
 
-    A group has `params`, `weight_decay`, and with layer decay `lr_scale`, which the scheduler multiplies into
-    the learning rate. Layers are those of the model's `group_matcher`, else groups of parameters in order.
+    A group has `params`, `weight_decay`, and, with layer decay, `lr_scale`, by which the scheduler multiplies
+    the learning rate. The layers are those of the model's `group_matcher`, else timm's groups in order.
     """
     undecayed = undecayed_parameters(model, schedule.decay_biases)
     scales = _layer_scales(model, schedule.layer_decay) if schedule.layer_decay is not None else {}
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool], Tree] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -155,11 +165,11 @@ def parameter_groups(model: nn.Module, schedule: ScheduleConfig) -> list[dict[st
 
 
 def undecayed_parameters(model: nn.Module, decay_biases: bool) -> set[str]:
-    """Names of the parameters without weight decay.
+    """Return the names of the parameters without weight decay.
 
-    They are what `model.no_weight_decay()` names (embeddings, bias tables; patterns as timm allows), norms
-    and everything else with one dimension, and all biases; with `decay_biases` only those biases that belong
-    to the head or to no linear or convolution layer.
+    They match a pattern of `model.no_weight_decay()` (embeddings, bias tables), have one dimension (norms),
+    or are biases; with `decay_biases`, only biases of the head and of other modules than linear and
+    convolution layers.
     """
     names = getattr(model, "no_weight_decay", None)
     patterns = list(names()) if names else []
@@ -179,24 +189,24 @@ def undecayed_parameters(model: nn.Module, decay_biases: bool) -> set[str]:
 
 
 def _head_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of the classifier, as far as the model names one (timm's `get_classifier`)."""
+    """Return the parameters of the model's classifier (timm's `get_classifier`), if it has one."""
     classifier = getattr(model, "get_classifier", None)
     head = classifier() if classifier else None
-    heads = head if isinstance(head, tuple) else (head,)  # distilled models have two
+    heads = head if isinstance(head, tuple) else (head,)  # two for distilled models
     return {parameter for part in heads if isinstance(part, nn.Module) for parameter in part.parameters()}
 
 
 def clipped_parameters(model: nn.Module, mode: str) -> list[nn.Parameter]:
-    """The parameters whose gradients are clipped: all, but for adaptive clipping not the head's.
+    """Return the parameters whose gradients are clipped; adaptive clipping excludes the head.
 
     Brock et al., High-Performance Large-Scale Image Recognition Without Normalization (2021), section 4.1.
     """
-    spared = _head_parameters(model) if mode == "agc" else set()
-    return [p for p in model.parameters() if p.requires_grad and p not in spared]
+    excluded = _head_parameters(model) if mode == "agc" else set()
+    return [p for p in model.parameters() if p.requires_grad and p not in excluded]
 
 
 def _layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """Factor on the learning rate of each parameter by name: decay ** (layers between it and the head)."""
+    """Return the factor on the learning rate of each parameter: decay ** (layers up to the head)."""
     matcher = getattr(model, "group_matcher", None)
     if matcher:
         layers = group_parameters(model, matcher(coarse=False), reverse=True)
@@ -209,17 +219,16 @@ def _layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, steps_per_epoch: int
 ) -> Scheduler:
-    """The learning rate as a function of the step alone: call `step_update(step)` before step 0, 1, 2, …
+    """Build the learning-rate schedule; call `step_update(step)` before each step, counted from 0.
 
-    It rises linearly from `warmup_factor` × peak at step 0 to the peak after `warmup_epochs`. Cosine
-    (Loshchilov & Hutter, SGDR, 2017) and poly (a straight line) reach `min_lr` at the last step of the last
-    epoch. With `warmup_prefix` they begin at the peak after the warm-up; without it they begin with the run,
-    and what follows the warm-up is the rest of them. step is multiplied by `decay_rate` every `decay_epochs`,
-    counted from the start.
+    The rate rises linearly from `warmup_factor` times the peak at step 0 to the peak after `warmup_epochs`.
+    cosine (Loshchilov & Hutter, SGDR, 2017) and poly (a straight line) reach `min_lr` at the last step. With
+    `warmup_prefix` they start at the peak after the warm-up; without it they start at step 0, and the warm-up
+    replaces their first part. step multiplies the rate by `decay_rate` every `decay_epochs`.
     """
     peak = peak_learning_rate(schedule)
     warmup = schedule.warmup_epochs * steps_per_epoch
-    options: dict[str, Any] = {
+    options: Tree = {
         "warmup_t": warmup,
         "warmup_lr_init": schedule.warmup_factor * peak,
         "t_in_epochs": False,
@@ -231,8 +240,8 @@ def build_scheduler(
         rate = schedule.decay_rate
         return StepLRScheduler(optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=False, **options)
     remaining = schedule.epochs * steps_per_epoch - 1 - (warmup if schedule.warmup_prefix else 0)
-    # Where the warm-up outlasts the run, nothing remains, and any length does. timm warns of the length 1, as
-    # if the rate would then stay; half a step is over after one step just so.
+    # If the warm-up is longer than the run, the length does not matter. timm warns about length 1, as if the
+    # rate would be constant; with 0.5 the schedule ends after one step just the same.
     if remaining <= 0 or remaining == 1:
         remaining = 0.5
     options |= {"t_initial": remaining, "lr_min": schedule.min_lr, "warmup_prefix": schedule.warmup_prefix}

@@ -1,6 +1,6 @@
-"""Kernels that do not compile or launch: an error of one line, or a warning and another backend.
+"""Handling of kernels that do not compile or launch: a one-line error, or a warning and another backend.
 
-The decision is made inside the operator's implementation, which runs also in graphs of `torch.compile`.
+It is part of the operator's implementation, so that it also works in graphs of `torch.compile`.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import TypeVar
 
 import torch
 
-from vil.config import ConfigError
+from vil.config import UserError
 
 _logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _failed: set[Hashable] = set()
-"""Kinds of calls whose kernels failed in this process."""
+"""Keys of calls whose kernels failed in this process."""
 _reported: set[str] = set()
-"""Warnings that were given."""
+"""Reasons of the warnings logged in this process."""
 
 
-class KernelError(ConfigError):
-    """The kernels of a backend that was asked for by name failed, or the GPU can no longer be used."""
+class KernelError(UserError):
+    """The kernels of a requested backend failed, or the GPU can no longer be used."""
 
 
 def failures() -> list[str]:
-    """Return the warnings given so far in this process: empty where no kernel was replaced."""
+    """Return the reasons of the warnings so far in this process; empty if no kernel was replaced."""
     return sorted(_reported)
 
 
 def forget_failures() -> None:
-    """Try kernels again that failed; for tests."""
+    """Reset the recorded failures, so that kernels are tried again; for tests."""
     _failed.clear()
     _reported.clear()
 
@@ -44,18 +44,18 @@ def run_kernels(
     kind: Hashable,
     device: torch.device,
 ) -> Result:
-    """Run `kernels`; where they fail, warn once and run `substitute` for all calls of this kind from then on.
+    """Run `kernels`; if they fail, warn once and run `substitute`, also for later calls of this kind.
 
     Args:
-        kernels: compiles and launches them; may have written part of its own outputs when it fails.
-        substitute: computes the same in another way; None where the kernels were asked for by name.
-        kind: the same for a forward pass and its backward pass, so that both fall back.
-        device: where the kernels run.
+        kernels: compile and launch the kernels; their outputs may be partly written after a failure.
+        substitute: another implementation; None if the kernels were requested by name.
+        kind: key of the kernels, the same for a forward pass and its backward pass, so that both fall back.
+        device: device of the kernels.
 
     Raises:
-        KernelError: the kernels failed and there is no substitute; or the error destroyed the CUDA context
-            (an illegal memory access, a failed assertion), after which nothing runs in this process.
-        Exception: as it was, where memory was not enough or a CUDA graph is being captured.
+        KernelError: the kernels failed without a substitute; or the CUDA context is lost (illegal memory
+            access, failed assertion), after which no kernel runs in this process.
+        Exception: the original error, if memory is exhausted or a CUDA graph is being captured.
     """
     if substitute is not None and kind in _failed:
         return substitute()
@@ -66,11 +66,11 @@ def run_kernels(
             raise
         reason = f"{_summary(error)} ({_versions(device)})"
         if not _is_usable(device):
-            lost = f"the GPU cannot be used any more in this process after {reason}"
+            lost = f"the GPU can no longer be used in this process after {reason}"
             raise KernelError("attention_backend", f"{lost}; if it happens again, use chunked") from error
         if substitute is None:
             raise KernelError("attention_backend", f"a kernel of fused fails: {reason}") from error
-    # After the except clause, whose traceback keeps the failed attempt's tensors alive.
+    # Outside the except clause, whose traceback keeps tensors of the failed attempt alive.
     _failed.add(kind)
     if reason not in _reported:
         _reported.add(reason)
@@ -83,7 +83,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _is_usable(device: torch.device) -> bool:
-    """Return False where a CUDA error is sticky: every later call then fails with it."""
+    """Return False if the CUDA context is lost, so that every later call fails."""
     if device.type != "cuda":
         return True
     try:
@@ -94,7 +94,7 @@ def _is_usable(device: torch.device) -> bool:
 
 
 def _summary(error: Exception) -> str:
-    """One line: Triton puts its source code in front of what is wrong with it."""
+    """Return one line of the message; compilation errors of Triton quote source code before the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     line = lines[-1] if "CompilationError" in type(error).__name__ else lines[0]
     return f"{type(error).__name__}: {line[:200]}"

@@ -1,6 +1,6 @@
-"""2-D local attention as Triton kernels: scores never reach memory, the backward pass computes them again.
+"""2-D local attention with Triton kernels: scores stay in registers, the backward pass computes them again.
 
-`kernels.py` has the kernels; here is what they are called with.
+This module prepares the arguments of the kernels in `kernels.py` and launches them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Hashable
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,122 +16,125 @@ from torch import Tensor
 
 from vil.attention.local import chunked, kernels
 from vil.attention.local.fallback import run_kernels
-from vil.attention.local.geometry import Inputs, Window, fold_window_bias, window_bias
+from vil.attention.local.geometry import Inputs, LocalAttentionSpec, fold_window_bias, window_bias
 from vil.attention.local.operator import empty_gradients, like_tokens, register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_WIDTH = 128
 MAX_GLOBAL_TOKENS = 256
 LOG2E = kernels.LOG2E.value
-PROGRAMS = 1024
-"""Programs that keep a large GPU busy: sums over images are split into so many parts."""
+TARGET_PROGRAMS = 1024
+"""Programs that occupy a large GPU; sums over images are split into parts to reach this number."""
 COLUMNS_MULTIPLE = 128
-"""The biases of a query are padded to a multiple of this, so that blocks of them are read without a check."""
+"""The biases of a query are padded to a multiple of this, so that blocks are loaded without a mask."""
 
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.JITFunction)
-"""TRITON_INTERPRET=1: the kernels run on the CPU, for tests."""
+"""True with TRITON_INTERPRET=1: the kernels run on the CPU, for tests."""
 
 
 def unsupported(
-    device: torch.device, dtype: torch.dtype, head_width: int, globals_: int, dropout: float
+    device: torch.device, dtype: torch.dtype, head_dim: int, num_globals: int, dropout: float
 ) -> str | None:
-    """Why the kernels cannot do this, or None."""
+    """Return the reason why the kernels do not support such a call, or None."""
     if device.type != "cuda" and not INTERPRETED:
         return f"needs a GPU, this is {device}"
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or higher"
     if dtype not in DTYPES:
         return f"computes in {', '.join(map(str, DTYPES))}, the query is {dtype}"
-    if head_width > MAX_HEAD_WIDTH:
-        return f"has a head width of {MAX_HEAD_WIDTH} at most, got {head_width}"
-    if globals_ > MAX_GLOBAL_TOKENS:
-        return f"has {MAX_GLOBAL_TOKENS} global tokens at most, got {globals_}"
+    if head_dim > MAX_HEAD_WIDTH:
+        return f"has a head width of {MAX_HEAD_WIDTH} at most, got {head_dim}"
+    if num_globals > MAX_GLOBAL_TOKENS:
+        return f"has {MAX_GLOBAL_TOKENS} global tokens at most, got {num_globals}"
     if dropout:
         return f"has no dropout of attention weights, got {dropout}"
     return None
 
 
-class _Call:
-    """What the kernels of one call have in common."""
+class _KernelCall:
+    """Sizes, blocks and biases shared by the kernels of one call."""
 
-    def __init__(self, inputs: Inputs, window: Window) -> None:
-        self.inputs, self.window = inputs, window
-        self.query, self.key, self.value, self.global_key, self.global_value = map(_readable, inputs[:5])
+    def __init__(self, inputs: Inputs, spec: LocalAttentionSpec) -> None:
+        self.inputs, self.spec = inputs, spec
+        self.query, self.key, self.value, self.global_key, self.global_value = map(_as_loadable, inputs[:5])
         self.batch, self.heads, self.tokens, self.width = inputs.query.shape
-        self.globals_ = inputs.global_key.shape[2]
-        self.rows, self.columns = (-(-length // window.side) for length in window.size)
-        self.per_chunk = window.side**2
-        self.keys = {"all": 9, "self": 1, "one": 2}[window.neighbors] * self.per_chunk
-        self.window_bias = window_bias(inputs, window)  # (h or 1, w, w, 3w, 3w)
-        self.borders = _borders(window.size, window.side, window.mask == "cyclic", inputs.query.device)
+        self.num_globals = inputs.global_key.shape[2]
+        self.rows, self.columns = (-(-length // spec.window) for length in spec.size)
+        self.per_chunk = spec.window**2
+        self.keys = {"all": 9, "self": 1, "one": 2}[spec.neighbors] * self.per_chunk
+        self.window_bias = window_bias(inputs, spec)  # (h or 1, w, w, 3w, 3w)
+        self.borders = _borders(spec.size, spec.window, spec.mask == "cyclic", inputs.query.device)
         self.block_m, self.block_k, self.stages = _blocks(
             self.per_chunk, self.keys, self.width, self.query.dtype
         )
 
-    def bias_of_queries(self) -> Tensor | None:
-        """Position biases of a chunk's queries, times log₂e, in the inputs' precision; None without any.
+    def query_bias(self) -> Tensor | None:
+        """Return the biases of a chunk's queries, times log₂e, in the inputs' precision; None without biases.
 
-        (h or 1, t, columns): of the global keys, of the local ones in their order, and padding.
+        (h or 1, t, columns): global keys, local keys in order, padding.
         """
-        found = [bias for bias in (self.window_bias, self.inputs.global_bias) if bias is not None]
-        if not found:
+        biases = [bias for bias in (self.window_bias, self.inputs.global_bias) if bias is not None]
+        if not biases:
             return None
-        bias = self.query.new_zeros(max(map(len, found)), self.per_chunk, self.columns_of_bias(self.globals_))
+        bias = self.query.new_zeros(
+            max(map(len, biases)), self.per_chunk, self.bias_columns(self.num_globals)
+        )
         if self.inputs.global_bias is not None:
-            bias[..., : self.globals_] = (self.inputs.global_bias * LOG2E)[:, None]
+            bias[..., : self.num_globals] = (self.inputs.global_bias * LOG2E)[:, None]
         if self.window_bias is not None:
-            local = self._of_seen(self.window_bias.flatten(3).flatten(1, 2), 1)
-            bias[..., self.globals_ : self.globals_ + self.keys] = local * LOG2E
+            local = self._select_visible(self.window_bias.flatten(3).flatten(1, 2), 1)
+            bias[..., self.num_globals : self.num_globals + self.keys] = local * LOG2E
         return bias
 
-    def bias_of_keys(self) -> Tensor | None:
-        """The same from the side of a chunk's keys, (h or 1, t, columns): of the queries in their order.
+    def key_bias(self) -> Tensor | None:
+        """Return the biases of a chunk's keys, (h or 1, t, columns): queries in order, padding.
 
-        A query s chunks away sees a key −s chunks away.
+        A query at chunk offset s sees the key at chunk offset −s.
         """
         if self.window_bias is None:
             return None
-        side = self.window.side
+        side = self.spec.window
         by_chunk = self.window_bias.unflatten(4, (3, side)).unflatten(3, (3, side))  # (h, w, w, 3, w, 3, w)
         turned = by_chunk.flip(3, 5).permute(0, 4, 6, 3, 1, 5, 2)  # key, and chunk and token of the query
-        by_key = turned.reshape(len(turned), self.per_chunk, self.window.places)
-        bias = self.query.new_zeros(len(turned), self.per_chunk, self.columns_of_bias(0))
-        bias[..., : self.keys] = self._of_seen(by_key, -1) * LOG2E
+        by_key = turned.reshape(len(turned), self.per_chunk, self.spec.num_positions)
+        bias = self.query.new_zeros(len(turned), self.per_chunk, self.bias_columns(0))
+        bias[..., : self.keys] = self._select_visible(by_key, -1) * LOG2E
         return bias
 
     def hidden_keys(self) -> Tensor:
-        """(kinds, columns): 0 for what a chunk sees, −∞ for what it does not, as `bias_of_queries` has it."""
-        hidden = self._hidden(self.globals_, self.borders.hidden_keys, 1)
-        hidden[:, : self.globals_] = 0
+        """Return (kinds, columns), 0 for visible keys and −∞ for others, in the order of `query_bias`."""
+        hidden = self._hidden(self.num_globals, self.borders.hidden_keys, 1)
+        hidden[:, : self.num_globals] = 0
         return hidden
 
     def hidden_queries(self) -> Tensor:
-        """(kinds, columns): 0 for the queries that see a chunk, −∞ for what is none, as `bias_of_keys`."""
+        """Return (kinds, columns), 0 for queries that see a chunk and −∞ for others, as in `key_bias`."""
         return self._hidden(0, self.borders.hidden_queries, -1)
 
-    def columns_of_bias(self, globals_: int) -> int:
-        """Of what is added to a row of scores: global keys, whole blocks of local ones, and padding."""
+    def bias_columns(self, num_globals: int) -> int:
+        """Return the columns of a row of biases: global keys, whole blocks of local keys, padding."""
         local = triton.cdiv(self.keys, self.block_k) * self.block_k
-        return triton.cdiv(globals_ + local, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+        return triton.cdiv(num_globals + local, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
 
-    def _hidden(self, globals_: int, by_place: Tensor, direction: int) -> Tensor:
-        hidden = self.query.new_full((len(by_place), self.columns_of_bias(globals_)), float("-inf"))
-        hidden[:, globals_ : globals_ + self.keys] = self._of_seen(by_place, direction)
+    def _hidden(self, num_globals: int, by_position: Tensor, direction: int) -> Tensor:
+        hidden = self.query.new_full((len(by_position), self.bias_columns(num_globals)), float("-inf"))
+        hidden[:, num_globals : num_globals + self.keys] = self._select_visible(by_position, direction)
         return hidden
 
-    def _of_seen(self, by_place: Tensor, direction: int) -> Tensor:
-        """(…, 9w²) → (…, keys): what is seen, of the nine chunks."""
-        places = self.seen_places(direction)
-        return by_place if places is None else by_place.index_select(-1, places)
+    def _select_visible(self, by_position: Tensor, direction: int) -> Tensor:
+        """Select the visible positions of the nine chunks: (…, 9w²) → (…, keys)."""
+        positions = self.visible_positions(direction)
+        return by_position if positions is None else by_position.index_select(-1, positions)
 
-    def seen_places(self, direction: int = 1) -> Tensor | None:
-        """(keys,): where the tokens that are seen stand in the nine chunks; None for all.
+    def visible_positions(self, direction: int = 1) -> Tensor | None:
+        """Return the indices (keys,) of the visible tokens in the nine chunks; None for all.
 
-        With direction −1, those of which one is seen. Computed on the device, which knows the neighbour.
+        With direction −1, those of the tokens that see the chunk. Computed on the device, which holds the
+        number of the neighbor, without a synchronization.
         """
-        if self.window.neighbors == "all":
+        if self.spec.neighbors == "all":
             return None
-        side = self.window.side
+        side = self.spec.window
         inside = torch.arange(self.per_chunk, device=self.query.device)
         row, column = side + inside // side, side + inside % side
         if self.inputs.neighbor is not None:
@@ -143,11 +146,11 @@ class _Call:
 
     @property
     def scale(self) -> float:
-        """By which products of queries and keys are multiplied."""
+        """Factor of the products of queries and keys."""
         return self.width**-0.5 * LOG2E
 
-    def common(self) -> dict[str, Any]:
-        """Arguments of every kernel."""
+    def common_arguments(self) -> dict[str, object]:
+        """Return the arguments of every kernel."""
         return {
             "D": self.width,
             "BLOCK_D": max(16, triton.next_power_of_2(self.width)),
@@ -156,34 +159,34 @@ class _Call:
             "num_stages": self.stages,
         }
 
-    def of_window(self) -> dict[str, Any]:
-        """Arguments of the kernels that go through chunks."""
+    def chunk_arguments(self) -> dict[str, object]:
+        """Return the arguments of the kernels that process chunks."""
         return {
-            "WINDOW": self.window.side,
+            "WINDOW": self.spec.window,
             "KEYS": self.keys,
-            "NEIGHBORS": self.window.neighbors,
-            "CYCLIC": self.window.mask == "cyclic",
+            "NEIGHBORS": self.spec.neighbors,
+            "CYCLIC": self.spec.mask == "cyclic",
             "BLOCK_M": self.block_m,
             "BLOCK_K": self.block_k,
-            **self.common(),
+            **self.common_arguments(),
         }
 
-    def of_queries(self) -> dict[str, Any]:
-        """Arguments of the kernels whose queries meet all keys."""
+    def query_arguments(self) -> dict[str, object]:
+        """Return the arguments of the kernels that loop over the keys of a query."""
         keys = (self.key, self.value, self.global_key, self.global_value)
-        return {"GLOBALS": self.globals_, "ALIGNED": all(map(_is_aligned, keys)), **self.of_window()}
+        return {"GLOBALS": self.num_globals, "ALIGNED": all(map(_is_aligned, keys)), **self.chunk_arguments()}
 
-    def on_device(self) -> contextlib.AbstractContextManager[Any]:
-        """Triton launches on the current device."""
+    def on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Make the device of the query current, where Triton launches kernels."""
         return torch.cuda.device(self.query.device) if self.query.is_cuda else contextlib.nullcontext()
 
     def programs(self, block: int) -> int:
-        """Of a kernel that takes blocks of a chunk's tokens."""
+        """Return the number of programs of a kernel that processes blocks of a chunk's tokens."""
         return self.batch * self.heads * self.rows * self.columns * triton.cdiv(self.per_chunk, block)
 
 
 def forward(
-    inputs: Inputs, window: Window, seed: Tensor | None, may_fall_back: bool
+    inputs: Inputs, spec: LocalAttentionSpec, seed: Tensor | None, may_fall_back: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the sums of `launch_forward`, or the output of `chunked` and sums of 0.
 
@@ -192,178 +195,186 @@ def forward(
     """
 
     def substitute() -> tuple[Tensor, Tensor]:
-        output, _ = chunked.forward(inputs, window, seed)
+        output, _ = chunked.forward(inputs, spec, seed)
         return output, inputs.query.new_zeros(inputs.query.shape[:3], dtype=torch.float32)
 
     return run_kernels(
-        lambda: launch_forward(inputs, window),
+        lambda: launch_forward(inputs, spec),
         substitute if may_fall_back else None,
-        _kind(inputs, window),
+        _compile_key(inputs, spec),
         inputs.query.device,
     )
 
 
 def backward(
     inputs: Inputs,
-    window: Window,
+    spec: LocalAttentionSpec,
     seed: Tensor | None,
     output: Tensor,
     sums: Tensor,
     gradient: Tensor,
-    of_biases: bool,
+    needs_bias_grad: bool,
     may_fall_back: bool,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the first seven inputs, from `launch_backward` or `chunked`.
 
-    What `chunked` computes needs the inputs alone, so the two passes fall back independently; once the
-    forward pass has, the kernels of its kind are not tried again and its sums are not read.
+    The backward pass of `chunked` needs the inputs only, so the two passes fall back independently; after a
+    fallback in the forward pass, the kernels are not tried again and the sums are not read.
 
     Raises:
         KernelError: see `run_kernels`.
     """
 
     def substitute() -> tuple[Tensor, ...]:
-        return chunked.backward(inputs, window, seed, output, sums, gradient, of_biases)
+        return chunked.backward(inputs, spec, seed, output, sums, gradient, needs_bias_grad)
 
     return run_kernels(
-        lambda: launch_backward(inputs, window, output, sums, gradient, of_biases),
+        lambda: launch_backward(inputs, spec, output, sums, gradient, needs_bias_grad),
         substitute if may_fall_back else None,
-        _kind(inputs, window),
+        _compile_key(inputs, spec),
         inputs.query.device,
     )
 
 
-def _kind(inputs: Inputs, window: Window) -> Hashable:
-    """Return the properties that kernels are compiled for, which sizes of maps and batches are not."""
+def _compile_key(inputs: Inputs, spec: LocalAttentionSpec) -> Hashable:
+    """Return the properties that the kernels are compiled for; sizes of maps and batches are not."""
     query = inputs.query
     options = (
-        window.side,
-        window.mask,
-        window.neighbors,
+        spec.window,
+        spec.mask,
+        spec.neighbors,
         inputs.bias_table is None,
         inputs.global_bias is None,
     )
     return (query.device, query.dtype, query.shape[3], inputs.global_key.shape[2], *options)
 
 
-def launch_forward(inputs: Inputs, window: Window) -> tuple[Tensor, Tensor]:
+def launch_forward(inputs: Inputs, spec: LocalAttentionSpec) -> tuple[Tensor, Tensor]:
     """Return the output (B, h, N, D), and the logarithm of the sum of exponentials (B, h, N), float32."""
-    call = _Call(inputs, window)
+    call = _KernelCall(inputs, spec)
     output = like_tokens(inputs.query)
     sums = inputs.query.new_empty(inputs.query.shape[:3], dtype=torch.float32)
     tensors = (call.query, call.key, call.value, call.global_key, call.global_value)
-    bias, *of_bias, row = _by_kind(call.bias_of_queries(), call.hidden_keys())
+    bias, *bias_strides, row = _combine_bias(call.query_bias(), call.hidden_keys())
     with call.on_device():
         kernels.forward_kernel[(call.programs(call.block_m),)](
             *tensors, bias, inputs.neighbor, output, sums, *_strides(*tensors, output),
-            *of_bias, *call.borders.kinds, call.heads, *window.size, call.rows, call.columns, call.scale,
-            ROW=row, **call.of_queries(),
+            *bias_strides, *call.borders.kinds, call.heads, *spec.size, call.rows, call.columns, call.scale,
+            ROW=row, **call.query_arguments(),
         )  # fmt: skip
     return output, sums
 
 
 def launch_backward(
-    inputs: Inputs, window: Window, output: Tensor, sums: Tensor, gradient: Tensor, of_biases: bool
+    inputs: Inputs,
+    spec: LocalAttentionSpec,
+    output: Tensor,
+    sums: Tensor,
+    gradient: Tensor,
+    needs_bias_grad: bool,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the first seven inputs; empty for biases that are absent or need none."""
-    call = _Call(inputs, window)
-    gradients = empty_gradients(inputs, of_biases)
-    gradient, output = _readable(gradient), _readable(output)
-    statistics = sums.new_empty(*sums.shape, 2)  # of each query, for all kernels but the first
+    call = _KernelCall(inputs, spec)
+    gradients = empty_gradients(inputs, needs_bias_grad)
+    gradient, output = _as_loadable(gradient), _as_loadable(output)
+    statistics = sums.new_empty(*sums.shape, 2)  # per query, computed by the first kernel for the others
     tensors = (call.query, call.key, call.value, call.global_key, call.global_value)
-    place = (*window.size, call.rows, call.columns, call.scale)
+    geometry = (*spec.size, call.rows, call.columns, call.scale)
     true_scale = call.width**-0.5
-    bias_of_queries, hidden = call.bias_of_queries(), call.hidden_keys()
-    bias, *of_bias, row = _by_kind(bias_of_queries, hidden)
+    query_bias, hidden = call.query_bias(), call.hidden_keys()
+    bias, *bias_strides, row = _combine_bias(query_bias, hidden)
     with call.on_device():
         kernels.query_kernel[(call.programs(call.block_m),)](
             *tensors, bias, inputs.neighbor, output, sums, gradient, statistics, gradients[0],
             *_strides(*tensors, output, gradient, gradients[0]),
-            *of_bias, *call.borders.kinds, call.heads, *place, true_scale, ROW=row, **call.of_queries(),
+            *bias_strides, *call.borders.kinds, call.heads, *geometry, true_scale, ROW=row,
+            **call.query_arguments(),
         )  # fmt: skip
-        bias, *of_bias, row = _by_kind(call.bias_of_keys(), call.hidden_queries())
+        bias, *bias_strides, row = _combine_bias(call.key_bias(), call.hidden_queries())
         blocks = {"BLOCK_M": call.block_k, "BLOCK_K": call.block_m}
         kernels.key_kernel[(call.programs(call.block_m),)](
             *tensors[:3], bias, inputs.neighbor, statistics, gradient, gradients[1], gradients[2],
             *_strides(*tensors[:3], gradient, gradients[1]),
-            *of_bias, *call.borders.kinds, call.heads, *place, true_scale, ROW=row,
-            **(call.of_window() | blocks),
+            *bias_strides, *call.borders.kinds, call.heads, *geometry, true_scale, ROW=row,
+            **(call.chunk_arguments() | blocks),
         )  # fmt: skip
-        if call.globals_:
-            _differentiate_globals(call, bias_of_queries, statistics, gradient, gradients)
+        if call.num_globals:
+            _fill_global_gradients(call, query_bias, statistics, gradient, gradients)
         if gradients[5].numel():
-            assert bias_of_queries is not None
-            gradients[5].copy_(_differentiate_table(call, bias_of_queries, hidden, statistics, gradient))
+            assert query_bias is not None
+            gradients[5].copy_(_table_gradient(call, query_bias, hidden, statistics, gradient))
     return gradients
 
 
-def _differentiate_globals(
-    call: _Call,
+def _fill_global_gradients(
+    call: _KernelCall,
     bias: Tensor | None,
     statistics: Tensor,
     gradient: Tensor,
     gradients: tuple[Tensor, ...],
 ) -> None:
-    """Fills the gradients of global keys, values and biases."""
-    block = min(call.block_k, max(16, triton.next_power_of_2(call.globals_)))
-    blocks = triton.cdiv(call.globals_, block)
-    parts = _parts(call.batch * call.heads * blocks, triton.cdiv(call.tokens, 256))
-    tokens_of_part = triton.cdiv(triton.cdiv(call.tokens, parts), call.block_m) * call.block_m  # whole blocks
-    shape = (call.batch, call.heads, parts, call.globals_)
-    of_bias = statistics.new_empty(shape)
-    of_key, of_value = (statistics.new_empty(*shape, call.width) for _ in range(2))
+    """Compute the gradients of global keys, values and biases."""
+    block = min(call.block_k, max(16, triton.next_power_of_2(call.num_globals)))
+    blocks = triton.cdiv(call.num_globals, block)
+    num_parts = _num_parts(call.batch * call.heads * blocks, triton.cdiv(call.tokens, 256))
+    tokens_per_part = (
+        triton.cdiv(triton.cdiv(call.tokens, num_parts), call.block_m) * call.block_m
+    )  # whole blocks
+    shape = (call.batch, call.heads, num_parts, call.num_globals)
+    grad_bias = statistics.new_empty(shape)
+    grad_key, grad_value = (statistics.new_empty(*shape, call.width) for _ in range(2))
     tensors = (call.query, call.global_key, call.global_value)
-    kernels.global_kernel[(call.batch * call.heads, parts, blocks)](
-        *tensors, call.query if bias is None else bias, statistics, gradient, of_key, of_value, of_bias,
+    kernels.global_kernel[(call.batch * call.heads, num_parts, blocks)](
+        *tensors, call.query if bias is None else bias, statistics, gradient, grad_key, grad_value, grad_bias,
         *_strides(*tensors, gradient),
-        _stride_of_heads(bias), call.heads, call.tokens, tokens_of_part, call.scale, call.width**-0.5,
-        GLOBALS=call.globals_, HAS_BIAS=bias is not None,
-        BLOCK_M=call.block_m, BLOCK_G=block, **call.common(),
+        _head_stride(bias), call.heads, call.tokens, tokens_per_part, call.scale, call.width**-0.5,
+        GLOBALS=call.num_globals, HAS_BIAS=bias is not None,
+        BLOCK_M=call.block_m, BLOCK_G=block, **call.common_arguments(),
     )  # fmt: skip
-    gradients[3].copy_(of_key.sum(dim=2))
-    gradients[4].copy_(of_value.sum(dim=2))
+    gradients[3].copy_(grad_key.sum(dim=2))
+    gradients[4].copy_(grad_value.sum(dim=2))
     if gradients[6].numel():
-        gradients[6].copy_(of_bias.sum(dim=(0, 2)))
+        gradients[6].copy_(grad_bias.sum(dim=(0, 2)))
 
 
-def _differentiate_table(
-    call: _Call, bias: Tensor, hidden: Tensor, statistics: Tensor, gradient: Tensor
+def _table_gradient(
+    call: _KernelCall, bias: Tensor, hidden: Tensor, statistics: Tensor, gradient: Tensor
 ) -> Tensor:
-    """(h, 4w−1, 4w−1), float32."""
+    """Return the gradient of the bias table (h, 4w−1, 4w−1), float32."""
     blocks = triton.cdiv(call.per_chunk, call.block_m) * triton.cdiv(call.keys, call.block_k)
-    parts = _parts(blocks * call.heads, call.batch * call.rows * call.columns)
-    of_bias = statistics.new_empty(parts, call.heads, call.per_chunk, call.keys)
+    num_parts = _num_parts(blocks * call.heads, call.batch * call.rows * call.columns)
+    grad_bias = statistics.new_empty(num_parts, call.heads, call.per_chunk, call.keys)
     tensors = (call.query, call.key, call.value)
-    kernels.bias_kernel[(parts, blocks, call.heads)](
-        *tensors, bias, hidden, call.inputs.neighbor, statistics, gradient, of_bias,
+    kernels.bias_kernel[(num_parts, blocks, call.heads)](
+        *tensors, bias, hidden, call.inputs.neighbor, statistics, gradient, grad_bias,
         *_strides(*tensors, gradient),
-        _stride_of_heads(bias), *call.borders.kinds, call.heads, call.batch, *call.window.size,
+        _head_stride(bias), *call.borders.kinds, call.heads, call.batch, *call.spec.size,
         call.rows, call.columns, call.scale,
-        GLOBALS=call.globals_, ROW=bias.stride(1),
-        **(call.of_window() | {"num_warps": 8}),  # the sum of a block's scores takes many registers
+        GLOBALS=call.num_globals, ROW=bias.stride(1),
+        **(call.chunk_arguments() | {"num_warps": 8}),  # the sum of scores needs many registers
     )  # fmt: skip
-    side, places = call.window.side, call.seen_places()
-    by_place = of_bias.sum(dim=0)
-    if places is not None:
-        by_place = by_place.new_zeros(*by_place.shape[:2], call.window.places).index_copy_(
-            2, places, by_place
+    side, positions = call.spec.window, call.visible_positions()
+    by_position = grad_bias.sum(dim=0)
+    if positions is not None:
+        by_position = by_position.new_zeros(*by_position.shape[:2], call.spec.num_positions).index_copy_(
+            2, positions, by_position
         )
-    return fold_window_bias(by_place.unflatten(2, (3 * side, 3 * side)).unflatten(1, (side, side)), side)
+    return fold_window_bias(by_position.unflatten(2, (3 * side, 3 * side)).unflatten(1, (side, side)), side)
 
 
-def _parts(programs: int, most: int) -> int:
-    """Into how many parts a sum is split, so that there are `PROGRAMS` programs."""
-    return max(1, min(most, PROGRAMS // max(1, programs)))
+def _num_parts(programs: int, limit: int) -> int:
+    """Return the number of parts of a sum for about `TARGET_PROGRAMS` programs, at most `limit`."""
+    return max(1, min(limit, TARGET_PROGRAMS // max(1, programs)))
 
 
 def _blocks(per_chunk: int, keys: int, width: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Queries and keys of a block, and how many blocks are on their way from memory at a time.
+    """Return the queries and keys per block, and the number of pipeline stages.
 
-    By what a program's blocks take of the shared memory: less than 100 kB, which every GPU has.
+    Chosen so that a program uses less than 100 kB of shared memory, which every GPU has.
     """
     row = triton.next_power_of_2(width) * dtype.itemsize  # bytes
     queries, local, stages = (64, 64, 3) if row <= 128 else (64, 32, 2) if row <= 256 else (32, 16, 1)
-    if dtype == torch.float32:  # whose products keep parts of their factors
+    if dtype == torch.float32:  # emulated float32 products need more registers
         local, stages = min(local, 32), min(stages, 3 if row <= 128 else 1)
     return (
         min(queries, max(16, triton.next_power_of_2(per_chunk))),
@@ -373,27 +384,27 @@ def _blocks(per_chunk: int, keys: int, width: int, dtype: torch.dtype) -> tuple[
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as TF32 where PyTorch may, else as exactly as float32, by three of TF32."""
+    """Return Triton's precision of float32 products: TF32 if PyTorch allows it, else three TF32 products."""
     if torch.version.hip or dtype != torch.float32:
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor as kernels read it: vectors in one piece, tokens and heads within 32 bits of each other."""
-    far = max((length - 1) * stride for length, stride in zip(tensor.shape[1:3], tensor.stride()[1:3]))
-    return tensor if tensor.stride(-1) == 1 and far < 2**30 else tensor.contiguous()
+def _as_loadable(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied unless its vectors are contiguous and its offsets fit into 32 bits."""
+    span = max((length - 1) * stride for length, stride in zip(tensor.shape[1:3], tensor.stride()[1:3]))
+    return tensor if tensor.stride(-1) == 1 and span < 2**30 else tensor.contiguous()
 
 
-def _by_kind(bias: Tensor | None, hidden: Tensor) -> tuple[Tensor, int, int, int]:
-    """What is added to scores, for each kind of chunk; and how far apart kinds, heads and rows of it are.
+def _combine_bias(bias: Tensor | None, hidden: Tensor) -> tuple[Tensor, int, int, int]:
+    """Return the sum of biases and masks for each kind of chunk, with the strides of kinds, heads and rows.
 
     Args:
         bias: (h or 1, t, columns), or None.
         hidden: (kinds, columns).
 
     Returns:
-        (kinds, h or 1, t, columns), without a bias (kinds, columns); and the three strides.
+        (kinds, h or 1, t, columns), or (kinds, columns) without a bias; and the three strides.
     """
     if bias is None:
         return hidden, hidden.stride(0), 0, 0
@@ -402,20 +413,22 @@ def _by_kind(bias: Tensor | None, hidden: Tensor) -> tuple[Tensor, int, int, int
 
 
 class _Borders(NamedTuple):
-    """What chunks do not see because the map ends; the same for chunks of one kind."""
+    """Masks of the tokens beyond the borders of the map, equal for chunks of one kind."""
 
     kinds: tuple[int, int, int]
-    """What `border_kinds` packs for rows of chunks, and for columns; and how many kinds columns have."""
+    """Packed kinds of the rows and of the columns of chunks (`border_kinds`); number of kinds of columns."""
     hidden_keys: Tensor
-    """(kinds, 9w²), kinds of rows times columns: 0 for places that the chunk in the middle sees, else −∞."""
+    """(kinds, 9w²), kinds of rows times columns: 0 for positions that the center chunk sees, else −∞."""
     hidden_queries: Tensor
-    """The same with 0 for places of queries that see the chunk in the middle."""
+    """The same with 0 for queries that see the center chunk."""
 
 
 def _borders(size: tuple[int, int], side: int, cyclic: bool, device: torch.device) -> _Borders:
     (rows, row_kinds), (columns, column_kinds) = (border_kinds(length, side, cyclic) for length in size)
-    by_what = zip(zip(*row_kinds), zip(*column_kinds))  # keys of rows and of columns; queries of both
-    keys, queries = (_hidden(*of_axes, device) for of_axes in by_what)
+    by_side = zip(
+        zip(*row_kinds), zip(*column_kinds)
+    )  # (keys of rows, of columns), (queries of rows, of columns)
+    keys, queries = (_hidden(*axes, device) for axes in by_side)
     return _Borders((rows, columns, len(column_kinds)), keys, queries)
 
 
@@ -423,9 +436,9 @@ def _borders(size: tuple[int, int], side: int, cyclic: bool, device: torch.devic
 def _hidden(
     rows: tuple[tuple[bool, ...], ...], columns: tuple[tuple[bool, ...], ...], device: torch.device
 ) -> Tensor:
-    """(kinds, 9w²): 0 for places in one of the rows and of the columns (3w each, by kind), −∞ for others.
+    """Return (kinds, 9w²), 0 where both the row and the column (3w each, by kind) are True, else −∞.
 
-    Kept for good: there are few, and a graph of CUDA may have its address.
+    Cached forever: there are few, and CUDA graphs may hold their addresses.
     """
     seen = torch.tensor(rows)[:, None, :, None] & torch.tensor(columns)[None, :, None, :]
     hidden = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
@@ -436,24 +449,24 @@ def _hidden(
 def border_kinds(
     length: int, side: int, cyclic: bool
 ) -> tuple[int, tuple[tuple[tuple[bool, ...], tuple[bool, ...]], ...]]:
-    """How many kinds of chunks there are along one axis, by what they see of the chunks before and after.
+    """Return the kinds of chunks along one axis, by the chunks before and after them.
 
-    That depends on whether there is a chunk before, and on whether there are none, one or more after: six
-    cases, of which four occur on one map at most, and some look the same.
+    There are six cases: with or without a chunk before, and with none, one or more after. At most four occur
+    on one map, and some have equal masks.
 
     Returns:
-        The number of the kind of each case, three bits each, in the order that `kernels._kind` counts; and
-        for each kind, which of the 3w positions around are keys, and which are queries.
+        The kind of each case, three bits each, in the order of `kernels._kind`; and for each kind, two masks
+        of the 3w positions around: keys, and queries.
     """
     chunks = -(-length // side)
     kinds: list[tuple[tuple[bool, ...], tuple[bool, ...]]] = []
     packed = 0
     for case in range(6):
-        of_case = [c for c in range(chunks) if (c > 0) * 3 + min(chunks - 1 - c, 2) == case]
-        if not of_case:
+        chunks_of_case = [c for c in range(chunks) if (c > 0) * 3 + min(chunks - 1 - c, 2) == case]
+        if not chunks_of_case:
             continue
         keys, queries = [], []
-        for position in range((of_case[0] - 1) * side, (of_case[0] + 2) * side):
+        for position in range((chunks_of_case[0] - 1) * side, (chunks_of_case[0] + 2) * side):
             wrapped = position % (chunks * side) if cyclic else position
             queries.append(0 <= wrapped < length)
             keys.append(queries[-1] or (cyclic and position < 0))
@@ -464,29 +477,29 @@ def border_kinds(
     return packed, tuple(kinds)
 
 
-def _stride_of_heads(bias: Tensor | None) -> int:
+def _head_stride(bias: Tensor | None) -> int:
     return bias.stride(0) if bias is not None and len(bias) > 1 else 0
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """Whether every vector of it begins at a multiple of 16 bytes, as the widest instructions need it."""
+    """Return True if every vector begins at a multiple of 16 bytes, as the widest load instructions need."""
     strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
     return not any(number % 16 for number in (tensor.data_ptr(), *strides))
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """Of images, heads and tokens, of one after the other."""
+    """Return the strides of images, heads and tokens of all tensors."""
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
 _operator = register("fused", forward, backward, keeps_sums=True, can_fall_back=True)
 
 
-def fused_attention(inputs: Inputs, window: Window) -> Tensor:
-    """Return the output (B, h, N, D). Raises KernelError where a kernel does not compile or launch."""
-    return _operator(inputs, window, False)
+def fused_attention(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor:
+    """Return the output (B, h, N, D). Raise KernelError if a kernel does not compile or launch."""
+    return _operator(inputs, spec, False)
 
 
-def fused_or_chunked_attention(inputs: Inputs, window: Window) -> Tensor:
-    """Return the output (B, h, N, D), computed by `chunked` where a kernel does not compile or launch."""
-    return _operator(inputs, window, True)
+def fused_or_chunked_attention(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor:
+    """Return the output (B, h, N, D), from `chunked` if a kernel does not compile or launch."""
+    return _operator(inputs, spec, True)

@@ -1,4 +1,4 @@
-"""What the backends of the local attention share: its arguments, where keys stand, and biases by position.
+"""Geometry shared by the backends of the local attention: inputs, visible keys, and biases by position.
 
 Legend: B batch, h heads, H × W the map, N = H·W, w the window (side of a chunk), G global tokens, D head
 width.
@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 Mask = Literal["chunk", "exact", "cyclic"]
 
-STEPS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1))
-"""(row, column) steps to the nine chunks around a query, its own in the middle."""
-AROUND = tuple(step for step in STEPS if step != (0, 0))
-"""The steps to the eight neighbours, in the order in which they are numbered."""
+CHUNK_OFFSETS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1))
+"""(row, column) offsets, in chunks, of the nine chunks around a query; its own chunk is in the middle."""
+NEIGHBOR_OFFSETS = tuple(offset for offset in CHUNK_OFFSETS if offset != (0, 0))
+"""The offsets of the eight neighbors, in the order of their numbers."""
 
 
 class Inputs(NamedTuple):
-    """The tensors of one local attention, as `vil.attention.local.local_attention` describes them."""
+    """The tensors of one local attention, as described in `vil.attention.local.local_attention`."""
 
     query: Tensor
     key: Tensor
@@ -32,90 +32,92 @@ class Inputs(NamedTuple):
     bias_table: Tensor | None = None
     global_bias: Tensor | None = None
     neighbor: Tensor | None = None
-    """One element: the number of the neighbour that is seen, where `Window.neighbors` is `one`."""
+    """One element: the number of the visible neighbor, if `LocalAttentionSpec.neighbors` is `one`."""
 
     @property
     def score_dtype(self) -> torch.dtype:
-        """That of scores, weights and gradients of biases: float32 for the half precisions."""
+        """Type of scores, weights and gradients of biases: float32 for the half precisions."""
         return torch.promote_types(self.query.dtype, torch.float32)
 
 
-class Window(NamedTuple):
-    """Which keys the queries of a map see."""
+class LocalAttentionSpec(NamedTuple):
+    """The map, the keys that its queries see, and the dropout of attention weights."""
 
     size: tuple[int, int]
-    side: int
+    window: int
     mask: Mask = "chunk"
     neighbors: Literal["all", "self", "one"] = "all"
     dropout: float = 0.0
 
     @property
-    def places(self) -> int:
+    def num_positions(self) -> int:
         """Positions in the nine chunks: 9w²."""
-        return 9 * self.side**2
+        return 9 * self.window**2
 
-    def seen(self, neighbor: int | None) -> tuple[tuple[int, int], ...]:
-        """(row, column) steps to the chunks that are seen; `neighbor` is read where only one is."""
+    def chunk_offsets(self, neighbor: int | None) -> tuple[tuple[int, int], ...]:
+        """Return the (row, column) offsets of the visible chunks; `neighbor` is for `neighbors="one"`."""
         if self.neighbors == "all":
-            return STEPS
-        return ((0, 0),) if neighbor is None else ((0, 0), AROUND[neighbor])
+            return CHUNK_OFFSETS
+        return ((0, 0),) if neighbor is None else ((0, 0), NEIGHBOR_OFFSETS[neighbor])
 
 
-class Run(NamedTuple):
-    """Keys that follow each other along one axis of the map, as a chunk sees them."""
+class KeyRange(NamedTuple):
+    """Consecutive keys along one axis of the map, as a chunk sees them."""
 
     start: int
-    """The first of them on the map; −1 for padding, whose keys and values are 0."""
+    """Index of the first key on the map; −1 for padding, whose keys and values are 0."""
     length: int
-    place: int
-    """Where the first appears, counted from the beginning of the chunk before the query's."""
+    offset: int
+    """Position of the first key, counted from the beginning of the chunk before the query's."""
 
 
 @lru_cache(maxsize=4096)
-def runs(length: int, window: int, mask: Mask, chunk: int, steps: tuple[int, ...]) -> tuple[Run, ...]:
-    """The keys along one axis that chunk number `chunk` sees in the chunks `steps` away, in their order.
+def key_ranges(
+    length: int, window: int, mask: Mask, chunk: int, steps: tuple[int, ...]
+) -> tuple[KeyRange, ...]:
+    """Return the keys along one axis that chunk number `chunk` sees in the chunks at offsets `steps`.
 
-    Keys beyond the end of the map are left out, so that borders cost less and not more.
+    Keys beyond the end of the map are omitted, so that chunks at borders cost less.
     """
-    chunks = -(-length // window)
-    found: list[Run] = []
+    num_chunks = -(-length // window)
+    ranges: list[KeyRange] = []
     for step in steps:
-        appears = chunk + step
-        if mask != "cyclic" and not 0 <= appears < chunks:
+        apparent = chunk + step  # outside the map where the cyclic mask wraps
+        if mask != "cyclic" and not 0 <= apparent < num_chunks:
             continue
-        start, place = appears % chunks * window, (step + 1) * window
-        real = min(window, length - start)
-        last = found[-1] if found else None
+        start, offset = apparent % num_chunks * window, (step + 1) * window
+        num_keys = min(window, length - start)
+        last = ranges[-1] if ranges else None
         if (
             last
             and last.start >= 0
-            and (last.start + last.length, last.place + last.length) == (start, place)
+            and (last.start + last.length, last.offset + last.length) == (start, offset)
         ):
-            found[-1] = Run(last.start, last.length + real, last.place)
+            ranges[-1] = KeyRange(last.start, last.length + num_keys, last.offset)
         else:
-            found.append(Run(start, real, place))
-        if mask == "cyclic" and appears < 0 and real < window:  # looking back over the edge shows the padding
-            found.append(Run(-1, window - real, place + real))
-    return tuple(found)
+            ranges.append(KeyRange(start, num_keys, offset))
+        if mask == "cyclic" and apparent < 0 and num_keys < window:  # wrapping backwards includes the padding
+            ranges.append(KeyRange(-1, window - num_keys, offset + num_keys))
+    return tuple(ranges)
 
 
-def window_bias(inputs: Inputs, window: Window) -> Tensor | None:
-    """What is added to the scores of a chunk's queries, by the place where a key appears.
+def window_bias(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor | None:
+    """Return the biases of a chunk's queries by the position of the key.
 
     Returns:
-        (h or 1, w, w, 3w, 3w): query row and column in its chunk, row and column of the key counted from the
-        beginning of the chunk up and left of it; −inf outside the exact window. None where it would be all 0.
+        (h or 1, w, w, 3w, 3w): query row and column in its chunk, key row and column counted from the
+        beginning of the chunk up and left of it; −inf outside the exact window. None if all are 0.
     """
-    side, bias = window.side, None
+    w, bias = spec.window, None
     if inputs.bias_table is not None:
-        # Query i and a key at place m are i − (m − w) apart, which stands at i − m + 3w − 1. In the table
-        # turned around, the entries of query i are one stretch from w − 1 − i on, which `unfold` reads.
-        turned = inputs.bias_table.to(inputs.score_dtype).flip(1, 2)
-        bias = turned.unfold(1, 3 * side, 1).unfold(2, 3 * side, 1).flip(1, 2)
-    if window.mask == "exact":
-        query = torch.arange(side, device=inputs.query.device)[:, None]
-        key = torch.arange(-side, 2 * side, device=inputs.query.device)
-        near = (query - key).abs() <= side  # (w, 3w)
+        # Query i and a key at position m are i − (m − w) apart, which is entry i − m + 3w − 1. In the flipped
+        # table, the entries of query i are contiguous from w − 1 − i on, and `unfold` reads them.
+        flipped = inputs.bias_table.to(inputs.score_dtype).flip(1, 2)
+        bias = flipped.unfold(1, 3 * w, 1).unfold(2, 3 * w, 1).flip(1, 2)
+    if spec.mask == "exact":
+        query = torch.arange(w, device=inputs.query.device)[:, None]
+        key = torch.arange(-w, 2 * w, device=inputs.query.device)
+        near = (query - key).abs() <= w  # (w, 3w)
         outside = ~(near[:, None, :, None] & near[None, :, None, :])[None]  # (1, w, w, 3w, 3w)
         if bias is None:
             bias = torch.zeros(outside.shape, dtype=inputs.score_dtype, device=outside.device)
@@ -124,11 +126,11 @@ def window_bias(inputs: Inputs, window: Window) -> Tensor | None:
 
 
 def fold_window_bias(gradient: Tensor, window: int) -> Tensor:
-    """The gradient of a bias table (h, 4w−1, 4w−1) from that of its `window_bias` (h, w, w, 3w, 3w).
+    """Return the gradient of a bias table (h, 4w−1, 4w−1) from that of `window_bias` (h, w, w, 3w, 3w).
 
-    A sum in a fixed order, so that it is the same every time, also on a GPU.
+    The order of the sum is fixed, so the result is deterministic on every device.
     """
-    gradient = gradient.flip(3, 4)  # a key's place from the end: query i's run then begins at offset i
+    gradient = gradient.flip(3, 4)  # key positions from the end: the range of query i begins at entry i
     rows = gradient.new_zeros(gradient.shape[0], 4 * window - 1, *gradient.shape[2::2])  # (h, 4w−1, w, 3w)
     for i in range(window):
         rows[:, i : i + 3 * window] += gradient[:, i].transpose(1, 2)
@@ -139,7 +141,7 @@ def fold_window_bias(gradient: Tensor, window: int) -> Tensor:
 
 
 def pad_to_chunks(tokens: Tensor, size: tuple[int, int], window: int) -> Tensor:
-    """(B, h, H·W, D) → (B, h, P, Q, D), with zeros at the bottom and right up to whole chunks."""
+    """Pad with zeros at the bottom and right to whole chunks: (B, h, H·W, D) → (B, h, P, Q, D)."""
     grid = tokens.unflatten(2, size)  # (B, h, H, W, D)
     return F.pad(grid, (0, 0, 0, -size[1] % window, 0, -size[0] % window))
 
@@ -149,8 +151,8 @@ def keys_per_query(
     mask: Mask = "chunk",
     neighbors: Literal["all", "self", "one", "random"] | int | Tensor = "all",
 ) -> int:
-    """Local keys that a query far from the edges sees, as the paper counts them: 9w² for the chunk mask."""
+    """Return the local keys of a query far from the borders, as the paper counts: 9w² for the chunk mask."""
     if mask == "exact":
         return (2 * window + 1) ** 2
-    chunks = {"all": 9, "self": 1}.get(neighbors, 2) if isinstance(neighbors, str) else 2
-    return chunks * window**2
+    num_chunks = {"all": 9, "self": 1}.get(neighbors, 2) if isinstance(neighbors, str) else 2
+    return num_chunks * window**2

@@ -1,9 +1,9 @@
-"""How `chunked` lays out keys: strips, in which what each chunk sees is one stretch.
+"""Memory layout of keys in `chunked`: strips, in which the keys of each chunk are contiguous.
 
-Chunks that stand one below the other share most of their keys. So the keys of a column of chunks are laid out
-once: three columns of chunks wide, row of chunks by row of chunks. The keys of a chunk are then three rows of
-chunks that follow each other, and products of matrices read them there, without a copy for each chunk. Where
-chunks see themselves alone, or one neighbour, little is shared, and the keys of each stand for themselves.
+Vertically adjacent chunks share most of their keys. A strip holds the keys of a column of chunks once, three
+chunks wide, row of chunks by row of chunks. The keys of a chunk are three consecutive rows, read by matrix
+products without another copy. If chunks see only themselves, or one neighbor, little is shared, and the
+strip holds the keys of each chunk separately.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from vil.attention.local.geometry import Run, Window, runs
+from vil.attention.local.geometry import KeyRange, LocalAttentionSpec, key_ranges
 
 
 class Block(NamedTuple):
-    """Local keys that follow each other: rows of the map, of each the same columns."""
+    """Consecutive local keys: rows of the map, with the same columns in each."""
 
-    rows: Run
-    columns: tuple[Run, ...]
-    at: int
-    """Where the first stands."""
+    rows: KeyRange
+    columns: tuple[KeyRange, ...]
+    offset: int
+    """Index of the first key."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """(rows, columns)."""
         return self.rows.length, sum(run.length for run in self.columns)
 
     @property
     def keys(self) -> slice:
-        """Where they stand."""
-        return slice(self.at, self.at + math.prod(self.shape))
+        """Slice of the keys in the strip."""
+        return slice(self.offset, self.offset + math.prod(self.shape))
 
-    def parts(self) -> Iterator[tuple[Run, slice]]:
-        """Columns of the map, and which of the block's columns they are."""
+    def parts(self) -> Iterator[tuple[KeyRange, slice]]:
+        """Yield ranges of columns of the map, with their slices of the block's columns."""
         ends = list(itertools.accumulate((run.length for run in self.columns), initial=0))
         return zip(self.columns, map(slice, ends, ends[1:]))
 
@@ -46,106 +46,111 @@ class Chunk(NamedTuple):
     """One chunk of each column of a strip."""
 
     rows: slice
-    """Of its queries, on the map."""
+    """Rows of its queries on the map."""
     keys: slice
-    """The stretch that they see, among the keys of the strip."""
+    """Slice of its keys in the strip."""
     global_key: int
-    """Where in that stretch the first global key stands."""
+    """Index of the first global key in that slice."""
     blocks: tuple[Block, ...]
-    """The local keys, counted from the beginning of the stretch, at the places where this chunk sees them."""
+    """Local keys, at their apparent positions; offsets are counted from the beginning of the slice."""
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Columns of chunks side by side that see keys at the same places."""
+    """Adjacent columns of chunks with the same layout of keys."""
 
     columns: slice
-    """Of the first column's queries, on the map; each further column lies one window to the right."""
+    """Columns of the first queries on the map; each further column of chunks is one window to the right."""
     count: int
-    """Columns of chunks."""
+    """Number of columns of chunks."""
     length: int
-    """Keys for each column."""
+    """Keys per column of chunks."""
     blocks: tuple[Block, ...]
-    """The local ones of the first column."""
+    """Local keys of the first column."""
     global_keys: tuple[int, ...]
-    """Where global keys begin, again and again: once in the stretch of every chunk."""
+    """Indices where copies of the global keys begin: one in the slice of every chunk."""
     chunks: tuple[Chunk, ...]
 
-    def moved(self, by: int) -> Strip:
-        """The strip so many columns of the map to the right."""
+    def shifted(self, by: int) -> Strip:
+        """Return the strip shifted to the right by a number of columns of the map."""
         return replace(
             self,
             columns=slice(self.columns.start + by, self.columns.stop + by),
-            blocks=_moved(self.blocks, by),
-            chunks=tuple(chunk._replace(blocks=_moved(chunk.blocks, by)) for chunk in self.chunks),
+            blocks=_shift_columns(self.blocks, by),
+            chunks=tuple(chunk._replace(blocks=_shift_columns(chunk.blocks, by)) for chunk in self.chunks),
         )
 
     @cached_property
     def width(self) -> int:
-        """Columns of queries of a chunk."""
+        """Columns of queries per chunk."""
         return self.columns.stop - self.columns.start
 
     def queries(self, chunk: Chunk) -> slice:
-        """The queries of a chunk, among those of its column."""
+        """Return the slice of a chunk's queries among those of its column."""
         return slice(chunk.rows.start * self.width, chunk.rows.stop * self.width)
 
     def signature(self, chunk: Chunk) -> Hashable:
-        """The same for chunks whose scores have the same biases."""
-        places = [
-            (block.at, block.rows.length, block.rows.place, *((r.length, r.place) for r in block.columns))
+        """Return a key that is equal for chunks with equal biases."""
+        positions = [
+            (
+                block.offset,
+                block.rows.length,
+                block.rows.offset,
+                *((r.length, r.offset) for r in block.columns),
+            )
             for block in chunk.blocks
         ]
-        return chunk.rows.stop - chunk.rows.start, self.width, chunk.global_key, *places
+        return chunk.rows.stop - chunk.rows.start, self.width, chunk.global_key, *positions
 
 
 @lru_cache(maxsize=64)
 def strips(
-    window: Window, seen: tuple[tuple[int, int], ...], globals_: int, columns: int, keys: int
+    spec: LocalAttentionSpec, seen: tuple[tuple[int, int], ...], num_globals: int, columns: int, keys: int
 ) -> tuple[Strip, ...]:
-    """The strips of a map.
+    """Return the strips of a map.
 
     Args:
-        window: the map, and which keys its queries see.
-        seen: (row, column) steps to the chunks that a chunk sees.
-        globals_: number of global keys.
-        columns: of chunks, in one strip at most.
-        keys: of a strip at most, where one column of chunks has not more.
+        spec: the map and the visible keys.
+        seen: (row, column) offsets of the visible chunks.
+        num_globals: number of global keys.
+        columns: maximum number of columns of chunks in a strip.
+        keys: maximum number of keys in a strip with more than one column.
     """
-    found: list[Strip] = []
-    width, side = window.size[1], window.side
+    result: list[Strip] = []
+    width, side = spec.size[1], spec.window
     for column in range(-(-width // side)):
-        if window.neighbors == "all":
-            strip = _overlapping(window, globals_, column)
+        if spec.neighbors == "all":
+            strip = _overlapping_strip(spec, num_globals, column)
         else:
-            strip = _apart(window, seen, globals_, column)
-        if column and found[-1].count < min(columns, keys // max(1, strip.length)):
-            last = found[-1]
-            if replace(last, count=1).moved(last.count * side) == strip:
-                found[-1] = replace(last, count=last.count + 1)
+            strip = _separate_strip(spec, seen, num_globals, column)
+        if column and result[-1].count < min(columns, keys // max(1, strip.length)):
+            last = result[-1]
+            if replace(last, count=1).shifted(last.count * side) == strip:
+                result[-1] = replace(last, count=last.count + 1)
                 continue
-        found.append(strip)
-    return tuple(found)
+        result.append(strip)
+    return tuple(result)
 
 
-def _overlapping(window: Window, globals_: int, column: int) -> Strip:
-    """Every row of chunks once: the stretch of a chunk begins with the row above and ends with the one below.
+def _overlapping_strip(spec: LocalAttentionSpec, num_globals: int, column: int) -> Strip:
+    """Lay out every row of chunks once: the keys of a chunk are the row above, its own, and the row below.
 
-    Global keys stand before every second row of chunks. A stretch includes what stands before its own row and
-    before the next, of which one is even: so it has the global keys once.
+    Global keys precede every second row of chunks. The keys of a chunk include what precedes its own row and
+    the next one, of which exactly one is even: so they contain the global keys once.
     """
-    height, side, mask = window.size[0], window.side, window.mask
+    height, side, mask = spec.size[0], spec.window, spec.mask
     count = -(-height // side)
-    columns = runs(window.size[1], side, mask, column, (-1, 0, 1))
+    columns = key_ranges(spec.size[1], side, mask, column, (-1, 0, 1))
     length, blocks, global_keys = 0, [], []
-    rows: list[slice] = []  # where those from −1 to `count` stand; these two are the opposite edge, or empty
+    rows: list[slice] = []  # from −1 to `count`, which are the opposite edge, or empty
     for row in range(-1, count + 1):
         if row >= 0 and row % 2 == 0:
             global_keys.append(length)
-            length += globals_
+            length += num_globals
         seen_by = min(max(row, 0), count - 1)
-        found = _blocks(runs(height, side, mask, seen_by, (row - seen_by,)), columns, length)
-        blocks += found
-        rows.append(slice(length, found[-1].keys.stop if found else length))
+        row_blocks = _blocks(key_ranges(height, side, mask, seen_by, (row - seen_by,)), columns, length)
+        blocks += row_blocks
+        rows.append(slice(length, row_blocks[-1].keys.stop if row_blocks else length))
         length = rows[-1].stop
     chunks = []
     for row in range(count):
@@ -154,76 +159,80 @@ def _overlapping(window: Window, globals_: int, column: int) -> Strip:
         seen = [
             block
             for step, keys in zip((-1, 0, 1), around)
-            for block in _blocks(runs(height, side, mask, row, (step,)), columns, keys.start - start)
+            for block in _blocks(key_ranges(height, side, mask, row, (step,)), columns, keys.start - start)
         ]
         keys = slice(start, around[-1].stop)
-        chunks.append(Chunk(_side(row, side, height), keys, global_keys[(row + 1) // 2] - start, tuple(seen)))
-    return _strip(window, column, length, blocks, global_keys, chunks)
+        chunks.append(
+            Chunk(_chunk_slice(row, side, height), keys, global_keys[(row + 1) // 2] - start, tuple(seen))
+        )
+    return _strip(spec, column, length, blocks, global_keys, chunks)
 
 
-def _apart(window: Window, seen: tuple[tuple[int, int], ...], globals_: int, column: int) -> Strip:
-    """The keys of each chunk for themselves, global ones first: where a chunk does not see all around it."""
-    (height, width), side, mask = window.size, window.side, window.mask
+def _separate_strip(
+    spec: LocalAttentionSpec, seen: tuple[tuple[int, int], ...], num_globals: int, column: int
+) -> Strip:
+    """Lay out the keys of each chunk separately, global ones first: for chunks that see few others."""
+    (height, width), side, mask = spec.size, spec.window, spec.mask
     length, blocks, global_keys, chunks = 0, [], [], []
     for row in range(-(-height // side)):
         start = length
         global_keys.append(start)
-        length += globals_
+        length += num_globals
         own: list[Block] = []
         for row_step, column_step in seen:
-            columns = runs(width, side, mask, column, (column_step,))
-            found = _blocks(runs(height, side, mask, row, (row_step,)), columns, length)
-            length = found[-1].keys.stop if found else length
-            own += found
+            columns = key_ranges(width, side, mask, column, (column_step,))
+            visible_blocks = _blocks(key_ranges(height, side, mask, row, (row_step,)), columns, length)
+            length = visible_blocks[-1].keys.stop if visible_blocks else length
+            own += visible_blocks
         blocks += own
-        relative = tuple(block._replace(at=block.at - start) for block in own)
-        chunks.append(Chunk(_side(row, side, height), slice(start, length), 0, relative))
-    return _strip(window, column, length, blocks, global_keys, chunks)
+        relative = tuple(block._replace(offset=block.offset - start) for block in own)
+        chunks.append(Chunk(_chunk_slice(row, side, height), slice(start, length), 0, relative))
+    return _strip(spec, column, length, blocks, global_keys, chunks)
 
 
 def _strip(
-    window: Window,
+    spec: LocalAttentionSpec,
     column: int,
     length: int,
     blocks: list[Block],
     global_keys: list[int],
     chunks: list[Chunk],
 ) -> Strip:
-    """One column of chunks."""
-    columns = _side(column, window.side, window.size[1])
-    return Strip(columns, 1, length, _joined(blocks), tuple(global_keys), tuple(chunks))
+    """Return the strip of one column of chunks."""
+    columns = _chunk_slice(column, spec.window, spec.size[1])
+    return Strip(columns, 1, length, _merge_blocks(blocks), tuple(global_keys), tuple(chunks))
 
 
-def _blocks(rows: Iterable[Run], columns: tuple[Run, ...], at: int) -> list[Block]:
-    """Rows after rows, from a place on; none where there are no columns."""
-    found: list[Block] = []
+def _blocks(rows: Iterable[KeyRange], columns: tuple[KeyRange, ...], offset: int) -> list[Block]:
+    """Return blocks of rows, one after the other from index `offset`; none without columns."""
+    blocks: list[Block] = []
     for run in rows if columns else ():
-        found.append(Block(run, columns, found[-1].keys.stop if found else at))
-    return found
+        blocks.append(Block(run, columns, blocks[-1].keys.stop if blocks else offset))
+    return blocks
 
 
-def _joined(blocks: list[Block]) -> tuple[Block, ...]:
-    """The same, with fewer: those that follow each other on the map and in the strip are one."""
-    found: list[Block] = []
+def _merge_blocks(blocks: list[Block]) -> tuple[Block, ...]:
+    """Merge blocks that are consecutive both on the map and in the strip."""
+    merged: list[Block] = []
     for block in blocks:
-        if found and found[-1].rows.start >= 0:
-            last = found[-1]
+        if merged and merged[-1].rows.start >= 0:
+            last = merged[-1]
             rows = last.rows._replace(length=last.rows.length + block.rows.length)
             end = last.rows.start + last.rows.length
-            if (block.rows.start, block.columns, block.at) == (end, last.columns, last.keys.stop):
-                found[-1] = last._replace(rows=rows)
+            if (block.rows.start, block.columns, block.offset) == (end, last.columns, last.keys.stop):
+                merged[-1] = last._replace(rows=rows)
                 continue
-        found.append(block)
-    return tuple(found)
+        merged.append(block)
+    return tuple(merged)
 
 
-def _moved(blocks: tuple[Block, ...], by: int) -> tuple[Block, ...]:
+def _shift_columns(blocks: tuple[Block, ...], by: int) -> tuple[Block, ...]:
     return tuple(
         block._replace(columns=tuple(run._replace(start=run.start + by) for run in block.columns))
         for block in blocks
     )
 
 
-def _side(chunk: int, side: int, length: int) -> slice:
-    """The part of an axis of the map that chunk number `chunk` covers."""
+def _chunk_slice(chunk: int, side: int, length: int) -> slice:
+    """Return the slice of an axis of the map that chunk number `chunk` covers."""
     return slice(chunk * side, min((chunk + 1) * side, length))

@@ -1,0 +1,111 @@
+"""Tar archives of class folders or of classes: root/<split>.tar, or all of root/<split>/*.tar.
+
+They are read once to index their members, and then in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.decoding import Mode, image_extensions
+from data.image_files import has_image_extension, is_metadata
+from data.sources.archive import ArchivedImages, Member
+from data.sources.base import Source, Split, check_known_classes, root_folder, split_name
+from data.sources.class_paths import AmbiguousClassesError, ArchiveFolders, classes_by_folder, parent_folders
+from data.sources.tar_index import archives_if_present, cached_by_archives, read_index, skipped_files
+from vil.config import DataConfig, UserError, error_reason
+
+
+class TarImages(ArchivedImages):
+    """The images of the tar archives of a split, in the order of class, archive and name."""
+
+    @classmethod
+    def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
+        """Open root/<split>.tar, or all of root/<split>/*.tar; the split's name may end in `.tar`.
+
+        The classes are those of the folder source after unpacking, see `classes_by_folder`. An archive whose
+        images lie in no folder is a class, as are ImageNet's own archives.
+
+        Raises:
+            UserError: an archive is missing, damaged or empty, or the training split lacks a class.
+        """
+        root = root_folder(data)
+        splits = (data.train_split, data.val_split)
+        archives = _find_archives(root, split_name(data, split))
+        known, training = None, []
+        if split == "val" and data.train_split != data.val_split:
+            training = archives_if_present(_find_archives, root, data.train_split)
+        if training:
+            known = cached_by_archives("tar", training, lambda: _class_names(_list_images(training, splits)))
+        images = _list_images(archives, splits, known)
+        if known is None:
+            known = cached_by_archives("tar", archives, lambda: _class_names(images))
+        check_known_classes(archives[0].parent, _class_names(images), known)
+        class_to_index = {name: index for index, name in enumerate(known)}
+        images.sort(key=lambda image: (class_to_index[image[1]], image[0].archive, image[0].name))
+        targets = [class_to_index[name] for _, name in images]
+        return cls(archives, [member for member, _ in images], targets, known, mode)
+
+
+def _class_names(images: Sequence[tuple[Member, str]]) -> tuple[str, ...]:
+    return tuple(sorted({name for _, name in images}))
+
+
+def _find_archives(root: Path, split: str) -> list[Path]:
+    try:
+        if (root / split).is_dir():
+            paths = sorted((root / split).iterdir())
+            archives = [
+                path for path in paths if path.suffix.lower() == ".tar" and not is_metadata(path.name)
+            ]
+        else:
+            archives = [path for path in (root / split, root / f"{split}.tar") if path.is_file()][:1]
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise UserError("data.root", f"{root}: {error_reason(error)}") from None
+    if not archives:
+        raise UserError(
+            "data.root", f"{root}: contains neither {split}.tar nor tar files in a folder {split}"
+        )
+    return archives
+
+
+def _list_images(
+    archives: list[Path], split_names: Sequence[str], known: Sequence[str] | None = None
+) -> list[tuple[Member, str]]:
+    """List images and the names of their classes.
+
+    Raises:
+        UserError: an archive cannot be read, there are no images, or their classes are ambiguous.
+    """
+    skipped = skipped_files(archives)
+    members: list[Member] = []
+    contents: list[ArchiveFolders] = []
+    for index, path in enumerate(archives):
+        files = {
+            member.name: member for member in read_index(path, index, skipped)
+        }  # the last of a name counts
+        images = []
+        for name, member in files.items():
+            if has_image_extension(name) and not is_metadata(name):
+                images.append(member)
+            else:
+                skipped.add(name)
+        contents.append(ArchiveFolders(path.stem, {parent_folders(member.name) for member in images}))
+        members += images
+    if not members:
+        extensions = ", ".join(sorted(image_extensions()))
+        raise UserError("data.root", f"{archives[0]}: no images in it ({extensions})")
+    try:
+        classes = classes_by_folder(contents, known, split_names)
+    except AmbiguousClassesError as error:
+        raise UserError("data.root", f"{archives[0].parent}: {error}") from None
+    labeled = []
+    for member in members:
+        class_name = classes[member.archive][parent_folders(member.name)]
+        if class_name is None:
+            skipped.add(member.name)
+        else:
+            labeled.append((member, class_name))
+    skipped.log()
+    return labeled

@@ -1,0 +1,191 @@
+"""WebDataset shards: tar archives of samples, indexed once and read in any order instead of streamed."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import posixpath
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from data.decoding import Mode
+from data.image_files import has_image_extension, is_metadata
+from data.sources.archive import ArchivedImages, Member
+from data.sources.base import Source, Split, root_folder, shorten_list, split_name
+from data.sources.tar_index import archives_if_present, cached_by_archives, read_index, skipped_files
+from vil.config import DataConfig, UserError, error_reason
+from vil.runtime.files import open_regular
+
+_RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
+_MAX_SHARDS = 1_000_000
+_MAX_CLS_BYTES = 64
+_MAX_JSON_BYTES = 1 << 20
+LABEL_KEYS = ("cls", "label")
+"""Keys of the class in a .json file of a sample."""
+
+
+class WebDataset(ArchivedImages):
+    """The images of the shards of a split, in the order of the shards."""
+
+    @classmethod
+    def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
+        """Open the shards that match `data.train_split` or `data.val_split`, patterns below the root.
+
+        Patterns are `imagenet-train-{0000..1023}.tar`, `imagenet-train-*.tar`, or `train` for `train-*.tar`
+        or `train*.tar`. A sample is one image and, with the same name up to the first dot, a `.cls` file with
+        its class index, or a `.json` file with the index, alone or under the key `cls` or `label`. Other
+        files are not read.
+
+        Raises:
+            UserError: a shard is missing or damaged, or a sample does not have one image and one class.
+        """
+        root = root_folder(data)
+        archives = _find_shards(root, split_name(data, split))
+        members, targets = _list_samples(archives)
+        num_classes = cached_by_archives("wds", archives, lambda: max(targets) + 1)
+        if split == "val" and data.train_split != data.val_split:
+            training = archives_if_present(_find_shards, root, data.train_split)
+            if training:
+                trained = cached_by_archives("wds", training, lambda: max(_list_samples(training)[1]) + 1)
+                num_classes = max(num_classes, trained)
+        return cls(archives, members, targets, tuple(map(str, range(num_classes))), mode)
+
+
+def _find_shards(root: Path, pattern: str) -> list[Path]:
+    if span := _RANGE.search(pattern):
+        first, last = int(span[1]), int(span[2])
+        if not first <= last < first + _MAX_SHARDS:
+            raise UserError("data.root", f"{pattern}: expected a rising range of numbers")
+        numbers = (str(number).zfill(len(span[1])) for number in range(first, last + 1))
+        paths = [root / f"{pattern[: span.start()]}{number}{pattern[span.end() :]}" for number in numbers]
+        missing = [str(path) for path in paths if not path.is_file()]
+        if missing:
+            raise UserError("data.root", f"no such shards: {shorten_list(missing)}")
+        return paths
+    try:
+        for name in (pattern, f"{pattern}-*.tar", f"{pattern}*.tar"):
+            matches = [Path(path) for path in sorted(glob.glob(str(root / name))) if os.path.isfile(path)]
+            if matches:
+                return matches
+    except (OSError, ValueError) as error:
+        raise UserError("data.root", f"{root}: {error_reason(error)}") from None
+    raise UserError("data.root", f"{root}: contains no shards {pattern}, {pattern}-*.tar or {pattern}*.tar")
+
+
+@dataclass
+class _SampleFiles:
+    """The files of a shard with one key: the path up to the first dot of the file's name."""
+
+    images: list[Member] = field(default_factory=list)
+    cls_files: list[Member] = field(default_factory=list)
+    json_files: list[Member] = field(default_factory=list)
+    others: list[Member] = field(default_factory=list)
+
+    def add(self, member: Member, file: str) -> None:
+        """Add a file of this name."""
+        extension = file.rpartition(".")[2].lower()
+        by_extension = {"cls": self.cls_files, "json": self.json_files}
+        default = self.images if has_image_extension(file) else self.others
+        by_extension.get(extension, default).append(member)
+
+
+def _list_samples(archives: list[Path]) -> tuple[list[Member], list[int]]:
+    """List the images of all shards and their classes.
+
+    Raises:
+        UserError: a shard cannot be read, a sample does not have one image and one class, or there are none.
+    """
+    skipped = skipped_files(archives)
+    members: list[Member] = []
+    targets: list[int] = []
+    for index, path in enumerate(archives):
+        samples: dict[str, _SampleFiles] = {}
+        for member in read_index(path, index, skipped):
+            if is_metadata(member.name):
+                skipped.add(member.name)
+                continue
+            folder, file = posixpath.split(member.name)
+            key = posixpath.join(folder, file.partition(".")[0])
+            samples.setdefault(key, _SampleFiles()).add(member, file)
+        with open_regular(path) as shard:
+            for key, files in samples.items():
+                if not files.images and not files.cls_files:
+                    for member in (*files.json_files, *files.others):
+                        skipped.add(member.name)
+                    continue
+                try:
+                    pairs = _pair_labels(files)
+                except ValueError as error:
+                    raise UserError("data.root", f"{path}: sample {key}: {error}") from None
+                members += (image for image, _ in pairs)
+                targets += (_read_class(path, shard, label) for _, label in pairs)
+    if not members:
+        raise UserError("data.root", f"{archives[0]}: no images with classes in it")
+    skipped.log()
+    return members, targets
+
+
+def _pair_labels(files: _SampleFiles) -> list[tuple[Member, Member]]:
+    """Pair the images of a key with the files of their classes: one of each, or several with dotted names.
+
+    `photo.1.jpg` and `photo.1.cls` share the key `photo` with `photo.2.jpg`: an image then has the class of
+    the file whose name is equal up to the last dot.
+
+    Raises:
+        ValueError: an image has no class, a class no image, or there are several of one.
+    """
+    images = files.images
+    labels = files.cls_files or files.json_files
+    if len(images) == len(labels) == 1:
+        return [(images[0], labels[0])]
+    stems = [Counter(posixpath.splitext(file.name)[0] for file in group) for group in (images, labels)]
+    if stems[0] == stems[1] and all(count == 1 for count in stems[0].values()):
+        label_by_stem = {posixpath.splitext(label.name)[0]: label for label in labels}
+        return [(image, label_by_stem[posixpath.splitext(image.name)[0]]) for image in images]
+
+    def names(group: list[Member]) -> str:
+        return shorten_list([file.name for file in group])
+
+    if not images:
+        raise ValueError(f"a class without an image ({names([*labels, *files.others])})")
+    if not labels:
+        raise ValueError(f"images without a .cls or .json file: {names(images)}")
+    duplicates, kind = (images, "images") if len(images) > 1 else (labels, "classes")
+    raise ValueError(f"{len(duplicates)} {kind} under one key: {names(duplicates)}")
+
+
+def _read_class(path: Path, shard: BinaryIO, label: Member) -> int:
+    """Read the class index of a sample from its .cls or .json file.
+
+    Args:
+        path: the shard, for messages.
+        shard: the open shard.
+        label: the file in it.
+
+    Raises:
+        UserError: it is not an integer from 0 to 999,999.
+    """
+    is_json = label.name.lower().endswith(".json")
+    shard.seek(label.offset)
+    is_too_large = label.size > (_MAX_JSON_BYTES if is_json else _MAX_CLS_BYTES)
+    content = b"" if is_too_large else shard.read(label.size)
+    text = content.decode("utf-8-sig", "replace").strip()
+    if is_json:
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError):
+            raise UserError("data.root", f"{path}: {label.name} is not JSON") from None
+        values = [document]
+        if isinstance(document, dict):
+            values = [document[key] for key in LABEL_KEYS if key in document]
+        if len(values) != 1 or type(values[0]) is not int:
+            reason = f"has no class: expected an integer, alone or under one of {', '.join(LABEL_KEYS)}"
+            raise UserError("data.root", f"{path}: {label.name} {reason}")
+        text = str(values[0])
+    if not (text.isascii() and text.isdecimal() and len(text) < 7):
+        raise UserError("data.root", f"{path}: {label.name} is not a class index: {text[:40]!r}")
+    return int(text)

@@ -1,0 +1,82 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vil.runtime.console import print_line
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_line_is_printable_and_one(capsys: pytest.CaptureFixture[str]):
+    print_line("a\\x1bb\nc")
+    print_line("error", sys.stderr)
+    assert capsys.readouterr() == ("a\\x1bb c\n", "error\n")
+
+
+PROGRAM = """
+import atexit, sys
+import torch.distributed as dist
+from vil.command_line import main
+from vil.config import UserError
+
+def program(argv):
+    atexit.register(print, "waits for the others")
+    print("started")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if argv[0] == "destroyed":
+        dist.destroy_process_group()
+    if argv[1] == "user":
+        raise UserError("key", "is wrong")
+    if argv[1] == "exit":
+        raise SystemExit(5)
+    raise KeyError("a bug")
+
+main(program)
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "status", "message"),
+    [
+        ("open", "user", 2, "error: key: is wrong"),
+        ("open", "exit", 5, ""),
+        ("open", "bug", 1, "KeyError: 'a bug'"),
+        ("destroyed", "user", 2, "error: key: is wrong"),
+    ],
+)
+def test_a_process_with_an_open_group_exits_at_once(group: str, error: str, status: int, message: str):
+    """Python would destroy the group on exit, and NCCL then waits for all ranks."""
+    command = [sys.executable, "-c", PROGRAM, group, error]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert ("waits" in done.stdout) == (group == "destroyed")
+    assert "started" in done.stdout
+
+
+def test_characters_that_a_stream_cannot_encode_are_replaced():
+    """For example in a container without a locale, where standard output is ASCII."""
+    program = (
+        "import sys\nfrom vil.runtime.console import print_line\nfrom vil.command_line import main\n"
+        "def run(argv):\n"
+        "    for stream in (sys.stdout, sys.stderr):\n"
+        "        print_line('Top-1 97 % \\u00b7 EMA', stream)\n"
+        "        print('na\\u00efve', file=stream)\n"
+        "main(run)\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stdout == done.stderr == b"Top-1 97 % ? EMA\nna?ve\n"
+
+
+def test_yaml_is_read_as_utf8_in_any_locale(tmp_path: Path):
+    path = tmp_path / "data.yaml"
+    path.write_bytes("# naïve\ntrain_split: été\n".encode())
+    command = [sys.executable, "train.py", "--data", str(path), "--print_config=skip_default"]
+    environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, env=environment, capture_output=True, cwd=ROOT, check=True)
+    assert "train_split: été" in done.stdout.decode()

@@ -1,0 +1,1 @@
+"""tools/ablate.py: grids of training runs, their scheduling, and their comparison."""

@@ -1,0 +1,117 @@
+"""Collect the results of a grid per cell: means over seeds, confidence intervals, paired differences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.special import stdtrit
+
+from tools.ablation.grid import Cell, Grid
+from tools.ablation.run_status import RunStatus, read_status
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` values.
+
+    Attributes:
+        sd: sample standard deviation (n − 1 in the denominator); None for one value.
+        margin: half the width of the 95 % confidence interval of the mean (Student's t, n − 1 degrees of
+            freedom); None for one value.
+    """
+
+    n: int
+    mean: float
+    sd: float | None
+    margin: float | None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Ends of the 95 % confidence interval."""
+        return None if self.margin is None else (self.mean - self.margin, self.mean + self.margin)
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Return mean, standard deviation and confidence interval; None without values."""
+    if not values:
+        return None
+    n, mean = len(values), statistics.fmean(values)
+    if n == 1:
+        return Estimate(n, mean, None, None)
+    sd = statistics.stdev(values)
+    return Estimate(n, mean, sd, float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * sd / math.sqrt(n))
+
+
+def paired_differences(values: Mapping[int, float], reference: Mapping[int, float]) -> list[float]:
+    """Return values − reference for the seeds that both have."""
+    return [values[seed] - reference[seed] for seed in values if seed in reference]
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """Results of a cell.
+
+    Attributes:
+        reference: the cell to compare with; `cell` itself for a base.
+        statuses: seed → status of the run.
+        differences: Top-1 minus that of the reference, paired by seed; empty for a base.
+    """
+
+    cell: Cell
+    reference: Cell
+    statuses: Mapping[int, RunStatus]
+    differences: Sequence[float]
+
+    @property
+    def is_base(self) -> bool:
+        """True if other cells are compared with this one."""
+        return self.reference is self.cell
+
+    @property
+    def failures(self) -> int:
+        """Number of failed runs."""
+        return sum(status.failure is not None for status in self.statuses.values())
+
+    @property
+    def difference(self) -> Estimate | None:
+        """Mean paired difference."""
+        return estimate(self.differences)
+
+    def values(self, key: str) -> list[Any]:
+        """Return an attribute of `RunMetrics` for all finished runs that have it."""
+        return list(_by_seed(self.statuses, key).values())
+
+    def mean(self, key: str) -> Estimate | None:
+        """Return the mean of an attribute of `RunMetrics`."""
+        return estimate(self.values(key))
+
+    def median(self, key: str) -> float | None:
+        """Return the median of an attribute of `RunMetrics`."""
+        values = self.values(key)
+        return statistics.median(values) if values else None
+
+
+def collect(grid: Grid) -> list[CellResult]:
+    """Read all runs of the grid, finished or not."""
+    statuses: dict[str, dict[int, RunStatus]] = {cell.name: {} for cell in grid.cells}
+    for run in grid.runs():
+        statuses[run.cell.name][run.seed] = read_status(run)
+    top1 = {name: _by_seed(by_seed, "top1") for name, by_seed in statuses.items()}
+    results = []
+    for cell in grid.cells:
+        reference = grid.reference[cell.name]
+        is_base = reference is cell
+        differences = [] if is_base else paired_differences(top1[cell.name], top1[reference.name])
+        results.append(CellResult(cell, reference, statuses[cell.name], differences))
+    return results
+
+
+def _by_seed(statuses: Mapping[int, RunStatus], key: str) -> dict[int, Any]:
+    values = {seed: getattr(status.metrics, key, None) for seed, status in statuses.items()}
+    return {seed: value for seed, value in values.items() if value is not None}

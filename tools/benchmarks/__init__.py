@@ -1,0 +1,1 @@
+"""Benchmarks of local attention, whole models and data loaders: see tools/benchmark.py."""

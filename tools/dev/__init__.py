@@ -1,0 +1,1 @@
+"""Programs for maintainers: `python -m tools.dev.NAME --help` in the repository's root."""

@@ -1,0 +1,1 @@
+"""Fault injection: training processes, scenarios, checks of what they leave behind, and the report."""

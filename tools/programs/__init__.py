@@ -1,0 +1,1 @@
+"""Programs of a single module; the scripts in tools/ call their `main`."""

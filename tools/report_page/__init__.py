@@ -1,0 +1,1 @@
+"""tools/report.py: one HTML page about training runs."""

@@ -1,0 +1,125 @@
+"""Evaluate the best model of a run: confusion matrix and most confident mistakes with their images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import build_validation
+from tools.report_page.runs import Run
+from vil import command_line
+from vil.checkpoints.open import open_weights
+from vil.checkpoints.weights import stored_model_config
+from vil.config import EvalConfig
+from vil.evaluation.classes import match_classes
+from vil.evaluation.complexity import measure_complexity
+from vil.evaluation.predictions import Mistake, Predictions, predict
+from vil.models.zoo import check_device, model_from_config
+from vil.runtime.distributed import Process
+from vil.runtime.images import denormalize
+from vil.runtime.precision import choose_precision
+from vil.validation import as_tree
+
+MAX_PNG_SIDE = 64
+"""Side in pixels up to which an image is stored losslessly."""
+THUMBNAIL_SIDE = 128
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions of a run's best model on its validation images.
+
+    Attributes:
+        predictions: counts and mistakes.
+        class_names: class names of the data, in the order of the targets.
+        weights: raw or ema.
+        images: the images of `predictions.mistakes` as `data:` URLs.
+    """
+
+    predictions: Predictions
+    class_names: tuple[str, ...]
+    weights: str
+    images: list[str]
+
+
+def evaluate_run(
+    run: Run,
+    process: Process,
+    *,
+    batch_size: int = 128,
+    max_mistakes: int = 24,
+    root: str | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate the best model of a run on its validation images.
+
+    Args:
+        run: the run.
+        process: this process.
+        batch_size: images per forward pass.
+        max_mistakes: number of mistakes to return.
+        root: folder of the data set, instead of the run's.
+        progress: show a bar.
+
+    Raises:
+        UserError: there is no checkpoint yet, or the images cannot be read.
+    """
+    weights = open_weights(run.folder)
+    model_config = weights.require_model()
+    model, device = weights.build_model(), process.device
+    check_device(model, device)
+    data = {**weights.data, **weights.transform, "real_labels": None}
+    stored = {"model": as_tree(model_config), "data": data, "batch_size": batch_size}
+    argv = [] if root is None else [f"--data.root={root}"]
+    config = command_line.parse(EvalConfig, argv, base_values=stored).config
+    validation = build_validation(config, process)
+    predictions = predict(
+        model.to(device),
+        validation.loader,
+        device=device,
+        precision=choose_precision(None, device),
+        num_classes=validation.num_classes,
+        logit_indices=match_classes(validation.class_names, weights.class_names, config.model.num_classes),
+        max_mistakes=max_mistakes,
+        progress=progress,
+    )
+    images = [image_url(mistake, config.data.mean, config.data.std) for mistake in predictions.mistakes]
+    return Evaluation(predictions, validation.class_names, weights.kind, images)
+
+
+def image_url(mistake: Mistake, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
+    """Return the denormalized image as a `data:` URL: a PNG if it is small, else a JPEG thumbnail."""
+    pixels = denormalize(mistake.image, mean, std).mul(255).round().byte()  # (3, H, W)
+    image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    buffer = io.BytesIO()
+    is_small = max(image.size) <= MAX_PNG_SIDE
+    if is_small:
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+        image.save(buffer, "JPEG", quality=85)
+    content = base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/{'png' if is_small else 'jpeg'};base64,{content}"
+
+
+def count_cost(run: Run) -> None:
+    """Count params and FLOPs of an unfinished run, which has no summary.json.
+
+    If config.yaml does not describe the model completely, the costs stay unknown.
+    """
+    if run.summary:
+        return
+    try:
+        config = stored_model_config(run.config.get("model"))
+        if config.num_classes is None:
+            return
+        with torch.device("meta"):
+            complexity = measure_complexity(model_from_config(config), config.image_size, config.in_chans)
+    except Exception:  # an untrusted configuration can fail in any way
+        return
+    run.counted = {"params": complexity.params, "flops": complexity.flops}

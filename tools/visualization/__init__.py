@@ -1,0 +1,1 @@
+"""tools/visualize.py: figures of attention maps, rollout and relative bias tables."""

@@ -1,0 +1,348 @@
+"""The folder of a run: its lock, its files, and continuing the run in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from vil.checkpoints.checkpoint_files import (
+    BEST,
+    FOLDER,
+    check_digest,
+    keep_damaged,
+    newest_intact,
+    remove_partial_files,
+    step_files,
+)
+from vil.checkpoints.training_state import State, copy_training_state, read_training_state
+from vil.config import TrainConfig, UserError, errors_in_option
+from vil.runtime.distributed import call_on_main
+from vil.runtime.files import (
+    MAX_JSON_BYTES,
+    open_for_appending,
+    parse_json,
+    read_bytes,
+    read_text,
+    refuse_link,
+    remove_leftovers,
+    write_durably,
+)
+from vil.runtime.run_files import CONFIG, FOLDERS, LOCK, METRICS, SUMMARY
+from vil.runtime.yaml_files import read_yaml
+from vil.validation import (
+    as_tree,
+    flatten,
+    rename_options,
+    stored_tree,
+    timm_start_options,
+    without_timm_start_options,
+)
+
+try:
+    import fcntl
+except ImportError:  # a system without POSIX locks: the folder is not locked
+    fcntl = None  # type: ignore[assignment]
+
+_logger = logging.getLogger(__name__)
+
+LOCK_TIMEOUT_S = 10.0
+"""Time to wait for the lock: a process that was killed may still be ending."""
+
+_FIXED_OPTIONS = ("model", "data.source", "schedule.batch_size", "schedule.optimizer", "seed")
+"""Sections and options that a continued run must not change."""
+
+UNTRACKED_OPTIONS = ("output", "resume", "progress", "data.download")
+"""Options whose changes are not reported."""
+
+
+def contains_run(folder: Path) -> bool:
+    """Return True if a run was started in `folder`."""
+    return (folder / CONFIG).exists() or (folder / BEST).exists() or bool(step_files(folder))
+
+
+@contextmanager
+def lock_run_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder` by a lock of rank 0; called by every rank.
+
+    Raises:
+        UserError: on every rank: another process uses the folder, or it cannot be written.
+    """
+    lock = FolderLock(folder)
+    call_on_main(lock.acquire)
+    try:
+        yield
+    finally:
+        is_unused = False
+        with suppress(OSError, UserError):  # the folder cannot be read
+            is_unused = not contains_run(folder)
+        lock.release(remove=is_unused)
+
+
+class FolderLock:
+    """An exclusive lock of a folder, held until `release` or the end of the process.
+
+    A POSIX record lock: the system releases it when the process is killed, data workers do not inherit it,
+    and NFS forwards it to other machines.
+
+    Args:
+        folder: created if missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
+        self._descriptor: int | None = None
+        self._created: list[Path] = []
+
+    def acquire(self) -> None:
+        """Lock the folder, waiting up to `LOCK_TIMEOUT_S`.
+
+        Raises:
+            UserError: another process, which is named, holds the lock, or the folder cannot be written.
+        """
+        folder = self._path.parent
+        try:
+            missing = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            self._created = missing
+            deadline = time.monotonic() + LOCK_TIMEOUT_S
+            while not self._try_acquire():
+                if time.monotonic() > deadline:
+                    raise UserError("output", f"{folder} is in use: {self._holder()}")
+                time.sleep(0.1)
+        except OSError as error:
+            self.release(remove=True)
+            raise _not_writable(folder, error) from None
+
+    def release(self, remove: bool) -> None:
+        """Unlock the folder; with `remove`, also remove the folders that `acquire` created, if empty."""
+        if remove and (self._descriptor is not None or fcntl is None):
+            with suppress(OSError):
+                self._path.unlink()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        if remove:
+            with suppress(OSError):
+                for path in self._created:
+                    path.rmdir()
+
+    def _try_acquire(self) -> bool:
+        descriptor = open_for_appending(self._path)  # truncated only once it is locked
+        try:
+            if fcntl is not None:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_ino != os.lstat(self._path).st_ino:  # removed by its previous holder
+                raise BlockingIOError
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            os.close(descriptor)
+            return False
+        except OSError:  # a file system without locks
+            os.close(descriptor)
+            return True
+        holder = f"{Path(sys.argv[0]).name}, process {os.getpid()} on {socket.gethostname()}"
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"{holder} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+        self._descriptor = descriptor
+        return True
+
+    def _holder(self) -> str:
+        try:
+            return read_bytes(self._path, 4096).decode("utf-8", "replace").strip() or "by another process"
+        except OSError:
+            return "by another process"
+
+
+def open_run(folder: Path, config: TrainConfig) -> State | None:
+    """Return the newest intact checkpoint of the run in `folder`, None if there is none.
+
+    Raises:
+        UserError: the folder cannot be written, holds a run that must not be continued, holds damaged
+            checkpoints only, or holds another run than `config` describes.
+    """
+    if config.resume == "never" and contains_run(folder):
+        raise UserError("output", f"{folder} holds a run; resume: auto continues it, or name another folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        _refuse_links(folder)
+    except OSError as error:
+        raise _not_writable(folder, error) from None
+    with errors_in_option("output"):
+        newest = newest_intact(folder, partial(read_training_state, digest_required=True))
+    if newest is None:
+        _check_start_options(folder, config)
+        return None
+    path, state = newest
+    if state["best"] is not None and path != folder / BEST:
+        _restore_best(folder, state)
+    for key, old, new in differences(state["config"], config):
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED_OPTIONS):
+            reason = f"the run in {folder} has {old}, not {new}; name another output or keep its value"
+            raise UserError(key, reason)
+    return state
+
+
+def _check_start_options(folder: Path, config: TrainConfig) -> None:
+    """Refuse to start with random weights a run in `folder` that was to start from weights of timm.
+
+    Options that load weights come from the command line alone and are not stored, so a run that ended before
+    its first checkpoint needs them again.
+
+    Raises:
+        UserError: the configuration lacks such an option.
+    """
+    if not (folder / CONFIG).exists():
+        return
+    stored = read_yaml(folder / CONFIG)
+    model = stored.get("model") if isinstance(stored, dict) else None
+    old = timm_start_options(model.get("timm_options") if isinstance(model, dict) else None)
+    if missing := sorted(old - timm_start_options(config.model.timm_options)):
+        reason = f"the run in {folder} was started with {', '.join(missing)} and has no checkpoint yet"
+        raise UserError("model.timm_options", f"{reason}; give the same command again")
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise OSError if a folder that a run writes to is a link: it may lead out of the run's folder."""
+    for name in FOLDERS:
+        refuse_link(folder / name)
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    path = error.filename if isinstance(error.filename, str) else folder
+    return UserError("output", f"{path} cannot be written: {error.strerror}")
+
+
+def _restore_best(folder: Path, state: State) -> None:
+    """Restore a damaged best.pt from a copy; if there is none, clear `best` in the state."""
+    best = folder / BEST
+    try:
+        check_digest(best, required=True)
+        return
+    except UserError as error:
+        problem = f"warning: {error}"
+    for step, path in step_files(folder):
+        try:
+            candidate = read_training_state(path, digest_required=True)
+        except UserError:
+            continue
+        # The epoch of the best counts from 1, and a run may end within an epoch.
+        is_epoch = state["best"]["epoch"] in (candidate["epoch"], candidate["epoch"] + 1)
+        if candidate["best"] != state["best"] or step != candidate["finished_step"] or not is_epoch:
+            continue
+        try:
+            keep_damaged(best)
+            copy_training_state(path, best)
+        except OSError as error:
+            problem += f", and cannot be restored from {path}: {error.strerror}"
+            break
+        _logger.warning("%s; restored from %s", problem, path)
+        return
+    state["best"] = None
+    _logger.warning("%s; the best of the remaining evaluations replaces it", problem)
+
+
+def differences(stored: State, config: TrainConfig) -> list[tuple[str, object, object]]:
+    """Return (option, stored value, value in `config`) of all options that differ and affect the run.
+
+    A number of classes that is left to the data equals any.
+    """
+    stored = rename_options({**stored, "model": without_timm_start_options(stored["model"])})
+    old, new = flatten(json.loads(json.dumps(stored))), flatten(stored_tree(config))
+    if new["model.num_classes"] is None:
+        new["model.num_classes"] = old.get("model.num_classes")
+    # An option that is newer than the run had the effect of its default.
+    defaults = flatten(stored_tree(TrainConfig()))
+    pairs = [(key, old.get(key, defaults[key]), new[key]) for key in new if key not in UNTRACKED_OPTIONS]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def check_class_names(
+    folder: Path, config: TrainConfig, trained: Sequence[str], current: Sequence[str]
+) -> None:
+    """Raise UserError if the classes of the run in `folder` are not those of the data, in this order."""
+    if list(current) == list(trained):
+        return
+    key = "data.root" if config.data.root else "data.source"
+    if len(current) != len(trained):
+        reason = f"{len(trained)} classes, the data has {len(current)}"
+    else:
+        index = next(i for i, (name, other) in enumerate(zip(current, trained)) if name != other)
+        reason = f"{trained[index]!r} as class {index}, the data has {current[index]!r}"
+    raise UserError(key, f"other classes than the run in {folder}, which has {reason}")
+
+
+def check_train_images(
+    folder: Path, config: TrainConfig, state: State, images: int, steps_per_epoch: int
+) -> None:
+    """Compare the training set with that of the run in `folder`; epochs and learning rates depend on it.
+
+    Args:
+        folder: the run's folder.
+        config: the configuration to continue with.
+        state: the run's checkpoint. One of version 0.1.0 stores no sizes: its epoch is compared, which
+            reveals no change within the first epoch.
+        images: number of training images.
+        steps_per_epoch: optimizer steps of an epoch.
+
+    Raises:
+        UserError: the number of images or of steps per epoch differs.
+    """
+    if "train_images" in state:
+        old, new = (state["train_images"], state["steps_per_epoch"]), (images, steps_per_epoch)
+        trained_on = f"{old[0]:,} images, {old[1]:,} steps per epoch"
+    else:
+        old, new = state["epoch"], state["step"] // steps_per_epoch
+        trained_on = f"{state['step']:,} steps in {old} epochs"
+    if old != new:
+        key = "data.train_fraction" if config.data.train_fraction != 1 else "data.root"
+        current = f"the data now has {images:,} images, {steps_per_epoch:,} steps per epoch"
+        reason = f"{current}; restore the training set, or name another output"
+        raise UserError(key, f"the run in {folder} was trained on {trained_on}; {reason}")
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Write the resolved configuration to config.yaml, for --config. Raise OSError if that fails."""
+    content = as_tree(dataclasses.replace(config, resume="auto"))
+    write_durably(folder / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def begin_run(folder: Path, config: TrainConfig) -> None:
+    """Prepare `folder` for training: write config.yaml, remove partial files and the old summary.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        _refuse_links(folder)
+        (folder / FOLDER).mkdir(exist_ok=True)
+        remove_partial_files(folder)
+        remove_leftovers(folder, "|".join(map(re.escape, (CONFIG, SUMMARY, METRICS))))
+        (folder / SUMMARY).unlink(missing_ok=True)
+        write_config(folder, config)
+    except OSError as error:
+        raise _not_writable(folder, error) from None
+
+
+def finished_top1(folder: Path, state: State, config: TrainConfig) -> float | None:
+    """Return the final top-1 in percent if the run that `config` describes is finished, else None."""
+    limit = config.schedule.max_steps
+    is_trained = state["epoch"] >= config.schedule.epochs or (limit is not None and state["step"] >= limit)
+    if not is_trained:
+        return None
+    try:
+        return float(parse_json(read_text(folder / SUMMARY, MAX_JSON_BYTES))[0]["top1"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

@@ -1,0 +1,235 @@
+"""Training state of a run: one file with everything that a run needs to continue.
+
+A checkpoint is a dict of tensors and plain values, so `torch.load(weights_only=True)` reads it and no code
+in it can run:
+
+    model, ema        state dicts of the bare model; ema is None without schedule.ema_decay
+    optimizer, scaler their state dicts
+    step, epoch       finished optimizer steps and epochs; no generator state, because every random draw is a
+                      function of the step
+    finished_step     step of the last finished epoch, evaluation included
+    watched           counts of skipped steps and recent losses (`vil.training`)
+    best              {"top1", "weights": "raw" | "ema", "epoch"} of the best evaluation, or None
+    config            the resolved TrainConfig as nested mappings
+    class_names       list of str
+    train_images, steps_per_epoch     training images and optimizer steps per epoch (since version 0.1.1)
+    versions          {"python", "torch", "timm"}
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import math
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeGuard
+
+import timm
+import torch
+from torch import Tensor
+
+from vil.checkpoints.checkpoint_files import check_digest, read_digests, write_digest
+from vil.checkpoints.pickle_file import read_pickle
+from vil.config import UserError
+from vil.runtime.files import open_regular, replacing
+from vil.validation import check_plain
+
+State = dict[str, Any]
+"""A state dict, or the content of a checkpoint."""
+WeightsKind = Literal["raw", "ema"]
+"""Weights as the optimizer left them, or their exponential moving average."""
+WeightsChoice = Literal["auto", "raw", "ema"]
+"""`auto` is the kind with the best evaluation."""
+
+_CHUNK_BYTES = 1 << 22
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 10**12
+
+
+def _is_mapping(value: object, value_type: type | tuple[type, ...] = object) -> TypeGuard[State]:
+    return isinstance(value, Mapping) and all(
+        isinstance(key, str) and isinstance(item, value_type) for key, item in value.items()
+    )
+
+
+def _is_config(value: object) -> bool:
+    try:
+        check_plain(value)  # nested references can stand for more values than memory holds
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return _is_mapping(value) and all(_is_mapping(value.get(key)) for key in ("model", "schedule", "data"))
+
+
+def _is_watched(value: object) -> bool:
+    return (
+        _is_mapping(value)
+        and _is_count(value.get("skipped"))
+        and _is_count(value.get("skipped_in_a_row"))
+        and isinstance(value.get("losses"), list)
+        and all(isinstance(loss, float) and math.isfinite(loss) for loss in value["losses"])
+    )
+
+
+def _is_best(value: object) -> bool:
+    return (
+        _is_mapping(value)
+        and isinstance(value.get("top1"), int | float)
+        and value.get("weights") in ("raw", "ema")
+        and _is_count(value.get("epoch"))
+    )
+
+
+_COUNT = (_is_count, "an integer of at least 0")
+_SCHEMA: dict[str, tuple[Callable[[object], bool], str]] = {
+    "model": (lambda x: _is_mapping(x, Tensor), "a mapping of names to tensors"),
+    "ema": (lambda x: x is None or _is_mapping(x, Tensor), "a mapping of names to tensors, or None"),
+    "optimizer": (_is_mapping, "a mapping of names to values"),
+    "scaler": (lambda x: _is_mapping(x, (int, float)), "a mapping of names to numbers"),
+    "step": _COUNT,
+    "finished_step": _COUNT,
+    "epoch": _COUNT,
+    "watched": (_is_watched, "skipped, skipped_in_a_row and losses"),
+    "best": (lambda x: x is None or _is_best(x), "None, or top1, weights (raw or ema) and epoch"),
+    "config": (_is_config, "a mapping of names to plain values"),
+    "class_names": (lambda x: isinstance(x, list) and all(isinstance(n, str) for n in x), "a list of names"),
+    "versions": (_is_mapping, "a mapping of names to versions"),
+}
+"""Check of each value, and its description in an error."""
+_OPTIONAL_SCHEMA: dict[str, tuple[Callable[[object], bool], str]] = {
+    "train_images": _COUNT,
+    "steps_per_epoch": (lambda x: _is_count(x) and x != 0, "an integer of at least 1"),
+}
+"""The same for keys that checkpoints of version 0.1.0 lack."""
+
+KEYS = tuple(_SCHEMA)
+
+
+class _DigestWriter(io.RawIOBase):
+    """A file object that computes the SHA-256 of everything written to it.
+
+    Args:
+        file: the file to write to; closing this object leaves it open.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self._digest.update(content)
+        self._file.write(content)
+        return len(content)
+
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def write_training_state(path: Path, state: State) -> None:
+    """Write a checkpoint to `path`, and its SHA-256 next to it.
+
+    At every moment `path` holds the old content or the new, and its digest matches.
+
+    Raises:
+        OSError: the disk is full or the folder is gone; the old file is unchanged.
+    """
+
+    def save(file: _DigestWriter) -> None:
+        try:
+            torch.save(dict(state), file)  # type: ignore[arg-type]
+        except RuntimeError as error:  # PyTorch's writer wraps the exceptions of the file object
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
+    _write_with_digest(path, save)
+
+
+def copy_training_state(source: Path, target: Path) -> None:
+    """Copy a checkpoint and its digest, with the guarantees of `write_training_state`.
+
+    Raises:
+        OSError: the disk is full, the folder is gone, or `source` is damaged; the old target is unchanged.
+    """
+
+    def copy(file: _DigestWriter) -> None:
+        while chunk := content.read(_CHUNK_BYTES):
+            file.write(chunk)
+        if file.digest() not in read_digests(source):
+            raise OSError(errno.EIO, "the copied file is damaged")
+
+    with open_regular(source) as content:
+        _write_with_digest(target, copy)
+
+
+def _write_with_digest(path: Path, write: Callable[[_DigestWriter], None]) -> None:
+    existed = path.exists()
+    with replacing(path) as temporary:
+        file = _DigestWriter(temporary)
+        write(file)
+        temporary.flush()
+        write_digest(path, file.digest(), keep_old=existed)
+    if existed:
+        write_digest(path, file.digest())
+
+
+def read_training_state(path: str | Path, digest_required: bool = False) -> State:
+    """Return the content of a checkpoint of train.py; tensors are on the CPU.
+
+    Args:
+        path: the checkpoint.
+        digest_required: refuse a file without its digest; a copy made elsewhere may lack it.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a checkpoint of train.py.
+    """
+    check_digest(Path(path), digest_required)
+    content = read_pickle(path)
+    state = dict(content) if isinstance(content, Mapping) else {}
+    if missing := [key for key in KEYS if key not in state]:
+        raise UserError(str(path), f"not a checkpoint of train.py: lacks {', '.join(missing)}")
+    if len(_OPTIONAL_SCHEMA.keys() & state.keys()) == 1:
+        raise UserError(str(path), "damaged: has only one of train_images and steps_per_epoch")
+    for key, (is_valid, expected) in {**_SCHEMA, **_OPTIONAL_SCHEMA}.items():
+        if key in state and not is_valid(state[key]):
+            raise UserError(str(path), f"damaged: {key} is not {expected}")
+    return state
+
+
+def select_weights(
+    state: Mapping[str, Any], weights: WeightsChoice = "auto"
+) -> tuple[Mapping[str, Tensor], WeightsKind]:
+    """Return a state dict of a run's checkpoint and its kind.
+
+    `auto` is the kind with the best evaluation, or raw if a continued run no longer keeps an average.
+
+    Raises:
+        UserError: the checkpoint holds no average.
+    """
+    if weights == "auto":
+        weights = state["best"]["weights"] if state["best"] and state["ema"] is not None else "raw"
+    if weights == "raw":
+        return state["model"], "raw"
+    if state["ema"] is None:
+        reason = "the checkpoint has no ema weights: its run had no schedule.ema_decay; use raw"
+        raise UserError("weights", reason)
+    return state["ema"], "ema"
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that affect the results of a run."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "timm": str(timm.__version__),
+    }

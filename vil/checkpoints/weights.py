@@ -1,0 +1,376 @@
+"""Weights of a model as `open_weights` returns them, and loading them into a model."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from timm.models import adapt_input_conv, get_pretrained_cfg
+from torch import Tensor, nn
+
+from vil.checkpoints.training_state import WeightsKind
+from vil.config import EvalConfig, ModelConfig, UserError, error_reason
+from vil.models.limits import ModelTooLargeError, check_model_size
+from vil.models.multiscale_vit import MultiScaleViT
+from vil.models.state_dict import translate_state_dict
+from vil.models.zoo import model_from_config
+from vil.validation import STORED, check_plain, validate, without_start_options
+
+TRANSFORM_OPTIONS = ("crop_pct", "interpolation", "mean", "std")
+"""Options of the data section that define the evaluation transform; they are stored with the weights."""
+
+NO_MODEL = "does not describe its model; add the configuration published with it, or name the model"
+"""Reason why a file cannot be used if `Weights.model` is None and a model is needed."""
+
+MAX_GROWTH, MAX_EXTRA_BYTES = 4, 256_000_000
+"""Factor and bytes by which the model that a file describes may exceed the weights in the file."""
+
+MAX_NAMED_WEIGHTS = 3
+"""Weights of each kind that an error names; it counts the others."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights and everything that their file holds about them.
+
+    Attributes:
+        path: the file.
+        format: `run` for a checkpoint of train.py; `safetensors`; `published` for one of the paper's, whose
+            configuration is a separate file; `foreign` for one of another program.
+        kind: weights as the optimizer left them (`raw`), or their moving average (`ema`).
+        state_dict: names → tensors on the CPU, named as in the file.
+        model: the model of the weights; None if the file does not describe it.
+        data: stored options of the data of a run, without the transform's; not validated.
+        transform: stored options of the evaluation transform, of `TRANSFORM_OPTIONS`; not validated.
+        class_names: names of the classes in the order of the head's rows; None if unknown.
+    """
+
+    path: str
+    format: Literal["run", "safetensors", "published", "foreign"]
+    kind: WeightsKind
+    state_dict: Mapping[str, Tensor]
+    model: ModelConfig | None = None
+    data: Mapping[str, object] = field(default_factory=dict)
+    transform: Mapping[str, object] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+
+    @classmethod
+    def from_stored(
+        cls,
+        path: str,
+        format: Literal["run", "safetensors"],
+        kind: WeightsKind,
+        state_dict: Mapping[str, Tensor],
+        model: object,
+        data: object,
+        class_names: object,
+    ) -> Weights:
+        """Return weights with the plain values that their file stores about them; None is unknown.
+
+        Raises:
+            UserError: the model has an unknown key or an invalid value.
+            TypeError, ValueError: the data are no mapping, or the class names no list of strings.
+        """
+        if class_names is not None and not (
+            isinstance(class_names, list | tuple) and all(isinstance(name, str) for name in class_names)
+        ):
+            raise TypeError("class_names is not a list of strings")
+        if data is not None and not isinstance(data, Mapping):
+            raise TypeError("data is not a mapping")
+        options = data or {}
+        return cls(
+            path,
+            format,
+            kind,
+            state_dict,
+            model=None if model is None else stored_model_config(model, path),
+            data={key: value for key, value in options.items() if key not in TRANSFORM_OPTIONS},
+            transform={key: value for key, value in options.items() if key in TRANSFORM_OPTIONS},
+            class_names=None if class_names is None else tuple(class_names),
+        )
+
+    def require_model(self, option: str = "") -> ModelConfig:
+        """Return the model of the weights.
+
+        Args:
+            option: the option that names the published configuration, for the error.
+
+        Raises:
+            UserError: the file does not describe its model.
+        """
+        if self.model is None:
+            raise UserError(self.path, f"{NO_MODEL}: {option}" if option else NO_MODEL)
+        return self.model
+
+    def build_model(self, image_size: int | None = None, num_classes: int | None = None) -> nn.Module:
+        """Return the model of these weights, with the weights loaded, in eval mode.
+
+        Args:
+            image_size: another image size in pixels.
+            num_classes: another number of classes.
+
+        Raises:
+            UserError: the file does not describe its model, or the weights do not fit the model.
+        """
+        config = self.require_model()
+        config = replace(
+            config,
+            image_size=config.image_size if image_size is None else image_size,
+            num_classes=config.num_classes if num_classes is None else num_classes,
+        )
+        model = self.empty_model(config)
+        self.load_into(model, config.image_size)
+        return model.eval()
+
+    def empty_model(
+        self,
+        config: ModelConfig,
+        num_classes: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> nn.Module:
+        """Return a model for these weights, with random weights, not much larger than the file.
+
+        Args:
+            config: the model.
+            num_classes: number of classes if neither `config` nor the head of the weights has one.
+            image_size: (height, width) of the images in pixels; None is the square of `config.image_size`.
+
+        Raises:
+            UserError: options that do not go together, or a model that is much larger than the weights.
+        """
+        with self._size_limit() as max_bytes:
+            return model_from_config(
+                config, self._head_rows(config.name) or num_classes, image_size, max_bytes
+            )
+
+    def load_into(self, model: nn.Module, image_size: int | None = None, new_head: bool = False) -> None:
+        """Load these weights into a model, strictly up to its image size, number of classes and channels.
+
+        Embeddings and bias tables are resized bilinearly, without aligned corners (a timm model resizes its
+        own); a head with more rows keeps its first ones; the first convolution is adapted to grayscale as
+        in timm. Each change is logged.
+
+        Args:
+            model: the model, of any class.
+            image_size: side of the images that `model` is built for, in pixels; used for timm models only.
+            new_head: keep the head of `model` if the head of the weights does not fit.
+
+        Raises:
+            UserError: weights are missing, unexpected, or of another shape; the message names them.
+        """
+        try:
+            state_dict = translate_state_dict(model, self.state_dict)
+        except UserError as error:
+            raise UserError(self.path, error.reason) from None
+        state_dict = _adapt_head(model, state_dict, new_head)
+        state_dict = _adapt_input_channels(model, state_dict)
+        if not isinstance(model, MultiScaleViT) and _mismatches(model, state_dict):
+            if self._load_at_stored_size(model, state_dict, image_size):
+                return
+            state_dict = _translate_by_timm(model, state_dict)
+        load_state_dict(model, state_dict, self.path)
+
+    def _load_at_stored_size(
+        self, model: nn.Module, state_dict: dict[str, Tensor], image_size: int | None
+    ) -> bool:
+        """Load weights of another image size into a timm model that can resize itself, if they fit then."""
+        stored_size = self.model.image_size if self.model is not None else image_size
+        if stored_size is None or stored_size == image_size or not hasattr(model, "set_input_size"):
+            return False
+        set_input_size: Any = model.set_input_size
+
+        def resize_on_meta() -> nn.Module:
+            resized = deepcopy(model).to("meta")
+            resized.set_input_size((stored_size, stored_size))  # type: ignore[operator]
+            return resized
+
+        try:
+            with self._size_limit() as max_bytes:
+                check_model_size(resize_on_meta, "image_size", max_bytes)
+            set_input_size((stored_size, stored_size))
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
+            text = error_reason(error)
+            reason = f"the model cannot be built for the stored image size of {stored_size} pixels: {text}"
+            raise UserError(self.path, reason) from None
+        fits = not _mismatches(model, state_dict)
+        if fits:
+            load_state_dict(model, state_dict, self.path)
+        set_input_size((image_size, image_size))
+        if fits:
+            _logger.info(
+                "%s: resized from %s to %s pixels by timm", type(model).__name__, stored_size, image_size
+            )
+        return fits
+
+    @contextmanager
+    def _size_limit(self) -> Iterator[int]:
+        """Yield `max_bytes` for building the model that the file describes.
+
+        A file of a kilobyte may describe a model of gigabytes. Half-precision weights, tables resized for
+        other images and another head leave room up to `MAX_GROWTH` × the size of the weights +
+        `MAX_EXTRA_BYTES`.
+
+        Raises:
+            UserError: instead of a ModelTooLargeError, with the path of the file.
+        """
+        storages = [weight.untyped_storage() for weight in self.state_dict.values()]
+        size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        max_bytes = MAX_GROWTH * size + MAX_EXTRA_BYTES
+        try:
+            yield max_bytes
+        except ModelTooLargeError:
+            reason = f"describes a model of more than {max_bytes / 1e6:,.0f} MB"
+            raise UserError("", f"{reason}, and holds {size / 1e6:,.1f} MB of weights", self.path) from None
+
+    def _head_rows(self, name: str) -> int | None:
+        """Return the classes of the weights of the model with this name; None if they have no head."""
+        cfg = get_pretrained_cfg(name.removeprefix("timm/"))
+        weight = self.state_dict.get(f"{_as_list((cfg and cfg.classifier) or 'head')[0]}.weight")
+        return len(weight) if weight is not None and weight.dim() else None
+
+
+def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict that must have exactly the names and shapes of a model.
+
+    Args:
+        model: the model; unchanged if the weights do not fit.
+        state_dict: names → tensors.
+        source: the file, for errors.
+
+    Raises:
+        UserError: weights are missing, unexpected, or of another shape; one line that names them.
+    """
+    if mismatches := _mismatches(model, state_dict):
+        named = [name for kind in ("missing", "unexpected") for name in mismatches.get(kind, [])]
+        difference = "architecture" if named else "size"
+        counted = [
+            f"{len(names)} {kind}: {', '.join(names[:MAX_NAMED_WEIGHTS])}"
+            f"{', ...' if len(names) > MAX_NAMED_WEIGHTS else ''}"
+            for kind, names in mismatches.items()
+        ]
+        raise UserError(
+            source, f"does not fit the model, it is of another {difference}; {'; '.join(counted)}"
+        )
+    model.load_state_dict(state_dict)
+
+
+def stored_model_config(values: object, path: str = "") -> ModelConfig:
+    """Return a stored model section as a validated configuration, without the options that start a run.
+
+    Raises:
+        UserError: an unknown key or an invalid value, at `path` if given.
+    """
+    try:
+        check_plain(values)
+        section = without_start_options(values) if isinstance(values, Mapping) else values
+        return validate(EvalConfig, {"model": section}).model
+    except UserError as error:
+        located = UserError(error.location or "model", error.reason, STORED)
+        raise (UserError(path, str(located)) if path else located) from None
+
+
+def _mismatches(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the differences between a state dict and that of a model, by kind; empty if it fits."""
+    expected = model.state_dict()
+    common = [name for name in expected if name in state_dict]
+    mismatches = {
+        "missing": [name for name in expected if name not in state_dict],
+        "unexpected": [str(name) for name in state_dict if name not in expected],
+        "of another shape": [
+            f"{name} is {tuple(state_dict[name].shape)}, the model's {tuple(expected[name].shape)}"
+            for name in common
+            if state_dict[name].shape != expected[name].shape
+        ],
+        "of another type": [
+            f"{name} is of {state_dict[name].dtype}, the model's of {expected[name].dtype}"
+            for name in common
+            if state_dict[name].is_floating_point() != expected[name].is_floating_point()
+        ],
+    }
+    return {kind: names for kind, names in mismatches.items() if names}
+
+
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _layers(model: nn.Module, key: str, default: str | Sequence[str]) -> list[str]:
+    """Return the names of the layers that timm's configuration of a model lists under `key`."""
+    return _as_list(getattr(model, "pretrained_cfg", {}).get(key) or default)
+
+
+def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state_dict.items()}
+
+
+def _adapt_head(model: nn.Module, state_dict: Mapping[str, Tensor], new_head: bool) -> dict[str, Tensor]:
+    """Cut a head with more rows to its first ones; drop it for a model without one.
+
+    With `new_head`, a head that does not fit is replaced by the model's.
+    """
+    expected, result = model.state_dict(), dict(state_dict)
+    for layer in _layers(model, "classifier", "head"):
+        names = [f"{layer}.weight", f"{layer}.bias"]
+        current = {name: expected[name] for name in names if name in expected}
+        given = {name: state_dict[name] for name in names if name in state_dict}
+        if _shapes(current) == _shapes(given):
+            continue
+        adapted = {
+            name: value[: len(current[name])] if name in current and value.dim() else value
+            for name, value in given.items()
+        }
+        if current and _shapes(adapted) == _shapes(current):
+            change = "first rows kept"
+        elif new_head or not current:
+            change, adapted = "reinitialized" if current else "dropped", current
+        else:
+            continue
+        for name in given.keys() | adapted.keys():
+            result.pop(name, None)
+        result.update(adapted)
+        for name in names:
+            shapes = (_shapes(given).get(name), _shapes(current).get(name))
+            _logger.info("%s: %s → %s, %s", name, *shapes, change)
+    return result
+
+
+def _adapt_input_channels(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adapt the first convolution to the model's number of channels, as timm does."""
+    expected, result = model.state_dict(), dict(state_dict)
+    for layer in _layers(model, "first_conv", ()):
+        name = f"{layer}.weight"
+        if name not in expected or name not in result or result[name].dim() != expected[name].dim():
+            continue
+        old, new = result[name].shape[1], expected[name].shape[1]
+        if old == new or 3 not in (old, new) or not result[name].is_floating_point():
+            continue
+        try:
+            result[name] = adapt_input_conv(new, result[name])
+        except NotImplementedError:  # from neither 1 nor 3 channels
+            continue
+        _logger.info("%s: from %s to %s channels", name, old, new)
+    return result
+
+
+def _translate_by_timm(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Translate other layouts and sizes by timm's `checkpoint_filter_fn`, if the result fits the model."""
+    translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if translate is None:
+        return state_dict
+    try:
+        translated: dict[str, Tensor] = translate(dict(state_dict), model)
+    except Exception:  # of any type, for weights of another model
+        return state_dict
+    if _mismatches(model, translated):
+        return state_dict
+    _logger.info("%s: weights translated by timm", type(model).__name__)
+    return translated

@@ -1,0 +1,236 @@
+"""Merge a command line, YAML files and stored values into one tree, and validate it once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import yaml
+
+from vil.command_line.arguments import ArgumentParser, Assignment, file_origin, read_section
+from vil.config import COMMAND_LINE, Tree, UserError
+from vil.validation import STORED, TypeHint, as_tree, field_types, rename_options, shown, type_name, validate
+
+Config = TypeVar("Config")
+
+COMMAND_LINE_KEYS: dict[str, Callable[[object], bool]] = {
+    "output": lambda value: value is None,
+    "json": lambda value: value is None,
+    "data.download": lambda value: value is False,
+}
+"""Options that name an output or start a download, and the values of them that a file may contain."""
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(Generic[Config]):
+    """A resolved command line.
+
+    Attributes:
+        config: the configuration.
+        origins: key → the file that set it, or `COMMAND_LINE`; keys with their default are absent.
+        assigned: the keys that the command line itself assigns, `""` for --config.
+    """
+
+    config: Config
+    origins: Mapping[str, str]
+    assigned: frozenset[str] = frozenset()
+
+    def sets(self, section: str) -> bool:
+        """Return True if anything sets `section` or an option in it."""
+        return any(key == section or key.startswith(f"{section}.") for key in self.origins)
+
+    def locate(self, error: UserError) -> UserError:
+        """Return the error with the origin of its option.
+
+        `model.stages[1].window` has the origin of that key, else of `model.window`, which sets it for all
+        stages, else of `model.stages`.
+        """
+        return _locate(error, self.origins)
+
+
+class ParsedArguments(Generic[Config]):
+    """A parsed command line.
+
+    Args:
+        config_class: a dataclass whose fields are options or sections (dataclasses).
+        argv: the arguments, without the program's name.
+        prog: the program's name, for --help.
+
+    Attributes:
+        assignments: the assignments, in order.
+        print_config: the value of --print_config: `all`, `skip_default` or None.
+
+    Raises:
+        UserError: an unknown option, or a file that cannot be read.
+        SystemExit: after --help.
+    """
+
+    def __init__(self, config_class: type[Config], argv: Sequence[str], prog: str | None = None) -> None:
+        self._config_class = config_class
+        self.assignments, self.print_config = ArgumentParser(config_class, prog).parse(argv)
+
+    def files(self) -> list[str]:
+        """Return the YAML files that the command line names, in order."""
+        return list(dict.fromkeys(a.origin for a in self.assignments if a.origin != COMMAND_LINE))
+
+    def assigns(self, *keys: str) -> bool:
+        """Return True if the command line sets one of these options, or names a file for such a section."""
+        return any(a.key in keys for a in self.assignments)
+
+    def with_file(self, section: str, path: str) -> ParsedArguments[Config]:
+        """Return a copy with one more YAML file for a section, right after the last such file."""
+        index = max((i + 1 for i, a in enumerate(self.assignments) if a.key == section), default=0)
+        return self._with_assignments(
+            [
+                *self.assignments[:index],
+                Assignment(section, read_section(path, section), file_origin(path)),
+                *self.assignments[index:],
+            ]
+        )
+
+    def with_values(self, values: Tree, origin: str = COMMAND_LINE) -> ParsedArguments[Config]:
+        """Return a copy with more values, by dotted key, which override all others."""
+        added = [Assignment(key, value, origin) for key, value in values.items()]
+        return self._with_assignments([*self.assignments, *added])
+
+    def _with_assignments(self, assignments: list[Assignment]) -> ParsedArguments[Config]:
+        changed = copy.copy(self)
+        changed.assignments = assignments
+        return changed
+
+    def resolve(
+        self,
+        base_files: Mapping[str, Path] | None = None,
+        base_values: Mapping[str, object] | None = None,
+        base_origin: str = STORED,
+    ) -> ResolvedConfig[Config]:
+        """Return the configuration.
+
+        Args:
+            base_files: section → file that is used unless the command line names a file for the section.
+            base_values: a stored configuration (nested mappings), overridden by everything else. Options that
+                only the command line may set are left out.
+            base_origin: the origin of `base_values` in errors.
+
+        Raises:
+            UserError: names the file, or the command line, and the option.
+        """
+        base_origin = file_origin(base_origin)
+        stored = [] if base_values is None else [Assignment("", base_values, base_origin)]
+        files = [
+            Assignment(section, read_section(path, section), file_origin(path))
+            for section, path in (base_files or {}).items()
+            if not self.assigns(section)
+        ]
+        tree: Tree = {}
+        origins: dict[str, str] = {}
+        for assignment in (*stored, *files, *self.assignments):
+            _assign(tree, origins, self._config_class, assignment)
+        for key, may_be_in_file in COMMAND_LINE_KEYS.items():
+            origin = origins.get(key, COMMAND_LINE)
+            if origin == COMMAND_LINE:
+                continue
+            *sections, name = key.split(".")
+            section = functools.reduce(lambda inner, part: inner[part], sections, tree)
+            if origin == base_origin and base_values is not None:
+                del section[name], origins[key]
+            elif not may_be_in_file(section[name]):
+                reason = f"a file cannot set this option; use --{key} on the command line, or delete it there"
+                raise UserError(key, reason, origin)
+        typed = [key for key, origin in origins.items() if origin == COMMAND_LINE]
+        try:
+            config = validate(self._config_class, tree, typed)
+        except UserError as error:
+            raise _locate(error, origins) from None
+        return ResolvedConfig(config, origins, frozenset(a.key for a in self.assignments))
+
+    def finish(self, command: ResolvedConfig[Config]) -> None:
+        """Print the configuration and exit if the command line has --print_config.
+
+        Raises:
+            SystemExit: after printing, with status 0.
+        """
+        if self.print_config is None:
+            return
+        tree = as_tree(command.config)
+        if self.print_config == "skip_default":
+            tree = _without_defaults(tree, as_tree(self._config_class()))
+        print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+        raise SystemExit(0)
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str],
+    base_files: Mapping[str, Path] | None = None,
+    base_values: Mapping[str, object] | None = None,
+    prog: str | None = None,
+) -> ResolvedConfig[Config]:
+    """Parse and resolve a command line; see `ParsedArguments` and `ParsedArguments.resolve`."""
+    args = ParsedArguments(config_class, argv, prog)
+    command = args.resolve(base_files, base_values)
+    args.finish(command)
+    return command
+
+
+def _without_defaults(tree: Tree, defaults: Tree) -> Tree:
+    changed: Tree = {}
+    for key, value in tree.items():
+        if value != defaults[key]:
+            is_section = isinstance(value, dict) and isinstance(defaults[key], dict)
+            changed[key] = _without_defaults(value, defaults[key]) if is_section else value
+    return changed
+
+
+def _assign(tree: Tree, origins: dict[str, str], config_class: TypeHint, new: Assignment) -> None:
+    """Merge an assignment into a tree, and record the origin of every option that it sets."""
+    *sections, name = new.key.split(".") if new.key else [""]
+    for section in sections:
+        tree, config_class = tree.setdefault(section, {}), field_types(config_class)[section]
+    prefix = "".join(f"{section}." for section in sections)
+    content: Tree = {name: new.value} if new.key else new.value
+    _merge(tree, origins, config_class, rename_options(content, new.origin, prefix), prefix, new.origin)
+
+
+def _merge(
+    tree: Tree,
+    origins: dict[str, str],
+    config_class: TypeHint,
+    content: Mapping[str, object],
+    prefix: str,
+    origin: str,
+) -> None:
+    types = field_types(config_class)
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if dataclasses.is_dataclass(types.get(name)):
+            if not isinstance(value, Mapping):
+                raise UserError(key, f"expected {type_name(types[name])}, got {shown(value)}", origin)
+            _merge(tree.setdefault(name, {}), origins, types[name], value, f"{key}.", origin)
+        elif not (key in COMMAND_LINE_KEYS and origins.get(key) == COMMAND_LINE != origin):
+            tree[name] = value
+            origins[key] = origin
+
+
+def _locate(error: UserError, origins: Mapping[str, str]) -> UserError:
+    key = error.location
+    shown_as = {key: key}  # key to look up → location to report
+    for_all_stages = re.sub(r"stages\[\d+\]\.", "", key)
+    if for_all_stages != key:
+        shown_as |= {for_all_stages: for_all_stages, "model.stages": key}
+    elif "[" in key:
+        shown_as[key.partition("[")[0]] = key
+    else:  # an item of an option that is a mapping
+        shown_as[key.rpartition(".")[0]] = key
+    for key, location in shown_as.items():
+        if key in origins and not error.origin:
+            located = copy.copy(error)
+            located.location, located.origin = location, origins[key]
+            return located
+    return error

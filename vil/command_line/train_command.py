@@ -1,0 +1,118 @@
+"""The command line of train.py, whose defaults are the demo's files or a stored configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vil.command_line.resolution import ParsedArguments, ResolvedConfig
+from vil.config import DataConfig, ModelConfig, TrainConfig, Tree, UserError, errors_in_option
+from vil.runtime.run_files import CONFIG
+from vil.runtime.yaml_files import read_yaml
+from vil.validation import as_tree, without_timm_start_options
+
+if TYPE_CHECKING:
+    from vil.checkpoints.weights import Weights
+
+_CONFIGS = Path(__file__).parents[2] / "configs"
+DEMO_FILES = {
+    "model": _CONFIGS / "models" / "vil_32.yaml",
+    "schedule": _CONFIGS / "schedules" / "digits.yaml",
+    "data": _CONFIGS / "data" / "digits.yaml",
+}
+"""The file of a section unless the command line names one."""
+
+
+def resolve_train_command(argv: Sequence[str]) -> ResolvedConfig[TrainConfig]:
+    """Return the configuration of a training run; `output` is always set.
+
+    If the output folder contains a run and the command line names no model, schedule or data file: the
+    configuration of that run. If `model.init_from` is set and no model: the model of these weights. Otherwise
+    the demo's files.
+
+    Raises:
+        UserError: an option, or a file that the command line names, cannot be used.
+        SystemExit: after --help or --print_config.
+    """
+    args = ParsedArguments(TrainConfig, argv, prog="train.py")
+    files = demo_files(args.resolve())
+    command = args.resolve(files)
+    output = command.config.output or default_output(command.config.data)
+    stored = Path(output, CONFIG)
+    try:
+        if stored.exists() and not args.assigns("", "model", "schedule", "data"):
+            command = args.resolve(base_values=stored_config(stored), base_origin=str(stored))
+        elif command.config.model.init_from or command.config.model.init_released_config:
+            files.pop("model", None)
+            command = args.resolve(files)
+            if not command.sets("model.name") and not command.sets("model.stages"):
+                is_continued = stored.exists()
+                model = (
+                    stored_config(stored)["model"] if is_continued else initial_model(command.config.model)
+                )
+                command = args.resolve(files, {"model": model})
+    except UserError as error:
+        raise command.locate(error) from error
+    args.finish(command)
+    command.config.output = output
+    return command
+
+
+def demo_files(command: ResolvedConfig[TrainConfig]) -> dict[str, Path]:
+    """Return the demo's files for the sections that the command line leaves to the demo."""
+    files = dict(DEMO_FILES)
+    if command.sets("model.name"):
+        del files["model"]
+    if command.config.data.source != DataConfig.source:
+        del files["data"]
+    return files
+
+
+def stored_config(path: Path) -> Tree:
+    """Return the content of a run's config.yaml.
+
+    Raises:
+        UserError: it cannot be read, or has no mapping for each section.
+    """
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
+        raise UserError(str(path), "expected a mapping of keys to values")
+    # Runs of version 0.1.0 stored all of timm's options.
+    return {**content, "model": without_timm_start_options(content.get("model", {}))}
+
+
+def initial_model(model: ModelConfig) -> Tree:
+    """Return the model section of the weights in `init_from`; the number of classes is set from the data."""
+    weights = initial_weights(model)
+    with errors_in_option("model.init_from"):
+        stored = weights.require_model("model.init_released_config")
+    changes = {"num_classes": None, "init_from": None, "init_released_config": None}
+    return {**as_tree(stored), **changes}
+
+
+def initial_weights(model: ModelConfig) -> Weights:
+    """Read the weights that a model section starts from.
+
+    Raises:
+        UserError: they cannot be read, or there is a published configuration without a checkpoint.
+    """
+    from vil.checkpoints.open import open_weights
+    from vil.checkpoints.published_config import read_published_config
+
+    published = None
+    if model.init_released_config is not None:
+        with errors_in_option("model.init_released_config"):
+            published = read_published_config(model.init_released_config)
+    if model.init_from is None:
+        raise UserError("model.init_released_config", "requires model.init_from, the published checkpoint")
+    with errors_in_option("model.init_from"):
+        return open_weights(model.init_from, published)
+
+
+def default_output(data: DataConfig) -> str:
+    """Return runs/digits, runs/cifar10 for torch/cifar10, runs/imagenet for a folder …/imagenet."""
+    name = data.root if data.source == "folder" and data.root else data.source
+    # Not resolve(), which would name the run after the target of a link.
+    return os.path.join("runs", os.path.basename(os.path.abspath(name)) or "data")

@@ -1,0 +1,248 @@
+"""The process group that torchrun starts, and the collectives that the project uses.
+
+Every function also works without a process group, as with one rank: callers need not distinguish.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vil.config import UserError, one_line
+from vil.runtime.rendezvous import create_store
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Process:
+    """Rank and device of this process.
+
+    Attributes:
+        rank: index among all processes.
+        local_rank: index among the processes of this machine, and index of the GPU.
+        world_size: number of processes.
+        device: of the model and the images.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True for rank 0, which prints and writes files."""
+        return self.rank == 0
+
+
+class LostRankError(RuntimeError):
+    """Another rank ended, or did not start; the message is one line for the user."""
+
+    exit_status = 1
+
+
+@contextmanager
+def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
+    """Join the process group of torchrun; without torchrun, the world size is 1 and there is no group.
+
+    Args:
+        device: `auto` (a GPU if there is one), `cpu`, `cuda`, or, for a single process, `cuda:1`.
+        timeout: seconds that a collective waits for the other ranks.
+
+    Raises:
+        UserError: the device does not exist, or there are more processes than GPUs.
+        LostRankError: the connection to another rank failed.
+    """
+    rank, local_rank, world_size, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+    )
+    chosen_device = _choose_device(device, local_rank, local_world_size)
+    on_gpu = chosen_device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(chosen_device)
+    if world_size > 1:
+        # With gloo in addition to NCCL, collectives of CPU tensors never wait for a GPU. device_id binds the
+        # communicator to this GPU: without it, a barrier selects one.
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=create_store(rank, world_size, timeout),
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout),
+                device_id=chosen_device if on_gpu else None,
+            )
+        except (RuntimeError, TimeoutError, ValueError) as error:
+            raise LostRankError(f"the ranks cannot connect: {_one_line(error)}") from error
+    has_ended = False
+    try:
+        yield Process(rank, local_rank, world_size, chosen_device)
+        has_ended = True
+    except Exception as error:
+        reason = lost_rank_reason(error)
+        if reason is None:
+            raise
+        raise LostRankError(reason) from error
+    finally:
+        # After an error NCCL would wait here for ranks that wait for this one: `command_line.main` prints the
+        # error and ends the process with its group.
+        if world_size > 1 and (has_ended or not on_gpu):
+            dist.destroy_process_group()
+
+
+def _choose_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError("device", f"expected auto, cpu or cuda, got {device!r}") from None
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda":
+        raise UserError("device", f"expected auto, cpu or cuda, got {device!r}")
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        raise UserError("device", "cuda was requested, but PyTorch finds no GPU on this machine")
+    if local_world_size > gpus:
+        raise UserError(
+            "device",
+            f"{local_world_size} processes on this machine, but it has {gpus} GPU(s); each needs one",
+        )
+    index = local_rank if chosen.index is None or local_world_size > 1 else chosen.index
+    if index >= gpus:
+        raise UserError("device", f"there is no cuda:{index}; this machine has {gpus} GPU(s)")
+    return torch.device("cuda", index)
+
+
+def is_distributed() -> bool:
+    """Return True if a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` (any shape, equal on all ranks) over all ranks in place, and return it."""
+    if is_distributed():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def average_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
+    """Average each of `tensors` (any shapes, equal on all ranks) over all ranks, in place."""
+    if not tensors or not is_distributed():
+        return
+    total = all_reduce_sum(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = (total / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts):
+        tensor.copy_(part.view_as(tensor))
+
+
+def broadcast_object(value: Result) -> Result:
+    """Return rank 0's `value` on every rank."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def call_on_main(function: Callable[[], Result]) -> Result:
+    """Call `function` on rank 0 alone, and return its result on every rank.
+
+    Raises:
+        UserError: on every rank, if `function` raises it.
+        LostRankError: on the other ranks, if `function` raises another error, which rank 0 raises.
+    """
+    outcome: Any = None
+    failure: Exception | None = None
+    if not is_distributed() or dist.get_rank() == 0:
+        try:
+            outcome = (function(), None)
+        except UserError as error:
+            outcome = (None, (error.location, error.reason, error.origin))
+        except Exception as error:  # of any type: the other ranks wait for the result
+            failure = error
+            outcome = (None, repr(error))
+    result, problem = broadcast_object(outcome)
+    if failure is not None:
+        raise failure
+    if isinstance(problem, str):
+        raise LostRankError(f"rank 0 failed: {problem}")
+    if problem is not None:
+        raise UserError(*problem)
+    return result
+
+
+def lost_rank_reason(error: BaseException) -> str | None:
+    """Return one line if `error` was raised by a collective because another rank ended; else None."""
+    is_gloo_error = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    if not is_distributed() or not (is_gloo_error or isinstance(error, dist.DistError)):
+        return None
+    return f"lost connection to another rank: {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the message of an error, without the line of PyTorch's source."""
+    return re.sub(r"\[\S*\.(?:cc|cpp|h):\d+\] ?", "", one_line(error, 1000))[:120]
+
+
+def data_parallel(
+    model: nn.Module, process: Process, image_shape: tuple[int, int, int]
+) -> DistributedDataParallel:
+    """Return `model` with gradients averaged over all ranks.
+
+    Buffers are not broadcast in every step: the trainer averages those of batch norm, and no others differ
+    between ranks.
+
+    Args:
+        model: on the device of the process, equal on all ranks.
+        process: this process.
+        image_shape: (C, H, W) of the images, for a pass that detects parameters without a gradient: DDP's
+            search in every step is slow.
+    """
+    has_unused = _has_unused_parameters(model, process.device, image_shape)
+    options: dict[str, Any] = {"device_ids": [process.device]} if process.device.type == "cuda" else {}
+    known = inspect.signature(DistributedDataParallel).parameters
+    # PyTorch 2.15 renames the option and warns about the old name.
+    options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+    network = DistributedDataParallel(
+        model, gradient_as_bucket_view=True, find_unused_parameters=has_unused, **options
+    )
+    _rebuild_buckets(network, process.device, image_shape)
+    return network
+
+
+def _rebuild_buckets(
+    network: DistributedDataParallel, device: torch.device, image_shape: tuple[int, int, int]
+) -> None:
+    """Run one backward pass, after which DDP rebuilds its buckets in the order of the gradients.
+
+    The buckets decide the order of summation: without this pass the first step of a continued run would
+    differ in rounding from the same step of an uninterrupted run.
+    """
+    buffers = [buffer.clone() for buffer in network.module.buffers()]
+    network.train()
+    network(torch.zeros(2, *image_shape, device=device)).sum().backward()
+    network.zero_grad(set_to_none=True)
+    for buffer, before in zip(network.module.buffers(), buffers):
+        buffer.copy_(before)
+
+
+def _has_unused_parameters(model: nn.Module, device: torch.device, image_shape: tuple[int, int, int]) -> bool:
+    probe = copy.deepcopy(model).train()
+    probe(torch.zeros(2, *image_shape, device=device)).sum().backward()
+    return any(p.grad is None for p in probe.parameters() if p.requires_grad)

@@ -1,0 +1,21 @@
+"""Names of the files in a run's folder."""
+
+from __future__ import annotations
+
+CONFIG = "config.yaml"
+"""The resolved configuration."""
+METRICS = "metrics.jsonl"
+"""One JSON object per logged step and per evaluation."""
+SUMMARY = "summary.json"
+"""The final evaluation of the best weights, as eval.py --json writes it."""
+BAD_IMAGES = "bad_images.txt"
+"""One unreadable training image per line."""
+LOCK = ".lock"
+"""Locked by the process that trains in the folder."""
+CHECKPOINTS = "checkpoints"
+"""Folder of best.pt and step_….pt, each with its digest."""
+TENSORBOARD = "tensorboard"
+"""Folder of the TensorBoard events."""
+
+FILES = (CONFIG, METRICS, SUMMARY, BAD_IMAGES, LOCK)
+FOLDERS = (CHECKPOINTS, TENSORBOARD)

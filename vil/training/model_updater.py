@@ -1,0 +1,169 @@
+"""Forward and backward passes, the optimizer step, and the moving average of the weights."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import nn
+
+from vil.checkpoints.training_state import State
+from vil.config import TrainConfig, UserError
+from vil.runtime.distributed import Process, average_over_ranks, data_parallel
+from vil.runtime.precision import autocast, choose_precision, grad_scaler
+from vil.training.loss import build_loss
+from vil.training.non_finite import NonFiniteSkipper, batch_norm_buffers, loss_grad
+from vil.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    clipped_parameters,
+    load_optimizer_state,
+)
+
+
+class ModelUpdater:
+    """Accumulate gradients and update the weights, in the precision and on the ranks of a run.
+
+    Args:
+        model: maps images (B, C, H, W) to logits (B, classes); moved to the device, trained in place.
+        config: the resolved configuration.
+        process: rank and device of this process.
+        steps_per_epoch: optimizer steps of an epoch.
+
+    Raises:
+        UserError: an option does not fit the model or the device.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, process: Process, steps_per_epoch: int) -> None:
+        schedule = config.schedule
+        self._config, self._process = config, process
+        self.precision = choose_precision(config.precision, process.device)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(process.device).to(memory_format=memory_format)
+        if config.gradient_checkpointing:
+            _enable_gradient_checkpointing(model)
+        self._optimizer = build_optimizer(model, schedule)
+        self._scheduler = build_scheduler(self._optimizer, schedule, steps_per_epoch)
+        self._scaler = grad_scaler(self.precision, process.device)
+        self._loss = build_loss(schedule)
+        self._skipper = NonFiniteSkipper(self._optimizer, model)
+        self._clipped_parameters = clipped_parameters(model, schedule.clip_mode)
+        self._running_averages = [x for x in batch_norm_buffers(model) if x.is_floating_point()]
+        self.ema: ModelEmaV3 | None = None
+        if schedule.ema_decay is not None:
+            # Average the running statistics like weights; copy any other buffer (a random projection).
+            self.ema = ModelEmaV3(
+                model,
+                decay=schedule.ema_decay,
+                use_warmup=schedule.ema_warmup,
+                exclude_buffers=not self._running_averages,
+            )
+        self._network: nn.Module = model
+
+    def wrap_network(self) -> None:
+        """Wrap the model for several ranks and compile it; call it after `load_state_dict`.
+
+        Only forward passes of training use the wrapper: checkpoints and evaluation use the bare model.
+        """
+        config, process = self._config, self._process
+        if process.world_size > 1:
+            size = config.model.image_size
+            with autocast(self.precision, process.device):  # its passes compile kernels of this precision
+                self._network = data_parallel(self.model, process, (config.model.in_chans, size, size))
+        if config.compile:
+            # One graph for each size of the images, before and after random shift. Beyond its limit of
+            # recompilations, PyTorch would run without the compiler.
+            graphs = 2 * (1 + len(config.schedule.progressive_resizing or []))
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, graphs)
+            self._network = torch.compile(self._network, dynamic=False)  # type: ignore[assignment]
+
+    def begin_step(self, step: int) -> None:
+        """Set the learning rate of `step`, counted from 0."""
+        self._scheduler.step_update(step)
+        self._skipper.save_statistics()
+
+    def accumulate(self, images: torch.Tensor, targets: torch.Tensor, part: int) -> torch.Tensor:
+        """Add the gradients of one micro-batch.
+
+        Args:
+            images: (B, C, H, W), on the device.
+            targets: (B,) class indices, or (B, classes) probabilities.
+            part: index of the micro-batch in the step.
+
+        Returns:
+            The share of the micro-batch in the loss of this rank, a scalar.
+        """
+        parts = self._config.schedule.accumulation
+        with self._gradient_sync(is_last=part == parts - 1):
+            with autocast(self.precision, self._process.device):
+                loss = self._loss(self._network(images), targets) / parts
+            self._scaler.scale(loss).backward(loss_grad(loss))
+        return loss.detach()
+
+    def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
+        """Return a context in which the gradients are all-reduced with the last micro-batch only."""
+        if is_last or self._process.world_size == 1:
+            return nullcontext()
+        return self._network.no_sync()  # type: ignore[operator]
+
+    def update(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip the gradients, step the optimizer unless they are not finite, and average the weights.
+
+        Args:
+            step: of the run, counted from 0.
+
+        Returns:
+            The norm of the gradient before clipping, and True if it is finite: scalars on the device, equal
+            on all ranks.
+        """
+        schedule = self._config.schedule
+        self._scaler.unscale_(self._optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        is_finite = norm.isfinite()
+        if schedule.clip_grad is not None and schedule.clip_mode == "norm":
+            nn.utils.clip_grads_with_norm_(self._clipped_parameters, schedule.clip_grad, norm)
+        elif schedule.clip_grad is not None:
+            dispatch_clip_grad(self._clipped_parameters, schedule.clip_grad, schedule.clip_mode)
+        self._skipper.step(is_finite)
+        average_over_ranks(self._running_averages)  # in every step: a checkpoint holds one set of them
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model, step=step + 1)
+        return norm, is_finite
+
+    def learning_rates(self) -> list[float]:
+        """Return the learning rate of each parameter group."""
+        return [group["lr"] for group in self._optimizer.param_groups]
+
+    def state_dict(self) -> State:
+        """Return the entries `model`, `ema`, `optimizer` and `scaler` of a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Load the entries that `state_dict` returned; the options of the optimizer are the configuration's.
+
+        Raises:
+            RuntimeError, ValueError, TypeError, AttributeError, LookupError: of PyTorch, if they do not fit.
+        """
+        self.model.load_state_dict(state["model"])
+        load_optimizer_state(self._optimizer, state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"] or state["model"])
+        if state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+
+
+def _enable_gradient_checkpointing(model: nn.Module) -> None:
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        reason = f"{type(model).__name__} does not support it"
+        raise UserError("gradient_checkpointing", reason) from None

@@ -1,0 +1,66 @@
+"""The position of a run between its first and its last step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from vil.config import Tree
+
+
+@dataclass(frozen=True)
+class RunPosition:
+    """Count finished steps and epochs. An epoch is finished when it is trained, and evaluated if that is due.
+
+    Attributes:
+        steps_per_epoch: optimizer steps of an epoch.
+        last_step: number of steps of the whole run.
+        step: finished optimizer steps.
+        finished_step: value of `step` when an epoch was last finished.
+        best: `top1` in percent, `weights` (raw or ema) and `epoch` of the best evaluation; None before any.
+    """
+
+    steps_per_epoch: int
+    last_step: int
+    step: int = 0
+    finished_step: int = 0
+    best: Tree | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Index of the epoch of the next step, from 0."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def epoch_number(self) -> int:
+        """Number of the epoch of the last step, from 1."""
+        return math.ceil(self.step / self.steps_per_epoch)
+
+    @property
+    def is_epoch_trained(self) -> bool:
+        """True if all steps of an epoch are trained and the epoch is not finished."""
+        is_last = self.step % self.steps_per_epoch == 0 or self.step >= self.last_step
+        return is_last and self.step > self.finished_step
+
+    @property
+    def is_finished(self) -> bool:
+        """True if no epoch remains."""
+        return self.finished_step >= self.last_step
+
+    @property
+    def needs_final_evaluation(self) -> bool:
+        """True for a finished run without any evaluation: max_steps now ends it at a step that had none."""
+        return self.is_finished and self.best is None
+
+    @property
+    def is_evaluated(self) -> bool:
+        """True if no evaluation after the last step remains."""
+        return self.step == self.finished_step and not self.needs_final_evaluation
+
+    def after_step(self) -> RunPosition:
+        """Return the position after one more step."""
+        return replace(self, step=self.step + 1)
+
+    def after_epoch(self, best: Tree | None = None) -> RunPosition:
+        """Return the position after the epoch is finished, with `best` as a new best evaluation."""
+        return replace(self, finished_step=self.step, best=best or self.best)
