@@ -165,7 +165,7 @@ def check_sizes(
             for _, side in sizes:
                 model(torch.zeros(1, in_chans, side, side, device=device))
     except Exception as error:  # timm's models raise any type
-        reason = f"{type(model).__name__} takes no images of {side}×{side}: {one_line(error)}"
+        reason = f"{type(model).__name__} does not support images of {side}×{side}: {one_line(error)}"
         raise UserError("schedule.progressive_resizing", reason) from error
 
 

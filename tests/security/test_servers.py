@@ -80,7 +80,7 @@ def test_a_training_and_an_evaluation_of_one_process(tmp_path: Path):
     assert addresses([sys.executable, "eval.py", "--checkpoint", run, "--device", "cpu"]) <= set(LOOPBACK)
 
 
-@pytest.mark.parametrize("text", ["Trusted network only", "listens on all interfaces"])
+@pytest.mark.parametrize("text", ["Use trusted networks only", "listens on all interfaces"])
 def test_the_store_of_torchrun_is_documented(text: str):
     page = " ".join((ROOT / "docs" / "training.md").read_text().split())
     assert text in page

@@ -135,7 +135,7 @@ class _DigestWriter(io.RawIOBase):
 
 
 def write_training_state(path: Path, state: State) -> None:
-    """Write a checkpoint to `path`, and its SHA-256 next to it.
+    """Write a checkpoint to `path`, and its SHA-256 to a file next to it.
 
     At every moment `path` holds the old content or the new, and its digest matches.
 

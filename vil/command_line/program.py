@@ -43,7 +43,7 @@ def run_program(
     Exit status 2 and one line on standard error for a UserError, `exit_status` of an exception that has one,
     1 if the machine or its GPU is out of memory, 130 for Ctrl-C. Of the processes that torchrun starts on
     one machine the first one prints the line, and for a `OneRankError` the one that raised it. Log records of
-    the package are printed meanwhile.
+    the package are printed.
     """
     status, line = 0, None
     for stream in (sys.stdout, sys.stderr):
