@@ -63,7 +63,7 @@ def test_a_named_data_set_is_not_merged_with_the_digits():
 @pytest.mark.parametrize("name", ["timm/resnet10t", "vil_tiny"])
 def test_any_model_of_the_zoo_and_of_timm_is_built_from_its_name(name):
     config = configure("--model.name", name, "--model.image_size", "64", "--data.workers", "0")
-    _, model, _ = program.build(config, Process(0, 0, 1, torch.device("cpu")), new=True)
+    _, model, _ = program.build(config, Process(0, 0, 1, torch.device("cpu")), is_new=True)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 

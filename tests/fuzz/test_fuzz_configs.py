@@ -90,7 +90,7 @@ def to_training(argv):
     command = resolve_train_command(argv)
     try:
         config = command.config
-        loaders, model, _ = train_program.build(config, PROCESS, new=False)
+        loaders, model, _ = train_program.build(config, PROCESS, is_new=False)
         optimizer = build_optimizer(model, config.schedule)
         build_scheduler(optimizer, config.schedule, loaders.train.steps_per_epoch)
     except UserError as error:
