@@ -27,6 +27,8 @@ from vil.config import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.xdist_group("check_gpu")  # one worker, so that the small run is shared
+
 
 def run_program(*argv):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
