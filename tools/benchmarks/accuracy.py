@@ -45,7 +45,7 @@ class Comparison:
 
 
 def check_accuracy(
-    shapes: Sequence[AttentionShape], methods: Sequence[str], limit: float
+    shapes: Sequence[AttentionShape], methods: Sequence[str], limit: float, seed: int
 ) -> tuple[list[str], int]:
     """Compare all methods on shapes of one precision, with random inputs.
 
@@ -55,7 +55,6 @@ def check_accuracy(
         The lines of the report, and the number of wrong results.
     """
     tolerance, wrong = (1e-4 if shapes[0].dtype == torch.float32 else 1e-2), 0
-    seed = torch.seed() % 2**31
     lines = [f"- Relative errors ‖x − y‖ / ‖y‖ against the dense definition in float64; seed {seed}.\n"]
     for shape in tqdm(shapes, unit="shape", leave=False, disable=None):
         lines.append(str(shape))

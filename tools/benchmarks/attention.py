@@ -67,6 +67,7 @@ def add_options(parser: ArgumentParser) -> None:
         "relative error of 1e-2 (half precisions) or 1e-4"
     )
     add("--check", action="store_true", help=check_help)
+    add("--seed", type=bounded_int(0), default=0, help="of the random inputs of --check")
 
 
 def run(arguments: Namespace, device: torch.device, precision: Precision) -> Results:
@@ -74,7 +75,7 @@ def run(arguments: Namespace, device: torch.device, precision: Precision) -> Res
     shapes = select_shapes(arguments, device, precision)
     limit = arguments.skip_memory_above or timing.memory_limit(device)
     if arguments.check:
-        notes, wrong = check_accuracy(shapes, arguments.methods or [*BACKENDS, "auto"], limit)
+        notes, wrong = check_accuracy(shapes, arguments.methods or [*BACKENDS, "auto"], limit, arguments.seed)
         return Results(notes, has_failed=wrong > 0)
     rates = timing.measure_rates(device, getattr(torch, precision))
     methods, options = arguments.methods or list(METHODS), TimingOptions.from_arguments(arguments)

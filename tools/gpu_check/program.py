@@ -19,7 +19,7 @@ from tools.benchmarks.options import positive
 from tools.gpu_check import kernels, loading, machine, models, speed, training
 from tools.gpu_check.report import Outcome, summary_table
 from tools.gpu_check.runner import Options, RunningSection, Section
-from vil.command_line import ToolParser
+from vil.command_line import ToolParser, bounded_int
 from vil.config import COMMAND_LINE, UserError
 
 DESCRIPTION = """Check that everything of this project computes correctly on a GPU, and how fast.
@@ -78,7 +78,9 @@ def check_gpu(argv: Sequence[str]) -> None:
     with output, tempfile.TemporaryDirectory(prefix="check_gpu_") as scratch:
         folder = arguments.logs or Path(scratch)
         _make_empty(folder)
-        options = Options(arguments.device, folder.resolve(), arguments.images, arguments.cifar10)
+        options = Options(
+            arguments.device, folder.resolve(), arguments.images, arguments.cifar10, seed=arguments.seed
+        )
         outcomes = _run_sections(arguments, options, output)
     print(f"\n{arguments.json}: all measurements\n\n{summary_table(outcomes)}")
     if any(outcome.status in ("failed", "timed out") for outcome in outcomes):
@@ -165,5 +167,6 @@ def _parser() -> ToolParser:
     add("--cifar10", type=Path, metavar="DIR", help="train/<class> and test/<class>, or cifar-10-batches-py")
     json_help = "one line per section; default: check_gpu.jsonl"
     add("--json", type=Path, default=Path("check_gpu.jsonl"), metavar="FILE", help=json_help)
+    add("--seed", type=bounded_int(0), default=0, help="of the random inputs of the section kernels")
     add("--logs", type=Path, metavar="DIR", help="keep output and files of the sections in this folder")
     return parser

@@ -32,6 +32,7 @@ class Options:
         images: folder with train/<class>/<image> for the loader; None: synthetic images.
         cifar10: folder with train/<class> and test/<class>, or with cifar-10-batches-py.
         deadline: `time.time()` at which the budget ends; for a running section, at which it is stopped.
+        seed: of the random inputs of the section `kernels`.
     """
 
     device: str
@@ -39,6 +40,7 @@ class Options:
     images: Path | None = None
     cifar10: Path | None = None
     deadline: float = float("inf")
+    seed: int = 0
 
     @property
     def is_small(self) -> bool:
