@@ -1,9 +1,6 @@
-"""Run a grid of trainings and compare its cells; the options are in tools/ablation/main.py and --help.
+"""Run a grid of trainings and compare its cells: see `python tools/ablate.py --help`."""
 
-python tools/ablate.py configs/ablations/pooling_digits.yaml
-"""
-
-import _repository_root  # noqa: F401  (puts the repository on sys.path)
+import _repository_root  # noqa: F401
 
 from tools.ablation.main import main
 from vil import command_line

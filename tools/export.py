@@ -1,9 +1,6 @@
-"""Export a trained model; the options are in tools/programs/export.py and --help.
+"""Export a trained model: see `python tools/export.py --help`."""
 
-python tools/export.py runs/digits digits.onnx --format onnx
-"""
-
-import _repository_root  # noqa: F401  (puts the repository on sys.path)
+import _repository_root  # noqa: F401
 
 from tools.programs.export import main
 from vil import command_line

@@ -18,16 +18,8 @@ from vil.runtime.files import read_bytes
 class ImageReader:
     """Read a file as the input of a model: (C, image_size, image_size), float32, normalized.
 
-    Args:
-        config: the model.
-        transform_options: options of the evaluation transform stored with its weights; may be empty.
-        model_path: file of the model, for messages.
-
-    Attributes:
-        mean, std: of the channels, for values in 0..1.
-
-    Raises:
-        UserError: the model takes neither RGB nor grayscale images, or the options are invalid.
+    `transform_options` of the evaluation transform are those stored with the weights, and may be empty;
+    `model_path` is for messages.
     """
 
     def __init__(self, config: ModelConfig, transform_options: Mapping[str, Any], model_path: str) -> None:

@@ -1,9 +1,6 @@
-"""Predict the classes of images; the options are in tools/programs/predict.py and --help.
+"""Predict the classes of images: see `python tools/predict.py --help`."""
 
-python tools/predict.py runs/imagenet photo.jpg photos/
-"""
-
-import _repository_root  # noqa: F401  (puts the repository on sys.path)
+import _repository_root  # noqa: F401
 
 from tools.programs.predict import main
 from vil import command_line

@@ -1,9 +1,6 @@
-"""Write one HTML page about training runs; the options are in tools/report_page/main.py and --help.
+"""Write one HTML page about training runs: see `python tools/report.py --help`."""
 
-python tools/report.py runs/digits
-"""
-
-import _repository_root  # noqa: F401  (puts the repository on sys.path)
+import _repository_root  # noqa: F401
 
 from tools.report_page.main import main
 from vil import command_line

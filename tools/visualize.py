@@ -1,9 +1,6 @@
-"""Draw what a model attends to in an image; the options are in tools/visualization/main.py and --help.
+"""Draw what a model attends to in an image: see `python tools/visualize.py --help`."""
 
-python tools/visualize.py runs/digits image.png --output figures
-"""
-
-import _repository_root  # noqa: F401  (puts the repository on sys.path)
+import _repository_root  # noqa: F401
 
 from tools.visualization.main import main
 from vil import command_line

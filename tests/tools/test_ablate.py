@@ -513,7 +513,7 @@ def fake(folder, monkeypatch):
         try:
             scheduler.execute(missing, jobs, gpus, progress)
         finally:
-            progress.close()
+            progress.bar.close()
         return [line.split() for line in Path("calls.txt").read_text().splitlines()]
 
     return execute
@@ -682,7 +682,7 @@ def test_remaining_time_includes_running_epochs(folder, monkeypatch, capsys):
     progress.start_time -= 60.0
     progress.run_ended(run_status.RunStatus(grid.runs()[0], metrics=SimpleNamespace(top1=50.0)))
     assert "about 01:40 left" in capsys.readouterr().out  # six of sixteen in a minute
-    progress.close()
+    progress.bar.close()
 
 
 def test_visible_gpus_follow_cuda_visible_devices(monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.gpu_check import kernels, program, training
+from tools.gpu_check import kernels, program
 from tools.gpu_check.report import (
     MAX_LINES,
     NotApplicableError,
@@ -226,22 +226,3 @@ def test_large_biases_are_not_rounded_by_the_kernels():
     rounded = scaled.to(case.shape.dtype).float()
     torch.testing.assert_close(scaled, rounded, atol=0, rtol=1e-6)
     assert table.abs().max() > 8
-
-
-def test_differences_between_checkpoints_are_named(tmp_path):
-    state = {
-        "model": {"a": torch.ones(2)},
-        "ema": None,
-        "optimizer": {"state": {0: {"step": 1}}},
-        "scaler": {},
-        "step": 4,
-    }
-    changes = {"first": {}, "second": {"model": {"a": torch.zeros(2)}, "step": 5}}
-    for name, change in changes.items():
-        (tmp_path / name / "checkpoints").mkdir(parents=True)
-        torch.save(state | change, tmp_path / name / "checkpoints" / "step_00000004.pt")
-    assert training.state_differences(tmp_path / "first", tmp_path / "second") == [
-        "['model']['a']",
-        "['step']",
-    ]
-    assert training.state_differences(tmp_path / "first", tmp_path / "first") == []

@@ -47,13 +47,7 @@ class GridFile:
 
 @dataclass(frozen=True)
 class Cell:
-    """One level of every factor.
-
-    Attributes:
-        levels: factor → level.
-        argv: arguments of train.py, without seed and output.
-        config: the configuration that they resolve to.
-    """
+    """One level of every factor; `argv` are the arguments of train.py, without seed and output."""
 
     levels: Mapping[str, str]
     argv: tuple[str, ...]
@@ -101,14 +95,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Grid:
-    """A comparison of training runs.
+    """A comparison of training runs, one per cell and seed.
 
     Attributes:
-        name: name of the file without its suffix.
         question: one line of text; may be empty.
         cells: all combinations of levels; the first one is the base.
         reference: cell name → the cell to compare with; the base refers to itself.
-        seeds: one run per cell and seed.
         folder: parent of the folders of the cells, and of the result files.
     """
 
@@ -121,36 +113,22 @@ class Grid:
 
     def runs(self) -> list[Run]:
         """Return all runs, ordered by seed, so that every cell gets its first result early."""
-        return [
-            Run(cell, seed, self.folder / cell.folder / f"seed={seed}")
-            for seed in self.seeds
-            for cell in self.cells
-        ]
+        pairs = itertools.product(self.seeds, self.cells)
+        return [Run(cell, seed, self.folder / cell.folder / f"seed={seed}") for seed, cell in pairs]
 
 
 def read_grid(
-    path: str,
-    output: Path,
-    argv: Sequence[str] = (),
-    seeds: Sequence[int] | None = None,
-    check_data: bool = True,
+    path: str, output: Path, argv: Sequence[str] = (), seeds: list[int] | None = None, check_data: bool = True
 ) -> Grid:
     """Read a grid file and resolve the configuration of every cell as train.py does.
 
-    Args:
-        path: the YAML file.
-        output: parent of the grid's folder.
-        argv: options of train.py that override the base.
-        seeds: override the seeds of the file.
-        check_data: raise an error if the folder of a data set does not exist.
-
-    Raises:
-        UserError: names the file and the key; nothing was started or written.
+    `argv` (options of train.py) and `seeds` override those of the file. `output` is the parent of the grid's
+    folder. With `check_data`, the folder of the data set must exist.
     """
     content = read_yaml(path)
     with _errors_in_file(path):
         if seeds is not None and isinstance(content, dict):
-            content["seeds"] = list(seeds)
+            content["seeds"] = seeds
         file = validate(GridFile, content)
         name = grid_name(path)
         factors = _factors(content["factors"])
@@ -172,11 +150,7 @@ def read_grid(
 
 
 def grid_name(path: str) -> str:
-    """Return the name of a grid's folder: the name of the file without its suffix.
-
-    Raises:
-        UserError: it cannot be the name of a subfolder, as for `...yaml` or `.hidden.yaml`.
-    """
+    """Return the name of a grid's folder: the name of the file without its suffix."""
     name = Path(path).stem
     if not _FOLDER_NAME.fullmatch(name):
         raise UserError(path, f"{name!r} cannot name a folder of results; rename the file")
@@ -213,10 +187,8 @@ def _factors(content: Mapping[Any, Mapping[Any, Any]]) -> dict[str, dict[str, li
 def _checked_name(name: Any, key: str) -> str:
     """Return the name of a factor or level, which becomes a part of the name of a folder."""
     if isinstance(name, bool) or name is None or not _FOLDER_NAME.fullmatch(str(name)):
-        reason = (
-            "is not a valid name; use letters, digits, single spaces and _ . + -, and quote words like no"
-        )
-        raise UserError(key, f"{name!r} {reason}")
+        reason = "use letters, digits, single spaces and _ . + -, and quote words like no"
+        raise UserError(key, f"{name!r} is not a valid name; {reason}")
     return str(name)
 
 
@@ -282,13 +254,9 @@ def _refuse_grid_option(name: str, key: str) -> None:
 def _resolve_cell(
     levels: dict[str, str], options: Mapping[str, Sequence[Option]], folder: Path, check_data: bool
 ) -> Cell:
-    """Resolve and check the configuration of a cell.
+    """Resolve and check the configuration of a cell in its folder.
 
-    Args:
-        levels: factor → level.
-        options: key of the grid file, or COMMAND_LINE → options; later ones override earlier ones.
-        folder: the cell's folder.
-        check_data: raise an error if the folder of the data set does not exist.
+    `options` (key of the grid file, or COMMAND_LINE → options): later ones override earlier ones.
     """
     ordered = list(itertools.chain.from_iterable(options.values()))
     # The file of a level replaces the file of the base; options of the base still override it.

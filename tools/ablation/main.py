@@ -13,18 +13,13 @@ grid and how to read its results. Exit status 1 if a run failed; the other runs 
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
+from tools.ablation import output
 from tools.ablation.grid import Run, grid_name, read_grid
-from tools.ablation.output import (
-    check_markers,
-    insert_into_page,
-    markdown,
-    reproducing_command,
-    write_results,
-)
 from tools.ablation.progress import Progress
 from tools.ablation.results import collect
 from tools.ablation.run_status import check_unchanged, read_status
@@ -35,19 +30,14 @@ from vil.runtime.console import print_line
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the unfinished runs of the grids, print their tables and write their results.
-
-    Raises:
-        UserError: an argument or a grid is invalid; nothing was started.
-        SystemExit: with status 1 if a run failed, with 128 + N after signal N.
-    """
+    """Run the unfinished runs of the grids, print their tables and write their results."""
     arguments, train_options = _parser().parse_known_args(argv)
     names = [grid_name(path) for path in arguments.grids]
     for name in names:
         if names.count(name) > 1:
             raise UserError(COMMAND_LINE, f"two grids are called {name}; their runs would share a folder")
     if arguments.markdown:
-        check_markers(arguments.markdown, names)
+        output.check_markers(arguments.markdown, names)
     grids = [
         read_grid(path, arguments.output, train_options, arguments.seeds, check_data=not arguments.report)
         for path in arguments.grids
@@ -56,16 +46,16 @@ def main(argv: Sequence[str]) -> None:
         for grid in grids:
             check_unchanged(grid)
         run_unfinished([run for grid in grids for run in grid.runs()], arguments.jobs)
-    command = reproducing_command(argv)
+    command = output.reproducing_command(argv)
     has_failures = False
     for grid in grids:
         results = collect(grid)
-        for line in ("", *markdown(grid, results, command).splitlines(), ""):
+        for line in ("", *output.markdown(grid, results, command).splitlines(), ""):
             print_line(line)
-        write_results(grid, results, command)
+        output.write_results(grid, results, command)
         print(f"{grid.folder}: results.md, results.csv, results.json, results.png")
         if arguments.markdown:
-            insert_into_page(arguments.markdown, grid, results, command)
+            output.insert_into_page(arguments.markdown, grid, results, command)
         has_failures |= any(result.failures for result in results)
     if has_failures:
         raise SystemExit(1)
@@ -81,29 +71,23 @@ def run_unfinished(runs: Sequence[Run], jobs: int | None) -> None:
     try:
         execute(unfinished, jobs, gpus, progress)
     except Stopped as stopped:
-        progress.print_line("stopped; run the same command again to continue")
+        tqdm.write("stopped; run the same command again to continue")
         raise SystemExit(128 + stopped.signum) from None
     finally:
-        progress.close()
+        progress.bar.close()
 
 
 def _parser() -> ToolParser:
     parser = ToolParser(
         prog="ablate.py",
         description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="Any other option is passed to train.py and overrides the base of the grids.",
     )
     add = parser.add_argument
     add("grids", nargs="+", metavar="GRID", help="YAML file; see configs/ablations")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/ablations"),
-        metavar="FOLDER",
-        help="default: runs/ablations",
-    )
+    folder = Path("runs/ablations")
+    add("--output", type=Path, default=folder, metavar="FOLDER", help="default: runs/ablations")
     add("--jobs", type=bounded_int(1), metavar="N", help="concurrent runs (default: one per GPU, or one)")
     add("--seeds", type=bounded_int(0), nargs="+", metavar="N", help="override the seeds of the grids")
     add("--report", action="store_true", help="collect the available results, run nothing")

@@ -16,16 +16,14 @@ from matplotlib.ticker import MaxNLocator
 
 from tools.ablation.grid import Grid
 from tools.ablation.results import CellResult, Estimate
+from tools.ablation.run_status import COSTS
 from tools.markdown_table import markdown_table
 from tools.png import as_png
 from vil.config import UserError, error_reason
 from vil.runtime.csv_text import csv_text
 from vil.runtime.files import make_folders, read_text, write_durably, write_output
 
-MEDIANS = (
-    *("params", "flops", "train_memory_mb", "eval_memory_mb"),
-    *("images_per_second", "inference_images_per_second", "minutes"),
-)
+MEDIANS = (*COSTS, "images_per_second", "inference_images_per_second", "minutes")
 
 
 def reproducing_command(argv: Sequence[str]) -> str:
@@ -106,20 +104,13 @@ def csv_and_json_records(results: Sequence[CellResult]) -> list[dict[str, Any]]:
     """Return one flat record per cell."""
     records = []
     for result in results:
-        record: dict[str, Any] = {
-            "cell": result.cell.name,
-            **result.cell.levels,
-            "n": len(result.values("top1")),
-        }
+        count = len(result.values("top1"))
+        record: dict[str, Any] = {"cell": result.cell.name, **result.cell.levels, "n": count}
         for key in ("top1", "ema_top1", "best_top1", "difference"):
             value = result.difference if key == "difference" else result.mean(key)
             low, high = (value and value.interval) or (None, None)
-            record |= {
-                key: value and value.mean,
-                f"{key}_sd": value and value.sd,
-                f"{key}_low": low,
-                f"{key}_high": high,
-            }
+            record |= {key: value and value.mean, f"{key}_sd": value and value.sd}
+            record |= {f"{key}_low": low, f"{key}_high": high}
         record["compared_with"] = None if result.is_base else result.reference.name
         record["pairs"] = len(result.differences) or None
         record |= {key: result.median(key) for key in MEDIANS}
@@ -129,11 +120,7 @@ def csv_and_json_records(results: Sequence[CellResult]) -> list[dict[str, Any]]:
 
 
 def write_results(grid: Grid, results: Sequence[CellResult], command: str) -> None:
-    """Write results.md, .csv, .json and .png into the grid's folder.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
+    """Write results.md, .csv, .json and .png into the grid's folder."""
     cells = csv_and_json_records(results)
     runs = [
         {
@@ -164,11 +151,7 @@ def write_results(grid: Grid, results: Sequence[CellResult], command: str) -> No
 
 
 def insert_into_page(page: Path, grid: Grid, results: Sequence[CellResult], command: str) -> None:
-    """Replace the text between the grid's two markers in a page, and write the figure next to the page.
-
-    Raises:
-        UserError: the page cannot be read or written, or lacks the markers.
-    """
+    """Replace the text between the grid's two markers in a page, and write the figure next to the page."""
     content, (start, end) = _read_page(page), _marked_span(page, grid.name)
     image = Path("figures") / f"ablation_{grid.name}.png"
     text = f"\n\n{markdown(grid, results, command)}\n\n![{grid.question or grid.name}]({image})\n\n"

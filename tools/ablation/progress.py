@@ -13,11 +13,7 @@ from tools.ablation.run_status import RunStatus, completed_epochs
 
 
 class Progress:
-    """Count the finished runs and epochs.
-
-    Args:
-        runs: all unfinished runs.
-    """
+    """Count the finished runs and epochs of all unfinished runs."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.run_count, self.finished_runs = len(runs), 0
@@ -34,13 +30,13 @@ class Progress:
         """Note that a process was started for the run."""
         self.run_start_times[run.folder] = time.monotonic()
         self.running[run.folder] = run
-        self.print_line(f"{run.name}: started, {run.folder}")
+        tqdm.write(f"{run.name}: started, {run.folder}")
 
     def run_locked(self, run: Run) -> None:
         """Note that another process trains the run."""
         if run.folder not in self.locked:
             self.locked.add(run.folder)
-            self.print_line(f"{run.name}: waiting for another process that trains it, {run.folder}")
+            tqdm.write(f"{run.name}: waiting for another process that trains it, {run.folder}")
 
     def run_ended(self, status: RunStatus) -> None:
         """Note that a run is finished or has failed."""
@@ -56,7 +52,7 @@ class Progress:
         duration = f", {tqdm.format_interval(time.monotonic() - start)}" if start else ""
         result = f"Top-1 {status.metrics.top1:.2f} %" if status.metrics else f"failed: {status.failure}"
         count = f"[{self.finished_runs}/{self.run_count}]"
-        self.print_line(f"{count} {run.name}: {result}{duration}{self._remaining_time()}")
+        tqdm.write(f"{count} {run.name}: {result}{duration}{self._remaining_time()}")
 
     def refresh(self) -> None:
         """Update the bar with the epochs logged by the running processes."""
@@ -66,14 +62,6 @@ class Progress:
         self.bar.n = min(self.total_epochs, self._epochs())
         self.bar.set_description(" · ".join(run.name for run in self.running.values()), refresh=False)
         self.bar.refresh()
-
-    def print_line(self, line: str) -> None:
-        """Print a line on standard output, above the bar."""
-        tqdm.write(line)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self.bar.close()
 
     def _epochs(self) -> int:
         """Return the number of epochs since the start, including those of running processes."""
@@ -87,6 +75,5 @@ class Progress:
         remaining = self.total_epochs - epochs
         if not remaining or not epochs:
             return ""
-        return (
-            f"; about {tqdm.format_interval((time.monotonic() - self.start_time) / epochs * remaining)} left"
-        )
+        seconds = (time.monotonic() - self.start_time) / epochs * remaining
+        return f"; about {tqdm.format_interval(seconds)} left"

@@ -18,12 +18,9 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` values.
+    """Mean, sample standard deviation, and half the width of the 95 % confidence interval of the mean.
 
-    Attributes:
-        sd: sample standard deviation (n − 1 in the denominator); None for one value.
-        margin: half the width of the 95 % confidence interval of the mean (Student's t, n − 1 degrees of
-            freedom); None for one value.
+    The interval is Student's t with n − 1 degrees of freedom. One value has neither deviation nor interval.
     """
 
     n: int
@@ -55,13 +52,7 @@ def paired_differences(values: Mapping[int, float], reference: Mapping[int, floa
 
 @dataclass(frozen=True)
 class CellResult:
-    """Results of a cell.
-
-    Attributes:
-        reference: the cell to compare with; `cell` itself for a base.
-        statuses: seed → status of the run.
-        differences: Top-1 minus that of the reference, paired by seed; empty for a base.
-    """
+    """Results of a cell by seed, and Top-1 minus that of the reference, which is `cell` itself for a base."""
 
     cell: Cell
     reference: Cell

@@ -61,10 +61,7 @@ class RunMetrics:
 class RunStatus:
     """State of a run's folder; without metrics, failure and change, the run is unfinished.
 
-    Attributes:
-        metrics: results of a finished run.
-        failure: reason of a failure.
-        change: difference from the configuration of the grid; such a run does not count.
+    A run with a `change`, a difference from the configuration of the grid, does not count.
     """
 
     run: Run

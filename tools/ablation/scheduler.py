@@ -32,11 +32,7 @@ KILL_DELAY_S = 15.0
 
 
 class Stopped(Exception):  # noqa: N818 - not an error, like KeyboardInterrupt
-    """Raised after a signal, when all processes have ended.
-
-    Args:
-        signum: number of the signal.
-    """
+    """Raised after a signal, when all processes have ended."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -44,11 +40,7 @@ class Stopped(Exception):  # noqa: N818 - not an error, like KeyboardInterrupt
 
 
 class RunLockedError(Exception):
-    """Another process trains the run.
-
-    Args:
-        slot: slot of that process if it runs on this machine, else None.
-    """
+    """Another process trains the run; `slot` is its slot if it runs on this machine, else None."""
 
     def __init__(self, slot: int | None) -> None:
         super().__init__(slot)
@@ -74,18 +66,9 @@ def visible_gpus() -> list[str]:
 def execute(runs: Sequence[Run], jobs: int, gpus: Sequence[str], progress: Progress) -> None:
     """Run train.py for every run, `jobs` at a time; write the reason of a failure to `FAILURE`.
 
-    A run that another process trains is waited for; if that process is on this machine, it counts as one of
-    the jobs.
-
-    Args:
-        runs: unfinished runs.
-        jobs: number of concurrent processes.
-        gpus: assigned to the processes in turn; empty to leave CUDA_VISIBLE_DEVICES unchanged.
-        progress: is notified of started, locked and ended runs.
-
-    Raises:
-        Stopped: after SIGINT, SIGTERM or SIGHUP, when the processes have saved and ended.
-        UserError: a folder cannot be written.
+    A run that another process trains is waited for; if that process is on this machine, it counts as a job.
+    Processes get the `gpus` in turn; without any, CUDA_VISIBLE_DEVICES is left unchanged. Raise `Stopped`
+    after SIGINT, SIGTERM or SIGHUP, when the processes have saved and ended.
     """
     waiting, children = list(runs), list[Child]()
     with _collect_signals() as received:
@@ -121,12 +104,7 @@ def execute(runs: Sequence[Run], jobs: int, gpus: Sequence[str], progress: Progr
 
 
 def start(run: Run, slot: int, environment: dict[str, str], progress: Progress) -> Child | None:
-    """Start train.py for a run; return None if another process has finished it.
-
-    Raises:
-        RunLockedError: another process trains the run.
-        UserError: a file of the run's folder cannot be written.
-    """
+    """Start train.py for a run; return None if another process has finished it."""
     try:
         cell = run.folder.parent  # --output/GRID/CELL/seed=N: only --output may be a link
         make_folders(cell.parent.parent, cell.parent.name, cell.name, run.folder.name)

@@ -59,13 +59,11 @@ def check_accuracy(
     for shape in tqdm(shapes, unit="shape", leave=False, disable=None):
         lines.append(str(shape))
         required = 8 // shape.dtype.itemsize * estimate_memory("dense", shape)
-        comparisons: list[Comparison] | Missing = Missing(
-            f"the definition would need about {required / 1e9:.1f} GB"
-        )
+        compare = partial(compare_with_float64, shape, methods, seed)
+        comparisons: list[Comparison] | Missing
+        comparisons = Missing(f"the definition would need about {required / 1e9:.1f} GB")
         if required <= limit:
-            comparisons = try_measure(
-                partial(compare_with_float64, shape, methods, seed), torch.device(shape.device)
-            )
+            comparisons = try_measure(compare, torch.device(shape.device))
         if isinstance(comparisons, Missing):
             wrong += comparisons.is_failure
             lines.append(f"  n/a: {comparisons.reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from tools.benchmarks import timing
 from tools.benchmarks.accuracy import check_accuracy
 from tools.benchmarks.methods import BASELINE, METHODS, PreparedMethod, estimate_memory
 from tools.benchmarks.options import positive
-from tools.benchmarks.output import Column, Results, panel, ratio
+from tools.benchmarks.output import Column, Results, ratio
 from tools.benchmarks.shapes import AttentionShape, merge_equal, zoo_shapes
 from tools.benchmarks.timing import Measurement, Missing, TimingOptions
 from vil.attention.local import BACKENDS
@@ -25,8 +26,6 @@ from vil.command_line import bounded_int
 from vil.config import COMMAND_LINE, Precision, UserError
 from vil.evaluation.cost import saved_bytes
 
-GRID = "grid"
-"""Label of the shapes that figures show."""
 GRID_SIDES = (14, 28, 56, 112, 224)
 ZOO_MODELS = ("vil_tiny", "vil_small", "vil_base_deep", "vil_base_wide")
 DEFAULT_TOKENS = {"cpu": 8 * 28**2, "cuda": 128 * 56**2}
@@ -40,15 +39,12 @@ def add_options(parser: ArgumentParser) -> None:
     """Add the options of `benchmark.py attention`."""
     add = parser.add_argument
     shapes_help = "grid: square maps; stages: the stages of the zoo at 224 pixels"
-    add("--shapes", choices=("all", GRID, "stages"), default="all", help=shapes_help)
+    add("--shapes", choices=("all", "grid", "stages"), default="all", help=shapes_help)
     add("--sides", type=bounded_int(1), nargs="+", default=GRID_SIDES, metavar="N", help="maps of the grid")
     add("--heads", type=bounded_int(1), default=3, help="heads in the grid")
     add("--head-width", type=bounded_int(1), default=32, help="head width in the grid")
-    add(
-        "--batch-size",
-        type=bounded_int(1),
-        help="images; default: smaller for larger maps, and 2 for --check",
-    )
+    batch_help = "images; default: smaller for larger maps, and 2 for --check"
+    add("--batch-size", type=bounded_int(1), help=batch_help)
     add("--window", type=bounded_int(1), help="side of a chunk; default: that of the zoo")
     add("--global-tokens", type=bounded_int(0), help="default: that of the zoo")
     add("--mask", choices=get_args(Mask), default="chunk")
@@ -60,8 +56,6 @@ def add_options(parser: ArgumentParser) -> None:
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=methods_help)
     memory_help = "skip methods that need more; default: the free memory of a GPU, a quarter of a CPU's"
     add("--skip-memory-above", type=positive, metavar="BYTES", help=memory_help)
-    graphs_help = "time the kernels without launch overhead, replayed from CUDA graphs"
-    add("--cuda-graphs", action="store_true", help=graphs_help)
     check_help = (
         "instead of timing, compare with the definition in float64 on random inputs; exit status 1 above a "
         "relative error of 1e-2 (half precisions) or 1e-4"
@@ -78,23 +72,23 @@ def run(arguments: Namespace, device: torch.device, precision: Precision) -> Res
         notes, wrong = check_accuracy(shapes, arguments.methods or [*BACKENDS, "auto"], limit, arguments.seed)
         return Results(notes, has_failed=wrong > 0)
     rates = timing.measure_rates(device, getattr(torch, precision))
-    methods, options = arguments.methods or list(METHODS), TimingOptions.from_arguments(arguments)
+    methods, options = arguments.methods or list(METHODS), TimingOptions(arguments.repeats, arguments.seconds)
     memory = timing.memory_kind(device)
     tables, has_failed = {}, False
     for shape in shapes:
         measurements = measure_shape(shape, methods, rates, options, limit)
         records = tables[f"### {shape}"] = to_records(measurements, memory)
         has_failed |= any(x.has_failed for x in measurements if x.labels["method"] in (*BACKENDS, "auto"))
-        progress = (f"{r['method']} {_shown(r['forward_ms'])} {_shown(r['training_ms'])}" for r in records)
-        print(f"{shape}: {', '.join(progress)}", file=sys.stderr, flush=True)
-    kernels = " Kernels without launch overhead, replayed from CUDA graphs." if options.cuda_graphs else ""
+        times = ((r["method"], r["forward_ms"] or math.nan, r["training_ms"] or math.nan) for r in records)
+        progress = ", ".join(f"{method} {forward:.3f} {training:.3f}" for method, forward, training in times)
+        print(f"{shape}: {progress}", file=sys.stderr, flush=True)
     notes = [
         f"- Peak rates of this machine: {rates.bytes / 1e9:.0f} GB/s for a copy, "
         f"{rates.multiply_adds / 1e9:.0f} G multiply-adds/s for a matrix product in {precision}.",
         f"- ×: improvement over {BASELINE}. roofline: the minimal time, of bytes moved once and of "
         "multiply-adds at these rates, as a fraction of the time.",
         "- forward: without gradients; forward+backward: with all gradients, of biases too. "
-        f"{options}; caches are not flushed in between.{kernels}",
+        f"{options}; caches are not flushed in between.",
         "- full: attention to all tokens, no bias; natten: another window, no bias. flex: tokens are sorted "
         "by chunk beforehand.",
     ]
@@ -109,75 +103,48 @@ def run(arguments: Namespace, device: torch.device, precision: Precision) -> Res
         Column(f"MB, {memory}", "memory_mb", "{:.1f}"),
         Column("×   ", "memory_ratio", "{:.2f}"),
     ]
-    grid = [record for records in tables.values() for record in records if record["label"] == GRID]
-    titles = {
-        "forward_ms": "forward, ms per image",
-        "training_ms": "forward + backward, ms per image",
-        "memory_mb": f"MB per image, {memory}",
-    }
-    panels = []
-    for key, title in titles.items():
-        points = [(r["method"], r["height"] * r["width"], ratio(r[key], r["batch"])) for r in grid]
-        panels.append(panel(title, points, "local tokens (H·W)"))
-    return Results(notes, tables, columns, panels, has_failed)
-
-
-def _shown(milliseconds: float | None) -> str:
-    return "n/a" if milliseconds is None else f"{milliseconds:.3f}"
+    return Results(notes, tables, columns, has_failed)
 
 
 def select_shapes(arguments: Namespace, device: torch.device, precision: Precision) -> list[AttentionShape]:
     """Return the shapes to measure. Raise UserError for options that exclude each other."""
     if arguments.mask == "exact" and arguments.neighbors != "all":
         raise UserError(COMMAND_LINE, "--mask exact is defined for --neighbors all only")
-    for key in ("csv", "png", "markdown", "cuda_graphs"):
+    for key in ("csv", "markdown"):
         if arguments.check and getattr(arguments, key):
-            raise UserError(COMMAND_LINE, f"--{key.replace('_', '-')} cannot be combined with --check")
-    if arguments.png and arguments.shapes == "stages":
-        raise UserError(COMMAND_LINE, "--png draws the grid, which --shapes stages leaves out")
-    if arguments.cuda_graphs and device.type != "cuda":
-        raise UserError(COMMAND_LINE, "--cuda-graphs needs --device cuda")
-    grid = [
-        replace(
-            stage, label=GRID, heads=arguments.heads, head_width=arguments.head_width, height=side, width=side
-        )
-        for stage in zoo_shapes(["vil_small"])[:1]
-        for side in arguments.sides
-    ]
+            raise UserError(COMMAND_LINE, f"--{key} cannot be combined with --check")
     neighbors = int(arguments.neighbors) if arguments.neighbors.isdigit() else arguments.neighbors
     changes = {"mask": arguments.mask, "neighbors": neighbors, "position": arguments.position}
     changes |= {"precision": precision, "device": str(device)}
-    if arguments.window is not None:
-        changes["window"] = arguments.window
-    if arguments.global_tokens is not None:
-        changes["global_tokens"] = arguments.global_tokens
+    for key in ("window", "global_tokens"):
+        if (value := getattr(arguments, key)) is not None:
+            changes[key] = value
 
     def complete(shape: AttentionShape) -> AttentionShape:
         fitting = DEFAULT_TOKENS[device.type] // shape.tokens
-        default = (
-            CHECK_BATCH_SIZE if arguments.check else max(1, min(MAX_DEFAULT_BATCH_SIZE[device.type], fitting))
-        )
-        return replace(shape, batch=arguments.batch_size or default, **changes)
+        default = max(1, min(MAX_DEFAULT_BATCH_SIZE[device.type], fitting))
+        batch = arguments.batch_size or (CHECK_BATCH_SIZE if arguments.check else default)
+        return replace(shape, batch=batch, **changes)
 
-    return [
-        *(merge_equal(map(complete, grid)) if arguments.shapes != "stages" else []),
-        *(merge_equal(map(complete, zoo_shapes(ZOO_MODELS))) if arguments.shapes != GRID else []),
-    ]
+    shapes = []
+    if arguments.shapes != "stages":
+        stage = zoo_shapes(["vil_small"])[0]
+        stage = replace(stage, label="grid", heads=arguments.heads, head_width=arguments.head_width)
+        grid = (replace(stage, height=side, width=side) for side in arguments.sides)
+        shapes += merge_equal(map(complete, grid))
+    if arguments.shapes != "grid":
+        shapes += merge_equal(map(complete, zoo_shapes(ZOO_MODELS)))
+    return shapes
 
 
 def measure_shape(
-    shape: AttentionShape,
-    methods: Sequence[str],
-    rates: timing.Rates,
-    options: TimingOptions,
-    limit: float | None = None,
+    shape: AttentionShape, methods: Sequence[str], rates: timing.Rates, options: TimingOptions, limit: float
 ) -> list[Measurement]:
     """Measure the forward pass and a training step (seconds), its memory (bytes), and the roofline of both.
 
-    Methods that need more than `limit` bytes of memory are skipped; default: `timing.memory_limit`.
+    Methods that need more than `limit` bytes of memory are skipped.
     """
     device, inputs = torch.device(shape.device), shape.inputs()
-    limit = limit or timing.memory_limit(device)
     torch.compiler.reset()  # each shape is compiled from scratch, below the limit of recompilations
     prepared: dict[str, PreparedMethod | Missing] = {}
     passes: dict[tuple[str, str], Callable[[], Any]] = {}
@@ -193,16 +160,18 @@ def measure_shape(
     labels = {key: value for key, value in asdict(shape).items() if key != "device"}
     measurements = []
     for name, method in prepared.items():
-        values: dict[str, float | Missing] = {"forward": method} if isinstance(method, Missing) else {}
-        if not isinstance(method, Missing):
-            memory = partial(saved_bytes, method.forward)
-            if device.type == "cuda":
-                memory = partial(timing.peak_memory, passes[name, "training"], device)
-            values = {key: times[name, key] for key in ("forward", "training")}
-            values["memory"] = timing.try_measure(memory, device)
-            forward, backward = map(rates.min_seconds, method.costs)
-            values |= {"forward_roofline": forward, "training_roofline": forward + backward}
-        measurements.append(Measurement({**labels, "method": name}, values))
+        measurements.append(Measurement({**labels, "method": name}, {}))
+        values = measurements[-1].values
+        if isinstance(method, Missing):
+            values["forward"] = method
+            continue
+        memory = partial(saved_bytes, method.forward)
+        if device.type == "cuda":
+            memory = partial(timing.peak_memory, passes[name, "training"], device)
+        forward, backward = map(rates.min_seconds, method.costs)
+        values |= {key: times[name, key] for key in ("forward", "training")}
+        values |= {"forward_roofline": forward, "training_roofline": forward + backward}
+        values["memory"] = timing.try_measure(memory, device)
     return measurements
 
 

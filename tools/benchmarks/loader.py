@@ -23,7 +23,7 @@ from data.ffcv_loader import StoredImage, load_decoder
 from data.sources import open_source
 from data.transforms import patch_posterize
 from tools.benchmarks.options import positive
-from tools.benchmarks.output import Column, Results, panel, ratio
+from tools.benchmarks.output import Column, Results, ratio
 from tools.benchmarks.timing import Measurement, TimingOptions, time_interleaved
 from vil.command_line import bounded_int
 from vil.config import (
@@ -83,9 +83,8 @@ def run(arguments: Namespace, device: torch.device, _: Precision) -> Results:
     names = [source for source, _ in arguments.sources]
     for source, root in arguments.sources:
         label = source if names.count(source) == 1 else f"{source} {Path(root).name}"
-        data = DataConfig(
-            source=source, root=root, workers=arguments.workers, train_fraction=arguments.fraction
-        )
+        workers, fraction = arguments.workers, arguments.fraction
+        data = DataConfig(source=source, root=root, workers=workers, train_fraction=fraction)
         for recipe in arguments.recipes:
             loader = train_loader(data, RECIPES[recipe], arguments.image_size, arguments.batch_size, device)
             epochs[recipe, label] = partial(_next_epoch, loader, itertools.count())
@@ -93,7 +92,7 @@ def run(arguments: Namespace, device: torch.device, _: Precision) -> Results:
                 epochs[recipe, TIMM] = _timm_epoch(data, RECIPES[recipe], arguments, device)
         if source in ("folder", "ffcv"):
             epochs[DECODING, f"{label}'s JPEGs"] = _decoder_epoch(data, arguments)
-    options = TimingOptions.from_arguments(arguments)
+    options = TimingOptions(arguments.repeats, arguments.seconds)
     measurements = measure_loaders(epochs, device, options)
     tables: dict[str, list[Any]] = {}
     for record in to_records(measurements):
@@ -105,13 +104,7 @@ def run(arguments: Namespace, device: torch.device, _: Precision) -> Results:
         "- crop: random-resized crop, flip; full: and rand-m9-mstd0.5-inc1, random erasing 0.25.",
         "- decoding: libjpeg-turbo alone, all pixels of the stored JPEGs, from memory, in as many threads.",
     ]
-    panels = [
-        panel(
-            f"{heading.strip('*')}: images/s", [(r["method"], 0.0, r["images_per_second"]) for r in records]
-        )
-        for heading, records in tables.items()
-    ]
-    return Results(notes, tables, COLUMNS, panels, has_failed=any(x.has_failed for x in measurements))
+    return Results(notes, tables, COLUMNS, has_failed=any(x.has_failed for x in measurements))
 
 
 def train_loader(
@@ -185,11 +178,7 @@ def _decoder_epoch(data: DataConfig, arguments: Namespace) -> Callable[[], int]:
 def measure_loaders(
     epochs: dict[tuple[str, str], Callable[[], int]], device: torch.device, options: TimingOptions
 ) -> list[Measurement]:
-    """Measure the seconds of each epoch, a function that returns the number of images it read.
-
-    Args:
-        epochs: functions by recipe and method.
-    """
+    """Measure the seconds of each epoch (by recipe and method), a function that returns its images."""
     counts = dict.fromkeys(epochs, 0)
 
     def count(key: tuple[str, str]) -> None:
@@ -205,20 +194,18 @@ def measure_loaders(
 
 def to_records(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     """Return the measurements as flat records."""
-    speeds = {
-        (x.labels["recipe"], x.labels["method"]): ratio(x.labels["images"], x.get("epoch"))
-        for x in measurements
-    }
+    keys = [(x.labels["recipe"], x.labels["method"]) for x in measurements]
+    speeds = {key: ratio(x.labels["images"], x.get("epoch")) for key, x in zip(keys, measurements)}
     return [
         {
             **x.labels,
-            "images_per_second": (speed := speeds[x.labels["recipe"], x.labels["method"]]),
-            "times_timm": ratio(speed, speeds.get((x.labels["recipe"], TIMM))),
-            "share_of_originals": ratio(speed, speeds.get((DECODING, "folder's JPEGs"))),
-            "share_of_decoder": ratio(speed, speeds.get((DECODING, f"{x.labels['method']}'s JPEGs"))),
+            "images_per_second": speeds[recipe, method],
+            "times_timm": ratio(speeds[recipe, method], speeds.get((recipe, TIMM))),
+            "share_of_originals": ratio(speeds[recipe, method], speeds.get((DECODING, "folder's JPEGs"))),
+            "share_of_decoder": ratio(speeds[recipe, method], speeds.get((DECODING, f"{method}'s JPEGs"))),
             "note": x.note,
         }
-        for x in measurements
+        for (recipe, method), x in zip(keys, measurements)
     ]
 
 

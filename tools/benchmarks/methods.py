@@ -201,48 +201,36 @@ def _sliding_chunk(shape: AttentionShape, inputs: Inputs) -> PreparedMethod:
 
 
 def _flex(shape: AttentionShape, inputs: Inputs) -> PreparedMethod:
-    """Compute local attention by compiled FlexAttention.
+    """Compute local attention by compiled FlexAttention, for all neighbors of the masks chunk and exact.
 
     Tokens are sorted by chunk beforehand (not timed), after the global keys, so that whole blocks of keys are
     skipped. On a CPU there is no backward pass.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    (height, width), side, num_global = shape.size, shape.window, shape.global_tokens
-    chunks, is_cyclic = (-(-height // side), -(-width // side)), shape.mask == "cyclic"
-    if is_cyclic and (min(chunks) < 3 or height % side or width % side):
-        raise UnavailableError("no mask can show a chunk twice, or show padding")
+    if shape.mask == "cyclic" or shape.neighbors != "all":
+        raise UnavailableError(
+            "only all neighbors, without cyclic chunks, are implemented with FlexAttention"
+        )
+    (_, width), side, num_global = shape.size, shape.window, shape.global_tokens
     index = torch.arange(shape.tokens)
     row, column = index // width, index % width
-    order = torch.argsort(row // side * chunks[1] + column // side, stable=True)
+    order = torch.argsort(row // side * -(-width // side) + column // side, stable=True)
     row, column = (
         torch.cat([x.new_zeros(num_global), x[order]]).to(shape.device, torch.int32) for x in (row, column)
     )
-    sees_all, neighbor = shape.neighbors == "all", shape.chunk_offsets[-1]
-
-    def offset(position: Tensor, count: int, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the chunk offset, and query − key, along one axis with `count` chunks."""
-        query, key = position[q + num_global], position[kv]
-        step = key // side - query // side
-        if is_cyclic:
-            step = (step + 1) % count - 1
-        return step, query % side - key % side - step * side
 
     def is_visible(_b: Tensor, _h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        rows, row_distance = offset(row, chunks[0], q, kv)
-        columns, column_distance = offset(column, chunks[1], q, kv)
-        if sees_all:
-            visible = (rows.abs() <= 1) & (columns.abs() <= 1)
-        else:  # with `self` the neighbor is the own chunk
-            visible = ((rows == 0) & (columns == 0)) | ((rows == neighbor[0]) & (columns == neighbor[1]))
+        rows, columns = [x[kv] // side - x[q + num_global] // side for x in (row, column)]
+        near = (rows.abs() <= 1) & (columns.abs() <= 1)
         if shape.mask == "exact":
-            visible = visible & (row_distance.abs() <= side) & (column_distance.abs() <= side)
-        return (kv < num_global) | visible
+            rows, columns = [x[kv] - x[q + num_global] for x in (row, column)]
+            near = near & (rows.abs() <= side) & (columns.abs() <= side)
+        return (kv < num_global) | near
 
     def add_bias(score: Tensor, _b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         last = 4 * side - 2  # index of the table's last row; hidden keys are clamped
-        i = (offset(row, chunks[0], q, kv)[1] + 2 * side - 1).clamp(0, last)
-        j = (offset(column, chunks[1], q, kv)[1] + 2 * side - 1).clamp(0, last)
+        i, j = [(x[q + num_global] - x[kv] + 2 * side - 1).clamp(0, last) for x in (row, column)]
         bias = table[h, i, j]
         if num_global:
             bias = torch.where(kv < num_global, global_bias[h, kv.clamp(max=num_global - 1)], bias)
@@ -250,20 +238,18 @@ def _flex(shape: AttentionShape, inputs: Inputs) -> PreparedMethod:
 
     has_backward = shape.device != "cpu"
     with torch.no_grad():
-        query = inputs.query[:, :, order].requires_grad_(has_backward)
-        key = torch.cat([inputs.global_key, inputs.key[:, :, order]], dim=2).requires_grad_(has_backward)
-        value = torch.cat([inputs.global_value, inputs.value[:, :, order]], dim=2).requires_grad_(
-            has_backward
-        )
+        query = inputs.query[:, :, order]
+        key = torch.cat([inputs.global_key, inputs.key[:, :, order]], dim=2)
+        value = torch.cat([inputs.global_value, inputs.value[:, :, order]], dim=2)
     leaves, options = [query, key, value], dict[str, Any]()
     if inputs.bias_table is not None and inputs.global_bias is not None:
-        table = inputs.bias_table.detach().clone().requires_grad_(has_backward)
-        global_bias = inputs.global_bias.detach().clone().requires_grad_(has_backward)
+        table, global_bias = inputs.bias_table.detach().clone(), inputs.global_bias.detach().clone()
         leaves += [table, global_bias] if num_global else [table]
         options["score_mod"] = add_bias
-    block_mask = create_block_mask(
-        is_visible, None, None, shape.tokens, num_global + shape.tokens, device=shape.device
-    )
+    for leaf in leaves:
+        leaf.requires_grad_(has_backward)
+    lengths = shape.tokens, num_global + shape.tokens  # of queries and keys
+    block_mask = create_block_mask(is_visible, None, None, *lengths, device=shape.device)
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     inverse = torch.argsort(order).to(shape.device)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import vil
 from tools.benchmarks import timing
 from tools.benchmarks.methods import BASELINE, sliding_chunk_attention
-from tools.benchmarks.output import Column, Results, panel, ratio
+from tools.benchmarks.output import Column, Results, ratio
 from tools.benchmarks.timing import Measurement, Missing, TimingOptions
 from tools.paper_results import read_paper_results
 from vil.attention import vision_longformer
@@ -28,12 +28,8 @@ from vil.evaluation.cost import halve_batch_until_it_fits, saved_bytes
 from vil.models.zoo import SIZES
 from vil.runtime.precision import autocast, grad_scaler
 
-MODELS = (
-    "vil_small",
-    f"vil_small+{BASELINE}",
-    "timm/swin_tiny_patch4_window7_224",
-    "timm/deit_small_patch16_224",
-)
+TIMM_MODELS = ("timm/swin_tiny_patch4_window7_224", "timm/deit_small_patch16_224")
+MODELS = ("vil_small", f"vil_small+{BASELINE}", *TIMM_MODELS)
 DEFAULT_BATCH_SIZE = {"cpu": 8, "cuda": 128}
 """Images of a step, by device type."""
 
@@ -56,13 +52,7 @@ class Candidate:
 
     Args:
         name: a name of the zoo or of timm; `+` and a backend or the baseline select the local attention.
-        image_size: pixels.
-        device: device of the model.
-        precision: precision of the forward pass.
         compiler: returns the compiled model.
-
-    Raises:
-        UserError: unknown model or attention.
     """
 
     def __init__(
@@ -131,10 +121,9 @@ class Candidate:
             timing.synchronize(self.device)
             return count
 
-        batch_size = halve_batch_until_it_fits(step, batch)
-        if batch_size is None:
-            raise torch.OutOfMemoryError
-        return batch_size
+        if batch_size := halve_batch_until_it_fits(step, batch):
+            return batch_size
+        raise torch.OutOfMemoryError
 
     def memory(self, batch: int) -> float:
         """Return bytes per image of a forward and backward pass: the peak on a GPU, or what autograd keeps.
@@ -163,14 +152,11 @@ def run(arguments: Namespace, device: torch.device, precision: Precision) -> Res
     """Measure every model."""
     torch._dynamo.config.recompile_limit = 64  # the models of the zoo share one forward function
     compiler = torch.compile if arguments.compile else None
-    candidates = [
-        Candidate(name, arguments.image_size, device, precision, compiler)
-        for name in dict.fromkeys(arguments.models)
-    ]
-    options = TimingOptions.from_arguments(arguments)
-    measurements = measure_models(
-        candidates, arguments.batch_size or DEFAULT_BATCH_SIZE[device.type], options
-    )
+    names, size = dict.fromkeys(arguments.models), arguments.image_size
+    candidates = [Candidate(name, size, device, precision, compiler) for name in names]
+    options = TimingOptions(arguments.repeats, arguments.seconds)
+    batch_size = arguments.batch_size or DEFAULT_BATCH_SIZE[device.type]
+    measurements = measure_models(candidates, batch_size, options)
     memory = timing.memory_kind(device)
     uncompiled = "" if device.type == "cuda" else "; counted without torch.compile"
     notes = [
@@ -179,7 +165,6 @@ def run(arguments: Namespace, device: torch.device, precision: Precision) -> Res
         f"- ×: improvement over the model with +{BASELINE}. MB: 10⁶ bytes, without parameters, their "
         f"gradients and the optimizer's state{uncompiled}.",
     ]
-    records = to_records(measurements, memory)
     columns = [
         Column("model", "model"),
         Column("batch", "batch"),
@@ -192,13 +177,7 @@ def run(arguments: Namespace, device: torch.device, precision: Precision) -> Res
         Column("×  ", "memory_ratio", "{:.2f}"),
         Column("MB, paper's Table 2", "paper_memory_mb", "{:.1f}"),
     ]
-    titles = {
-        "training_images_per_second": "training, images per second",
-        "inference_images_per_second": "inference, images per second",
-        "memory_mb_per_image": f"training, MB per image, {memory}",
-    }
-    panels = [panel(title, [(r["model"], 0.0, r[key]) for r in records]) for key, title in titles.items()]
-    return Results(notes, {"": records}, columns, panels)
+    return Results(notes, {"": to_records(measurements, memory)}, columns)
 
 
 def measure_models(
@@ -206,9 +185,7 @@ def measure_models(
 ) -> list[Measurement]:
     """Measure `training` and `inference` (seconds of a batch), and `memory` (bytes per image), of each model.
 
-    Args:
-        batch: images of a step, halved until they fit.
-        inference: measure inference too.
+    A batch is halved until it fits.
     """
     device = candidates[0].device
     passes: dict[tuple[str, str], Callable[[], Any]] = {}
@@ -216,13 +193,9 @@ def measure_models(
     for candidate in candidates:
         fitting = timing.try_measure(partial(candidate.largest_batch, batch), device)
         print(f"{candidate.name}: batch {fitting}", file=sys.stderr, flush=True)
-        params = sum(p.numel() for p in candidate.model.parameters())
-        labels = {
-            "model": candidate.name,
-            "batch": batch,
-            "precision": candidate.precision,
-            "params_m": params / 1e6,
-        }
+        params_m = sum(p.numel() for p in candidate.model.parameters()) / 1e6
+        labels = {"model": candidate.name, "batch": batch, "precision": candidate.precision}
+        labels["params_m"] = params_m
         measurements.append(Measurement(labels, {}))
         if isinstance(fitting, Missing):
             measurements[-1].values["training"] = fitting

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import shlex
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from tools.benchmarks import attention, loader, models
 from tools.benchmarks.options import positive
-from tools.benchmarks.output import check_writable, write_csv, write_png
+from tools.benchmarks.output import write_csv
 from tools.benchmarks.timing import describe_machine
 from vil.command_line import ToolParser, bounded_int
 from vil.config import Precision
 from vil.runtime import distributed
-from vil.runtime.files import write_output
+from vil.runtime.files import check_writable, write_output
 from vil.runtime.precision import choose_precision
 
 DESCRIPTION = """Time local attention, whole models, and data loaders.
 
     python tools/benchmark.py attention                              every backend and baseline, many maps
     python tools/benchmark.py attention --sides 56 --batch-size 8 --methods auto sliding_chunk full
-    python tools/benchmark.py attention --device cuda --csv a.csv --png a.png --markdown a.md
+    python tools/benchmark.py attention --device cuda --csv a.csv --markdown a.md
     python tools/benchmark.py attention --check --device cuda        compare with float64; status 1 if wrong
     python tools/benchmark.py model                                  training and inference of ViL, Swin, DeiT
     python tools/benchmark.py model --device cuda --compile
@@ -42,12 +41,12 @@ BENCHMARKS = {
 def benchmark(argv: Sequence[str]) -> None:
     """Run a benchmark, and print and write its results.
 
-    Raises:
-        UserError: impossible options, or a file that cannot be written.
-        SystemExit: with status 1, if a backend breaks down or `--check` finds a wrong result.
+    Exit with status 1 if a backend breaks down or `--check` finds a wrong result.
     """
     arguments = parser().parse_args(argv)
-    check_writable(csv=arguments.csv, png=arguments.png, markdown=arguments.markdown)
+    for option in ("csv", "markdown"):
+        if path := getattr(arguments, option):
+            check_writable(Path(path), f"--{option}")
     with distributed.start(arguments.device) as process:
         device = process.device
     is_loader = arguments.command == "loader"
@@ -57,8 +56,6 @@ def benchmark(argv: Sequence[str]) -> None:
     text = f"- {machine}\n- `python tools/benchmark.py {shlex.join(argv)}`\n{results}"
     if arguments.csv:
         write_csv(arguments.csv, results)
-    if arguments.png:
-        write_png(arguments.png, results.panels, machine)
     if arguments.markdown:
         write_output(Path(arguments.markdown), text + "\n", "--markdown")
     print(text)
@@ -68,9 +65,7 @@ def benchmark(argv: Sequence[str]) -> None:
 
 def parser() -> ToolParser:
     """Return the parser of the command line."""
-    root = ToolParser(
-        prog="benchmark.py", description=DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
-    )
+    root = ToolParser(prog="benchmark.py", description=DESCRIPTION)
     commands = root.add_subparsers(dest="command", required=True)
     for name, (module, description) in BENCHMARKS.items():
         command = commands.add_parser(name, help=description, description=description)
@@ -82,8 +77,6 @@ def parser() -> ToolParser:
             add("--precision", choices=get_args(Precision), help=precision_help)
         add("--repeats", type=bounded_int(1), default=15, help="maximal number of rounds")
         add("--seconds", type=positive, default=10.0, help="maximal time of each method")
-        add("--fastest", action="store_true", help="report the minimum instead of the median")
         add("--csv", metavar="FILE", help="write the figures to this file")
-        add("--png", metavar="FILE", help="draw the figures into this file")
         add("--markdown", metavar="FILE", help="write the printed text to this file")
     return root

@@ -139,8 +139,7 @@ class AttentionShape:
     def costs(self, tokens: int | None = None, pairs: int | None = None) -> tuple[Cost, Cost]:
         """Return the minimal cost of a forward pass, and of a backward pass that recomputes the scores.
 
-        Args:
-            tokens, pairs: queries and pairs of an image and head, for a method with another attention.
+        A method with another attention has other `tokens` per image, or `pairs` per image and head.
         """
         pairs = self.pairs() + self.tokens * self.global_tokens if pairs is None else pairs
         tokens = self.tokens if tokens is None else tokens
@@ -162,21 +161,15 @@ def grad_leaves(inputs: Inputs) -> list[Tensor]:
 
 def zoo_shapes(names: Iterable[str]) -> list[AttentionShape]:
     """Return the local attention of the named models at 224 pixels, for one image in float32."""
-    return [
-        AttentionShape(
-            f"{name} stage {number}",
-            1,
-            stage.heads,
-            stage.dim // stage.heads,
-            *size,
-            window=stage.window,
-            global_tokens=stage.global_tokens,
-        )
-        for name in names
-        for stages in [resolve_stages(ModelConfig(name))]
-        for number, (stage, size) in enumerate(zip(stages, map_sizes(stages, (224, 224))), 1)
-        if stage.attention == "vision_longformer"
-    ]
+    shapes = []
+    for name in names:
+        stages = resolve_stages(ModelConfig(name))
+        for number, (stage, size) in enumerate(zip(stages, map_sizes(stages, (224, 224))), 1):
+            if stage.attention == "vision_longformer":
+                label, width = f"{name} stage {number}", stage.dim // stage.heads
+                options = stage.window, stage.global_tokens
+                shapes.append(AttentionShape(label, 1, stage.heads, width, *size, *options))
+    return shapes
 
 
 def merge_equal(shapes: Iterable[AttentionShape]) -> list[AttentionShape]:

@@ -8,7 +8,6 @@ import platform
 import re
 import statistics
 import time
-from argparse import Namespace
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -79,28 +78,13 @@ class Measurement:
 
 
 class TimingOptions(NamedTuple):
-    """Options of `time_interleaved`.
-
-    Attributes:
-        rounds: maximal number of samples of a function.
-        seconds: maximal time of a function.
-        fastest: return the shortest sample instead of the median.
-        cuda_graphs: replay kernels from a CUDA graph, without launch overhead.
-    """
+    """Maximal number of samples of a function, and maximal time of a function in seconds."""
 
     rounds: int = 15
     seconds: float = 10.0
-    fastest: bool = False
-    cuda_graphs: bool = False
-
-    @classmethod
-    def from_arguments(cls, arguments: Namespace) -> TimingOptions:
-        """Return the options of a command line."""
-        cuda_graphs = getattr(arguments, "cuda_graphs", False)
-        return cls(arguments.repeats, arguments.seconds, arguments.fastest, cuda_graphs)
 
     def __str__(self) -> str:
-        return f"{'Minimum' if self.fastest else 'Median'} of up to {self.rounds} rounds"
+        return f"Median of up to {self.rounds} rounds"
 
 
 def describe_error(error: Exception) -> Missing:
@@ -146,44 +130,27 @@ def seconds_per_call(function: Callable[[], Any], calls: int, device: torch.devi
 def time_interleaved(
     functions: Mapping[Key, Callable[[], Any]], device: torch.device, options: TimingOptions
 ) -> dict[Key, float | Missing]:
-    """Return the median (or shortest) seconds per call of each function, after a warm-up.
+    """Return the median seconds per call of each function, after a warm-up.
 
     The functions take turns in every round, so that noise of the machine affects all alike. A function leaves
     after it has run for `options.seconds`, but is timed at least once.
     """
 
-    def warm_up(function: Callable[[], Any]) -> tuple[Callable[[], Any], int]:
+    def warm_up(function: Callable[[], Any]) -> int:
         for _ in range(2):  # compiles, autotunes, fills caches
             function()
-        function = capture_cuda_graph(function) if options.cuda_graphs else function
         calls = math.ceil(MIN_SAMPLE_S / seconds_per_call(function, 1, device))
-        return function, min(100, max(1, calls))
+        return min(100, max(1, calls))
 
     warm = {key: try_measure(partial(warm_up, function), device) for key, function in functions.items()}
     samples: dict[Key, list[float]] = {key: [] for key in functions}
     for _ in tqdm(range(options.rounds), desc="rounds", leave=False, disable=None):
-        for key, entry in warm.items():
-            if isinstance(entry, Missing):
+        for key, calls in warm.items():
+            if isinstance(calls, Missing):
                 continue
-            function, calls = entry
             if not samples[key] or sum(samples[key]) * calls < options.seconds:
-                samples[key].append(seconds_per_call(function, calls, device))
-    summary = min if options.fastest else statistics.median
-    return {key: x if isinstance(x, Missing) else summary(samples[key]) for key, x in warm.items()}
-
-
-def capture_cuda_graph(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that replays the kernels of `function`, without launch overhead."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+                samples[key].append(seconds_per_call(functions[key], calls, device))
+    return {key: x if isinstance(x, Missing) else statistics.median(samples[key]) for key, x in warm.items()}
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
@@ -208,11 +175,7 @@ def memory_limit(device: torch.device) -> int:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int] | None = None) -> Rates:
-    """Return the rates of a large copy and of a large matrix product, the best of eleven each.
-
-    Args:
-        sizes: bytes of the copy and side of the matrices; default: `RATE_SIZES`.
-    """
+    """Return the rates of a copy and a matrix product (bytes and side: `sizes`), the best of eleven each."""
     copy_bytes, side = sizes or RATE_SIZES[device.type]
     source = torch.ones(copy_bytes // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)

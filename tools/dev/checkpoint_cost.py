@@ -17,8 +17,7 @@ import runpy
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
@@ -60,26 +59,17 @@ class AlternatingWriter(CheckpointWriter):
         self.cpu_s.append(time.thread_time() - start)
 
 
-@contextmanager
-def suppress_exit() -> Iterator[None]:
-    """Continue after a program has exited with status 0."""
-    try:
-        yield
-    except SystemExit as exit_:
-        if exit_.code:
-            raise
-
-
 def main(argv: Sequence[str]) -> None:
     """Train and print the measurements."""
     with tempfile.TemporaryDirectory() as folder:
         argv = ["train.py", "--schedule.epochs", "40", "--progress", "false", *argv, "--output", folder]
-        with (
-            mock.patch.object(trainer, "CheckpointWriter", AlternatingWriter),
-            mock.patch.object(sys, "argv", argv),
-            suppress_exit(),
-        ):
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        writer = mock.patch.object(trainer, "CheckpointWriter", AlternatingWriter)
+        try:
+            with writer, mock.patch.object(sys, "argv", argv):
+                runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as exit_:
+            if exit_.code:
+                raise
     if not AlternatingWriter.saves:  # --help, --print_config
         return
     epochs: dict[bool, list[float]] = {True: [], False: []}
@@ -90,9 +80,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"\n{torch.get_num_threads()} threads, checkpoints of {AlternatingWriter.size / 1e6:.1f} MB")
     for is_written, name in ((True, "epoch with a write"), (False, "epoch without a write")):
         low, middle, high = quantiles(epochs[is_written], n=4)
-        print(
-            f"{name}: {middle:.3f} s (quartiles {low:.3f} to {high:.3f} s, {len(epochs[is_written])} epochs)"
-        )
+        count = len(epochs[is_written])
+        print(f"{name}: {middle:.3f} s (quartiles {low:.3f} to {high:.3f} s, {count} epochs)")
     with_write, without_write = median(epochs[True]), median(epochs[False])
     wait_s, cpu_s = median(AlternatingWriter.waits_s), median(AlternatingWriter.cpu_s)
     print(f"an epoch with a write takes {100 * (with_write / without_write - 1):+.1f} % longer")

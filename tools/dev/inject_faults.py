@@ -13,7 +13,6 @@ must continue from the newest one. Exit status 1 if a fault was not survived; th
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import shutil
 import signal
@@ -38,9 +37,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("", "fault injection needs Linux")
     folder = Path(tempfile.mkdtemp(prefix="inject_faults_"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a background job would pass on that it ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     experiment = Experiment(folder, arguments.seed, arguments.kills)
     try:
         for name in arguments.only or SCENARIOS:
@@ -65,22 +62,15 @@ def _parser() -> ToolParser:
     parser = ToolParser(
         prog="python -m tools.dev.inject_faults",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog=f"scenarios: {', '.join(SCENARIOS)}",
     )
-    parser.add_argument(
-        "--kills",
-        type=bounded_int(1),
-        default=50,
-        metavar="N",
-        help="kills of one run; a tenth of it, at least 4, with float16 and with zip archives; default: 50",
-    )
-    parser.add_argument("--only", nargs="+", choices=list(SCENARIOS), metavar="NAME", help="these scenarios")
-    parser.add_argument(
-        "--seed", type=bounded_int(0), default=0, metavar="N", help="seed of all random moments; default: 0"
-    )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to this file")
+    add = parser.add_argument
+    kills_help = "kills of one run; a tenth of it, at least 4, with float16; default: 50"
+    add("--kills", type=bounded_int(1), default=50, metavar="N", help=kills_help)
+    add("--only", nargs="+", choices=list(SCENARIOS), metavar="NAME", help="these scenarios")
+    add("--seed", type=bounded_int(0), default=0, metavar="N", help="seed of all random moments; default: 0")
+    add("--markdown", type=Path, metavar="FILE", help="write the table to this file")
     return parser
 
 

@@ -41,17 +41,7 @@ MAX_THREADS = 2048
 
 @dataclasses.dataclass(frozen=True)
 class KernelStatistics:
-    """Resources of a compiled kernel.
-
-    Attributes:
-        capability: ten times the compute capability.
-        width: head width.
-        warps: groups of 32 threads of a program.
-        registers: registers of a thread.
-        spilled: bytes of a thread that do not fit into registers.
-        shared: bytes of shared memory of a program.
-        loop: instructions of the longest loop.
-    """
+    """Resources of a compiled kernel: see the module; `capability` is ten times the compute capability."""
 
     kernel: str
     capability: int
@@ -73,18 +63,9 @@ class KernelStatistics:
 
 
 def compile_kernels(
-    capability: int,
-    precision: str,
-    width: int,
-    spec: LocalAttentionSpec,
-    global_tokens: int = 1,
-    relative: bool = True,
+    capability: int, precision: str, width: int, spec: LocalAttentionSpec, global_tokens: int, relative: bool
 ) -> list[KernelStatistics]:
-    """Compile the kernels of a forward and a backward pass of 8 images with 3 heads.
-
-    Raises:
-        UserError: Triton is not installed, or interprets its kernels.
-    """
+    """Compile the kernels of a forward and a backward pass of 8 images with 3 heads."""
     try:
         from triton.backends.compiler import GPUTarget
 
@@ -98,14 +79,10 @@ def compile_kernels(
     def empty(count: int) -> torch.Tensor:  # strides as of projected tokens
         return torch.empty(8, count, heads, width, dtype=dtype, device="meta").transpose(1, 2)
 
-    side = 4 * spec.window - 1
+    side, local, global_ = 4 * spec.window - 1, empty(tokens), empty(global_tokens)
     with torch.device("meta"):
         inputs = Inputs(
-            query=empty(tokens),
-            key=empty(tokens),
-            value=empty(tokens),
-            global_key=empty(global_tokens),
-            global_value=empty(global_tokens),
+            *(local, local, local, global_, global_),
             bias_table=torch.empty(heads, side, side) if relative else None,
             global_bias=torch.empty(heads, global_tokens) if relative else None,
             neighbor=torch.empty((), dtype=torch.int64) if spec.neighbors == "one" else None,
@@ -187,16 +164,17 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 def main(argv: Sequence[str]) -> None:
     """Compile the kernels and print a table."""
     parser = ToolParser(prog="python -m tools.dev.kernel_statistics", description=__doc__.splitlines()[0])
-    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_KIB))
+    add = parser.add_argument
+    add("--capabilities", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_KIB))
     precisions = ("float32", "bfloat16", "float16")
-    parser.add_argument("--precisions", nargs="+", default=["bfloat16", "float32"], choices=precisions)
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64], help="of heads; default: 32 64")
-    parser.add_argument("--sides", type=int, default=56, help="of the map; default: 56")
-    parser.add_argument("--window", type=int, default=7)
-    parser.add_argument("--mask", default="chunk", choices=get_args(Mask))
-    parser.add_argument("--neighbors", default="all", choices=["all", "self", "one"])
-    parser.add_argument("--global-tokens", type=int, default=1)
-    parser.add_argument("--absolute", action="store_true", help="no relative position")
+    add("--precisions", nargs="+", default=["bfloat16", "float32"], choices=precisions)
+    add("--widths", type=int, nargs="+", default=[32, 64], help="of heads; default: 32 64")
+    add("--sides", type=int, default=56, help="of the map; default: 56")
+    add("--window", type=int, default=7)
+    add("--mask", default="chunk", choices=get_args(Mask))
+    add("--neighbors", default="all", choices=["all", "self", "one"])
+    add("--global-tokens", type=int, default=1)
+    add("--absolute", action="store_true", help="no relative position")
     options = parser.parse_args(argv)
     spec = LocalAttentionSpec((options.sides, options.sides), options.window, options.mask, options.neighbors)
     rows = []

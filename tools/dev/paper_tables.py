@@ -29,7 +29,7 @@ from tools.paper_results import read_paper_results
 from vil import command_line
 from vil.checkpoints.published_config import ATTENTION_NAMES, parse_arch
 from vil.command_line import ToolParser
-from vil.config import StageConfig
+from vil.config import ModelConfig, StageConfig
 from vil.evaluation.complexity import measure_complexity
 from vil.models import MultiScaleViT
 from vil.models.zoo import config_from_options, resolve_stages
@@ -62,9 +62,6 @@ class Row:
     Attributes:
         printed: the row of tools/paper_results.json.
         attention: the attention of the sparse stages, by our name.
-        build: builds the model with random weights.
-        params_m: millions of parameters.
-        gflops: 10⁹ multiply-adds of one image.
         paper_params_m, paper_gflops: the same by the paper's count (`count_like_paper`); None if unknown.
         assumption: what is assumed about an architecture that was not published; else empty.
     """
@@ -73,8 +70,6 @@ class Row:
     model: str
     printed: Mapping[str, Any]
     attention: str
-    position: str
-    image_size: int
     build: partial[nn.Module]
     params_m: float
     gflops: float
@@ -97,19 +92,11 @@ class Claim:
 def table1_rows(paper: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return blocks, patch, heads and width of each stage in the paper and in our model, for each size."""
     rows = []
-    for size, stages in paper["table1"].items():
-        with torch.device("meta"):
-            model = cast(MultiScaleViT, vil.create_model(ZOO_NAMES[size]))
-        ours = [
-            {
-                "blocks": len(stage.blocks),
-                "patch": stage.patch_embed.patch,
-                "heads": stage.blocks[0].attn.heads,
-                "dim": stage.patch_embed.proj.out_channels,
-            }
-            for stage in model.stages
-        ]
-        rows.append({"size": size, "model": ZOO_NAMES[size], "printed": stages, "ours": ours})
+    for size, printed in paper["table1"].items():
+        keys = ("blocks", "patch", "heads", "dim")
+        stages = resolve_stages(ModelConfig(ZOO_NAMES[size]))
+        ours = [{key: getattr(stage, key) for key in keys} for stage in stages]
+        rows.append({"size": size, "model": ZOO_NAMES[size], "printed": printed, "ours": ours})
     return rows
 
 
@@ -131,7 +118,7 @@ def table2_rows(paper: Mapping[str, Any]) -> Iterator[Row]:
             options = {"attention": attention, "blocks": blocks, "position": "absolute", "window": WINDOW}
             stages = resolve_stages(config_from_options({"name": name, **options}))
             build = partial(vil.create_model, "vil", stages=stages, mask="exact")
-        yield _row("2", printed["model"], printed, attention, "absolute", 224, build)
+        yield _row("2", printed, attention, build, 224)
 
 
 def published_rows(paper: Mapping[str, Any]) -> Iterator[Row]:
@@ -144,13 +131,10 @@ def published_rows(paper: Mapping[str, Any]) -> Iterator[Row]:
         else:
             stages, assumption = _assume_stages(printed, paper["released_models"])
         stages = [dataclasses.replace(stage, window=WINDOW) for stage in stages]
-        pool: Literal["avg", "cls"] = (
-            "avg" if "average pooling" in remark or not stages[-1].global_tokens else "cls"
-        )
+        pool = "avg" if "average pooling" in remark or not stages[-1].global_tokens else "cls"
         size = printed["image_size"]
         build = partial(vil.create_model, "vil", stages=stages, image_size=size, pool=pool)
-        row = _row("released", printed["name"], printed, attention, printed["position"], size, build)
-        yield dataclasses.replace(row, assumption=assumption)
+        yield _row("released", printed, attention, build, size, assumption)
 
 
 def _assume_stages(
@@ -175,30 +159,26 @@ def _assume_stages(
         )
     key = printed["name"], printed["image_size"]
     twin = next(m for m in models if (m["name"], m["image_size"]) == key and m["arch"])
-    stages = [
-        dataclasses.replace(stage, position=printed["position"])
-        for stage in parse_arch(twin["arch"], ATTENTION_NAMES[printed["attention"]])
-    ]
+    stages = parse_arch(twin["arch"], ATTENTION_NAMES[printed["attention"]])
+    stages = [dataclasses.replace(stage, position=printed["position"]) for stage in stages]
     return stages, f"the stages of {twin['name']} with {twin['position']} position at the same image size"
 
 
 def _row(
     table: Literal["2", "released"],
-    model: str,
     printed: Mapping[str, Any],
     attention: str,
-    position: str,
-    image_size: int,
     build: partial[nn.Module],
+    image_size: int,
+    assumption: str = "",
 ) -> Row:
     with torch.device("meta"):  # counting needs shapes only
-        model_on_meta = build()
-        complexity = measure_complexity(model_on_meta, image_size, in_chans=3)
-        sizes = (complexity.params / 1e6, complexity.flops / 1e9)
-        row = Row(table, model, printed, attention, position, image_size, build, *sizes)
-        if printed.get("kind") != "flat":  # the paper repeats DeiT's figures for flat models
-            row.paper_params_m, row.paper_gflops = count_like_paper(build, model_on_meta)
-    return row
+        model = build()
+        complexity = measure_complexity(model, image_size, in_chans=3)
+        has_count = printed.get("kind") != "flat"  # the paper repeats DeiT's figures for flat models
+        count = count_like_paper(build, model) if has_count else (None, None)
+    name, sizes = printed.get("model") or printed["name"], (complexity.params / 1e6, complexity.flops / 1e9)
+    return Row(table, name, printed, attention, build, *sizes, count[0], count[1], assumption)
 
 
 def count_like_paper(build: partial[nn.Module], model: nn.Module) -> tuple[float, float | None]:
@@ -209,17 +189,10 @@ def count_like_paper(build: partial[nn.Module], model: nn.Module) -> tuple[float
     Parameters: without the norms of the patch embeddings and the tables of relative position, but with the
     random projections of Performer, which are not trained. FLOPs: as if there were no global tokens, and with
     the two feature maps of Performer counted twice. No count is known for the FLOPs of global-only attention.
-
-    Args:
-        build: builds the model; `stages` is one of its arguments.
-        model: the model that it builds.
     """
     stages = build.keywords["stages"]
-    params = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if not any(part in name for part in NOT_COUNTED)
-    )
+    parameters = model.named_parameters()
+    params = sum(p.numel() for name, p in parameters if not any(part in name for part in NOT_COUNTED))
     params += sum(buffer.numel() for name, buffer in model.named_buffers() if "random_projection" in name)
     if any(stage.attention == "global_only" for stage in stages):
         return params / 1e6, None
@@ -261,11 +234,6 @@ def is_within(ours: float, printed: Decimal | int, *, absolute: float = 0.0, rel
     """Return True if `ours` is within a tolerance of the printed figure, or has its digits."""
     tolerance = max(absolute, relative * float(printed)) + 1e-9
     return abs(ours - float(printed)) <= tolerance or has_same_digits(ours, printed)
-
-
-def deviation_percent(ours: float, printed: Decimal | int) -> float:
-    """Return the deviation from the printed figure in percent."""
-    return 100 * (ours / float(printed) - 1)
 
 
 def check_claims(sizes: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[Claim]:
@@ -318,28 +286,22 @@ def check_claims(sizes: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> lis
 # --- Page ---------------------------------------------------------------------------------------------------
 
 
-def show_claims(claims: Sequence[Claim]) -> str:
-    """Return the claims as a list."""
-    return "\n".join(f"- {'holds' if claim.holds else '**FAILS**'}: {claim.text}" for claim in claims)
-
-
 def show_table1(sizes: Sequence[Mapping[str, Any]]) -> str:
     """Return Table 1, a row per model."""
 
     def show(stages: Sequence[Mapping[str, int]]) -> str:
         return ", ".join(f"{s['blocks']}/{s['patch']}/{s['heads']}/{s['dim']}" for s in stages)
 
-    return markdown_table(
-        [
-            {
-                "size": size["size"],
-                "model": f"`{size['model']}`",
-                "paper": show(size["printed"]),
-                "ours": "the same" if size["ours"] == size["printed"] else show(size["ours"]),
-            }
-            for size in sizes
-        ]
-    )
+    rows = [
+        {
+            "size": size["size"],
+            "model": f"`{size['model']}`",
+            "paper": show(size["printed"]),
+            "ours": "the same" if size["ours"] == size["printed"] else show(size["ours"]),
+        }
+        for size in sizes
+    ]
+    return markdown_table(rows)
 
 
 def show_rows(rows: Sequence[Row]) -> str:
@@ -349,7 +311,7 @@ def show_rows(rows: Sequence[Row]) -> str:
         printed = row.printed
         line = {"model": row.model + (" ¹" if row.assumption else "")}
         if row.table == "released":
-            line |= {"position": row.position, "pixels": f"{row.image_size}²"}
+            line |= {"position": printed["position"], "pixels": f"{printed['image_size']}²"}
         line |= {
             "params M, paper": str(printed["params_m"]),
             "ours": f"{row.params_m:.3f}",
@@ -357,7 +319,7 @@ def show_rows(rows: Sequence[Row]) -> str:
             "paper's count": _show_count(row.paper_params_m, printed["params_m"]),
             "GFLOPs, paper": str(printed["gflops"]),
             "ours ": f"{row.gflops:.3f}",  # headings are keys; the space makes them different
-            "Δ ": f"{deviation_percent(row.gflops, printed['gflops']):+.2f} %",
+            "Δ ": f"{100 * (row.gflops / float(printed['gflops']) - 1):+.2f} %",
             "paper's count ": _show_count(row.paper_gflops, printed["gflops"]),
         }
         if row.table == "2":
@@ -375,14 +337,14 @@ def _show_count(value: float | None, printed: Decimal | int) -> str:
     return f"{printed} =" if has_same_digits(value, printed) else f"{value:.{decimals(printed)}f} ≠"
 
 
-def show_page(sizes: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
+def show_page(sizes: Sequence[Mapping[str, Any]], rows: Sequence[Row], claims: Sequence[Claim]) -> str:
     """Return the page: tools/dev/paper_tables.md with claims, tables and assumptions."""
     assumptions: dict[str, list[str]] = {}
     for row in rows:
         if row.assumption:
             assumptions.setdefault(row.assumption, []).append(row.model)
     return Template(PAGE_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        claims=show_claims(check_claims(sizes, rows)),
+        claims="\n".join(f"- {'holds' if c.holds else '**FAILS**'}: {c.text}" for c in claims),
         table1=show_table1(sizes),
         table2=show_rows([row for row in rows if row.table == "2"]),
         published=show_rows([row for row in rows if row.table == "released"]),
@@ -397,12 +359,11 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     paper = read_paper_results()
     sizes, rows = table1_rows(paper), [*table2_rows(paper), *published_rows(paper)]
-    table2 = [row for row in rows if row.table == "2"]
     claims = check_claims(sizes, rows)
-    tables = show_table1(sizes), show_rows(table2), show_rows(rows[len(table2) :]), show_claims(claims)
-    print("\n\n".join(tables))
+    page = show_page(sizes, rows, claims)
+    print(page)
     if arguments.markdown:
-        write_output(arguments.markdown, show_page(sizes, rows), "--markdown")
+        write_output(arguments.markdown, page, "--markdown")
     if not all(claim.holds for claim in claims):
         raise SystemExit(1)
 

@@ -225,6 +225,5 @@ def _check_huge(options: Options, report: Report, seed: int) -> None:
     last = to_float64(Inputs(*(x[-2:] for x in inputs[:5])))
     last_shape = replace(shape, batch=2, precision="float64")
     expected = _outputs("dense", last_shape, last, gradient[-2:].double())
-    report.check(
-        name, max(map(relative_error, actual, expected)), TOLERANCES[shape.precision], note="last two images"
-    )
+    error = max(map(relative_error, actual, expected))
+    report.check(name, error, TOLERANCES[shape.precision], note="last two images")

@@ -23,19 +23,13 @@ IMAGE_SIDE, IMAGES = 48, 16
 RESAMPLING = {"resample": Image.Resampling.BICUBIC, "fillcolor": (124, 116, 104)}
 GEOMETRIC = {"shear_x": 0.2, "translate_y_rel": 0.3, "rotate": 25.0}
 OPERATIONS = {
-    **{
-        name: Operation(getattr(auto_augment, name), (1.4,))
-        for name in ("brightness", "contrast", "color", "sharpness")
-    },
-    **{
-        name: Operation(getattr(auto_augment, name), (value,))._replace(options=RESAMPLING)
-        for name, value in GEOMETRIC.items()
-    },
-    "posterize": Operation(auto_augment.posterize, (4,)),
-    "solarize": Operation(auto_augment.solarize, (100,)),
-    "invert": Operation(auto_augment.invert, ()),
-    "auto_contrast": Operation(auto_augment.auto_contrast, ()),
-    "equalize": Operation(auto_augment.equalize, ()),
+    name: Operation(getattr(auto_augment, name), arguments, RESAMPLING if name in GEOMETRIC else {})
+    for name, arguments in {
+        **dict.fromkeys(("brightness", "contrast", "color", "sharpness"), (1.4,)),
+        **{name: (value,) for name, value in GEOMETRIC.items()},
+        **{"posterize": (4,), "solarize": (100,)},
+        **dict.fromkeys(("invert", "auto_contrast", "equalize"), ()),
+    }.items()
 }
 
 

@@ -61,17 +61,12 @@ def run(options: Options, report: Report) -> None:
         start = time.time()
         measurement = try_measure(partial(_measure, configuration, options, report), device)
         longest = max(longest, time.time() - start)
-        speed = (
-            None
-            if isinstance(measurement, Missing)
-            else ratio(measurement.labels["batch"], measurement.get("training"))
-        )
-        if isinstance(measurement, Missing) or speed is None:
-            report.expect(
-                str(configuration),
-                False,
-                measurement.reason if isinstance(measurement, Missing) else measurement.note,
-            )
+        if isinstance(measurement, Missing):
+            report.expect(str(configuration), False, measurement.reason)
+            continue
+        speed = ratio(measurement.labels["batch"], measurement.get("training"))
+        if speed is None:
+            report.expect(str(configuration), False, measurement.note)
             continue
         speeds[configuration] = speed
         memory = measurement.get("memory", 1e6)
@@ -94,16 +89,11 @@ def _measure(configuration: Configuration, options: Options, report: Report) -> 
     torch.compiler.reset()
     size, batch = (64, 2) if options.is_small else (224, 128)
     graphs: list[set[str]] = []
-    compiler = partial(
-        torch.compile, backend=_recording_backend(graphs, options.is_small), fullgraph=True, dynamic=False
-    )
-    candidate = Candidate(
-        configuration.model,
-        size,
-        torch.device(options.device),
-        configuration.precision,
-        compiler if configuration.is_compiled else None,
-    )
+    backend = _recording_backend(graphs, options.is_small)
+    compiler = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
+    model, precision, is_compiled = configuration
+    device = torch.device(options.device)
+    candidate = Candidate(model, size, device, precision, compiler if is_compiled else None)
     timing = TimingOptions(1, 0.1) if options.is_small else TimingOptions(15, 2.0)
     (measurement,) = measure_models([candidate], batch, timing, inference=False)
     if configuration.is_compiled and not isinstance(measurement.values["training"], Missing):

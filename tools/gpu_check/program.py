@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import time
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,9 +44,7 @@ SECTIONS = {
         Section("speed", speed.compare, "stages 1 and 2 against other attention and the roofline", 90, 25),
         Section("training", training.run, "train.py: resume, synchronization, float16, DDP, logits", 130, 30),
         Section("models", models.run, "training images/s and memory of ViL, Swin and DeiT", 200, 45),
-        Section(
-            "loading", loading.run, "loader and compute in parallel; augmentation against Pillow", 60, 20
-        ),
+        Section("loading", loading.run, "loader and GPU in parallel; augmentation against Pillow", 60, 20),
         Section("tuning", speed.tune, "numbers of warps and pipeline stages of each kernel", 60, 20),
         Section("flex", speed.compare_flex, "FlexAttention, which compiles slowly", 75, 25),
         Section("cifar10", training.cifar10, "CIFAR-10 in the remaining time", 3600, 60),
@@ -56,12 +54,7 @@ SECTIONS = {
 
 
 def check_gpu(argv: Sequence[str]) -> None:
-    """Run the selected sections, and print the table.
-
-    Raises:
-        UserError: impossible options, or no GPU.
-        SystemExit: with status 1, if a section fails or times out.
-    """
+    """Run the selected sections, and print the table; exit with status 1 if one fails or times out."""
     arguments = _parser().parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         reason = "PyTorch finds no GPU; --device cpu tests this program with small shapes"
@@ -78,9 +71,8 @@ def check_gpu(argv: Sequence[str]) -> None:
     with output, tempfile.TemporaryDirectory(prefix="check_gpu_") as scratch:
         folder = arguments.logs or Path(scratch)
         _make_empty(folder)
-        options = Options(
-            arguments.device, folder.resolve(), arguments.images, arguments.cifar10, seed=arguments.seed
-        )
+        images, cifar10, seed = arguments.images, arguments.cifar10, arguments.seed
+        options = Options(arguments.device, folder.resolve(), images, cifar10, seed=seed)
         outcomes = _run_sections(arguments, options, output)
     print(f"\n{arguments.json}: all measurements\n\n{summary_table(outcomes)}")
     if any(outcome.status in ("failed", "timed out") for outcome in outcomes):
@@ -156,7 +148,6 @@ def _parser() -> ToolParser:
     parser = ToolParser(
         prog="check_gpu.py",
         description=f"{DESCRIPTION}\nsections:\n{sections}",
-        formatter_class=RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda")

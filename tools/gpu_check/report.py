@@ -57,15 +57,13 @@ class Outcome:
 
     def as_json(self) -> str:
         """Return one line of JSON; NaN and infinities become text."""
-        return _to_json(asdict(self))
+        return json.dumps(_finite(asdict(self)), ensure_ascii=False)
 
 
 class Report:
     """Writer of a section's rows. Each is in the file at once: none is lost if the section is stopped.
 
-    Args:
-        path: JSON lines file of this section.
-        has_targets: False drops targets, on a machine whose speed is irrelevant.
+    Without `has_targets`, on a machine whose speed is irrelevant, targets are dropped.
     """
 
     def __init__(self, path: Path, has_targets: bool = True) -> None:
@@ -78,7 +76,7 @@ class Report:
         value = None if value is None else float(value)
         row = Row(name, value, unit, target=target if self.has_targets else "", **fields)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_to_json(asdict(row)) + "\n")
+            file.write(json.dumps(_finite(asdict(row)), ensure_ascii=False) + "\n")
 
     def check(self, name: str, value: float, limit: float, **fields: Any) -> None:
         """Append a row that passes if `value` ≤ `limit`; NaN does not pass."""
@@ -131,12 +129,10 @@ def _cells(section: str, name: str, status: str, value: str, limit: str, note: s
     return dict(zip(("section", "row", "status", "value", "limit", "note"), cells))
 
 
-def _to_json(content: dict[str, Any]) -> str:
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [finite(item) for item in value]
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(content), ensure_ascii=False)
+def _finite(value: Any) -> Any:
+    """Return `value` with NaN and infinities, also those in containers, as text."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -60,14 +60,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the check.
-
-    Attributes:
-        run: function of a module that adds rows to a report; an exception fails the section.
-        description: text for the help.
-        max_seconds: time limit.
-        min_seconds: the section is skipped if less is left of the budget.
-    """
+    """A section of the check; it is skipped if less than `min_seconds` are left of the budget."""
 
     name: str
     run: Callable[[Options, Report], None]
@@ -106,12 +99,12 @@ class RunningSection:
             outcome.status = "timed out"
             outcome.reason = f"stopped after {outcome.seconds:.0f} s"
         elif code == NOT_APPLICABLE_STATUS:
-            outcome.status, outcome.reason = "skipped", self._last_log_line()
+            outcome.status, outcome.reason = "skipped", last_line(self.log)
         elif code:
             outcome.status = "failed"
             if code != 1 or not any(row.passed is False for row in outcome.rows):
                 status = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-                outcome.reason = self._last_log_line() or status
+                outcome.reason = last_line(self.log) or status
         return outcome
 
     def stop(self) -> None:
@@ -120,10 +113,12 @@ class RunningSection:
             os.killpg(self.process.pid or 0, signal.SIGKILL)
         self.process.join()
 
-    def _last_log_line(self) -> str:
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[-1][:200] if lines else ""
+
+def last_line(log: Path) -> str:
+    """Return the start of the last line of a file that is not empty."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else ""
 
 
 def redirect_output(log: Path) -> None:

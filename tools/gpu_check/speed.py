@@ -15,7 +15,7 @@ from tools.benchmarks.attention import measure_shape, training_step
 from tools.benchmarks.methods import METHODS
 from tools.benchmarks.output import ratio
 from tools.benchmarks.shapes import AttentionShape, zoo_shapes
-from tools.benchmarks.timing import Measurement, Missing, TimingOptions
+from tools.benchmarks.timing import Measurement, Missing, TimingOptions, memory_limit
 from tools.gpu_check.report import NotApplicableError, Report
 from tools.gpu_check.runner import Options
 
@@ -59,7 +59,8 @@ def stage_shape(options: Options, number: int) -> AttentionShape:
 
 def _measure(options: Options, shape: AttentionShape, methods: Sequence[str]) -> list[Measurement]:
     timing = TimingOptions(1, 0.5) if options.is_small else TimingOptions(15, 2.0)
-    return measure_shape(shape, methods, options.measure_rates(shape.precision), timing)
+    limit = memory_limit(torch.device(options.device))
+    return measure_shape(shape, methods, options.measure_rates(shape.precision), timing, limit)
 
 
 def _report_stage(label: str, measurements: Sequence[Measurement], report: Report, *, is_first: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import runpy
@@ -19,15 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import data  # noqa: F401 (imported before the forks)
 import vil
 from tools.benchmarks.accuracy import relative_error
 from tools.benchmarks.timing import Missing, try_measure
+from tools.dev.faults.checks import checkpoint_files, compare_checkpoints, read_metrics
 from tools.gpu_check.report import NotApplicableError, Report
-from tools.gpu_check.runner import Options, redirect_output
-from vil.checkpoints import checkpoint_files
+from tools.gpu_check.runner import Options, last_line, redirect_output
 from vil.training import trainer  # noqa: F401 (imported before the forks)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +66,8 @@ def run(options: Options, report: Report) -> None:
     def check_resume() -> tuple[bool, str]:
         half.finish()
         TrainRun(options, "resumed", steps, "--config", str(path)).finish()
-        names = state_differences(full.folder, half.folder)
+        files = (checkpoint_files(folder, "step_*.pt")[-1] for folder in (half.folder, full.folder))
+        names = compare_checkpoints(*files)
         return not names, ", ".join(names[:3]) or f"{steps // 2} + {steps - steps // 2} steps"
 
     def check_infinite_gradient() -> tuple[bool, str]:
@@ -88,9 +87,8 @@ def run(options: Options, report: Report) -> None:
         "infinite float16 gradient is skipped": check_infinite_gradient,
     }
     if options.device == "cuda":
-        synchronizing = TrainRun(
-            options, "synchronizing", short, "--log_every", "1000", patch=forbid_synchronization
-        )
+        unlogged = ("--log_every", "1000")
+        synchronizing = TrainRun(options, "synchronizing", short, *unlogged, patch=forbid_synchronization)
         checks["no host synchronization"] = check_synchronization
         checks["logits, GPU against CPU, float32"] = _logits_error
     backend = "nccl" if options.device == "cuda" else "gloo"
@@ -106,14 +104,7 @@ def run(options: Options, report: Report) -> None:
 
 
 class TrainRun:
-    """A run of train.py in a forked process.
-
-    Args:
-        name: name of the output folder; an existing run is resumed.
-        steps: number of optimizer steps in total.
-        arguments: further arguments of train.py.
-        patch: function that modifies the trainer in the process.
-    """
+    """A run of train.py in a forked process, in which `patch` is called first; an existing run is resumed."""
 
     def __init__(
         self,
@@ -135,17 +126,12 @@ class TrainRun:
         self.process.start()
 
     def finish(self) -> list[dict[str, Any]]:
-        """Wait for the run, and return the metrics of its steps.
-
-        Raises:
-            RuntimeError: the exit status is not 0; the message ends with the last line of the output.
-        """
+        """Wait for the run, and return the metrics of its steps; raise RuntimeError if it failed."""
         self.process.join()
         if self.process.exitcode:
-            lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-            last = lines[-1] if lines else "no output"
-            raise RuntimeError(f"{self.folder.name}: train.py exited with {self.process.exitcode}: {last}")
-        return read_metrics(self.folder, "train")
+            reason = f"train.py exited with {self.process.exitcode}: {last_line(self.log)}"
+            raise RuntimeError(f"{self.folder.name}: {reason}")
+        return _read_metrics(self.folder, "train")
 
 
 def _run_train(argv: Sequence[str], patch: Callable[[], None] | None, log: Path) -> None:
@@ -156,27 +142,8 @@ def _run_train(argv: Sequence[str], patch: Callable[[], None] | None, log: Path)
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
-def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Return the rows of `kind` in the metrics of a run."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def state_differences(first: Path, second: Path) -> list[str]:
-    """Return the names of states that differ between the last checkpoints of two runs."""
-
-    def read(folder: Path) -> dict[str, Any]:
-        path = checkpoint_files.step_files(folder)[0][1]
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        kept = {key: state[key] for key in ("model", "ema", "optimizer", "scaler", "step")}
-        return {keystr(path): value for path, value in tree_flatten_with_path(kept)[0]}
-
-    def is_equal(a: Any, b: Any) -> bool:
-        is_tensor = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-        return torch.equal(a, b) if is_tensor else type(a) is type(b) and a == b
-
-    a, b = read(first), read(second)
-    return sorted(key for key in a.keys() | b.keys() if not is_equal(a.get(key), b.get(key)))
+def _read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(folder) if record["kind"] == kind]
 
 
 def make_gradient_infinite(step: int) -> None:
@@ -250,12 +217,7 @@ def cifar10(options: Options, report: Report) -> None:
     configs = ROOT / "configs"
     command = [
         *(sys.executable, str(ROOT / "train.py"), "--output", str(folder), "--device", options.device),
-        *(
-            "--schedule",
-            str(configs / "schedules/cifar10.yaml"),
-            "--data",
-            str(configs / "data/cifar10.yaml"),
-        ),
+        *("--schedule", f"{configs}/schedules/cifar10.yaml", "--data", f"{configs}/data/cifar10.yaml"),
         *("--data.source", source, "--data.root", str(root), "--data.workers", str(workers)),
         *("--schedule.epochs", str(epochs), "--schedule.warmup_epochs", "1"),
         *("--tensorboard", "false", "--progress", "false"),
@@ -266,7 +228,7 @@ def cifar10(options: Options, report: Report) -> None:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)  # saves and exits
         process.wait(10)
-    rows = read_metrics(folder, "validation")
+    rows = _read_metrics(folder, "validation")
     best = max((max(row["top1"], row.get("ema_top1", 0.0)) for row in rows), default=0.0)
     note = f"after {len(rows)} epochs"
     report.add("CIFAR-10, best Top-1", best, "%", note=note, target="93 after 100 epochs")

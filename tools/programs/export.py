@@ -20,7 +20,6 @@ import logging
 import os
 import tempfile
 import warnings
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,12 +42,8 @@ HUB_FILES = ("config.json", "model.safetensors")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Export the model of a checkpoint.
-
-    Raises:
-        UserError: the checkpoint is invalid, cannot be exported, or the output cannot be written.
-    """
-    parser = ToolParser(prog="export.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    """Export the model of a checkpoint."""
+    parser = ToolParser(prog="export.py", description=__doc__)
     parser.add_checkpoint()
     parser.add_argument("output", type=Path, help="file to write; for hf a folder")
     parser.add_argument("--format", choices=FORMATS, required=True)

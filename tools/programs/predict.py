@@ -18,7 +18,6 @@ import json
 import os
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +56,7 @@ class ClassName:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image.
-
-    Attributes:
-        image: path of the file.
-        classes: (class, probability), the most probable first.
-        error: why the image could not be read.
-    """
+    """The most probable classes of an image file, each with its probability, or why it could not be read."""
 
     image: str
     classes: tuple[tuple[ClassName, float], ...] = ()
@@ -71,12 +64,7 @@ class Prediction:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Predict all images and write the predictions.
-
-    Raises:
-        UserError: an argument or the checkpoint is invalid.
-        SystemExit: with status 1 if an image could not be read.
-    """
+    """Predict all images and write the predictions; exit with status 1 if an image could not be read."""
     arguments = _parser().parse_intermixed_args(argv)
     if arguments.output is not None and arguments.output.is_dir():
         raise UserError("--output", f"{arguments.output} is a folder; expected a file")
@@ -115,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> ToolParser:
-    parser = ToolParser(prog="predict.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ToolParser(prog="predict.py", description=__doc__)
     parser.add_checkpoint()
     add, workers = parser.add_argument, min(4, os.cpu_count() or 1)
     add("images", nargs="+", help="image files, or folders of images")
@@ -139,11 +127,7 @@ def find_images(paths: Sequence[str]) -> Iterator[str]:
     yielded itself, so that it is reported as unreadable.
     """
     for path in paths:
-        if not os.path.isdir(path):
-            yield path
-            continue
-        images = list(_images_below(path, set()))
-        yield from images or [path]
+        yield from (os.path.isdir(path) and list(_images_below(path, set()))) or [path]
 
 
 def _images_below(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
@@ -205,33 +189,19 @@ def _collate(samples: list[tuple[str, Tensor | str]]) -> Batch:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
-    loader: DataLoader[Any],
-    class_names: Sequence[str] | None,
-    top: int,
-    precision: Precision,
+    model: nn.Module, loader: DataLoader[Any], names: Sequence[str] | None, top: int, precision: Precision
 ) -> Iterator[Prediction]:
-    """Yield one prediction per file, in the order of the files.
-
-    Args:
-        model: in eval mode.
-        loader: batches of `ImageFiles`.
-        class_names: names stored with the weights.
-        top: classes per image; fewer if the model has fewer.
-        precision: of the forward pass.
-    """
+    """Yield one prediction per file of a loader of `ImageFiles`, with `top` classes at most."""
     device = next(model.parameters()).device
     for files, images in explain_shared_memory(loader):
         top_classes: Iterator[tuple[tuple[ClassName, float], ...]] = iter(())
         if images is not None:
             with autocast(precision, device):
                 logits = model(images.to(device, non_blocking=True))  # (B, classes)
-            classes = name_classes(logits.shape[1], class_names)
+            classes = name_classes(logits.shape[1], names)
             probabilities, indices = logits.float().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
-            top_classes = (
-                tuple((classes[i], p) for i, p in zip(*row))
-                for row in zip(indices.tolist(), probabilities.tolist())
-            )
+            pairs = zip(indices.tolist(), probabilities.tolist())
+            top_classes = (tuple((classes[i], p) for i, p in zip(*row)) for row in pairs)
         for path, error in files:
             yield Prediction(path, next(top_classes) if error is None else (), error)
 
@@ -309,11 +279,7 @@ FORMATS = {"table": as_table, "csv": as_csv, "json": as_json}
 
 
 def write(text: str, path: Path | None) -> None:
-    """Write to a file, or to standard output, where control characters are escaped if it is a terminal.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write to a file, or to standard output, where control characters are escaped if it is a terminal."""
     if path is not None:
         write_output(path, text, "--output")
         return

@@ -17,10 +17,10 @@ import multiprocessing
 import os
 import tempfile
 import time
-from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,11 +64,7 @@ class DataOptions:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the splits that do not exist yet.
-
-    Raises:
-        UserError: an argument is invalid, images cannot be read, or the files cannot be written.
-    """
+    """Write the splits that do not exist yet."""
     arguments, data_argv = _parser().parse_known_args(argv)
     splits = arguments.__dict__.pop("splits")
     options = WriteOptions(**vars(arguments))
@@ -92,7 +88,6 @@ def _parser() -> ToolParser:
     parser = ToolParser(
         prog="write_ffcv.py",
         description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="The data set is given by --data and --data.NAME, as for train.py.",
     )
@@ -101,9 +96,7 @@ def _parser() -> ToolParser:
     add("--splits", nargs="+", choices=splits, default=splits, help="default: both")
     limit = "longer side to which larger images are reduced; none for full size (default: 500)"
     add("--max-resolution", type=_side, default=500, metavar="PIXELS", help=limit)
-    share = (
-        "share of the images stored as JPEG; the others are stored as pixels: faster, larger (default: 0.5)"
-    )
+    share = "share of the images stored as JPEG; others are stored as pixels: faster, larger (default: 0.5)"
     add("--jpeg-share", type=_share, default=0.5, metavar="SHARE", help=share)
     add("--jpeg-quality", type=bounded_int(1, 100), default=90, metavar="QUALITY", help="default: 90")
     add("--no-progress", dest="progress", action="store_false", help="show no bar")
@@ -179,8 +172,10 @@ def write_split(data: DataConfig, options: WriteOptions, split: Split) -> None:
     indices = np.arange(len(source))
     page_bytes = page_size(3 * (options.max_resolution or 0) ** 2)
     # FFCV opens its file by name and follows links; the folder's name is unpredictable.
-    with _temporary_folder(path) as folder:
-        partial, notes = folder / path.name, folder / "unreadable.jsonl"
+    with _write_errors():
+        temporary = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    with temporary:
+        partial, notes = Path(temporary.name) / path.name, Path(temporary.name) / "unreadable.jsonl"
         while True:  # repeat with larger pages, or without the images that turn out to be unreadable
             notes.unlink(missing_ok=True)
             samples = Samples(source, options, page_bytes, notes)
@@ -193,37 +188,29 @@ def write_split(data: DataConfig, options: WriteOptions, split: Split) -> None:
                 description["unreadable"] += skip_unreadable(source, unreadable, data)
                 indices = np.setdiff1d(indices, list(unreadable))
         compare(partial, samples, indices)
-        try:
+        with _write_errors():
             write_durably(description_file(path), json.dumps(description, indent=1) + "\n")
             os.replace(partial, path)
-        except OSError as error:
-            raise _write_error(error) from None
     megabytes, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
     print(f"{path}: {len(indices)} images, {megabytes:.1f} MB, {seconds:.0f} s")
 
 
 @contextmanager
-def _temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder next to `path` that is removed afterwards."""
+def _write_errors() -> Iterator[None]:
+    """Convert an OSError to a UserError."""
     try:
-        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+        yield
     except OSError as error:
-        raise _write_error(error) from None
-    with folder:
-        yield Path(folder.name)
-
-
-def _write_error(error: OSError) -> UserError:
-    return UserError("--output", f"cannot be written: {error_reason(error)}")
+        raise UserError("--output", f"cannot be written: {error_reason(error)}") from None
 
 
 def describe(data: DataConfig, options: WriteOptions, split: Split, source: Source) -> dict[str, Any]:
     """Return the content of the JSON file: class names in the order of their indices, source and options."""
-    origin = {key: value for key, value in asdict(data).items() if key in ("source", "root")}
     return {
         "class_names": list(source.class_names),
         "images": len(source),
-        **origin,
+        "source": data.source,
+        "root": data.root,
         "split": data.train_split if split == "train" else data.val_split,
         **{key: getattr(options, key) for key in ("max_resolution", "jpeg_share", "jpeg_quality")},
         "unreadable": [],
@@ -283,9 +270,8 @@ def _detect_dead_processes(writer: Any) -> Iterator[None]:
     originals = writer.Process, writer.sleep
     writer.Process, writer.sleep = TrackedProcess, sleep
     try:
-        yield
-    except OSError as error:
-        raise _write_error(error) from None
+        with _write_errors():
+            yield
     finally:
         writer.Process, writer.sleep = originals
         for process in processes:

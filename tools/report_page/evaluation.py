@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,14 +33,7 @@ THUMBNAIL_SIDE = 128
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions of a run's best model on its validation images.
-
-    Attributes:
-        predictions: counts and mistakes.
-        class_names: class names of the data, in the order of the targets.
-        weights: raw or ema.
-        images: the images of `predictions.mistakes` as `data:` URLs.
-    """
+    """Predictions of a run's best model on its validation images; `images`: the mistakes as `data:` URLs."""
 
     predictions: Predictions
     class_names: tuple[str, ...]
@@ -48,27 +42,9 @@ class Evaluation:
 
 
 def evaluate_run(
-    run: Run,
-    process: Process,
-    *,
-    batch_size: int = 128,
-    max_mistakes: int = 24,
-    root: str | None = None,
-    progress: bool = False,
+    run: Run, process: Process, batch_size: int, max_mistakes: int, root: str | None
 ) -> Evaluation:
-    """Evaluate the best model of a run on its validation images.
-
-    Args:
-        run: the run.
-        process: this process.
-        batch_size: images per forward pass.
-        max_mistakes: number of mistakes to return.
-        root: folder of the data set, instead of the run's.
-        progress: show a bar.
-
-    Raises:
-        UserError: there is no checkpoint yet, or the images cannot be read.
-    """
+    """Evaluate the best model of a run on its validation images, in `root` instead of the run's folder."""
     weights = open_weights(run.folder)
     model_config = weights.require_model()
     model, device = weights.build_model(), process.device
@@ -86,7 +62,7 @@ def evaluate_run(
         num_classes=validation.num_classes,
         logit_indices=match_classes(validation.class_names, weights.class_names, config.model.num_classes),
         max_mistakes=max_mistakes,
-        progress=progress,
+        progress=sys.stderr.isatty(),
     )
     images = [image_url(mistake, config.data.mean, config.data.std) for mistake in predictions.mistakes]
     return Evaluation(predictions, validation.class_names, weights.kind, images)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,13 +56,7 @@ Points = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with its heading.
-
-    Attributes:
-        key: id of its HTML element.
-        figure: None if no run has the data.
-        is_wide: takes a larger share of a row.
-    """
+    """A figure, None if no run has the data, and its heading; `key` is the id of its HTML element."""
 
     key: str
     title: str
@@ -135,8 +130,8 @@ def curve_charts(runs: Sequence[Run]) -> list[Chart]:
 def _best_marker(index: int, run: Run) -> list[go.Scatter]:
     points = sorted(run.points("validation", "top1") + run.points("validation", "ema_top1"))
     best = [point for point in points if run.best and point[1] == run.best.top1][:1]
-    style: dict[str, Any] = {"mode": "markers", "marker": {"symbol": "star", "size": 12}}
-    return [_curve(index, run, best, "best Top-1", **style)] if best else []
+    marker = {"symbol": "star", "size": 12}
+    return [_curve(index, run, best, "best Top-1", mode="markers", marker=marker)] if best else []
 
 
 def _training_points(run: Run, key: str) -> list[tuple[int, float]]:
@@ -178,8 +173,8 @@ def _training_loss_curves(index: int, run: Run) -> list[go.Scatter]:
     if points := run.points("train", "loss"):
         curves.append(_curve(index, run, points, "training loss", line={"width": 1.2}, opacity=0.65))
     if points := run.points("spike", "loss"):
-        style = {"mode": "markers", "marker": {"symbol": "x", "size": 10, "line": {"width": 1}}}
-        curve = _curve(index, run, points, "", **style)
+        marker = {"symbol": "x", "size": 10, "line": {"width": 1}}
+        curve = _curve(index, run, points, "", mode="markers", marker=marker)
         steps = {step for step, _ in points}
         curve.customdata = [_sample_list(r) for r in run.records["spike"] if r["step"] in steps]
         curve.hovertemplate = "%{fullData.name}<br>spike to %{y:.5g} at %{x}%{customdata}<extra></extra>"
@@ -197,10 +192,7 @@ def _sample_list(record: Record) -> str:
 
 
 def _curve_figure(curves: Sequence[go.Scatter]) -> go.Figure | None:
-    if not curves:
-        return None
-    figure = _figure(curves)
-    return figure.update_xaxes(title_text="steps", rangemode="tozero")
+    return _figure(curves).update_xaxes(title_text="steps", rangemode="tozero") if curves else None
 
 
 # --- Accuracy and cost --------------------------------------------------------------------------------------
@@ -230,15 +222,13 @@ def cost_charts(runs: Sequence[Run]) -> list[Chart]:
     """Return best Top-1 against multiply-adds and against memory, with the models of the paper."""
     models = paper_models()
     return [
-        _cost_chart("flops", "Top-1 against FLOPs", "10⁹ multiply-adds per image", 1e9, runs, models),
-        _cost_chart(
-            "train_memory_mb", "Top-1 against training memory", "MB per image in training", 1, runs, models
-        ),
+        _cost_chart("flops", "FLOPs", "10⁹ multiply-adds per image", 1e9, runs, models),
+        _cost_chart("train_memory_mb", "training memory", "MB per image in training", 1, runs, models),
     ]
 
 
 def _cost_chart(
-    key: str, title: str, axis: str, unit: float, runs: Sequence[Run], models: Sequence[dict[str, Any]]
+    key: str, cost_name: str, axis: str, unit: float, runs: Sequence[Run], models: Sequence[dict[str, Any]]
 ) -> Chart:
     traces = []
     style: dict[str, Any]
@@ -270,7 +260,7 @@ def _cost_chart(
     figure.update_yaxes(title_text="Top-1, %")
     missing = sum(not run.cost(key) or not run.best for run in runs)
     caption = f"{missing} of {len(runs)} runs: not measured yet." if missing else ""
-    return Chart(key.replace("_", "-"), title, figure, caption, is_wide=True)
+    return Chart(key.replace("_", "-"), f"Top-1 against {cost_name}", figure, caption, is_wide=True)
 
 
 # --- Classes ------------------------------------------------------------------------------------------------
@@ -281,10 +271,9 @@ def class_accuracy_chart(key: str, runs: Sequence[Run], evaluations: Mapping[int
     names = next(iter(evaluations.values())).class_names
     columns = {index: e.predictions.class_accuracy for index, e in evaluations.items()}
     means = {}
-    for row in range(len(names)):
-        values = [value for column in columns.values() if (value := column[row]) is not None]
-        if values:
-            means[row] = sum(values) / len(values)
+    for row, values in enumerate(zip(*columns.values())):
+        if known := [value for value in values if value is not None]:
+            means[row] = statistics.fmean(known)
     rows, caption = list(means), ""
     if len(rows) > MAX_CLASSES:
         caption = f"The {MAX_CLASSES} classes of {len(names)} with the lowest accuracy."
@@ -329,14 +318,8 @@ def confusion_chart(key: str, evaluation: Evaluation) -> Chart:
         customdata=shown.tolist(),
         text=[[str(count) if count else "" for count in row] for row in shown.tolist()],
         texttemplate="%{text}" if len(rows) <= MAX_ANNOTATED_CLASSES else None,
-        x=list(range(len(rows))),
-        y=list(range(len(rows))),
-        zmin=0,
-        zmax=100,
-        xgap=1,
-        ygap=1,
-        hoverongaps=False,
-        showscale=False,
+        **{"x": list(range(len(rows))), "y": list(range(len(rows)))},
+        **{"zmin": 0, "zmax": 100, "xgap": 1, "ygap": 1, "hoverongaps": False, "showscale": False},
         meta={"heatmap": True},
         hovertemplate="class %{y}, predicted %{x}<br>%{customdata} images, %{z:.1f} %<extra></extra>",
     )
@@ -363,14 +346,9 @@ def frequent_confusions(evaluation: Evaluation) -> list[tuple[str, str, int, flo
 
 
 def _figure(traces: Sequence[Any], **layout: Any) -> go.Figure:
-    layout = {
-        "template": go.layout.Template(),  # the default template would add 7 kB to every figure
-        "showlegend": False,
-        "hovermode": "closest",
-        "margin": {"l": 48, "r": 12, "t": 8, "b": 40},
-        **layout,
-    }
-    return go.Figure(list(traces), layout)
+    template = go.layout.Template()  # the default template would add 7 kB to every figure
+    defaults = {"template": template, "showlegend": False, "hovermode": "closest"}
+    return go.Figure(list(traces), {**defaults, "margin": {"l": 48, "r": 12, "t": 8, "b": 40}, **layout})
 
 
 def _log_axis(values: Sequence[float]) -> dict[str, Any]:
@@ -379,10 +357,6 @@ def _log_axis(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _class_axis(labels: Sequence[str], is_reversed: bool = False) -> dict[str, Any]:
-    axis = {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": list(labels)}
-    return {
-        **axis,
-        "automargin": True,
-        "zeroline": False,
-        **({"range": [len(labels) - 0.5, -0.5]} if is_reversed else {}),
-    }
+    ticks = {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": list(labels)}
+    limits = {"range": [len(labels) - 0.5, -0.5]} if is_reversed else {}
+    return {**ticks, **limits, "automargin": True, "zeroline": False}

@@ -11,8 +11,7 @@ mistakes; if that fails, one line gives the reason and the rest of the page is c
 
 from __future__ import annotations
 
-import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,12 +27,8 @@ from vil.training.trainer import lost_worker_reason
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the runs, evaluate them and write the page.
-
-    Raises:
-        UserError: an argument is invalid, a folder holds no run, or the page cannot be written.
-    """
-    parser = ToolParser(prog="report.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    """Read the runs, evaluate them and write the page."""
+    parser = ToolParser(prog="report.py", description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, finished or in progress")
     add("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
@@ -62,14 +57,7 @@ def main(argv: Sequence[str]) -> None:
 def _evaluate(run: Run, arguments: Namespace, process: Process) -> Evaluation | str:
     """Evaluate a run; print and return the reason if that fails."""
     try:
-        return evaluate_run(
-            run,
-            process,
-            batch_size=arguments.batch_size,
-            max_mistakes=arguments.mistakes,
-            root=arguments.root,
-            progress=sys.stderr.isatty(),
-        )
+        return evaluate_run(run, process, arguments.batch_size, arguments.mistakes, arguments.root)
     except UserError as error:
         reason = one_line(error)
     except (MemoryError, RuntimeError) as error:

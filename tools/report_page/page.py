@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -32,22 +32,14 @@ Result = Evaluation | str | None
 
 
 def render(runs: Sequence[Run], results: Sequence[Result], title: str) -> str:
-    """Return the page.
-
-    Args:
-        runs: the runs in their order on the page.
-        results: one per run.
-        title: heading, as plain text.
-    """
+    """Return the page with one result per run; the title is plain text."""
     evaluations = {i: result for i, result in enumerate(results) if isinstance(result, Evaluation)}
     by_classes: dict[tuple[str, ...], dict[int, Evaluation]] = {}
     for index, evaluation in evaluations.items():
         by_classes.setdefault(evaluation.class_names, {})[index] = evaluation
     curves, costs = figures.curve_charts(runs), figures.cost_charts(runs)
-    classes = [
-        figures.class_accuracy_chart(f"classes-{i}", runs, group)
-        for i, group in enumerate(by_classes.values())
-    ]
+    groups = enumerate(by_classes.values())
+    classes = [figures.class_accuracy_chart(f"classes-{i}", runs, group) for i, group in groups]
     confusions = {i: figures.confusion_chart(f"confusion-{i}", e) for i, e in evaluations.items()}
     charts = [*curves, *costs, *classes, *confusions.values()]
     data = {
@@ -56,12 +48,9 @@ def render(runs: Sequence[Run], results: Sequence[Result], title: str) -> str:
     }
     best = [run.best for run in runs]
     plotly, script = _script(get_plotlyjs()), _script(_read("page.js"))
+    loader, undefined = jinja2.FileSystemLoader(FOLDER), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=undefined
     )
     environment.filters |= {"number": _format_number, "prefixed": _format_prefixed}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
@@ -118,12 +107,8 @@ def _batch_size(run: Run) -> int | None:
 def _measurement_conditions(runs: Sequence[Run]) -> str:
     """Return how and on which devices the training memory was measured."""
     summaries = (run.summary for run in runs if run.cost("train_memory_mb") is not None)
-    return "; ".join(
-        dict.fromkeys(
-            f"{s.get('memory')}, training in {s.get('train_precision')}, on {s.get('device')}"
-            for s in summaries
-        )
-    )
+    text = "{memory}, training in {train_precision}, on {device}"
+    return "; ".join(dict.fromkeys(text.format_map(defaultdict(lambda: None, s)) for s in summaries))
 
 
 def _shown_values(values: Sequence[Any]) -> Iterator[tuple[str, bool]]:

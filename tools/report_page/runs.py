@@ -37,10 +37,8 @@ class Run:
     """A training run.
 
     Attributes:
-        folder: its folder.
         name: the shortest end of the folder's path that is unique on the page.
         text: content of config.yaml.
-        config: parsed config.yaml.
         records: kind → lines of metrics.jsonl in the order of steps.
         summary: evaluation of the best model; empty while the run is not finished.
         warnings: one line for each unreadable file or record.
@@ -124,11 +122,7 @@ def finite_number(value: Any) -> float | None:
 
 
 def open_runs(folders: Sequence[str]) -> list[Run]:
-    """Read the runs in these folders, each once.
-
-    Raises:
-        UserError: a folder holds no run, or a configuration that cannot be read.
-    """
+    """Read the runs in these folders, each once."""
     given = {Path(folder).resolve(): folder for folder in reversed(folders)}
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     return [open_run(path, given[path], name) for path, name in zip(paths, _unique_names(paths))]
@@ -209,13 +203,9 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """
     defaults = flatten(stored_tree(TrainConfig()))
     values = [flatten(run.config) for run in runs]
-    keys = dict.fromkeys(key for options in values for key in options)
+    keys = dict.fromkeys(key for options in values for key in options if key not in UNTRACKED_OPTIONS)
     rows = {key: [options.get(key, defaults.get(key)) for options in values] for key in keys}
-    return {
-        key: row
-        for key, row in rows.items()
-        if key not in UNTRACKED_OPTIONS and any(v != row[0] for v in row)
-    }
+    return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

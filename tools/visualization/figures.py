@@ -34,12 +34,7 @@ Position = tuple[int, int]
 
 @dataclass(frozen=True)
 class Canvas:
-    """Background of all panels.
-
-    Attributes:
-        image: (H, W, 3) in 0..1, the model input.
-        title: model and image, for the heading of a figure.
-    """
+    """Background of all panels: the model input (H, W, 3) in 0..1, and the heading of the figures."""
 
     image: np.ndarray
     title: str
@@ -54,13 +49,13 @@ def query_figure(canvas: Canvas, blocks: Sequence[AttentionMap], index: int, pix
 
 def global_token_figure(canvas: Canvas, blocks: Sequence[AttentionMap]) -> Figure:
     """Draw the attention of every head of some blocks of a stage, from each global token."""
-    tokens = range(len(blocks[0].from_globals.seen))
-    rows = []
-    for block in blocks:
-        for token in tokens:
-            label = _block_name(block) + (f", token {token + 1}" if len(tokens) > 1 else "")
-            rows.append((label, block, block.from_globals, token))
-    return _heads_figure(canvas, rows, "from the global token" + "s" * (len(tokens) > 1), None)
+    tokens, plural = range(len(blocks[0].from_globals.seen)), len(blocks[0].from_globals.seen) > 1
+    rows = [
+        (_block_name(block) + f", token {token + 1}" * plural, block, block.from_globals, token)
+        for block in blocks
+        for token in tokens
+    ]
+    return _heads_figure(canvas, rows, "from the global token" + "s" * plural, None)
 
 
 def _block_name(block: AttentionMap) -> str:
@@ -101,9 +96,8 @@ def bias_figure(title: str, stage: int, blocks: Sequence[tuple[int, Attention]])
         down, right = table.shape[1] // 2, table.shape[2] // 2
         extent = (-right - 0.5, right + 0.5, down + 0.5, -down - 0.5)
         for head, axes in enumerate(row):
-            mesh = axes.imshow(
-                table[head].numpy(), cmap=DIVERGING_COLORS, vmin=-limit, vmax=limit, extent=extent
-            )
+            biases = table[head].numpy()
+            mesh = axes.imshow(biases, DIVERGING_COLORS, vmin=-limit, vmax=limit, extent=extent)
             axes.axhline(0, color="black", lw=0.4)
             axes.axvline(0, color="black", lw=0.4)
             axes.tick_params(labelsize=7)
@@ -189,9 +183,8 @@ def _draw_weights(
     With `hide_query`, the position of the query, which has at least half of a rollout's weight, is not
     colored; its weight is in the label.
     """
-    parts = [
-        part[0, :, index].float().cpu() for part in (weights.to_map, weights.to_globals, weights.to_rest)
-    ]
+    all_weights = (weights.to_map, weights.to_globals, weights.to_rest)
+    parts = [part[0, :, index].float().cpu() for part in all_weights]
     to_map, to_globals, to_rest = (part.mean(dim=0) if head is None else part[head] for part in parts)
     height, width = canvas.image.shape[:2]
     gray = 0.25 + 0.5 * canvas.image.mean(axis=2)
@@ -266,7 +259,6 @@ def _panel_grid(rows: int, columns: int, title: str, scale: float = 1.0) -> tupl
 
 
 def _add_colorbar(figure: Figure, axes: Axes) -> None:
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(0, 1), SEQUENTIAL_COLORS), ax=axes, fraction=0.05, pad=0.03
-    )
+    scale = ScalarMappable(Normalize(0, 1), SEQUENTIAL_COLORS)
+    bar = figure.colorbar(scale, ax=axes, fraction=0.05, pad=0.03)
     bar.set_ticks([0, 1], labels=["0", "max"], fontsize=7)

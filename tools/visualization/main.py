@@ -11,7 +11,7 @@ Queries are pixels of the model input, which is resized and cropped. docs/visual
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,7 @@ DEFAULT_CLASSES = 1000
 
 
 def main(argv: Sequence[str]) -> None:
-    """Open the model, read the image and write the figures one by one.
-
-    Raises:
-        UserError: an argument is invalid, or a file cannot be read or written.
-    """
+    """Open the model, read the image and write the figures one by one."""
     arguments = _parser().parse_intermixed_args(argv)
     if (arguments.checkpoint is None) == (arguments.model is None):
         raise UserError(COMMAND_LINE, "expected a checkpoint, or --model for an untrained model")
@@ -98,15 +94,9 @@ def draw_figures(
     stages: Sequence[int],
     all_blocks: bool,
 ) -> Iterator[tuple[str, Figure]]:
-    """Yield (name, figure); print a line for each figure that a stage cannot have.
+    """Yield (name, figure) for normalized images (1, C, H, W), of all blocks or of the last one of a stage.
 
-    Args:
-        model: the model.
-        images: (1, C, H, W), normalized.
-        canvas: background of the panels.
-        queries: pixels (row, column).
-        stages: numbers of the stages, from 1.
-        all_blocks: draw all blocks of a stage instead of its last one.
+    Print a line for each figure that a stage cannot have.
     """
     maps, rollouts = model.attention_maps(images, queries), model.attention_rollout(images, queries)
     blocks_shown = slice(None) if all_blocks else slice(-1, None)
@@ -119,9 +109,8 @@ def draw_figures(
         if not blocks[0].from_queries.has_positions:
             print(f"stage {number}: keys of {stage.config.attention} have no position on the map")
             continue
-        for index, (row, column) in enumerate(queries):
-            figure = figures.query_figure(canvas, blocks, index, (row, column))
-            yield f"{name}_query_{row}_{column}", figure
+        for index, pixel in enumerate(queries):
+            yield f"{name}_query_{pixel[0]}_{pixel[1]}", figures.query_figure(canvas, blocks, index, pixel)
         if stage.num_global_tokens:
             yield f"{name}_globals", figures.global_token_figure(canvas, blocks)
         rollout = rollouts[number - 1]
@@ -136,7 +125,7 @@ def draw_figures(
 
 
 def _parser() -> ToolParser:
-    parser = ToolParser(prog="visualize.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ToolParser(prog="visualize.py", description=__doc__)
     parser.add_checkpoint(is_optional=True)
     add = parser.add_argument
     add("image", help="the image: JPEG, PNG, WebP, GIF, BMP, PPM, TIFF, JPEG 2000 or AVIF")

@@ -128,10 +128,13 @@ def bounded_int(minimum: int, maximum: int | None = None) -> Callable[[str], int
 
 
 class ToolParser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` with --version, whose errors are `UserError`s."""
+    """An `argparse.ArgumentParser` with --version that keeps the line ends of its description.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    Its errors are `UserError`s.
+    """
+
+    def __init__(self, *, formatter_class: Any = argparse.RawDescriptionHelpFormatter, **kwargs: Any) -> None:
+        super().__init__(formatter_class=formatter_class, **kwargs)
         self.add_argument("--version", action="version", version=f"vil {vil.__version__}")
 
     def error(self, message: str) -> NoReturn:

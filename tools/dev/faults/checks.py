@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-METRICS = "metrics.jsonl"
-TIMING_FIELDS = ("time", "step_time", "data_wait", "images_per_second", "seconds")
-"""Fields of metrics.jsonl that depend on the clock."""
+from vil.runtime.run_files import METRICS
+from vil.training.metrics_log import TIMING_FIELDS
+
 FOLDER_KEYS = ("config", "versions")
 """Keys of checkpoints in which identical runs in different folders may differ."""
 SUMMARY_KEYS = ("top1", "top5", "loss", "images", "params")
@@ -78,9 +78,8 @@ def compare_runs(folder: Path, reference: Path) -> list[str]:
     records, expected = read_metrics(folder), read_metrics(reference)
     for record, other in zip(records, expected):
         if keys := sorted(key for key in {*record, *other} if record.get(key) != other.get(key)):
-            problems.append(
-                f"{METRICS}: {other['kind']} of step {other['step']} differs in {', '.join(keys)}"
-            )
+            label = f"{other['kind']} of step {other['step']}"
+            problems.append(f"{METRICS}: {label} differs in {', '.join(keys)}")
     if len(records) != len(expected):
         problems.append(f"{METRICS} has {len(records)} lines, not {len(expected)}")
     if _read_summary(folder) != _read_summary(reference):
@@ -91,7 +90,7 @@ def compare_runs(folder: Path, reference: Path) -> list[str]:
 def compare_checkpoints(path: Path, reference: Path) -> list[str]:
     """Return the dotted keys of the values in which two checkpoints are not bit-identical."""
     bits, expected = (
-        {key: _bits(value) for key, value in _leaves(torch.load(p, weights_only=True))}
+        {key: _bits(value) for key, value in _leaves(torch.load(p, map_location="cpu", weights_only=True))}
         for p in (path, reference)
     )
     differing = [key for key in {**expected, **bits} if bits.get(key) != expected.get(key)]

@@ -41,13 +41,7 @@ progress: false
 
 
 class Experiment:
-    """Create runs, each in its folder below `folder`.
-
-    Args:
-        folder: an existing, empty folder.
-        seed: of all random moments.
-        kills: number of times that a run is killed in the scenarios of kill -9.
-    """
+    """Create runs, each in its folder below the existing, empty `folder`; `kills` is that of kill -9."""
 
     def __init__(self, folder: Path, seed: int, kills: int) -> None:
         self.folder, self.seed, self.kills = folder, seed, kills

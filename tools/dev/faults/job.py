@@ -27,33 +27,22 @@ _TAIL_BYTES = 1 << 14
 _jobs: list[Job] = []
 
 
-class StuckError(RuntimeError):
-    """A job made no progress for too long."""
-
-
 @dataclass
 class Run:
-    """A run folder and the options of train.py that it is trained with.
-
-    Attributes:
-        folder: the run folder.
-        argv: options of train.py.
-        log_folder: folder of the output of its processes, one folder per job.
-        ranks: number of processes that train together.
-    """
+    """A run folder, the options of train.py that it is trained with, and a folder for its output."""
 
     folder: Path
     argv: tuple[str, ...]
     log_folder: Path
     ranks: int = 1
 
-    def start(self, *argv: str, ranks: int | None = None, max_restarts: int = 0) -> Job:
+    def start(self, *argv: str, max_restarts: int = 0) -> Job:
         """Start train.py with further options; `max_restarts` is torchrun's."""
-        return Job(self, argv, ranks or self.ranks, max_restarts)
+        return Job(self, argv, max_restarts)
 
-    def finish(self, *argv: str) -> Job:
+    def finish(self) -> Job:
         """Start train.py and wait until it exits."""
-        job = self.start(*argv)
+        job = self.start()
         job.wait()
         return job
 
@@ -83,13 +72,13 @@ class Run:
 class Job:
     """One call of train.py, directly or by torchrun if there are several ranks."""
 
-    def __init__(self, run: Run, argv: tuple[str, ...], ranks: int, max_restarts: int) -> None:
-        self.run, self.ranks = run, ranks
+    def __init__(self, run: Run, argv: tuple[str, ...], max_restarts: int) -> None:
+        self.run, self.ranks = run, run.ranks
         self.logs = run.log_folder / str(len(_jobs) + 1)
         self.logs.mkdir(parents=True)
         command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if self.ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
             command += [f"--max-restarts={max_restarts}", "--redirects=3", f"--log-dir={self.logs}"]
         command += [str(ROOT / "train.py"), *run.argv, *argv, f"--output={run.folder}"]
         with (self.logs / "stdout.log").open("wb") as out, (self.logs / "stderr.log").open("wb") as err:
@@ -103,7 +92,6 @@ class Job:
                 start_new_session=True,
             )
         self.start_time = time.time()
-        self.max_steps = 0
         _jobs.append(self)
 
     def stdout(self) -> str:
@@ -141,8 +129,7 @@ class Job:
     ) -> bool:
         """Wait until `condition` holds or the job has exited; return True if it holds.
 
-        Raises:
-            StuckError: neither happened within `timeout_s` of the job's last progress.
+        Raise RuntimeError if neither happened within `timeout_s` of the job's last progress.
         """
         progress, deadline = None, time.monotonic() + timeout_s
         while not condition():
@@ -152,7 +139,7 @@ class Job:
                 last, progress = progress, (self.run.last_step(), self.stdout())
                 if progress == last:
                     self.kill()
-                    raise StuckError(f"no progress for {timeout_s:.0f} s: {self.output_tail()}")
+                    raise RuntimeError(f"no progress for {timeout_s:.0f} s: {self.output_tail()}")
                 deadline += timeout_s
             time.sleep(poll_s)
         return True
@@ -179,11 +166,7 @@ class Job:
             (os.killpg if target == "group" else os.kill)(self.process.pid, signum)
 
     def rank(self, rank: int) -> psutil.Process:
-        """Return the process of a rank.
-
-        Raises:
-            LookupError: it does not run.
-        """
+        """Return the process of a rank. Raise LookupError if it does not run."""
         main = psutil.Process(self.process.pid)
         if self.ranks == 1:
             return main
@@ -208,8 +191,8 @@ class Job:
                     processes.append(process)
         return processes
 
-    def kill(self, known: list[psutil.Process] | None = None) -> int:
-        """Kill all processes with SIGKILL, those of `known` first; return the exit status of the main one."""
+    def kill(self, known: list[psutil.Process] | None = None) -> None:
+        """Kill all processes with SIGKILL, those of `known` first."""
         processes = known or self.processes()
         while processes:
             for process in processes:
@@ -218,7 +201,7 @@ class Job:
             self.process.poll()
             time.sleep(0.002)
             processes = self.processes()
-        return int(self.process.wait())
+        self.process.wait()
 
     def _read(self, pattern: str) -> str:
         paths = sorted(self.logs.glob(pattern))

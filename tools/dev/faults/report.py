@@ -23,7 +23,6 @@ class Trial:
         lost_steps: steps that had to be repeated; None where that does not apply.
         is_identical: True if the run ended exactly like the fault-free one; None where it must not.
         statuses: exit statuses of train.py, or of torchrun.
-        note: remark for the table.
     """
 
     fault: str
@@ -32,7 +31,6 @@ class Trial:
     lost_steps: int | None = None
     is_identical: bool | None = None
     statuses: list[int] = field(default_factory=list)
-    note: str = ""
 
     def check(self, holds: object, problem: str) -> None:
         """Add a problem unless `holds`."""
@@ -92,9 +90,8 @@ class Report:
 def _cells(trials: Sequence[Trial]) -> dict[str, str]:
     lost = [trial.lost_steps for trial in trials if trial.lost_steps is not None]
     identical = [trial.is_identical for trial in trials if trial.is_identical is not None]
-    notes = ", ".join(dict.fromkeys(trial.note for trial in trials if trial.note))
     return {
-        "fault": trials[0].fault + (f" ({notes})" if notes else ""),
+        "fault": trials[0].fault,
         "ranks": str(trials[0].ranks),
         "tried": str(len(trials)),
         "survived": str(sum(not trial.problems for trial in trials)),

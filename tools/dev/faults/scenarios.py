@@ -135,21 +135,13 @@ def restart_rank(experiment: Experiment) -> None:
         job = run.start(max_restarts=3)
         for rank in range(2):
             next_step = run.last_step() + 4
-            job.wait_until(partial(_is_training, job, rank, next_step))
+            job.wait_until(lambda: run.last_step() >= next_step and job.has_rank(rank))  # noqa: B023 (called at once)
             job.wait_seconds(random.uniform(0, 0.5))
             last = run.last_step()
             job.send_signal(signal.SIGKILL, f"rank{rank}")
-            job.wait_until(partial(_has_resumed, job, rank + 1))
+            job.wait_until(lambda: len(job.resumed_steps()) > rank)  # noqa: B023 (called at once)
             trial.add_lost_steps(max(0, last - job.resumed_steps()[-1]))
         experiment.check_finished(trial, run, job)
-
-
-def _is_training(job: Job, rank: int, step: int) -> bool:
-    return job.run.last_step() >= step and job.has_rank(rank)
-
-
-def _has_resumed(job: Job, count: int) -> bool:
-    return len(job.resumed_steps()) >= count
 
 
 def kill_worker(experiment: Experiment) -> None:
