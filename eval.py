@@ -22,30 +22,24 @@ import sys
 # PyTorch reads the variable when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from vil.command_line import (
-    ParsedArguments,
-    ResolvedConfig,
-    errors_of_one_rank,
-    resolve_eval_command,
-    run_program,
-)
+from vil.command_line import ParsedArguments, ResolvedConfig, resolve_eval_command, run_program
 
 if __name__ == "__main__":  # before the slow import of PyTorch, for a fast --help
     ARGUMENTS = run_program(resolve_eval_command, sys.argv[1:])
 
-import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from data import NotImageNetError, Validation, build_validation, dataset_name
+from data import NotImageNetError, Validation, build_validation, class_folder_options, dataset_name
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.published_config import read_published_config
 from vil.checkpoints.weights import Weights
-from vil.command_line import file_origin
+from vil.command_line import errors_of_one_rank, file_origin
 from vil.config import (
     COMMAND_LINE,
     DataConfig,
@@ -93,17 +87,6 @@ class StoredModel:
     transform: Mapping[str, object]
 
 
-@dataclass(frozen=True)
-class EvaluationJob:
-    """A model with its weights, and the data sets to evaluate it on; none measures the cost alone."""
-
-    model: nn.Module
-    datasets: list[EvaluationDataset]
-    config: EvalConfig
-    checkpoint: str | None
-    weights: str
-
-
 def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConfig]) -> None:
     """Open all models and data sets, evaluate, print the table and write the JSON file.
 
@@ -121,9 +104,9 @@ def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConf
             choose_precision(config.precision, process.device)
             set_deterministic(config.deterministic)
             paths: Sequence[str | None] = config.checkpoint or [None]
-            jobs = [open_job(path, args, command, process) for path in paths]
+            evaluations = [open_evaluation(path, args, command, process) for path in paths]
             with errors_of_one_rank():
-                results = [result for job in jobs for result in run_job(job, process)]
+                results = [result for evaluation in evaluations for result in evaluation()]
             if process.is_main:
                 print_results(add_corruption_summaries(results), config.json)
     except UserError as error:
@@ -142,21 +125,13 @@ def check_json_output(args: ParsedArguments[EvalConfig], config: EvalConfig) -> 
     call_on_main(lambda: check_writable(Path(output), "json"))
 
 
-def open_job(
-    path: str | None,
-    args: ParsedArguments[EvalConfig],
-    command: ResolvedConfig[EvalConfig],
-    process: Process,
-) -> EvaluationJob:
-    """Open a checkpoint, or build an untrained model, and open the data sets.
+def open_evaluation(
+    path: str | None, args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConfig], process: Process
+) -> Callable[[], list[report.Result]]:
+    """Open a checkpoint, or build an untrained model, and open the data sets; return their evaluation.
 
-    With --print_config, print the configuration on the first data set instead.
-
-    Args:
-        path: the checkpoint; None for weights of timm and untrained ones.
-        args: the parsed command line.
-        command: the args, resolved without the configuration of the checkpoint.
-        process: this process.
+    With --print_config, print the configuration on the first data set instead. The checkpoint is None for
+    weights of timm and untrained ones; `command` lacks the configuration of the checkpoint.
     """
     stored = read_stored(path, command)
     args_per_dataset = split_datasets(args, command.config.datasets)
@@ -170,19 +145,12 @@ def open_job(
     validations = [] if config.complexity else open_datasets(commands, process)
     model = build_model(stored, config, validations, process)
     datasets = match_datasets(stored, config, validations, model)
+    source = None
     if stored.weights is not None:
+        source = stored.weights.path
         with errors_in_option("checkpoint"):
             stored.weights.load_into(model, config.model.image_size)
-    return EvaluationJob(
-        model, datasets, config, stored.weights.path if stored.weights else None, stored.kind
-    )
-
-
-def run_job(job: EvaluationJob, process: Process) -> list[report.Result]:
-    """Evaluate the model of a job on its data sets."""
-    return evaluate_model(
-        job.model, job.datasets, job.config, process, checkpoint=job.checkpoint, weights=job.weights
-    )
+    return partial(evaluate_model, model, datasets, config, process, checkpoint=source, weights=stored.kind)
 
 
 def read_stored(path: str | None, command: ResolvedConfig[EvalConfig]) -> StoredModel:
@@ -193,21 +161,18 @@ def read_stored(path: str | None, command: ResolvedConfig[EvalConfig]) -> Stored
             published = read_published_config(config.released_config)
     name = config.model.name
     if path is None:
-        is_pretrained = bool(timm_start_options(config.model.timm_options))
-        transform: Mapping[str, object] = published.transform if published else {}
-        if is_pretrained and name.startswith("timm/"):
+        kind = "timm" if timm_start_options(config.model.timm_options) else "untrained"
+        model, transform = (published.model, published.transform) if published else (None, {})
+        if kind == "timm" and name.startswith("timm/"):
             transform = pretrained_transform(name)
-        kind = "timm" if is_pretrained else "untrained"
-        return StoredModel(
-            config.released_config, None, kind, published.model if published else None, transform
-        )
+        return StoredModel(config.released_config, None, kind, model, transform)
     with errors_in_option("checkpoint"):
         weights = open_weights(path, published, config.run_checkpoint, config.weights)
         if "model.name" not in command.origins:
             weights.require_model("--released_config")
     is_timm = weights.model is None and name.startswith("timm/")
-    transform = pretrained_transform(name) if is_timm else weights.transform
-    return StoredModel(path, weights, weights.kind, weights.model, transform)
+    stored_transform = pretrained_transform(name) if is_timm else weights.transform
+    return StoredModel(path, weights, weights.kind, weights.model, stored_transform)
 
 
 def split_datasets(
@@ -226,11 +191,7 @@ def split_datasets(
             continue
         with errors_in_option("datasets"):
             folders = list_datasets(name)
-        # The folder is its own training split, or else a class named train would be used as the split.
-        splits = {"data.train_split": ".", "data.val_split": "."}
-        args_per_dataset += [
-            args.with_values({"data.source": "folder", "data.root": folder, **splits}) for folder in folders
-        ]
+        args_per_dataset += [args.with_values(class_folder_options(folder)) for folder in folders]
     if not args_per_dataset:
         raise UserError("datasets", "expected at least one folder or YAML file")
     return args_per_dataset
@@ -274,18 +235,17 @@ def open_datasets(commands: Sequence[ResolvedConfig[EvalConfig]], process: Proce
 
     Of several data sets, only those with ImageNet's validation images use `data.real_labels`.
     """
-    validations = []
-    foreign: list[NotImageNetError] = []
+    validations, num_foreign = [], 0
     for command in commands:
         config = command.config
         try:
             validations.append(build_validation(config, process))
-        except NotImageNetError as error:
-            foreign.append(error)
-            if len(foreign) == len(commands):
+        except NotImageNetError:
+            num_foreign += 1
+            if num_foreign == len(commands):
                 raise
-            data = dataclasses.replace(config.data, real_labels=None)
-            validations.append(build_validation(dataclasses.replace(config, data=data), process))
+            config = replace(config, data=replace(config.data, real_labels=None))
+            validations.append(build_validation(config, process))
     return validations
 
 
@@ -293,7 +253,7 @@ def build_model(
     stored: StoredModel, config: EvalConfig, validations: Sequence[Validation], process: Process
 ) -> nn.Module:
     """Build the model, whose weights are those of timm, or the same random ones on every rank."""
-    num_classes = validations[0].num_classes if validations else IMAGENET_CLASSES
+    num_classes = len(validations[0].class_names) if validations else IMAGENET_CLASSES
     if stored.kind == "timm":
         num_classes = pretrained_classes(config.model.name)
     seed_generators(0, "weights")
@@ -319,9 +279,8 @@ def match_datasets(
             indices = match_classes(validation.class_names, trained_names, num_logits, by_position)
         except UserError as error:
             raise UserError(error.location, f"{validation.name}: {error.reason}") from None
-        datasets.append(
-            EvaluationDataset(validation.name, validation.loader, validation.num_classes, indices)
-        )
+        num_classes = len(validation.class_names)
+        datasets.append(EvaluationDataset(validation.name, validation.loader, num_classes, indices))
     if config.match_classes == "position" and stored.weights is not None:
         _logger.info("classes with unknown names are matched by position: class k is row k of the head")
     return datasets

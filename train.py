@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__" and hasattr(signal, "SIGUSR1"):
+if __name__ == "__main__":
     # SIGUSR1 requests a checkpoint; by default it kills a process that is not training yet, or no longer.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
@@ -113,28 +113,22 @@ def check_output(command: ResolvedConfig[TrainConfig]) -> None:
     except UserError:
         return
     if not is_run:
-        reason = f"{config.output} contains no run to continue; to start one there, name what to train, "
-        reason += "for example with --data configs/data/digits.yaml"
-        raise UserError("output", reason, COMMAND_LINE)
+        hint = "to start one there, name what to train, for example with --data configs/data/digits.yaml"
+        raise UserError("output", f"{config.output} contains no run to continue; {hint}", COMMAND_LINE)
 
 
 def build(config: TrainConfig, process: Process, is_new: bool) -> tuple[Loaders, torch.nn.Module, Mixing]:
-    """Return the images, the model and mixup/cutmix; set the number of classes from the data.
+    """Return the images, the model and mixup/cutmix; set `model.num_classes` from the data.
 
-    Args:
-        config: the configuration; `model.num_classes` is filled in.
-        process: this process.
-        is_new: load the initial weights, if the configuration has any.
-
-    Raises:
-        UserError: the model cannot be built, or does not fit the data or the device.
+    A new run loads its initial weights, if the configuration has any.
     """
     schedule = config.schedule
     loaders = build_loaders(config, process)
+    num_classes = len(loaders.class_names)
     if config.model.num_classes is None:
-        config.model.num_classes = loaders.num_classes
-    if config.model.num_classes < loaders.num_classes:
-        reason = f"the data has {loaders.num_classes} classes, got {config.model.num_classes}"
+        config.model.num_classes = num_classes
+    if config.model.num_classes < num_classes:
+        reason = f"the data has {num_classes} classes, got {config.model.num_classes}"
         raise UserError("model.num_classes", reason)
     seed_generators(config.seed, "weights")
     with errors_in_section("model"):
@@ -194,11 +188,9 @@ def report(
     (result,) = evaluate_model(model, [dataset], options, process, checkpoint=str(path), weights=kind)
     call_on_main(lambda: write_json(folder / run_folder.SUMMARY, [result]))
     minutes, seconds = divmod(round(summary.seconds), 60)
-    print_on_main(
-        process,
-        f"Top-1 {result['top1']:.2f} % of {result['images']:,} images (best epoch {state['best']['epoch']}, "
-        f"{'EMA' if kind == 'ema' else 'raw'} weights) · {minutes} min {seconds} s · {folder}",
-    )
+    best = f"best epoch {state['best']['epoch']}, {'EMA' if kind == 'ema' else 'raw'} weights"
+    accuracy = f"Top-1 {result['top1']:.2f} % of {result['images']:,} images ({best})"
+    print_on_main(process, f"{accuracy} · {minutes} min {seconds} s · {folder}")
 
 
 def announce(process: Process, state: State, config: TrainConfig) -> None:

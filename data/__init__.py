@@ -18,6 +18,7 @@ from data.mixing import Mixing, check_even_batch, is_mixing_enabled
 from data.progressive_resizing import ProgressiveResizingLoader
 from data.real_labels import NotImageNetError, RealLabelImages
 from data.sources import dataset_name, open_source
+from data.sources.folder import class_folder_options
 from data.subsets import select_subset
 from data.transforms import evaluation_transform, train_transform
 from data.unreadable_images import UnreadableImages
@@ -31,50 +32,28 @@ __all__ = [
     "Validation",
     "build_loaders",
     "build_validation",
+    "class_folder_options",
     "dataset_name",
 ]
 
 
 @dataclass
 class Validation:
-    """A validation set.
-
-    Attributes:
-        name: name of the data set in results.
-        loader: this rank's batches.
-        class_names: names of the classes, by index.
-    """
+    """A validation set: its name in results, this rank's batches, and its classes by index."""
 
     name: str
     loader: ValidationLoader
     class_names: tuple[str, ...]
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
-
 
 @dataclass
 class Loaders:
-    """The loaders of a training run.
-
-    Attributes:
-        train: this rank's micro-batches.
-        validation: this rank's batches of the validation set.
-        class_names: names of the classes, by index.
-        train_images: size of the training set.
-    """
+    """This rank's batches in a training run, the classes by index, and the size of the training set."""
 
     train: MicroBatchLoader | ProgressiveResizingLoader
     validation: ValidationLoader
     class_names: tuple[str, ...]
     train_images: int
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
 
 
 def build_loaders(config: TrainConfig, process: Process) -> Loaders:
@@ -121,14 +100,8 @@ def build_loaders(config: TrainConfig, process: Process) -> Loaders:
 def build_validation(config: EvalConfig, process: Process, channels_last: bool = False) -> Validation:
     """Open the validation split alone and build its loader; the training split is not needed.
 
-    Args:
-        config: the data set, image size and channels of the model, and batch size per rank.
-        process: this process.
-        channels_last: convert the images to channels-last order.
-
     Raises:
-        UserError: the options do not fit the data set, or a file is missing or invalid; NotImageNetError if
-            the images are not those of `data.real_labels`.
+        NotImageNetError: the images are not those of `data.real_labels`.
     """
     data, model = config.data, config.model
     transform = evaluation_transform(data, image_size=model.image_size, in_chans=model.in_chans)

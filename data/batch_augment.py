@@ -50,11 +50,7 @@ class AugmentationPlan:
 
 
 class AugmentationPlanner:
-    """Draw plans from the global generators, as `transform` would draw for an image.
-
-    Args:
-        transform: a training transform for which `unsupported_option` is None.
-    """
+    """Draw plans from the global generators, as a transform without `unsupported_option` draws."""
 
     def __init__(self, transform: Transform) -> None:
         assert isinstance(transform.crop, RandomResizedCrop)
@@ -94,13 +90,9 @@ def apply_to_image(image: Image.Image, operations: Sequence[Operation]) -> Image
 
 
 def apply_to_batch(images: Tensor, operations: Sequence[Sequence[Operation]]) -> Tensor:
-    """Apply the operations of each image in place, on the device of the images.
+    """Apply the operations of each image to (B, 3, H, W), uint8, contiguous, in place and on its device.
 
     All images whose n-th operation is the same are changed together.
-
-    Args:
-        images: (B, 3, H, W), uint8, contiguous.
-        operations: of each image.
     """
     for step in range(max(map(len, operations), default=0)):
         groups: dict[Arguments, list[tuple[int, Arguments]]] = defaultdict(list)
@@ -110,11 +102,10 @@ def apply_to_batch(images: Tensor, operations: Sequence[Sequence[Operation]]) ->
                 groups[kind].append((index, arguments))
         for (name, *options), members in groups.items():
             indices = torch.tensor([index for index, _ in members]).to(images.device, non_blocking=True)
-            rows = torch.tensor(
-                [arguments for _, arguments in members], dtype=torch.float64
-            )  # (members, arguments)
+            rows = torch.tensor([row for _, row in members], dtype=torch.float64)  # (members, arguments)
             rows = rows.to(images.device, non_blocking=True)
-            images[indices] = _BATCH_OPERATIONS[name](images[indices], rows, *options)
+            columns = [rows] if name == "affine" else rows.unbind(1)
+            images[indices] = getattr(batch_operations, name)(images[indices], *columns, *options)
     return images
 
 
@@ -125,15 +116,6 @@ _SUPPORTED_POLICIES = (
     auto_augment.AutoAugment,
     transforms.TrivialAugmentWide,
     transforms.ColorJitter,
-)
-_GEOMETRIC_OPERATIONS = (
-    auto_augment.shear_x,
-    auto_augment.shear_y,
-    auto_augment.translate_x_abs,
-    auto_augment.translate_y_abs,
-    auto_augment.translate_x_rel,
-    auto_augment.translate_y_rel,
-    auto_augment.rotate,
 )
 
 
@@ -151,24 +133,18 @@ def _recorder(policy: Any) -> Callable[[AugmentationPlan], object]:
 
 def _recorded(function: Callable[..., Image.Image]) -> Callable[..., AugmentationPlan]:
     """Return a stand-in for an operation of timm that records the call in a plan."""
-    is_geometric, is_random_blur = (
-        function in _GEOMETRIC_OPERATIONS,
-        function is auto_augment.gaussian_blur_rand,
-    )
 
     def record(
         plan: AugmentationPlan, *arguments: float, resample: object, fillcolor: object
     ) -> AugmentationPlan:
-        if is_random_blur:  # the only operation that draws a value itself
+        operation = Operation(function, arguments)
+        if function is auto_augment.gaussian_blur_rand:  # the only operation that draws a value itself
             radius = random.uniform(0.1, 2.0 * arguments[0])  # noqa: S311
-            plan.operations.append(Operation(auto_augment.gaussian_blur, (radius,)))
-        elif is_geometric:
+            operation = Operation(auto_augment.gaussian_blur, (radius,))
+        elif function.__name__ in _AFFINE_COEFFICIENTS:
             choice = random.choice(resample) if isinstance(resample, (list, tuple)) else resample  # noqa: S311
-            plan.operations.append(
-                Operation(function, arguments, {"resample": choice, "fillcolor": fillcolor})
-            )
-        else:
-            plan.operations.append(Operation(function, arguments))
+            operation = Operation(function, arguments, {"resample": choice, "fillcolor": fillcolor})
+        plan.operations.append(operation)
         return plan
 
     return record
@@ -235,7 +211,7 @@ _TRIVIAL_OPERATIONS: dict[str, Callable[[float], list[Operation]]] = {
 
 
 def _batch_operation(operation: Operation, width: int, height: int) -> tuple[Arguments, Arguments]:
-    """Return the operation on a batch: (name, shared options) and the arguments of this image."""
+    """Return the function of `batch_operations` with its shared options, and the arguments of this image."""
     name = operation.function.__name__.lstrip("_")
     if name == "desaturate":
         return ("color",), (min(1.0, max(0.0, 1.0 - operation.arguments[0])),)
@@ -266,32 +242,3 @@ _AFFINE_COEFFICIENTS: dict[str, Callable[[Any, int, int], Sequence[float]]] = {
     "transform": lambda coefficients, width, height: coefficients,
 }
 """(a, b, c, d, e, f) of Pillow's affine transform."""
-
-
-def _affine(images: Tensor, coefficients: Tensor, filter: str, axis: str, fill: tuple[int, ...]) -> Tensor:
-    color = torch.tensor(fill, dtype=torch.uint8, device=images.device)
-    return batch_operations.affine(images, coefficients, filter=filter, fill=color, axis=axis)
-
-
-def _without_argument(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda images, _: function(images)
-
-
-def _with_argument(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda images, arguments: function(images, arguments[:, 0])
-
-
-_BATCH_OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    "affine": _affine,
-    "invert": _without_argument(batch_operations.invert),
-    "auto_contrast": _without_argument(batch_operations.auto_contrast),
-    "equalize": _without_argument(batch_operations.equalize),
-    "posterize": _with_argument(batch_operations.posterize),
-    "solarize": _with_argument(batch_operations.solarize),
-    "solarize_add": _with_argument(batch_operations.solarize_add),
-    "brightness": _with_argument(batch_operations.brightness),
-    "contrast": _with_argument(batch_operations.contrast),
-    "color": _with_argument(batch_operations.color),
-    "sharpness": _with_argument(batch_operations.sharpness),
-    "gaussian_blur": _with_argument(batch_operations.gaussian_blur),
-}

@@ -79,10 +79,8 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     if min(images.shape[2:]) >= 3:
         x = images.to(torch.int16)
         rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
-        weighted = (
-            rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x[:, :, 1:-1, 1:-1]
-        )  # weights sum to 13
-        smooth[:, :, 1:-1, 1:-1] = ((2 * weighted + 13) // 26).to(torch.uint8)
+        total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x[:, :, 1:-1, 1:-1]  # 13 weights
+        smooth[:, :, 1:-1, 1:-1] = ((2 * total + 13) // 26).to(torch.uint8)
     return _blend(smooth.float(), images, factor)
 
 
@@ -114,7 +112,7 @@ def gaussian_blur(images: Tensor, radius: Tensor) -> Tensor:
     return x.clamp(0, 255).to(torch.uint8)
 
 
-def affine(images: Tensor, coefficients: Tensor, *, filter: str, fill: Tensor, axis: str = "both") -> Tensor:
+def affine(images: Tensor, coefficients: Tensor, filter: str, axis: str, fill: tuple[int, ...]) -> Tensor:
     """Sample each pixel at the position that an affine map assigns to it.
 
     Args:
@@ -122,9 +120,9 @@ def affine(images: Tensor, coefficients: Tensor, *, filter: str, fill: Tensor, a
         coefficients: (B, 6), the (a, b, c, d, e, f) of Pillow: pixel (x, y) of the result is the image's
             value at (ax + by + c, dx + ey + f), where the center of the first pixel is (0.5, 0.5).
         filter: nearest, bilinear or bicubic.
-        fill: (3,), uint8, color of positions outside the image.
         axis: horizontal or vertical if the map does not change the other coordinate, which is faster;
             else both.
+        fill: color of positions outside the image.
     """
     height, width = images.shape[2:]
     a, b, c, d, e, f = (value[:, None, None] for value in coefficients.float().unbind(1))
@@ -139,10 +137,8 @@ def affine(images: Tensor, coefficients: Tensor, *, filter: str, fill: Tensor, a
     total: Tensor | None = None
     for row, row_weight in rows:
         for column, column_weight in columns:
-            positions = (
-                (row * width + column).flatten(1)[:, None].expand(-1, pixels.shape[1], -1)
-            )  # (B, 3, H·W)
-            values = pixels.gather(2, positions).view_as(images)
+            position = (row * width + column).flatten(1)[:, None]  # (B, 1, H·W)
+            values = pixels.gather(2, position.expand_as(pixels)).view_as(images)
             if filter != "nearest":
                 values = values * (row_weight * column_weight)[:, None]
             total = values if total is None else total.add_(values)
@@ -150,7 +146,8 @@ def affine(images: Tensor, coefficients: Tensor, *, filter: str, fill: Tensor, a
     if filter != "nearest":
         # Pillow truncates sums in double precision; these are in single precision.
         total = (total + 1e-3).clamp_(0, 255).to(torch.uint8)
-    return torch.where(inside[:, None], total, fill.view(1, -1, 1, 1))
+    color = torch.tensor(fill, dtype=torch.uint8, device=images.device)
+    return torch.where(inside[:, None], total, color.view(1, -1, 1, 1))
 
 
 def gray(images: Tensor) -> Tensor:

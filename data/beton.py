@@ -18,16 +18,8 @@ VERSION = 2
 RAW_MODE = 1
 """Mode of an image that is stored as pixels; 0 is JPEG."""
 
-_HEADER = np.dtype(
-    [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("allocations", "<u8"),
-    ],
-    align=True,
-)
+_HEADER_TYPES = {"version": "<u2", "num_fields": "<u2", "page_size": "<u4", "num_samples": "<u8"}
+_HEADER = np.dtype([*_HEADER_TYPES.items(), ("allocations", "<u8")], align=True)
 _FIELD = np.dtype([("kind", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
 _ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("offset", "<u8")])
@@ -124,11 +116,7 @@ class Beton:
 
 
 def _find_fields(path: Path, names: Sequence[str], kinds: Sequence[int]) -> tuple[int, int]:
-    """Return the indices of the image field and the class field.
-
-    Raises:
-        UserError: one of them is missing or ambiguous.
-    """
+    """Return the indices of the image field and the class field, neither of them missing or ambiguous."""
     if _CUSTOM_KIND in kinds:
         name = names[kinds.index(_CUSTOM_KIND)]
         raise UserError("data.root", f"{path}: field {name!r} has a custom type, not one of FFCV's")

@@ -16,7 +16,7 @@ import functools
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import numpy as np
@@ -79,12 +79,7 @@ def decoding_errors() -> Iterator[None]:
 
 
 class EncodedImage:
-    """An image that is not decoded yet.
-
-    Args:
-        content: an encoded image of one of `FORMATS`, or an image of Pillow.
-        mode: target mode, RGB or L (gray).
-    """
+    """An encoded image of one of `FORMATS`, or an image of Pillow, and its target mode: RGB or L (gray)."""
 
     def __init__(self, content: bytes | Image.Image, mode: Mode) -> None:
         self._content = content
@@ -100,34 +95,27 @@ class EncodedImage:
             return self._open().size
 
     def decode(self, scale: int = 1) -> np.ndarray:
-        """Return the pixels, (H, W, 3), or (H, W) for gray, uint8.
+        """Return the pixels, (H, W, 3), or (H, W) for gray, uint8. Raises UnreadableImageError.
 
-        Args:
-            scale: one of `SCALES`. If the format supports it, H and W are those of the image divided by it
-                and rounded up; else those of the image.
-
-        Raises:
-            UnreadableImageError: the image is damaged.
+        If the format supports it, H and W are those of the image divided by `scale`, one of `SCALES`, and
+        rounded up.
         """
         if self._jpeg_size is not None and self._mode == "RGB":
             width, height = (-(-side // scale) for side in self._jpeg_size)
-            try:
+            with suppress(ValueError):  # Pillow is more lenient, and has better messages
                 pixels = simplejpeg.decode_jpeg(
                     self._content, "RGB", min_height=height, min_width=width, min_factor=scale
                 )
                 if pixels.shape == (height, width, 3):
                     return pixels
-            except ValueError:
-                pass  # Pillow is more lenient, and has better messages
         with decoding_errors():
             image = self._open()
-            if scale == 1:
-                return np.asarray(_convert(image, self._mode))
-            image.draft(None, (image.width // scale, image.height // scale))
-            try:
-                return np.asarray(_convert(image, self._mode))
-            except OSError:  # lossless JPEGs have no reduced scales
-                return np.asarray(_convert(self._open(), self._mode))
+            if scale > 1:
+                image.draft(None, (image.width // scale, image.height // scale))
+                with suppress(OSError):  # lossless JPEGs have no reduced scales
+                    return np.asarray(_convert(image, self._mode))
+                image = self._open()
+            return np.asarray(_convert(image, self._mode))
 
     def to_pil(self) -> Image.Image:
         """Return the whole image. Raises UnreadableImageError if it is damaged."""
@@ -169,9 +157,10 @@ def _supported_formats() -> tuple[str, ...]:
 
 
 @functools.cache
-def image_extensions() -> tuple[str, ...]:
+def image_extensions() -> frozenset[str]:
     """Return the file extensions of the supported formats, in lower case: .jpg, .png, …"""
-    return tuple(end for end, name in Image.registered_extensions().items() if name in _supported_formats())
+    known = Image.registered_extensions().items()
+    return frozenset(end for end, name in known if name in _supported_formats())
 
 
 def _identification_error(content: bytes) -> str:
@@ -221,11 +210,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, sectio
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Return the upper 8 of the 16 bits of a gray image, or of as many as a TIFF declares.
-
-    Raises:
-        ValueError: the values have no defined range.
-    """
+    """Return the upper 8 of the 16 bits of a gray image, or of as many as a TIFF declares."""
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these have 16 bits
         kind = "floats" if image.mode == "F" else "32-bit or signed integers"
         raise ValueError(f"its pixels are {kind}, of no defined range; expected 8 or 16 unsigned bits")

@@ -25,30 +25,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.batch_augment import (
-    AugmentationPlan,
-    AugmentationPlanner,
-    Operation,
-    apply_to_batch,
-    apply_to_image,
-    unsupported_option,
-)
+from data import batch_augment
+from data.batch_augment import AugmentationPlan, AugmentationPlanner, Operation
 from data.beton import Beton
-from data.loaders import (
-    LoaderOptions,
-    MicroBatchLoader,
-    ReplacedSample,
-    TrainingViews,
-    TrainSample,
-    UnreadableImage,
-)
+from data.loaders import MicroBatchLoader, TrainSample
 from data.samplers import Key, MicroBatches
 from data.sources import Source
 from data.sources.ffcv import FFCVImages
 from data.subsets import unwrap_subset
 from data.to_device import ErasedRegions, collate_erasing
 from data.transforms import RandomResizedCrop, train_transform
-from data.unreadable_images import UnreadableImages
 from vil.config import TrainConfig, UserError, error_reason
 from vil.runtime.distributed import Process
 from vil.runtime.seeding import seed_sequence, seeded
@@ -64,10 +50,8 @@ _logger = logging.getLogger("vil.data")
 
 
 def _missing_ffcv(error: BaseException) -> UserError:
-    return UserError(
-        "data.source",
-        f"ffcv needs the package FFCV ({error_reason(error)}); to install it: {INSTALL_COMMAND}",
-    )
+    reason = f"ffcv needs the package FFCV ({error_reason(error)}); to install it: {INSTALL_COMMAND}"
+    return UserError("data.source", reason)
 
 
 def import_ffcv() -> None:
@@ -96,29 +80,21 @@ def load_decoder() -> Any:
     raise _missing_ffcv(ImportError("it is not installed"))
 
 
+@dataclass(frozen=True)
 class StoredImage:
-    """An image of a .beton file, decoded by FFCV.
+    """The image of a .beton file with an index, decoded by FFCV."""
 
-    Args:
-        beton: the file.
-        index: index of the image.
-    """
-
-    def __init__(self, beton: Beton, index: int) -> None:
-        self._beton, self._index = beton, index
+    beton: Beton
+    index: int
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height, in pixels."""
-        return int(self._beton.widths[self._index]), int(self._beton.heights[self._index])
+        return int(self.beton.widths[self.index]), int(self.beton.heights[self.index])
 
     def decode(self, scale: int = 1) -> np.ndarray:
-        """Return the pixels, (H, W, 3) uint8; of a JPEG with both sides divided by `scale` and rounded up.
-
-        Raises:
-            ValueError: FFCV does not decode it.
-        """
-        stored = self._beton.stored(self._index)
+        """Return (H, W, 3) uint8, a JPEG's sides divided by `scale` and rounded up; ValueError if damaged."""
+        stored = self.beton.stored(self.index)
         if stored.ndim == 3:
             return stored
         width, height = self.size
@@ -138,10 +114,9 @@ def uses_ffcv(config: TrainConfig, source: Source, process: Process) -> bool:
     if not isinstance(unwrap_subset(source)[0], FFCVImages):
         return False
     model = config.model
-    transform = train_transform(
-        config.schedule.augment, config.data, image_size=model.image_size, in_chans=model.in_chans
-    )
-    option = unsupported_option(transform)
+    augment, size = config.schedule.augment, model.image_size
+    transform = train_transform(augment, config.data, image_size=size, in_chans=model.in_chans)
+    option = batch_augment.unsupported_option(transform)
     if option is not None and process.is_main:
         _logger.warning(
             "data.source ffcv: %s cannot run on batches; falling back to %d worker processes per rank",
@@ -152,21 +127,11 @@ def uses_ffcv(config: TrainConfig, source: Source, process: Process) -> bool:
 
 
 def build_micro_batches(config: TrainConfig, source: Source, process: Process) -> MicroBatches:
-    """Build the micro-batches of a source in the order `data.ffcv_order`.
-
-    Raises:
-        UserError: the order is quasi-random for images outside of .beton files, or `MicroBatches` raises it.
-    """
+    """Build the micro-batches of a source in the order `data.ffcv_order`."""
     schedule = config.schedule
     repeats = schedule.augment.repeated_augmentation
-    options = (
-        schedule.batch_size,
-        schedule.accumulation,
-        config.seed,
-        repeats,
-        process.rank,
-        process.world_size,
-    )
+    ranks = (process.rank, process.world_size)
+    options = (schedule.batch_size, schedule.accumulation, config.seed, repeats, *ranks)
     if config.data.ffcv_order == "random":
         return MicroBatches(len(source), *options)
     base, indices = unwrap_subset(source)
@@ -178,29 +143,22 @@ def build_micro_batches(config: TrainConfig, source: Source, process: Process) -
 class QuasiRandomBatches(MicroBatches):
     """Micro-batches in an order that reads a file by its pages.
 
-    The pages are shuffled; the images of the pages of `BATCHES_PER_SHUFFLE` batches are shuffled together.
-    The order is a function of (seed, epoch), and an epoch has every image once.
-
-    Args:
-        pages: (images,), the page of each image.
-        options: arguments of `MicroBatches`.
+    The pages, (images,), are shuffled; the images of the pages of `BATCHES_PER_SHUFFLE` batches are shuffled
+    together. The order is a function of (seed, epoch), and an epoch has every image once.
     """
 
     def __init__(self, pages: np.ndarray, *options: int) -> None:
         super().__init__(*options)
         self._pages = np.unique(pages, return_inverse=True)[1].reshape(-1)
 
-    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return image indices and views of an epoch, each (num_images,), over all ranks."""
+    def shuffled(self, epoch: int) -> np.ndarray:
+        """Return all image indices, (num_images,), in the order of an epoch."""
         rng = np.random.default_rng(seed_sequence(self.seed, "quasi-random order", epoch))
         page_ranks = rng.permutation(self._pages.max() + 1)
         by_page = np.argsort(page_ranks[self._pages], kind="stable")
         group_size = max(1, BATCHES_PER_SHUFFLE * self.batch_size // self.repeats)
         groups = [by_page[first : first + group_size] for first in range(0, self.num_images, group_size)]
-        images = np.concatenate([rng.permutation(group) for group in groups])
-        images_seen = -(-self.num_images // self.repeats)
-        indices = images[:images_seen].repeat(self.repeats)[: self.num_images]
-        return indices, np.arange(self.num_images) % self.repeats
+        return np.concatenate([rng.permutation(group) for group in groups])
 
 
 @dataclass
@@ -221,35 +179,26 @@ class FFCVTrainLoader(MicroBatchLoader):
     A view is equal to the one that other sources make of the stored image: the draws are the same for the
     same (seed, epoch, index, view), for any number of threads and from any step on. Images that FFCV does not
     decode are loaded as other sources load them.
-
-    Raises:
-        UserError: FFCV is not installed.
     """
 
-    def __init__(
-        self,
-        views: TrainingViews,
-        micro_batches: MicroBatches,
-        options: LoaderOptions,
-        unreadable_images: UnreadableImages,
-    ) -> None:
-        super().__init__(views, micro_batches, options, unreadable_images)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         load_decoder()
-        source, self._indices = unwrap_subset(views.source)
-        assert isinstance(views.transform.crop, RandomResizedCrop)
+        source, self._indices = unwrap_subset(self.views.source)
+        assert isinstance(self.views.transform.crop, RandomResizedCrop)
         assert isinstance(source, FFCVImages)
         self._beton = source.beton
-        self._crop = views.transform.crop
-        self._planner = AugmentationPlanner(views.transform)
-        self._pool = ThreadPoolExecutor(max(1, options.workers), thread_name_prefix="ffcv")
-        self._pin_memory = self._augment_on_batches = options.device.type == "cuda"
+        self._crop = self.views.transform.crop
+        self._planner = AugmentationPlanner(self.views.transform)
+        self._pool = ThreadPoolExecutor(max(1, self.options.workers), thread_name_prefix="ffcv")
+        self._pin_memory = self._augment_on_batches = self.options.device.type == "cuda"
         self._pending: deque[_PendingBatch] = deque()
 
     def _load_epoch(self) -> Iterator[tuple[object, ...]]:
         for unfinished in self._pending:
             for task in unfinished.tasks:
                 task.cancel()
-        keys = iter(self._micro_batches)
+        keys = iter(self.micro_batches)
         pending: deque[_PendingBatch] = deque()
         self._pending = pending
         for _ in range(PREFETCHED_BATCHES):
@@ -263,7 +212,7 @@ class FFCVTrainLoader(MicroBatchLoader):
         plans = []
         for key in keys:
             index = self._indices[key[1]]
-            with seeded(self._views.seed, "augmentation", *key):
+            with seeded(self.views.seed, "augmentation", *key):
                 plans.append(self._planner(int(self._beton.widths[index]), int(self._beton.heights[index])))
         size = self._crop.size
         images = torch.empty((len(keys), size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
@@ -288,7 +237,7 @@ class FFCVTrainLoader(MicroBatchLoader):
             for flip in plan.flips:
                 pixels = flip.flip(pixels)
             if plan.operations and not self._augment_on_batches:
-                pixels = np.asarray(apply_to_image(Image.fromarray(pixels), plan.operations))
+                pixels = np.asarray(batch_augment.apply_to_image(Image.fromarray(pixels), plan.operations))
             images[index] = pixels
         return unreadable
 
@@ -300,7 +249,7 @@ class FFCVTrainLoader(MicroBatchLoader):
             batch = pending.popleft()
             unreadable = [index for task in batch.tasks for index in task.result()]
             self._submit(next(keys, None), pending)
-            targets = torch.from_numpy(self._views.source.targets[[index for _, index, _ in batch.keys]])
+            targets = torch.from_numpy(self.views.source.targets[[index for _, index, _ in batch.keys]])
             for index in unreadable:
                 pixels, targets[index], batch.plans[index].erasing = self._load_view(batch.keys[index])
                 batch.images[index] = pixels.permute(1, 2, 0)  # (C, H, W) -> (H, W, C)
@@ -314,15 +263,13 @@ class FFCVTrainLoader(MicroBatchLoader):
 
     def _load_view(self, key: Key) -> TrainSample:
         """Load by Pillow what FFCV does not decode, or the image that replaces it."""
-        sample = self._views[key]
-        if isinstance(sample, UnreadableImage):
-            raise sample.error()
-        if isinstance(sample, ReplacedSample):
-            self._record(sample.unreadable)
-            return sample.sample
-        return sample
+        sample = self.views[key]
+        if sample.content is None:
+            raise sample.unreadable[0].error()
+        self._record(sample.unreadable)
+        return sample.content
 
     def _finish(self, images: Tensor, operations: Sequence[Sequence[Operation]], *arguments: Any) -> Tensor:
         if operations:
-            images = apply_to_batch(images.contiguous(), operations)
+            images = batch_augment.apply_to_batch(images.contiguous(), operations)
         return super()._finish(images, *arguments)

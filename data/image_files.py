@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -22,39 +22,26 @@ METADATA_FOLDERS = frozenset(
 
 def has_image_extension(name: str) -> bool:
     """Return True if a file name has the extension of a supported format, in any case."""
-    return os.path.splitext(name)[1].lower() in _known_extensions()
-
-
-@functools.cache
-def _known_extensions() -> frozenset[str]:
-    return frozenset(image_extensions())
+    return os.path.splitext(name)[1].lower() in image_extensions()
 
 
 def is_metadata(path: str) -> bool:
-    """Return True for metadata of macOS, network storage and others: `._x.jpg`, `__MACOSX/x.jpg`, `@eaDir`, …
-
-    Args:
-        path: a file name, or a path with slashes.
-    """
+    """Return True for the path of metadata of macOS or network storage: `._x.jpg`, `__MACOSX/x.jpg`, …"""
     parts = path.split("/")
     return parts[-1].startswith("._") or not METADATA_FOLDERS.isdisjoint(parts)
 
 
+@dataclass
 class SkippedFiles:
-    """Count the files of a data set that are skipped because they are not named like images.
+    """Count the files of a folder or archive that are skipped because they are not named like images."""
 
-    Args:
-        origin: the folder or archive, for the message.
-    """
-
-    def __init__(self, origin: str | Path) -> None:
-        self._origin = origin
-        self._first = ""
-        self.count = 0
+    origin: Path
+    first: str = ""
+    count: int = 0
 
     def add(self, path: str) -> None:
         """Count a file."""
-        self._first = self._first or path
+        self.first = self.first or path
         self.count += 1
 
     def log(self) -> None:
@@ -62,7 +49,7 @@ class SkippedFiles:
         if self.count:
             files = "1 file was" if self.count == 1 else f"{self.count:,} files were"
             reason = "not named like images, or metadata"
-            _logger.warning("%s: %s skipped (%s), e.g. %s", self._origin, files, reason, self._first)
+            _logger.warning("%s: %s skipped (%s), e.g. %s", self.origin, files, reason, self.first)
 
 
 class FolderFiles(NamedTuple):
@@ -86,9 +73,6 @@ def find_files(class_folders: Sequence[Path]) -> list[FolderFiles]:
 
     Returns:
         One entry per class folder, with the images in the order of torchvision's ImageFolder.
-
-    Raises:
-        OSError: a folder cannot be listed; its `filename` is the folder.
     """
     entered = {_identity(path) for folder in class_folders for path in (folder, folder.parent)}
     files_by_class: list[dict[str, tuple[list[str], list[str]]]] = [{} for _ in class_folders]  # by folder

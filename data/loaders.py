@@ -6,9 +6,8 @@ import functools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ _logger = logging.getLogger("vil.data")
 
 @dataclass
 class UnreadableImage:
-    """Placeholder for a sample whose image cannot be decoded."""
+    """An image that cannot be decoded, and the reason."""
 
     image: str
     reason: str
@@ -43,68 +42,60 @@ class UnreadableImage:
 
 TrainSample = tuple[Tensor, int, ErasingPlan]
 """Pixels (C, H, W) uint8, target, and the erasing of the normalized image."""
+Content = TypeVar("Content", covariant=True)
 
 
-@dataclass
-class ReplacedSample:
-    """A sample that replaces unreadable ones."""
+@dataclass(frozen=True)
+class Sample(Generic[Content]):
+    """Pixels and target of an image, None if it cannot be read, and the images that cannot be read."""
 
-    sample: TrainSample
-    unreadable: list[UnreadableImage]
+    content: Content | None
+    unreadable: list[UnreadableImage] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class TrainingViews(Dataset[object]):
     """Augmented views of images: functions of the seed and of a key (epoch, index, view).
 
-    Args:
-        source: the images.
-        transform: their augmentation.
-        seed: the run's seed.
-        unreadable_images: skip replaces an unreadable image by the next one in the order of the epoch, with
-            the augmentation of the unreadable one, so that the same view does not occur twice.
+    With `unreadable_images` skip, the next image in the order of the epoch replaces an unreadable one, with
+    the augmentation of the unreadable one, so that the same view does not occur twice.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        transform: Transform,
-        seed: int,
-        unreadable_images: UnreadableImagePolicy = "fail",
-    ) -> None:
-        self.source = source
-        self.transform = transform
-        self.seed = seed
-        self.unreadable_images = unreadable_images
+    source: Source
+    transform: Transform
+    seed: int
+    unreadable_images: UnreadableImagePolicy = "fail"
 
-    def __getitem__(self, key: Key) -> TrainSample | ReplacedSample | UnreadableImage:
+    def __getitem__(self, key: Key) -> Sample[TrainSample]:
         epoch, index, _ = key
         sample = self._view(index, key)
-        if not isinstance(sample, UnreadableImage) or self.unreadable_images == "fail":
+        if sample.content is not None or self.unreadable_images == "fail":
             return sample
-        unreadable = [sample]
+        unreadable = sample.unreadable
         for other in replacement_indices(self.seed, epoch, len(self.source), index):
             sample = self._view(other, key)
-            if not isinstance(sample, UnreadableImage):
-                return ReplacedSample(sample, unreadable)
-            unreadable.append(sample)
-        return unreadable[0]
+            if sample.content is not None:
+                return Sample(sample.content, unreadable)
+            unreadable += sample.unreadable
+        return Sample(None, unreadable[:1])
 
-    def _view(self, index: int, key: Key) -> TrainSample | UnreadableImage:
+    def _view(self, index: int, key: Key) -> Sample[TrainSample]:
         with seeded(self.seed, "augmentation", *key):
             sample = _load(self.source, index, self.transform)
-            if isinstance(sample, UnreadableImage):
-                return sample
-            return *sample, self.transform.draw_erasing(sample[0].shape)
+            if sample.content is None:
+                return Sample(None, sample.unreadable)
+            pixels, target = sample.content
+            return Sample((pixels, target, self.transform.draw_erasing(pixels.shape)))
 
 
+@dataclass(eq=False)
 class EvaluationImages(Dataset[object]):
     """Images resized and cropped for evaluation: pixels (C, H, W) uint8, and target."""
 
-    def __init__(self, source: Source, transform: Transform) -> None:
-        self.source = source
-        self.transform = transform
+    source: Source
+    transform: Transform
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | UnreadableImage:
+    def __getitem__(self, index: int) -> Sample[tuple[Tensor, int | Tensor]]:
         return _load(self.source, index, self.transform)
 
 
@@ -123,32 +114,23 @@ class LoaderOptions:
     channels_last: bool = False
 
 
+@dataclass(eq=False)
 class MicroBatchLoader(ABC):
-    """Augmented micro-batches by epoch.
+    """Augmented micro-batches by epoch: the views of the keys in `micro_batches`.
 
-    Args:
-        views: the augmented views.
-        micro_batches: their order.
-        options: workers, device and layout.
-        unreadable_images: records images that were replaced.
+    Images that were replaced are recorded in `unreadable_images`.
     """
 
-    def __init__(
-        self,
-        views: TrainingViews,
-        micro_batches: MicroBatches,
-        options: LoaderOptions,
-        unreadable_images: UnreadableImages,
-    ) -> None:
-        self.steps_per_epoch = micro_batches.steps_per_epoch
-        self.num_images = micro_batches.num_images
-        self._views = views
-        self._micro_batches = micro_batches
-        self._options = options
-        self._unreadable_images = unreadable_images
-        self._normalize_and_erase = NormalizeAndErase(
-            views.transform.mean, views.transform.std, options.device
-        )
+    views: TrainingViews
+    micro_batches: MicroBatches
+    options: LoaderOptions
+    unreadable_images: UnreadableImages
+
+    def __post_init__(self) -> None:
+        self.steps_per_epoch = self.micro_batches.steps_per_epoch
+        self.num_images = self.micro_batches.num_images
+        transform = self.views.transform
+        self._normalize_and_erase = NormalizeAndErase(transform.mean, transform.std, self.options.device)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of an epoch, `accumulation` per step, from step `start` on.
@@ -161,12 +143,12 @@ class MicroBatchLoader(ABC):
         Raises:
             UserError: by the iterator: an image cannot be decoded, or too many cannot.
         """
-        self._micro_batches.set_epoch(epoch, start)
-        return to_device(self._load_epoch(), self._options.device, self._finish, self._options.channels_last)
+        self.micro_batches.set_epoch(epoch, start)
+        return to_device(self._load_epoch(), self.options.device, self._finish, self.options.channels_last)
 
     def samples(self, epoch: int, step: int) -> list[str]:
         """Return the descriptions of the images of one step's global batch."""
-        return [self._views.source.describe(index) for index in self._micro_batches.images(epoch, step)]
+        return [self.views.source.describe(index) for index in self.micro_batches.images(epoch, step)]
 
     @abstractmethod
     def _load_epoch(self) -> Iterator[tuple[object, ...]]:
@@ -177,7 +159,7 @@ class MicroBatchLoader(ABC):
 
     def _record(self, unreadable: Sequence[UnreadableImage]) -> None:
         for image in unreadable:
-            self._unreadable_images.add(image.image, image.reason)
+            self.unreadable_images.add(image.image, image.reason)
 
 
 class TrainLoader(MicroBatchLoader):
@@ -185,14 +167,14 @@ class TrainLoader(MicroBatchLoader):
 
     @functools.cached_property
     def _loader(self) -> DataLoader[CollatedBatch]:
-        return _data_loader(self._views, self._options, batch_sampler=self._micro_batches)
+        return _data_loader(self.views, self.options, batch_sampler=self.micro_batches)
 
     def _load_epoch(self) -> Iterator[tuple[object, ...]]:
         return self._check(iterate(self._loader))
 
     def _check(self, collated: Iterable[CollatedBatch]) -> Iterator[tuple[object, ...]]:
         for batch, unreadable in collated:
-            if batch is None or len(batch[1]) < self._micro_batches.micro_batch_size:
+            if batch is None or len(batch[1]) < self.micro_batches.micro_batch_size:
                 raise unreadable[0].error()
             self._record(unreadable)
             yield batch
@@ -201,12 +183,7 @@ class TrainLoader(MicroBatchLoader):
 class ValidationLoader:
     """This rank's part of the validation set, images rank::world_size, in order, without padding.
 
-    Args:
-        dataset: the images.
-        batch_size: images per batch of this rank.
-        options: workers, device and layout.
-        process: this process.
-        unreadable_images: skip omits, counts and logs images that cannot be read.
+    With `unreadable_images` skip, images that cannot be read are omitted, counted and logged.
 
     Attributes:
         num_images: size of the validation set, over all ranks.
@@ -281,21 +258,18 @@ def _data_loader(dataset: Dataset[object], options: LoaderOptions, **order: Any)
     )
 
 
-def _load(source: Source, index: int, transform: Transform) -> tuple[Tensor, int] | UnreadableImage:
+def _load(source: Source, index: int, transform: Transform) -> Sample[tuple[Tensor, int]]:
     try:
         with decoding_errors():
             image = source.read(index)
-        return transform.pixels(image), int(source.targets[index])
+        return Sample((transform.pixels(image), int(source.targets[index])))
     except UnreadableImageError as error:
-        return UnreadableImage(source.describe(index), str(error))
+        return Sample(None, [UnreadableImage(source.describe(index), str(error))])
 
 
-def _collate(samples: list[Any]) -> CollatedBatch:
-    unreadable = [sample for sample in samples if isinstance(sample, UnreadableImage)]
-    replaced = (sample.unreadable for sample in samples if isinstance(sample, ReplacedSample))
-    unreadable += chain.from_iterable(replaced)
-    readable = [sample for sample in samples if not isinstance(sample, UnreadableImage)]
-    readable = [sample.sample if isinstance(sample, ReplacedSample) else sample for sample in readable]
+def _collate(samples: Sequence[Sample[tuple[Any, ...]]]) -> CollatedBatch:
+    unreadable = [image for sample in samples for image in sample.unreadable]
+    readable = [sample.content for sample in samples if sample.content is not None]
     if not readable:
         return None, unreadable
     # Stacked in the order of their memory, (B, H, W, C), which is faster.

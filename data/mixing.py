@@ -42,7 +42,7 @@ class Mixing:
     def __call__(
         self, images: Tensor, targets: Tensor, *, step: int, rank: int, part: int, epoch: int
     ) -> tuple[Tensor, Tensor]:
-        """Mix one micro-batch in place.
+        """Mix micro-batch `part` of a step in place.
 
         Args:
             images: (B, C, H, W), on any device; B must be even.
@@ -54,9 +54,6 @@ class Mixing:
 
         Returns:
             The images and the targets: (B, num_classes) probabilities if mixing is on, else unchanged.
-
-        Raises:
-            UserError: mixing is on and B is odd.
         """
         if not self.enabled or (self.until is not None and epoch >= self.until):
             return images, targets
@@ -73,8 +70,6 @@ def is_mixing_enabled(augment: AugmentConfig) -> bool:
 def check_even_batch(micro_batch_size: int) -> None:
     """Raise UserError if a micro-batch cannot be mixed in pairs."""
     if micro_batch_size % 2:
-        raise UserError(
-            "schedule.batch_size",
-            f"mixup and cutmix mix pairs, but each micro-batch would have an odd number of images, "
-            f"{micro_batch_size}; change schedule.batch_size or schedule.accumulation, or set both to 0",
-        )
+        reason = f"mixup and cutmix mix pairs, but micro-batches would have {micro_batch_size} images"
+        advice = "change schedule.batch_size or schedule.accumulation, or set both to 0"
+        raise UserError("schedule.batch_size", f"{reason}; {advice}")

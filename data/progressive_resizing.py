@@ -20,9 +20,6 @@ class ProgressiveResizingLoader:
         build: builds a loader of images of a side in pixels.
         plan: (fraction of the epochs, side) for each size: the first epoch that has it.
         epochs: length of the run.
-
-    Raises:
-        UserError: `build` raises it for any of the sizes.
     """
 
     def __init__(

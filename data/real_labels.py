@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from data.loaders import EvaluationImages, UnreadableImage
+from data.loaders import EvaluationImages, Sample
 from data.sources import Source
 from vil.config import UserError, error_reason
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text
@@ -30,12 +29,8 @@ class NotImageNetError(UserError):
 class RealLabelImages(EvaluationImages):
     """Evaluation images whose target is (1 + K,): the class, then the ReaL labels, padded with -1.
 
-    Args:
-        images: the images.
-        path: real.json.
-
     Raises:
-        UserError: the file is invalid.
+        UserError: real.json at `path` is invalid.
         NotImageNetError: the images are not those of the file.
     """
 
@@ -50,32 +45,27 @@ class RealLabelImages(EvaluationImages):
         self._ends = torch.tensor([len(row) for row in kept], dtype=torch.int64).cumsum(0)
         image_number(images.source, 0, len(labels))  # the others are checked when they are loaded
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | UnreadableImage:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Sample[tuple[Tensor, int | Tensor]]:
         sample = super().__getitem__(index)
-        if isinstance(sample, UnreadableImage):
+        if sample.content is None:
             return sample
-        image, target = sample
+        image, target = sample.content
         number = image_number(self.source, index, len(self._ends)) - 1
         start = self._ends[number - 1] if number else 0
         row = self._labels[start : self._ends[number]]
         filler = torch.full((self._width - len(row),), -1)
-        return image, torch.cat([torch.tensor([target]), row, filler])
+        return Sample((image, torch.cat([torch.tensor([target]), row, filler])))
 
 
 def read_real_labels(path: str) -> list[list[int]]:
-    """Return the class indices of every image, without duplicates.
-
-    Raises:
-        UserError: the file is not a list of such lists, or larger than `MAX_JSON_BYTES`.
-    """
+    """Return the class indices of every image, without duplicates, from a JSON list of lists."""
     try:
         content = parse_json(read_text(Path(path).expanduser(), MAX_JSON_BYTES))
     except ValueError as error:
         raise UserError("data.real_labels", f"{path} is not JSON: {error}") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
-        reason = error_reason(error)
-        raise UserError("data.real_labels", f"{path}: {reason}") from None
-    rows: list[Any] = content if isinstance(content, list) else [None]
+        raise UserError("data.real_labels", f"{path}: {error_reason(error)}") from None
+    rows: list[list[int]] = content if isinstance(content, list) else [[-1]]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, list) or not all(type(c) is int and 0 <= c < 1000 for c in row):
             reason = f"expected a list of classes from 0 to 999 for each image, which entry {number} is not"
@@ -96,14 +86,11 @@ def image_number(source: Source, index: int, count: int) -> int:
 def _imagenet_targets(source: Source) -> Sequence[int]:
     """Return the target in `source` of each class of ImageNet, -1 for a missing class."""
     names = tuple(ImageNetInfo().label_names())
-    if set(source.class_names) <= set(names):
-        targets = {name: target for target, name in enumerate(source.class_names)}
+    targets = {name: target for target, name in enumerate(source.class_names)}
+    if set(targets) <= set(names):
         return [targets.get(name, -1) for name in names]
     if len(source.class_names) != len(names):
         reason = f"the classes must be named by WordNet ids, not {source.class_names[0]!r}"
         raise NotImageNetError("data.real_labels", reason)
-    numbers = [str(number) for number in range(len(names))]
-    if set(source.class_names) == set(numbers):  # folders, which are sorted as text: 0, 1, 10, 100, ...
-        targets = {name: target for target, name in enumerate(source.class_names)}
-        return [targets[number] for number in numbers]
-    return range(len(names))  # names in words in the same order, as in torch/imagenet
+    # Folders of numbers are sorted as text: 0, 1, 10, 100, ... Names in words are in ImageNet's order.
+    return [targets.get(str(number), number) for number in range(len(names))]

@@ -8,6 +8,7 @@ only divide the batches.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -19,6 +20,7 @@ Key = tuple[int, int, int]
 """(epoch, image index, view): with the seed, these determine a training sample."""
 
 
+@dataclass(eq=False)
 class MicroBatches(Sampler[list[Key]]):
     """The keys of one rank's micro-batches, `accumulation` per step, for the epoch chosen by `set_epoch`.
 
@@ -29,7 +31,7 @@ class MicroBatches(Sampler[list[Key]]):
     image follow each other in the order: they share a batch (or two, if `repeats` does not divide it) and
     spread over its parts. An epoch keeps its length and sees 1/repeats of the images.
 
-    Args:
+    Attributes:
         num_images: size of the training set.
         batch_size: images per optimizer step, over all ranks and micro-batches.
         accumulation: micro-batches per step and rank.
@@ -42,38 +44,25 @@ class MicroBatches(Sampler[list[Key]]):
         UserError: the batch size is not divisible by the parts, or larger than the training set.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        accumulation: int,
-        seed: int,
-        repeats: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.num_parts = world_size * accumulation
-        if batch_size % self.num_parts:
-            nearest = max(round(batch_size / self.num_parts), 1) * self.num_parts
-            raise UserError(
-                "schedule.batch_size",
-                f"{batch_size} images are not divisible by {world_size} (processes) × {accumulation} "
-                f"(accumulation); {nearest} are",
-            )
-        if batch_size > num_images:
-            raise UserError(
-                "schedule.batch_size",
-                f"{batch_size} is more than the {num_images} images of the training set",
-            )
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.seed = seed
-        self.repeats = repeats
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.start = 0
+    num_images: int
+    batch_size: int
+    accumulation: int
+    seed: int
+    repeats: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.num_parts = self.world_size * self.accumulation
+        if self.batch_size % self.num_parts:
+            nearest = max(round(self.batch_size / self.num_parts), 1) * self.num_parts
+            parts = f"{self.world_size} (processes) × {self.accumulation} (accumulation)"
+            reason = f"{self.batch_size} images are not divisible by {parts}; {nearest} are"
+            raise UserError("schedule.batch_size", reason)
+        if self.batch_size > self.num_images:
+            reason = f"{self.batch_size} is more than the {self.num_images} images of the training set"
+            raise UserError("schedule.batch_size", reason)
+        self.set_epoch(0)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -87,7 +76,13 @@ class MicroBatches(Sampler[list[Key]]):
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return image indices and views of an epoch, each (num_images,), over all ranks."""
-        return epoch_order(self.seed, epoch, self.num_images, self.repeats)
+        images_seen = -(-self.num_images // self.repeats)
+        indices = self.shuffled(epoch)[:images_seen].repeat(self.repeats)[: self.num_images]
+        return indices, np.arange(self.num_images) % self.repeats
+
+    def shuffled(self, epoch: int) -> np.ndarray:
+        """Return all image indices, (num_images,), in the order of an epoch."""
+        return shuffled_indices(self.seed, epoch, self.num_images)
 
     def images(self, epoch: int, step: int) -> list[int]:
         """Return the image indices of one step's global batch, over all ranks and micro-batches."""
@@ -95,15 +90,9 @@ class MicroBatches(Sampler[list[Key]]):
         return indices[step * self.batch_size : (step + 1) * self.batch_size].tolist()
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Set the epoch of the next iteration, which begins at step `start`.
-
-        Raises:
-            ValueError: the epoch has no step `start`.
-        """
+        """Set the epoch of the next iteration, which begins at step `start`."""
         if not 0 <= start <= self.steps_per_epoch:
-            raise ValueError(
-                f"start must be one of the {self.steps_per_epoch} steps of an epoch, got {start}"
-            )
+            raise ValueError(f"an epoch has {self.steps_per_epoch} steps, and no step {start} to start from")
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -120,13 +109,6 @@ class MicroBatches(Sampler[list[Key]]):
                 part = slice(first, (step + 1) * self.batch_size, self.num_parts)
                 pairs = zip(indices[part].tolist(), views[part].tolist())
                 yield [(epoch, index, view) for index, view in pairs]
-
-
-def epoch_order(seed: int, epoch: int, num_images: int, repeats: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Return image indices and views of an epoch, each (num_images,), in training order."""
-    images_seen = -(-num_images // repeats)
-    indices = shuffled_indices(seed, epoch, num_images)[:images_seen].repeat(repeats)[:num_images]
-    return indices, np.arange(num_images) % repeats
 
 
 def shuffled_indices(seed: int, epoch: int, num_images: int) -> np.ndarray:

@@ -21,12 +21,7 @@ SUBSET_SEED = 20210515
 
 
 class Subset(Source):
-    """Some images of a source, with all of its classes.
-
-    Args:
-        source: all images.
-        indices: (images,), the images to keep, rising.
-    """
+    """The images of a source with these indices, (images,), rising, and all of its classes."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self._source = source
@@ -57,11 +52,7 @@ def unwrap_subset(source: Source) -> tuple[Source, np.ndarray]:
 
 
 def select_subset(source: Source, data: DataConfig) -> Source:
-    """Apply `list_file`, then `train_fraction`, then `images_per_class` to a training set.
-
-    Raises:
-        UserError: the list cannot be used, or its images are all of one class.
-    """
+    """Apply `list_file`, then `train_fraction`, then `images_per_class` to a training set."""
     if data.list_file is not None:
         source = Subset(source, read_image_list(source, data.list_file))
         if len(np.unique(source.targets)) < 2:
@@ -80,16 +71,12 @@ def read_image_list(source: Source, path: str) -> np.ndarray:
     """Return the indices, rising, of the images that a text file names.
 
     A line is the image's path below the split's folder or in its archive, or its file name if no two images
-    share it. Empty lines are ignored.
-
-    Raises:
-        UserError: the file cannot be read, is empty, or has a line that names no image or several.
+    share it. Empty lines are ignored. Raises UserError if a line names no image or several.
     """
     try:
         lines = read_text(Path(path).expanduser(), errors="surrogateescape").split("\n")
     except (OSError, ValueError, RuntimeError) as error:
-        reason = error_reason(error)
-        raise UserError("data.list_file", f"{path}: {reason}") from None
+        raise UserError("data.list_file", f"{path}: {error_reason(error)}") from None
     by_name: dict[str, int] = {}
     by_file: dict[str, int] = {}  # -1: several images
     for index in range(len(source)):
@@ -103,10 +90,8 @@ def read_image_list(source: Source, path: str) -> np.ndarray:
             continue
         match = by_name.get(line.removeprefix("./"), by_file.get(line))
         if match is None or match < 0:
-            reason = (
-                "is not an image of the training split" if match is None else "is the name of several images"
-            )
-            raise UserError("data.list_file", f"{path}, line {number}: {line} {reason}")
+            problem = "not an image of the training split" if match is None else "the name of several images"
+            raise UserError("data.list_file", f"{path}, line {number}: {line} is {problem}")
         indices.add(match)
     if not indices:
         raise UserError("data.list_file", f"{path}: does not name any image")

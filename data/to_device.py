@@ -59,25 +59,21 @@ def collate_erasing(plans: Sequence[ErasingPlan]) -> ErasedRegions:
 
 
 class NormalizeAndErase:
-    """Normalize a batch of bytes, and erase parts of it.
+    """Normalize a batch of bytes on a device by mean and std per channel, and erase parts of it."""
 
-    Args:
-        mean: (C, 1, 1), of values in 0..1.
-        std: (C, 1, 1), of values in 0..1.
-        device: device of the batches.
-    """
-
-    def __init__(self, mean: Tensor, std: Tensor, device: torch.device | str = "cpu") -> None:
-        self.mean, self.std = mean.to(device), std.to(device)
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
+    ) -> None:
+        self.mean, self.std = (
+            torch.tensor(v, device=device)[:, None, None] for v in (mean, std)
+        )  # (C, 1, 1)
         # A tensor, since a GPU multiplies by the inverse of a number, which rounds differently from a CPU.
         self._max_level = torch.tensor([255.0], device=device)
 
     def __call__(self, images: Tensor, erased: ErasedRegions | None = None) -> Tensor:
-        """Return float32 images, contiguous.
+        """Return images (B, C, H, W) uint8 as float32, contiguous.
 
-        Args:
-            images: (B, C, H, W), uint8.
-            erased: the rectangles; on the CPU, so that nothing waits for the device.
+        The rectangles are on the CPU, so that nothing waits for the device.
         """
         # Not `contiguous().float()`, which keeps the strides of a gray image in the order (H, W, C).
         normalized = torch.empty(images.shape, device=images.device).copy_(images)

@@ -11,7 +11,8 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from data.decoding import EncodedImage, Mode, covering_scale
+from data.decoding import EncodedImage, covering_scale
 from data.to_device import ErasingPlan, NormalizeAndErase, collate_erasing
 from vil.config import MAX_SIDE, AugmentConfig, DataConfig, UserError
 
@@ -40,10 +41,11 @@ MAX_ASPECT_RATIO = 64
 gigabytes for an image of one row, of which a crop keeps a millionth."""
 
 
+@dataclass(eq=False)
 class Transform:
     """Map an image to pixels, uint8, and these to a normalized tensor, float32.
 
-    Args:
+    Attributes:
         crop: maps an image to pixels of the model's size: (H, W, 3), or (H, W) if it is gray.
         mean: mean per channel, of values in 0..1.
         std: standard deviation per channel, of values in 0..1.
@@ -52,34 +54,25 @@ class Transform:
         erasing: random erasing of the normalized tensor.
     """
 
-    def __init__(
-        self,
-        crop: Callable[[EncodedImage], np.ndarray],
-        mean: Sequence[float],
-        std: Sequence[float],
-        flips: Sequence[RandomFlip] = (),
-        augment: Sequence[ImageOperation] = (),
-        erasing: RandomErasing | None = None,
-    ) -> None:
-        self.crop = crop
-        self.flips = list(flips)
-        self.augment = list(augment)
-        self.erasing = erasing
-        self._mode: Mode = "RGB" if len(mean) == 3 else "L"
-        self.mean = torch.tensor(mean)[:, None, None]
-        self.std = torch.tensor(std)[:, None, None]
-        self._normalize = NormalizeAndErase(self.mean, self.std)
+    crop: Callable[[EncodedImage], np.ndarray]
+    mean: Sequence[float]
+    std: Sequence[float]
+    flips: Sequence[RandomFlip] = ()
+    augment: Sequence[ImageOperation] = ()
+    erasing: RandomErasing | None = None
 
     def __call__(self, image: EncodedImage | Image.Image) -> Tensor:
         """Return the image as (C, H, W) float32, normalized and erased."""
-        pixels = self.pixels(image)
-        return self._normalize(pixels[None], collate_erasing([self.draw_erasing(pixels.shape)]))[0]
+        pixels, normalize_and_erase = self.pixels(image), NormalizeAndErase(self.mean, self.std)
+        return normalize_and_erase(pixels[None], collate_erasing([self.draw_erasing(pixels.shape)]))[0]
 
     def pixels(self, image: EncodedImage | Image.Image) -> Tensor:
         """Return the augmented pixels, (C, H, W) uint8, in memory in the order (H, W, C)."""
-        array = self.crop(EncodedImage(image, self._mode) if isinstance(image, Image.Image) else image)
+        if isinstance(image, Image.Image):
+            image = EncodedImage(image, "RGB" if len(self.mean) == 3 else "L")
+        array = self.crop(image)
         for flip in self.flips:
-            array = flip(array)
+            array = flip.flip(array) if flip.draw() else array
         if self.augment:
             augmented = Image.fromarray(array)
             for operation in self.augment:
@@ -93,15 +86,11 @@ class Transform:
         return ErasingPlan.draw(self.erasing, shape)
 
 
-class RandomFlip:
+class RandomFlip(NamedTuple):
     """A flip of pixels (H, W[, 3]) along an axis with a probability, drawn as torchvision draws it."""
 
-    def __init__(self, probability: float, axis: int) -> None:
-        self.probability, self.axis = probability, axis
-
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Flip the pixels, or return them unchanged."""
-        return self.flip(pixels) if self.draw() else pixels
+    probability: float
+    axis: int
 
     def draw(self) -> bool:
         """Draw whether to flip."""
@@ -109,9 +98,8 @@ class RandomFlip:
 
     def flip(self, pixels: np.ndarray) -> np.ndarray:
         """Return the flipped pixels."""
-        return (
-            torch.from_numpy(as_contiguous(pixels)).flip(self.axis).numpy()
-        )  # ten times faster than NumPy's
+        # Ten times faster than NumPy's flip.
+        return torch.from_numpy(as_contiguous(pixels)).flip(self.axis).numpy()
 
 
 def as_contiguous(pixels: np.ndarray) -> np.ndarray:
@@ -130,6 +118,7 @@ class DecodableImage(Protocol):
         """Return (H, W[, 3]) uint8: H and W are the size, or the size divided by `scale` and rounded up."""
 
 
+@dataclass(frozen=True)
 class RandomResizedCrop:
     """The Inception crop, drawn as timm draws it, from the size in the image's header.
 
@@ -141,18 +130,17 @@ class RandomResizedCrop:
     or more (2 % of them) are decoded at half scale or less, where libjpeg averages pixels that Pillow
     interpolates: values differ by 3 levels on average, by up to 124 at edges.
 
-    Args:
+    Attributes:
         size: side of the result, in pixels.
         scale: smallest and largest area, as a fraction of the image.
         ratio: smallest and largest aspect ratio.
         interpolation: bilinear, bicubic, or random for either.
     """
 
-    def __init__(
-        self, size: int, scale: tuple[float, float], ratio: tuple[float, float], interpolation: str
-    ) -> None:
-        self.size, self.scale, self.ratio = size, scale, ratio
-        self.interpolations = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+    size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    interpolation: str
 
     def __call__(self, image: EncodedImage) -> np.ndarray:
         """Return a random crop, (size, size[, 3]) uint8."""
@@ -174,7 +162,11 @@ class RandomResizedCrop:
         """Draw box and interpolation for an image of this size from Python's global generator."""
         image = _ImageSize(width, height)
         box = RandomResizedCropAndInterpolation.get_params(image, self.scale, self.ratio)
-        return box, random.choice(self.interpolations)  # noqa: S311
+        return box, random.choice(_interpolations(self.interpolation))  # noqa: S311
+
+
+def _interpolations(name: str) -> tuple[str, ...]:
+    return ("bilinear", "bicubic") if name == "random" else (name,)
 
 
 class _ImageSize(Image.Image):
@@ -203,11 +195,11 @@ def resize(pixels: np.ndarray, size: int, interpolation: str) -> np.ndarray:
     return resized[0].permute(1, 2, 0).reshape(size, size, *pixels.shape[2:]).numpy()
 
 
+@dataclass(frozen=True)
 class WholeImageCrop:
     """A crop that decodes the whole image and applies steps of torchvision or timm to it."""
 
-    def __init__(self, steps: Sequence[ImageOperation]) -> None:
-        self.steps = steps
+    steps: Sequence[ImageOperation]
 
     def __call__(self, encoded: EncodedImage) -> np.ndarray:
         """Return the crop, (size, size[, 3]) uint8."""
@@ -226,9 +218,6 @@ def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int
 
     The order is timm's: crop, flips, policy or color jitter, normalization, erasing. The draws are from the
     global generators of Python, NumPy and PyTorch.
-
-    Raises:
-        UserError: the policy is unknown, or images would be resized to too many pixels.
     """
     _check_policy(augment.auto_augment)
     mean, std = channel_statistics(data, in_chans)
@@ -251,11 +240,7 @@ def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int
 
 
 def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) -> Transform:
-    """Build the transform of evaluation images: resize, center crop, normalization.
-
-    Raises:
-        UserError: images would be resized to too many pixels.
-    """
+    """Build the transform of evaluation images: resize, center crop, normalization."""
     _check_resized_side(data, image_size)
     mean, std = channel_statistics(data, in_chans)
     steps = create_transform(
@@ -301,10 +286,8 @@ def _crop(augment: AugmentConfig, data: DataConfig, image_size: int) -> Callable
     if augment.crop == "eval_resize_random":
         _check_resized_side(data, image_size)
         short_side = math.floor(image_size / data.crop_pct)  # as timm's evaluation transform
-    names = ("bilinear", "bicubic") if augment.interpolation == "random" else (augment.interpolation,)
-    resize_short_side = transforms.RandomChoice(
-        [transforms.Resize(short_side, InterpolationMode(name)) for name in names]
-    )
+    modes = map(InterpolationMode, _interpolations(augment.interpolation))
+    resize_short_side = transforms.RandomChoice([transforms.Resize(short_side, mode) for mode in modes])
     if augment.crop == "eval_resize_random":
         return WholeImageCrop([resize_short_side, transforms.RandomCrop(image_size)])
     center = transforms.CenterCrop(image_size)
@@ -318,7 +301,7 @@ def _crop(augment: AugmentConfig, data: DataConfig, image_size: int) -> Callable
     return WholeImageCrop([resize_short_side, reflected])
 
 
-def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
     """Posterize as timm does, but return black for 0 bits, which Pillow 13 rejects."""
     if bits_to_keep <= 0:
         return Image.new(image.mode, image.size)
@@ -366,15 +349,15 @@ def _check_policy(policy: str | None) -> None:
     """Raise UserError for sections that timm ignores or that fail its assertions."""
     if policy is None:
         return
-    key = "schedule.augment.auto_augment"
     name, *sections = policy.split("-")
+    grammar, reason = _POLICY_SECTIONS.get(name, {}), None
     if name not in _POLICY_SECTIONS:
-        known = ", ".join(_POLICY_SECTIONS)
-        raise UserError(key, f"unknown policy {name!r} in {policy!r}; expected one of {known}")
-    grammar = _POLICY_SECTIONS[name]
+        reason = f"unknown policy {name!r} in {policy!r}; expected one of {', '.join(_POLICY_SECTIONS)}"
     for section in sections:
         if not any(re.fullmatch(f"{letter}({value})", section) for letter, value in grammar.items()):
             known = ", ".join(grammar)
-            raise UserError(
-                key, f"invalid section {section!r} in {policy!r}; expected one of {known}, each with a value"
+            reason = (
+                reason or f"invalid section {section!r} in {policy!r}; expected one of {known}, with a value"
             )
+    if reason is not None:
+        raise UserError("schedule.augment.auto_augment", reason)

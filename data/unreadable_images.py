@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vil.config import UserError
@@ -20,45 +21,38 @@ def max_unreadable_images(fraction: float, num_images: int) -> int:
     return max(1, int(fraction * num_images + 1e-9)) if fraction > 0 else 0
 
 
+@dataclass
 class UnreadableImages:
     """The unreadable images of a run, shared by its ranks and by the runs that continue it.
 
-    Args:
+    Attributes:
         num_images: size of the training set.
         max_fraction: largest fraction of it that may be unreadable.
         folder: the run's folder, whose bad_images.txt lists one image per line; None keeps the list in
             memory.
-
-    Attributes:
         images: the images that this rank has found or read from the list.
     """
 
-    def __init__(self, num_images: int, max_fraction: float, folder: Path | None) -> None:
-        self._num_images = num_images
-        self._max_fraction = max_fraction
-        self._path = None if folder is None else folder / BAD_IMAGES
-        self.images: set[str] = set()
+    num_images: int
+    max_fraction: float
+    folder: Path | None
+    images: set[str] = field(default_factory=set)
 
     def add(self, image: str, reason: str) -> None:
-        """Record an image that was skipped.
-
-        Raises:
-            UserError: too many images are unreadable, or the list cannot be written.
-        """
+        """Record an image that was skipped. Raises UserError if there are too many."""
         name = image.replace("\n", "\\n").replace("\r", "\\r")
         if name in self.images:
             return
         _logger.warning("skipping %s, which cannot be read: %s", name, reason)
         self.images.add(name)
-        if self._path is not None:
-            self.images |= _add_to_list(self._path, name)
-        if len(self.images) > max_unreadable_images(self._max_fraction, self._num_images):
-            listed = f", listed in {self._path}" if self._path else f", the last is {name}"
-            raise UserError(
-                "data.max_unreadable_fraction",
-                f"{len(self.images)} of {self._num_images} training images cannot be read{listed}: "
-                f"more than the allowed fraction of {self._max_fraction:g}",
-            )
+        listed = f", the last is {name}"
+        if self.folder is not None:
+            self.images |= _add_to_list(self.folder / BAD_IMAGES, name)
+            listed = f", listed in {self.folder / BAD_IMAGES}"
+        if len(self.images) > max_unreadable_images(self.max_fraction, self.num_images):
+            reason = f"{len(self.images)} of {self.num_images} training images cannot be read{listed}"
+            allowed = f"more than the allowed fraction of {self.max_fraction:g}"
+            raise UserError("data.max_unreadable_fraction", f"{reason}: {allowed}")
 
 
 def _add_to_list(path: Path, name: str) -> set[str]:

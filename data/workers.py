@@ -26,14 +26,11 @@ _PARENT_POLL_S = 1.0
 
 
 def iterate(loader: Iterable[Item]) -> Iterator[Item]:
-    """Start a loader, with SIGINT and SIGTERM blocked in the processes that it forks, and return its
-    iterator.
+    """Start a loader, with SIGINT and SIGTERM blocked in the processes that it forks; return its iterator.
 
     Until `init_worker` has run, a worker would handle these signals as the parent does, which then counts
     them twice.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        return explain_shared_memory(loader)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         return explain_shared_memory(loader)
@@ -79,8 +76,7 @@ def init_worker(worker: int) -> None:
     """
     signal.set_wakeup_fd(-1)  # inherited from the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     exit_with_parent(worker)
 
 
@@ -97,7 +93,7 @@ def _watch_parent(parent: int) -> None:
     main_process = multiprocessing.parent_process()  # not the parent if a fork server starts the workers
     senders = {parent, main_process.pid if main_process is not None else parent}
     while os.getppid() == parent:
-        if hasattr(signal, "sigtimedwait"):
+        if hasattr(signal, "sigtimedwait"):  # macOS lacks it
             received = signal.sigtimedwait({signal.SIGTERM}, _PARENT_POLL_S)
             if received is not None and received.si_pid in senders:
                 break

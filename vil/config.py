@@ -132,6 +132,17 @@ def errors_in_section(section: str) -> Iterator[None]:
 
 
 @contextmanager
+def errors_in_file(path: object) -> Iterator[None]:
+    """Add the file to a UserError that is raised inside without a location."""
+    try:
+        yield
+    except UserError as error:
+        if error.location:
+            raise
+        raise UserError(str(path), error.reason, error.origin) from None
+
+
+@contextmanager
 def errors_in_option(key: str) -> Iterator[None]:
     """Turn a UserError that is raised inside into one of the option `key`, with the text as its reason."""
     try:

@@ -41,33 +41,27 @@ MAX_DIGITS = 18
 STORED = "stored configuration"
 """Origin of a configuration that is stored with weights or in a run's folder."""
 
-TIMM_NUMBER_OPTIONS = frozenset({
-    "always_partition", "attn_drop_rate", "avg_down", "base_width", "cardinality", "channels", "class_token",
-    "conv_bias", "conv_mlp", "depth", "depths", "dim", "dims", "downsamples", "drop_block_rate",
-    "drop_path_rate", "drop_rate", "dynamic_img_pad", "dynamic_img_size", "embed_dim", "embed_dims",
-    "expand_ratio", "fc_norm", "final_norm", "fix_init", "head_dim", "head_init_scale", "head_norm_first",
-    "hidden_size", "img_size", "init_values", "kernel_size", "kernel_sizes", "layer_scale_init_value",
-    "layers", "ls_init_value", "mlp_ratio", "mlp_ratios", "no_embed_class", "norm_eps", "num_heads",
-    "num_kv_heads", "output_stride", "patch_drop_rate", "patch_norm", "patch_size", "pos_drop_rate",
-    "pre_norm", "proj_bias", "proj_drop_rate", "qk_norm", "qkv_bias", "reg_tokens", "sr_ratios",
-    "stem_kernel_size", "stem_size", "stem_stride", "stem_width", "strict_img_size", "stride", "strides",
-    "use_abs_pos_emb", "use_fc_norm", "use_grn", "use_pos_embed", "use_post_norm", "use_rel_pos_bias",
-    "use_rope", "use_shared_rel_pos_bias", "width", "widths", "window_ratio", "window_size",
-    "zero_init_last",
-})  # fmt: skip
-TIMM_TEXT_OPTIONS = frozenset({
-    "act_layer", "global_pool", "norm_layer", "pad_type", "pool_type", "pos_embed", "stem_type",
-    "weight_init",
-})  # fmt: skip
+_TIMM_NUMBERS = """
+always_partition attn_drop_rate avg_down base_width cardinality channels class_token conv_bias conv_mlp depth
+depths dim dims downsamples drop_block_rate drop_path_rate drop_rate dynamic_img_pad dynamic_img_size
+embed_dim embed_dims expand_ratio fc_norm final_norm fix_init head_dim head_init_scale head_norm_first
+hidden_size img_size init_values kernel_size kernel_sizes layer_scale_init_value layers ls_init_value
+mlp_ratio mlp_ratios no_embed_class norm_eps num_heads num_kv_heads output_stride patch_drop_rate patch_norm
+patch_size pos_drop_rate pre_norm proj_bias proj_drop_rate qk_norm qkv_bias reg_tokens sr_ratios
+stem_kernel_size stem_size stem_stride stem_width strict_img_size stride strides use_abs_pos_emb use_fc_norm
+use_grn use_pos_embed use_post_norm use_rel_pos_bias use_rope use_shared_rel_pos_bias width widths
+window_ratio window_size zero_init_last
+"""
+_TIMM_TEXTS = "act_layer global_pool norm_layer pad_type pool_type pos_embed stem_type weight_init"
+TIMM_NUMBER_OPTIONS = frozenset(_TIMM_NUMBERS.split())
+TIMM_TEXT_OPTIONS = frozenset(_TIMM_TEXTS.split())
 """Keyword arguments of timm's model classes that a file may set: numbers and flags; and those that may also
 be the short name of a layer or a variant. None of them downloads, opens a file or names a path."""
 
-TIMM_START_OPTIONS = frozenset({
-    "cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
-    "pretrained_strict",
-})  # fmt: skip
-"""Keyword arguments of `timm.create_model` that initialize a new model. A run is started with
-them from the command line; neither its continuation nor an evaluation needs them, so they are not stored."""
+_TIMM_STARTS = "cache_dir checkpoint_path pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict"
+TIMM_START_OPTIONS = frozenset(_TIMM_STARTS.split())
+"""Keyword arguments of `timm.create_model` that initialize a new model. A run is started with them from the
+command line; neither its continuation nor an evaluation needs them, so they are not stored."""
 
 
 def timm_start_options(options: object) -> set[str]:
@@ -116,13 +110,10 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> Tree:
 def validate(
     config_class: type[Config], tree: Mapping[str, object], command_line_keys: Iterable[str] = ()
 ) -> Config:
-    """Return the configuration that a tree of plain values describes.
+    """Return the configuration that a tree of plain values describes; other keys keep their defaults.
 
-    Args:
-        config_class: a dataclass whose fields are options or sections (dataclasses).
-        tree: values by key; keys that are left out keep their defaults.
-        command_line_keys: dotted keys whose value the user typed. All other values are untrusted:
-            see `check_timm_options`.
+    All values but those of `command_line_keys` (dotted), which the user typed, are untrusted: see
+    `check_timm_options`.
 
     Raises:
         UserError: an unknown or missing key, a value of another type, or an option that a file must not
@@ -168,13 +159,10 @@ def _scalars(value: object) -> Iterator[object]:
 
 
 def check_plain(tree: object) -> None:
-    """Refuse a tree that is too large to visit or to print.
+    """Raise UserError, without a location, for a tree that is too large to visit or to print.
 
     A value that is repeated by reference can expand to more values than a computer could visit; numbers of
     thousands of digits cannot be printed.
-
-    Raises:
-        UserError: the tree is too large; without a location.
     """
     waiting, seen = [(tree, 0)], 0
     while waiting:
@@ -210,10 +198,7 @@ def union_members(hint: TypeHint) -> tuple[TypeHint, ...]:
 def rename_options(tree: Mapping[str, object], origin: str = "", prefix: str = "") -> Tree:
     """Return a tree in which options of earlier versions have their current names (`RENAMED_OPTIONS`).
 
-    Args:
-        tree: values by key, sections as nested mappings.
-        origin: the file; if given, one line for each renamed option is logged.
-        prefix: prefix of the keys, e.g. `data.`.
+    Keys have the prefix `prefix`, e.g. `data.`. Renamed options are logged if `origin` names their file.
     """
     renamed = {}
     for name, value in tree.items():
@@ -263,24 +248,20 @@ def type_name(hint: TypeHint) -> str:
     return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
-def _range_name(bounds: Sequence[Any]) -> str:
+def _range_name(bounds: Sequence[TypeHint]) -> str:
     """Return the metadata of an annotated number or list in words."""
-    limits = {type(bound): bound for bound in bounds}
-    low, above = limits.get(Ge), limits.get(Gt)
-    high, below = limits.get(Le), limits.get(Lt)
-    predicate = limits.get(Predicate)
-    if predicate is not None:
-        text = (predicate.func.__doc__ or "").rstrip(".")
-        return f", {text[0].lower()}{text[1:]}"
-    if low and high:
-        return f" from {low.ge:,} to {high.le:,}"
-    if low and below:
-        return f" from {low.ge:,} to below {below.lt:,}"
-    if above and high:
-        return f" above {above.gt:,}, up to {high.le:,}"
-    if low:
-        return f" of at least {low.ge:,}"
-    return f" above {above.gt:,}" if above else ""
+    texts: dict[type, str] = {}
+    for bound in bounds:
+        if isinstance(bound, Predicate):
+            text = (bound.func.__doc__ or "").rstrip(".")
+            return f", {text[0].lower()}{text[1:]}"
+        texts |= {type(bound): f"{value:,}" for value in dataclasses.astuple(bound)}
+    low, above, high, below = (texts.get(kind) for kind in (Ge, Gt, Le, Lt))
+    if low and (high or below):
+        return f" from {low} to {high or f'below {below}'}"
+    if above:
+        return f" above {above}, up to {high}" if high else f" above {above}"
+    return f" of at least {low}" if low else ""
 
 
 def suggestion(key: str, known: Iterable[str], prefix: str = "") -> str:

@@ -43,10 +43,7 @@ SOURCES: dict[str, type[Source]] = {
 def open_source(data: DataConfig, split: Split, in_chans: int) -> Source:
     """Open the training or the validation split of the data set that `data` names.
 
-    Args:
-        data: the data set.
-        split: the split; `data.train_split` and `data.val_split` are its name.
-        in_chans: 3 for RGB images, 1 for gray ones.
+    Images have `in_chans` channels: 3 for RGB, 1 for gray.
 
     Raises:
         UserError: the source is unknown, its files are missing or invalid, or all training images are of one
@@ -79,20 +76,15 @@ def _source_class(data: DataConfig) -> type[Source] | None:
 def _check_classes(source: Source, data: DataConfig, split: Split) -> None:
     """Check that the classes are plausible, and log classes without training images.
 
-    A validation split may have one class: a part of a model's classes, which are matched by name.
-
-    Raises:
-        UserError: all training images are of one class, the classes are named like splits, or an image has an
-            invalid class, as in test splits that are published with -1 for unknown labels.
+    A validation split may have one class: a part of a model's classes, which are matched by name. Test splits
+    may be published with -1 for unknown labels.
     """
     key = "data.source" if data.root is None else "data.root"
     location = f"{data.source if data.root is None else data.root}, split {split_name(data, split)}"
     names = source.class_names
     if {name.lower() for name in names} <= SPLIT_NAMES:
-        reason = (
-            f"the classes are named like splits ({shorten_list(names)}); expected <split>/<class>/<images>"
-        )
-        raise UserError(key, f"{location}: {reason}")
+        reason = f"the classes are named like splits ({shorten_list(names)})"
+        raise UserError(key, f"{location}: {reason}; expected <split>/<class>/<images>")
     invalid = np.flatnonzero((source.targets < 0) | (source.targets >= len(names)))
     if len(invalid):
         reason = f"{source.describe(int(invalid[0]))} has the class {source.targets[invalid[0]]}"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -17,8 +18,8 @@ from data.decoding import MAX_ENCODED_BYTES, EncodedImage, Mode
 from data.sources.base import Source, validation_path
 from vil.config import DataConfig, UserError, error_reason
 
-PLAIN, ZIP_STORED, ZIP_DEFLATED = range(3)
-ZIP_UNSUPPORTED = -1
+PLAIN, ENCRYPTED = -1, -2
+"""Kinds of a member in addition to the compression types of `zipfile`."""
 _ZIP_HEADER_BYTES = 30  # of a local header before the name
 _ZIP_EXTRA_BYTES = 64  # usual length of the extra field behind it
 
@@ -39,7 +40,7 @@ class Member(NamedTuple):
     name: str
     """Path in the archive."""
     kind: int = PLAIN
-    """Storage method."""
+    """PLAIN, or for a zip its compression type or ENCRYPTED."""
     checksum: int = 0
     """CRC-32 (zip)."""
     full_size: int = 0
@@ -47,15 +48,7 @@ class Member(NamedTuple):
 
 
 class ArchivedImages(Source):
-    """Images in archives.
-
-    Args:
-        archives: paths of the archives.
-        members: the images.
-        targets: class index of each image.
-        class_names: names of the classes, by index.
-        mode: RGB or L (gray).
-    """
+    """Images in archives: the members of `archives` with their class indices, read as RGB or L (gray)."""
 
     def __init__(
         self,
@@ -71,17 +64,9 @@ class ArchivedImages(Source):
         # Arrays, not lists: reading a list changes the reference counts of its elements, which copies its
         # memory, page by page, into every forked worker.
         self._names = np.array([os.fsencode(member.name) for member in members], dtype=np.bytes_)
-        limit = MAX_ENCODED_BYTES + 1
+        limit = 1 << 62  # a directory may claim sizes and offsets of up to 2^64
         locations = [
-            # A directory may claim sizes and offsets of up to 2^64.
-            (
-                m.archive,
-                min(m.offset, 1 << 62),
-                min(m.size, limit),
-                m.kind,
-                m.checksum,
-                min(m.full_size, limit),
-            )
+            (m.archive, min(m.offset, limit), min(m.size, limit), m.kind, m.checksum, min(m.full_size, limit))
             for m in members
         ]
         self._locations = np.array(locations, dtype=np.int64).reshape(-1, 6)
@@ -110,7 +95,7 @@ class ArchivedImages(Source):
         content = content[start : start + size]
         if len(content) < size:
             content = self._pread(archive, offset + start, size)
-        if kind == ZIP_DEFLATED:
+        if kind == zipfile.ZIP_DEFLATED:
             if full_size > max(MIN_INFLATED_LIMIT, MAX_INFLATION * size):
                 raise OSError(f"would inflate from {size:,} to {full_size:,} bytes, more than any image")
             # At most the size that the archive declares; a limit of 0 would mean no limit.

@@ -35,11 +35,7 @@ class Source(ABC):
 
     @classmethod
     def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
-        """Open a split.
-
-        Raises:
-            UserError: a file is missing or invalid.
-        """
+        """Open a split. Raises UserError if a file is missing or invalid."""
         raise NotImplementedError
 
     @classmethod

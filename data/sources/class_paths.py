@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 Folders = tuple[str, ...]
@@ -30,11 +30,6 @@ def class_depth(
     It is 1 for `train/ant/images/0.jpg` and `train/bear/images/0.jpg`. If the classes are known, it is the
     outermost depth at which all folders are classes. If all images lie in one folder, it is the outermost
     folder that is not named like a split.
-
-    Args:
-        folders: the distinct folders of images, none of them empty.
-        known: names of all classes, if known from another split.
-        split_names: names of the data set's splits, in addition to the usual ones.
     """
     shared = _shared_length(folders)
     if known is not None:
@@ -71,7 +66,7 @@ def classes_by_folder(
     archives: Sequence[ArchiveFolders],
     known: Collection[str] | None = None,
     split_names: Collection[str] = (),
-) -> list[dict[Folders, str | None]]:
+) -> Sequence[Mapping[Folders, str | None]]:
     """Return the class of each folder of each archive; None for images outside of the class folders.
 
     The archives of a split contain class folders, or are one class each. In the first case the class folder
@@ -92,9 +87,7 @@ def classes_by_folder(
     ]
     if len(archives) == 1:
         return by_folder
-    by_archive: list[dict[Folders, str | None]] = [
-        dict.fromkeys(archive.folders, archive.stem) for archive in archives
-    ]
+    by_archive = [dict.fromkeys(archive.folders, archive.stem) for archive in archives]
     names = [{name for name in classes.values() if name is not None} for classes in by_folder]
     stems = [archive.stem for archive in archives]
     if known is not None:
@@ -105,12 +98,10 @@ def classes_by_folder(
 
 def _is_class_per_archive(stems: Sequence[str], names: Sequence[set[str]]) -> bool:
     """Return True if archives are classes, False if their folders are. Raises AmbiguousClassesError."""
-    is_numbered = (
-        len({re.sub("[0-9]+", "", stem) for stem in stems}) == 1
-    )  # e.g. part0, part1; also n01440764
-    shared = [
-        name for name, count in Counter(name for classes in names for name in classes).items() if count > 1
-    ]
+    # E.g. part0, part1; also n01440764.
+    is_numbered = len({re.sub("[0-9]+", "", stem) for stem in stems}) == 1
+    counts = Counter(name for classes in names for name in classes)
+    shared = [name for name, count in counts.items() if count > 1]
     if all(len(classes) == 1 for classes in names):
         if len(set().union(*names)) == 1:
             return True
@@ -120,9 +111,9 @@ def _is_class_per_archive(stems: Sequence[str], names: Sequence[set[str]]) -> bo
             return not is_numbered
     if shared and not is_numbered:
         index = next(i for i, classes in enumerate(names) if shared[0] in classes)
-        raise AmbiguousClassesError(
-            f"the classes may be the archives ({stems[index]}, …) or the folders in them ({shared[0]}, …, "
-            "which several archives have); store the images of a class archive in no folder, or number the "
-            "archives of many classes"
+        reason = (
+            f"the archives ({stems[index]}, …) or the folders in them ({shared[0]}, …, in several of them)"
         )
+        advice = "store the images of a class archive in no folder, or number the archives of many classes"
+        raise AmbiguousClassesError(f"the classes may be {reason}; {advice}")
     return False

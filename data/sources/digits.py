@@ -19,10 +19,6 @@ class Digits(Source):
 
     The split is fixed and stratified: 1,437 for training and 360 for validation.
 
-    Args:
-        split: `train` or `val`.
-        mode: RGB or L (gray).
-
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test set).
     """
 
@@ -59,11 +55,7 @@ class Digits(Source):
 
 
 def split_indices(targets: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the indices of the splits: every fifth image of a shuffled class is held out.
-
-    Args:
-        targets: (images,), class indices.
-    """
+    """Return the indices of the splits: every fifth image of a shuffled class is held out."""
     drawn = np.random.default_rng(SPLIT_SEED).random(len(targets))
     by_class = np.lexsort((drawn, targets))  # sorted by class, shuffled within each
     is_held_out = np.zeros(len(targets), dtype=bool)

@@ -17,18 +17,7 @@ from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text
 
 
 class FFCVImages(Source):
-    """The images of a .beton file, in its order.
-
-    Args:
-        path: the file.
-        mode: RGB or L (gray).
-
-    Attributes:
-        beton: the file.
-
-    Raises:
-        UserError: the file, or its description file, is missing or invalid.
-    """
+    """The images of a .beton file, in its order."""
 
     def __init__(self, path: Path, mode: Mode) -> None:
         self.beton = Beton(path)

@@ -27,14 +27,7 @@ from vil.runtime.files import read_bytes
 class ImageFolder(Source):
     """The images below a folder with one folder per class, in the order of their sorted paths.
 
-    Args:
-        folder: the folder of the class folders.
-        class_names: all classes, sorted; `folder` may lack some.
-        mode: RGB or L (gray).
-
-    Raises:
-        UserError: `folder` is missing or cannot be listed, has a class that `class_names` lacks, one
-            without images, or two that are the same folder.
+    The folder may lack some of `class_names`.
     """
 
     def __init__(self, folder: Path, class_names: tuple[str, ...], mode: Mode) -> None:
@@ -80,26 +73,29 @@ class ImageFolder(Source):
         return os.path.relpath(self.describe(index), self._folder)
 
 
-def _images_by_class(folder: Path, class_names: Sequence[str]) -> list[list[str]]:
-    """List the images below each class folder by `find_files`, and log the number of skipped files.
+def class_folder_options(folder: str) -> dict[str, str]:
+    """Return the options that evaluate on a folder of class folders.
 
-    Raises:
-        UserError: a folder cannot be listed, a class has no images, or two classes are the same folder.
+    It is its own training split, or else a class named train would be used as the split.
     """
+    splits = {"data.train_split": ".", "data.val_split": "."}
+    return {"data.source": "folder", "data.root": folder, **splits}
+
+
+def _images_by_class(folder: Path, class_names: Sequence[str]) -> list[list[str]]:
+    """List the images below each class folder by `find_files`, and log the number of skipped files."""
     folders = [folder / name for name in class_names]
     try:
         resolved = {os.path.realpath(path): path.name for path in folders}
         files_by_class = find_files(folders)
     except OSError as error:
-        raise UserError(
-            "data.root", f"{error.filename or folder}: cannot be listed: {error.strerror}"
-        ) from None
+        path = error.filename or folder
+        raise UserError("data.root", f"{path}: cannot be listed: {error.strerror}") from None
     if len(resolved) < len(folders):
         duplicate = next(path for path in folders if resolved[os.path.realpath(path)] != path.name)
         other = resolved[os.path.realpath(duplicate)]
-        raise UserError(
-            "data.root", f"{folder}: the classes {duplicate.name} and {other} are the same folder"
-        )
+        reason = f"the classes {duplicate.name} and {other} are the same folder"
+        raise UserError("data.root", f"{folder}: {reason}")
     if empty := [name for name, files in zip(class_names, files_by_class) if not files.images]:
         extensions = ", ".join(sorted(image_extensions()))
         reason = f"class folders without images ({extensions}): {shorten_list(empty)}"
@@ -112,11 +108,7 @@ def _images_by_class(folder: Path, class_names: Sequence[str]) -> list[list[str]
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Return the sorted names of the class folders, without hidden folders and those of `is_metadata`.
-
-    Raises:
-        UserError: the folder cannot be listed, or has no class folders.
-    """
+    """Return the sorted names of the class folders, without hidden folders and those of `is_metadata`."""
     try:
         entries = list(os.scandir(folder))
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte

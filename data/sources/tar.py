@@ -26,9 +26,6 @@ class TarImages(ArchivedImages):
 
         The classes are those of the folder source after unpacking, see `classes_by_folder`. An archive whose
         images lie in no folder is a class, as are ImageNet's own archives.
-
-        Raises:
-            UserError: an archive is missing, damaged or empty, or the training split lacks a class.
         """
         root = root_folder(data)
         splits = (data.train_split, data.val_split)
@@ -56,35 +53,26 @@ def _find_archives(root: Path, split: str) -> list[Path]:
     try:
         if (root / split).is_dir():
             paths = sorted((root / split).iterdir())
-            archives = [
-                path for path in paths if path.suffix.lower() == ".tar" and not is_metadata(path.name)
-            ]
+            archives = [p for p in paths if p.suffix.lower() == ".tar" and not is_metadata(p.name)]
         else:
             archives = [path for path in (root / split, root / f"{split}.tar") if path.is_file()][:1]
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise UserError("data.root", f"{root}: {error_reason(error)}") from None
     if not archives:
-        raise UserError(
-            "data.root", f"{root}: contains neither {split}.tar nor tar files in a folder {split}"
-        )
+        reason = f"contains neither {split}.tar nor tar files in a folder {split}"
+        raise UserError("data.root", f"{root}: {reason}")
     return archives
 
 
 def _list_images(
     archives: list[Path], split_names: Sequence[str], known: Sequence[str] | None = None
 ) -> list[tuple[Member, str]]:
-    """List images and the names of their classes.
-
-    Raises:
-        UserError: an archive cannot be read, there are no images, or their classes are ambiguous.
-    """
+    """List images and the names of their classes."""
     skipped = skipped_files(archives)
     members: list[Member] = []
     contents: list[ArchiveFolders] = []
     for index, path in enumerate(archives):
-        files = {
-            member.name: member for member in read_index(path, index, skipped)
-        }  # the last of a name counts
+        files = {member.name: member for member in read_index(path, index, skipped)}  # the last of a name
         images = []
         for name, member in files.items():
             if has_image_extension(name) and not is_metadata(name):

@@ -21,12 +21,8 @@ T = TypeVar("T")
 def read_index(path: Path, index: int, skipped: SkippedFiles) -> list[Member]:
     """List the files of an uncompressed tar in archive order; a name that was appended again occurs again.
 
-    Hard links and symbolic links to files in the archive count as files, as after unpacking.
-
-    Args:
-        path: the archive.
-        index: index of the archive, for `Member.archive`.
-        skipped: counts links to other targets, and files whose names lead out of the archive.
+    Hard links and symbolic links to files in the archive count as files, as after unpacking. Links to other
+    targets, and files whose names lead out of the archive, are skipped. `index` is that of the archive.
 
     Raises:
         UserError: the archive cannot be read, is damaged, truncated, or followed by further content.

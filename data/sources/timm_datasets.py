@@ -7,7 +7,7 @@ import fcntl
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,7 @@ SPLIT_IS_PATH = ("torch/folder", "torch/image_folder")
 
 
 class TimmDataset(Source):
-    """A data set of timm.data.create_dataset whose images have an index.
-
-    Args:
-        dataset: the result of create_dataset.
-        name: its name, e.g. torch/cifar10.
-        mode: RGB or L (gray).
-    """
+    """A data set of timm.data.create_dataset, e.g. torch/cifar10, whose images have an index."""
 
     can_download = True
 
@@ -68,22 +62,16 @@ class TimmDataset(Source):
                 root.mkdir(parents=True, exist_ok=True)
             missing = [path for path in required if not path.exists()]
         except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-            reason = error_reason(error)
-            raise UserError("data.root", f"{root} cannot be used: {reason}") from None
+            raise UserError("data.root", f"{root} cannot be used: {error_reason(error)}") from None
         if missing:
             raise UserError("data.root", f"{missing[0]}: no such file or folder")
         try:
-            with (
-                _download_lock(root if data.download else None),
-                nullcontext() if data.download else _offline(),
-            ):
-                dataset = create_dataset(
-                    data.source, root=str(root) if root else None, split=name, download=data.download
-                )
+            folder = str(root) if root else None
+            with _download_lock(root) if data.download else _offline():
+                dataset = create_dataset(data.source, root=folder, split=name, download=data.download)
         except ImportError as error:
-            raise UserError(
-                "data.source", f"{data.source} needs a package that is missing: {error}"
-            ) from error
+            reason = f"{data.source} needs a package that is missing: {error}"
+            raise UserError("data.source", reason) from error
         except Exception as error:  # each of timm's readers raises other types
             key, where = ("data.root", f" from {root}") if root else ("data.source", "")
             reason = error_reason(error)
@@ -118,21 +106,17 @@ class StreamedDataset(TimmDataset):
     @classmethod
     def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
         """Raise UserError."""
-        raise UserError(
-            "data.source",
-            f"{data.source} is a stream of samples without an index, which is not supported; "
-            "hfds/... reads Hugging Face data sets with one, and wds the WebDataset shards of a folder",
-        )
+        reason = f"{data.source} is a stream of samples without an index, which is not supported"
+        hint = "hfds/... reads Hugging Face data sets with one, and wds the WebDataset shards of a folder"
+        raise UserError("data.source", f"{reason}; {hint}")
 
 
 def _targets(dataset: Any, name: str) -> np.ndarray:
     """Return class indices, (images,), without decoding images if possible."""
     if hasattr(dataset, "iter_targets"):  # timm's readers
         targets = list(dataset.iter_targets())
-    elif (
-        known := next((a for a in ("targets", "labels", "_labels") if hasattr(dataset, a)), None)
-    ) is not None:
-        targets = [int(target) for target in getattr(dataset, known)]
+    elif known := [name for name in ("targets", "labels", "_labels") if hasattr(dataset, name)]:
+        targets = [int(target) for target in getattr(dataset, known[0])]
     else:
         samples = getattr(dataset, "index", None)  # iNaturalist's list; for others the images have to be read
         samples = samples if isinstance(samples, list) else (dataset[index] for index in range(len(dataset)))
@@ -143,7 +127,7 @@ def _targets(dataset: Any, name: str) -> np.ndarray:
         raise UserError("data.source", f"{name}: expected one class for each image") from None
 
 
-def _class_names(dataset: Any, name: str) -> tuple[str, ...]:
+def _class_names(dataset: object, name: str) -> tuple[str, ...]:
     for attribute in ("classes", "all_categories"):
         if classes := getattr(dataset, attribute, None):
             # The classes of torch/imagenet are tuples of synonyms.
@@ -157,26 +141,19 @@ def _class_names(dataset: Any, name: str) -> tuple[str, ...]:
 @contextmanager
 def _offline() -> Iterator[None]:
     """Restrict Hugging Face's libraries to their cache, without network access, inside the context."""
-    modules = []
-    for name in ("huggingface_hub.constants", "datasets.config"):  # the second copies flags of the first
-        with suppress(ImportError):
-            modules.append(importlib.import_module(name))
-    flags = [
-        (m, name) for m in modules for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if hasattr(m, name)
-    ]
-    changed = [(module, name, getattr(module, name)) for module, name in flags]
-    for module, name in flags:
-        setattr(module, name, True)
-    try:
+    with ExitStack() as stack:
+        for name in ("huggingface_hub.constants", "datasets.config"):  # the second copies flags of the first
+            with suppress(ImportError):
+                module = importlib.import_module(name)
+                for flag in {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"} & vars(module).keys():
+                    stack.callback(setattr, module, flag, getattr(module, flag))
+                    setattr(module, flag, True)
         yield
-    finally:
-        for module, name, value in changed:
-            setattr(module, name, value)
 
 
 @contextmanager
 def _download_lock(folder: Path | None) -> Iterator[None]:
-    """Lock a folder so that one rank at a time downloads a data set."""
+    """Lock a folder, if there is one, so that one rank at a time downloads a data set."""
     if folder is None:
         yield
         return

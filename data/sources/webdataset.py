@@ -7,8 +7,7 @@ import json
 import os
 import posixpath
 import re
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,9 +38,6 @@ class WebDataset(ArchivedImages):
         or `train*.tar`. A sample is one image and, with the same name up to the first dot, a `.cls` file with
         its class index, or a `.json` file with the index, alone or under the key `cls` or `label`. Other
         files are not read.
-
-        Raises:
-            UserError: a shard is missing or damaged, or a sample does not have one image and one class.
         """
         root = root_folder(data)
         archives = _find_shards(root, split_name(data, split))
@@ -76,29 +72,12 @@ def _find_shards(root: Path, pattern: str) -> list[Path]:
     raise UserError("data.root", f"{root}: contains no shards {pattern}, {pattern}-*.tar or {pattern}*.tar")
 
 
-@dataclass
-class _SampleFiles:
-    """The files of a shard with one key: the path up to the first dot of the file's name."""
-
-    images: list[Member] = field(default_factory=list)
-    cls_files: list[Member] = field(default_factory=list)
-    json_files: list[Member] = field(default_factory=list)
-    others: list[Member] = field(default_factory=list)
-
-    def add(self, member: Member, file: str) -> None:
-        """Add a file of this name."""
-        extension = file.rpartition(".")[2].lower()
-        by_extension = {"cls": self.cls_files, "json": self.json_files}
-        default = self.images if has_image_extension(file) else self.others
-        by_extension.get(extension, default).append(member)
+_SampleFiles = dict[str, list[Member]]
+"""The files of a shard with one key (the path up to the first dot of the name): image, cls, json, other."""
 
 
 def _list_samples(archives: list[Path]) -> tuple[list[Member], list[int]]:
-    """List the images of all shards and their classes.
-
-    Raises:
-        UserError: a shard cannot be read, a sample does not have one image and one class, or there are none.
-    """
+    """List the images of all shards and their classes; each sample has one of both."""
     skipped = skipped_files(archives)
     members: list[Member] = []
     targets: list[int] = []
@@ -110,11 +89,14 @@ def _list_samples(archives: list[Path]) -> tuple[list[Member], list[int]]:
                 continue
             folder, file = posixpath.split(member.name)
             key = posixpath.join(folder, file.partition(".")[0])
-            samples.setdefault(key, _SampleFiles()).add(member, file)
+            extension = file.rpartition(".")[2].lower()
+            other = "image" if has_image_extension(file) else "other"
+            kind = extension if extension in ("cls", "json") else other
+            samples.setdefault(key, defaultdict(list))[kind].append(member)
         with open_regular(path) as shard:
             for key, files in samples.items():
-                if not files.images and not files.cls_files:
-                    for member in (*files.json_files, *files.others):
+                if not files["image"] and not files["cls"]:
+                    for member in (*files["json"], *files["other"]):
                         skipped.add(member.name)
                     continue
                 try:
@@ -133,13 +115,10 @@ def _pair_labels(files: _SampleFiles) -> list[tuple[Member, Member]]:
     """Pair the images of a key with the files of their classes: one of each, or several with dotted names.
 
     `photo.1.jpg` and `photo.1.cls` share the key `photo` with `photo.2.jpg`: an image then has the class of
-    the file whose name is equal up to the last dot.
-
-    Raises:
-        ValueError: an image has no class, a class no image, or there are several of one.
+    the file whose name is equal up to the last dot. Raises ValueError if one is missing or ambiguous.
     """
-    images = files.images
-    labels = files.cls_files or files.json_files
+    images = files["image"]
+    labels = files["cls"] or files["json"]
     if len(images) == len(labels) == 1:
         return [(images[0], labels[0])]
     stems = [Counter(posixpath.splitext(file.name)[0] for file in group) for group in (images, labels)]
@@ -151,7 +130,7 @@ def _pair_labels(files: _SampleFiles) -> list[tuple[Member, Member]]:
         return shorten_list([file.name for file in group])
 
     if not images:
-        raise ValueError(f"a class without an image ({names([*labels, *files.others])})")
+        raise ValueError(f"a class without an image ({names([*labels, *files['other']])})")
     if not labels:
         raise ValueError(f"images without a .cls or .json file: {names(images)}")
     duplicates, kind = (images, "images") if len(images) > 1 else (labels, "classes")
@@ -159,16 +138,7 @@ def _pair_labels(files: _SampleFiles) -> list[tuple[Member, Member]]:
 
 
 def _read_class(path: Path, shard: BinaryIO, label: Member) -> int:
-    """Read the class index of a sample from its .cls or .json file.
-
-    Args:
-        path: the shard, for messages.
-        shard: the open shard.
-        label: the file in it.
-
-    Raises:
-        UserError: it is not an integer from 0 to 999,999.
-    """
+    """Read the class index of a sample, from 0 to 999,999, from its .cls or .json file in the shard."""
     is_json = label.name.lower().endswith(".json")
     shard.seek(label.offset)
     is_too_large = label.size > (_MAX_JSON_BYTES if is_json else _MAX_CLS_BYTES)
@@ -179,9 +149,8 @@ def _read_class(path: Path, shard: BinaryIO, label: Member) -> int:
             document = json.loads(text)
         except (ValueError, RecursionError):
             raise UserError("data.root", f"{path}: {label.name} is not JSON") from None
-        values = [document]
-        if isinstance(document, dict):
-            values = [document[key] for key in LABEL_KEYS if key in document]
+        is_mapping = isinstance(document, dict)
+        values = [document[key] for key in LABEL_KEYS if key in document] if is_mapping else [document]
         if len(values) != 1 or type(values[0]) is not int:
             reason = f"has no class: expected an integer, alone or under one of {', '.join(LABEL_KEYS)}"
             raise UserError("data.root", f"{path}: {label.name} {reason}")

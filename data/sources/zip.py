@@ -13,22 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.decoding import Mode
-from data.sources.archive import (
-    ZIP_DEFLATED,
-    ZIP_STORED,
-    ZIP_UNSUPPORTED,
-    ArchivedImages,
-    Member,
-    check_file,
-    safe_name,
-)
+from data.sources.archive import ENCRYPTED, ArchivedImages, Member, check_file, safe_name
 from data.sources.base import Source, Split, root_folder, split_name
 from data.sources.class_paths import class_depth, parent_folders
 from vil.config import DataConfig, UserError, error_reason
 from vil.runtime.files import read_text
 
 _CLASS = re.compile("[0-9]{1,6}")
-_KINDS = {zipfile.ZIP_STORED: ZIP_STORED, zipfile.ZIP_DEFLATED: ZIP_DEFLATED}
 _ENCRYPTED, _UTF8 = 1, 1 << 11  # flag bits of a file (APPNOTE 4.4.4)
 
 
@@ -37,12 +28,7 @@ class ZipImages(ArchivedImages):
 
     @classmethod
     def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
-        """Open root/<split>_map.txt and its archives; the training map names the classes.
-
-        Raises:
-            UserError: a map, an archive or an image is missing or invalid, or the maps assign different class
-                indices to a class folder.
-        """
+        """Open root/<split>_map.txt and its archives; the training map names the classes."""
         root = root_folder(data)
         path = root / f"{split_name(data, split)}_map.txt"
         training = root / f"{data.train_split}_map.txt"
@@ -65,7 +51,7 @@ class ZipImages(ArchivedImages):
                 reason = f"class {entry.target}, but {training.name} has {len(class_names)} classes"
             elif member is None:
                 reason = f"{entry.name} is not in {entry.archive}"
-            elif member.kind == ZIP_UNSUPPORTED:
+            elif member.kind not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 reason = f"{entry.name} is encrypted, or neither stored nor deflated, in {entry.archive}"
             else:
                 members.append(member)
@@ -85,11 +71,7 @@ class MapEntry(NamedTuple):
 
 
 def read_map(path: Path) -> list[MapEntry]:
-    """Read a map, in UTF-8 with or without a byte order mark; empty lines are ignored.
-
-    Raises:
-        UserError: the file cannot be read, is empty, or has a line that is invalid or leads out of the root.
-    """
+    """Read a map, in UTF-8 with or without a byte order mark; empty lines are ignored."""
     try:
         lines = read_text(path).split("\n")  # names may contain other line separators of Unicode
     except (OSError, ValueError) as error:
@@ -116,34 +98,27 @@ def read_map(path: Path) -> list[MapEntry]:
     return entries
 
 
-def entry_folders(entries: Sequence[MapEntry], known: Collection[str] | None = None) -> list[str | None]:
-    """Return the class folder of each image by `class_depth`; None for images outside of them."""
-    folders = [parent_folders(entry.name) for entry in entries]
-    distinct = set(folders) - {()}
-    depth = class_depth(distinct, known) if distinct else 0
-    return [parts[depth] if len(parts) > depth else None for parts in folders]
-
-
 def indices_by_folder(
     entries: Sequence[MapEntry], known: Collection[str] | None = None
 ) -> dict[str, set[int]]:
-    """Return the class indices of the images in each class folder."""
+    """Return the class indices of the images in each class folder; "" is for images outside of them."""
+    folders = [parent_folders(entry.name) for entry in entries]
+    distinct = set(folders) - {()}
+    depth = class_depth(distinct, known) if distinct else 0
     indices: dict[str, set[int]] = {}
-    for entry, folder in zip(entries, entry_folders(entries, known)):
-        if folder is not None:
-            indices.setdefault(folder, set()).add(entry.target)
+    for entry, parts in zip(entries, folders):
+        indices.setdefault(parts[depth] if len(parts) > depth else "", set()).add(entry.target)
     return indices
 
 
 def map_class_names(entries: Sequence[MapEntry]) -> tuple[str, ...]:
     """Return the class folders if each class has exactly one, else the class indices."""
-    folders: dict[int, set[str]] = {}
-    for entry, folder in zip(entries, entry_folders(entries)):
-        folders.setdefault(entry.target, set()).add(folder or "")
-    indices = range(max(folders) + 1)
-    names = tuple(next(iter(folders[i])) if len(folders.get(i, ())) == 1 else "" for i in indices)
-    is_unique = all(names) and len(set(names)) == len(names)
-    return names if is_unique else tuple(map(str, indices))
+    by_folder = indices_by_folder(entries)
+    pairs = sorted((index, folder) for folder, indices in by_folder.items() for index in indices)
+    classes = range(pairs[-1][0] + 1)
+    is_one_to_one = len(pairs) == len(by_folder) and [index for index, _ in pairs] == list(classes)
+    is_named = is_one_to_one and "" not in by_folder
+    return tuple(folder for _, folder in pairs) if is_named else tuple(map(str, classes))
 
 
 def check_indices(
@@ -154,6 +129,7 @@ def check_indices(
     Folders with images of several classes in training are not class folders, and are not compared.
     """
     expected = indices_by_folder(training_entries)
+    expected.pop("", None)
     for folder, indices in indices_by_folder(entries, expected).items():
         known = expected.get(folder, set())
         if len(known) == 1 and indices != known:
@@ -171,12 +147,9 @@ def list_members(path: Path, index: int) -> dict[str, Member]:
                 name = safe_name(_decode_name(info))
                 if name is None or info.is_dir():
                     continue
-                is_encrypted = info.flag_bits & _ENCRYPTED
-                kind = ZIP_UNSUPPORTED if is_encrypted else _KINDS.get(info.compress_type, ZIP_UNSUPPORTED)
-                sizes = {"size": info.compress_size, "full_size": info.file_size}
-                members[name] = Member(
-                    index, info.header_offset, name=name, kind=kind, checksum=info.CRC, **sizes
-                )
+                kind = ENCRYPTED if info.flag_bits & _ENCRYPTED else info.compress_type
+                offset, size = info.header_offset, info.compress_size
+                members[name] = Member(index, offset, size, name, kind, info.CRC, info.file_size)
     except Exception as error:  # zipfile lets struct.error and others through
         raise UserError("data.root", f"{path}: cannot be read as a zip: {error_reason(error)}") from None
     return members

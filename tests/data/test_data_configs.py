@@ -49,12 +49,13 @@ def test_cifar10_from_torchvision_and_from_folders(tmp_path, monkeypatch, image_
     write_cifar10(tmp_path, monkeypatch)
     data = read("cifar10", "--data.root", str(tmp_path), "--data.workers", "0")
     loaders = load(data, batch_size=4)
-    assert (loaders.num_classes, loaders.train.steps_per_epoch, loaders.validation.num_images) == (10, 5, 4)
+    assert len(loaders.class_names) == 10
+    assert (loaders.train.steps_per_epoch, loaders.validation.num_images) == (5, 4)
 
     (image_folder / "val").rename(image_folder / "test")
     argv = ["--data.source", "folder", "--data.root", str(image_folder), "--data.workers", "0"]
     loaders = load(read("cifar10", *argv), batch_size=4)
-    assert (loaders.num_classes, loaders.validation.num_images) == (3, 6)
+    assert (len(loaders.class_names), loaders.validation.num_images) == (3, 6)
 
 
 def test_imagenet_has_the_geometry_of_the_paper():

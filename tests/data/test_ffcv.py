@@ -132,7 +132,7 @@ def test_ranks_share_an_epoch(folders, world_size, order):
     for rank in range(world_size):
         data = configured(folders, "raw", ffcv_order=order)
         train = load(data, AugmentConfig(), batch_size=12, rank=rank, world_size=world_size).train
-        for keys in train._micro_batches:
+        for keys in train.micro_batches:
             assert len(keys) == 12 // world_size
             seen.update(index for _, index, _ in keys)
     assert seen == dict.fromkeys(range(36), 1)

@@ -76,4 +76,4 @@ def test_training_sees_the_subset_alone_and_validation_all(folder_data):
     folder_data.images_per_class = 2
     loaders = load(folder_data, image_size=16, batch_size=6)
     assert (loaders.train.steps_per_epoch, loaders.train.num_images) == (1, 6)
-    assert (loaders.validation.num_images, loaders.num_classes) == (6, 3)
+    assert (loaders.validation.num_images, len(loaders.class_names)) == (6, 3)

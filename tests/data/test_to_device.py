@@ -97,9 +97,9 @@ def test_batches_are_normalized_and_erased_as_single_images(folder_data, mode, i
         folder_data, dataclasses.replace(augment, random_erasing=0.0), batch_size=6, in_chans=in_chans
     )
     for epoch in range(2):
-        train._micro_batches.set_epoch(epoch)
-        for keys, batch in zip(list(train._micro_batches), train.epoch(epoch), strict=True):
-            images, targets = transformed(train._views, keys)
+        train.micro_batches.set_epoch(epoch)
+        for keys, batch in zip(list(train.micro_batches), train.epoch(epoch), strict=True):
+            images, targets = transformed(train.views, keys)
             assert torch.equal(batch[0], images)
             assert torch.equal(batch[1], targets)
             assert batch[0].stride() == images.stride()
@@ -116,7 +116,8 @@ def test_images_are_normalized_by_division_by_255_and_erased_as_by_timm(folder_d
         result = transform(image)
     with seeded(0, "test"):
         pixels = transform.pixels(image)
-        expected = transform.erasing((pixels.contiguous().float() / 255 - transform.mean) / transform.std)
+        mean, std = (torch.tensor(value)[:, None, None] for value in (transform.mean, transform.std))
+        expected = transform.erasing((pixels.contiguous().float() / 255 - mean) / std)
     assert torch.equal(result, expected)
 
 
@@ -136,14 +137,14 @@ def test_a_replacement_has_the_erasing_drawn_for_it(folder_data, image_folder):
     folder_data.unreadable_images = "skip"
     train = load(folder_data, AugmentConfig(random_erasing=1.0), batch_size=12).train
     ((images, _),) = train.epoch(0)
-    keys = next(iter(train._micro_batches))
+    keys = next(iter(train.micro_batches))
     (position,) = (
-        i for i, key in enumerate(keys) if train._views.source.describe(key[1]).endswith("cat/0.png")
+        i for i, key in enumerate(keys) if train.views.source.describe(key[1]).endswith("cat/0.png")
     )
     key = keys[position]
     other = next(replacement_indices(0, 0, 12, key[1]))
     with seeded(0, "augmentation", *key):
-        expected = train._views.transform(train._views.source.read(other))
+        expected = train.views.transform(train.views.source.read(other))
     assert torch.equal(images[position], expected)
 
 

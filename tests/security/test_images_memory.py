@@ -16,7 +16,7 @@ from PIL import Image
 from data import decoding
 from data.decoding import EncodedImage, UnreadableImageError, max_pixels
 from data.real_labels import read_real_labels
-from data.sources.archive import ZIP_DEFLATED, ArchivedImages, Member
+from data.sources.archive import PLAIN, ArchivedImages, Member
 from data.sources.folder import ImageFolder
 from data.sources.zip import ZipImages
 from tools.image_reader import read_image
@@ -116,7 +116,7 @@ def test_members_that_inflate(tmp_path: Path):
 
 
 @pytest.mark.parametrize("size", [1 << 40, (1 << 64) - 1])
-@pytest.mark.parametrize("kind", [0, 1, ZIP_DEFLATED])
+@pytest.mark.parametrize("kind", [PLAIN, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_members_with_huge_declared_sizes(tmp_path: Path, size: int, kind: int):
     with (tmp_path / "x").open("wb") as file:
         file.truncate(1 << 41)
@@ -129,7 +129,7 @@ def test_members_with_huge_declared_sizes(tmp_path: Path, size: int, kind: int):
 def test_a_member_ends_where_the_archive_says(tmp_path: Path):
     content = zlib.compress(bytes(100), wbits=-zlib.MAX_WBITS)
     (tmp_path / "x").write_bytes(b"PK\3\4" + bytes(22) + (0).to_bytes(4, "little") + content)
-    member = Member(0, 0, len(content), "", ZIP_DEFLATED, zlib.crc32(bytes(99)), 99)
+    member = Member(0, 0, len(content), "", zipfile.ZIP_DEFLATED, zlib.crc32(bytes(99)), 99)
     images = ArchivedImages([tmp_path / "x"], [member], [0], ("a",), "RGB")
     assert images.read(0) is not None
     with pytest.raises(UnreadableImageError):
@@ -144,7 +144,7 @@ def relabelled(path: Path, folder: Path) -> int:
     source = ImageFolder(folder, tuple(map(str, range(1000))), "RGB")
     transform = evaluation_transform(DataConfig(), image_size=8, in_chans=3)
     images = RealLabelImages(EvaluationImages(source, transform), str(path))
-    return len(images[0][1])
+    return len(images[0].content[1])
 
 
 def test_one_long_row_of_labels(tmp_path: Path):

@@ -59,7 +59,7 @@ def evaluate_run(
         validation.loader,
         device=device,
         precision=choose_precision(None, device),
-        num_classes=validation.num_classes,
+        num_classes=len(validation.class_names),
         logit_indices=match_classes(validation.class_names, weights.class_names, config.model.num_classes),
         max_mistakes=max_mistakes,
         progress=sys.stderr.isatty(),

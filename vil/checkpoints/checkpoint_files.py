@@ -38,12 +38,7 @@ _MAX_DIGEST_BYTES = 1 << 16
 
 
 class UnreadableFileError(UserError):
-    """An I/O error: the file may be intact and readable later.
-
-    Args:
-        path: the file.
-        error: the error of the operating system.
-    """
+    """An I/O error: the file may be intact and readable later."""
 
     def __init__(self, path: str, error: OSError) -> None:
         super().__init__(path, f"cannot be read: {error_reason(error)}")
@@ -55,11 +50,7 @@ def step_file(folder: Path, step: int) -> Path:
 
 
 def step_files(folder: Path) -> list[tuple[int, Path]]:
-    """Return (step, path) of all checkpoints of the run in `folder` but best.pt, newest first.
-
-    Raises:
-        UnreadableFileError: the folder cannot be listed.
-    """
+    """Return (step, path) of all checkpoints of the run in `folder` but best.pt, newest first."""
     try:
         names = os.listdir(folder / FOLDER)
     except FileNotFoundError:
@@ -76,11 +67,7 @@ def digest_file(path: Path) -> Path:
 
 
 def check_digest(path: Path, required: bool = False) -> None:
-    """Compare a file with its digest file.
-
-    Args:
-        path: the checkpoint.
-        required: refuse a file without a digest; a copy made elsewhere may lack it.
+    """Compare a file with its digest file, which a copy made elsewhere may lack unless it is required.
 
     Raises:
         UserError: the digest does not match, or the file or a required digest is missing.
@@ -113,32 +100,20 @@ def file_digest(path: Path) -> str:
 
 
 def read_digests(path: Path) -> list[str]:
-    """Return the digests in the digest file of `path`: one, or two while `path` is being replaced.
-
-    Raises:
-        OSError: the digest file does not exist or cannot be read.
-    """
+    """Return the digests in the digest file of `path`: one, or two while `path` is being replaced."""
     text = read_text(digest_file(path), _MAX_DIGEST_BYTES, errors="replace")
     return re.findall(r"^([0-9a-f]{64})  \S", text, flags=re.MULTILINE)
 
 
 def write_digest(path: Path, digest: str, keep_old: bool = False) -> None:
-    """Write the digest of `path` durably; with `keep_old` after the existing digests.
-
-    Raises:
-        OSError: the disk is full or the folder is gone; the old digest file is unchanged.
-    """
+    """Write the digest of `path` durably; with `keep_old` after the existing digests."""
     old = read_digests(path) if keep_old and digest_file(path).exists() else []
     lines = [f"{value}  {path.name}\n" for value in (*old, digest)]
     write_durably(digest_file(path), "".join(lines))
 
 
 def keep_damaged(path: Path) -> None:
-    """Keep a damaged file under a second name, so that `path` can be replaced.
-
-    Raises:
-        OSError: the disk is full or the folder is gone.
-    """
+    """Keep a damaged file under a second name, so that `path` can be replaced."""
     if not path.exists():
         return
     names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
@@ -152,11 +127,7 @@ def keep_damaged(path: Path) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove partial files and digests without a file, left by a process that was killed while saving.
-
-    Raises:
-        OSError: a file cannot be removed, or the folder of the checkpoints is a link.
-    """
+    """Remove partial files and digests without a file, left by a process that was killed while saving."""
     checkpoints = folder / FOLDER
     refuse_link(checkpoints)
     remove_leftovers(checkpoints, _WRITTEN_FILES)
@@ -172,11 +143,8 @@ def remove_partial_files(folder: Path) -> None:
 def newest_intact(folder: Path, read: Callable[[Path], Content]) -> tuple[Path, Content] | None:
     """Return the newest intact checkpoint of the run in `folder` and its content, None if there is none.
 
-    A damaged checkpoint is logged as a warning and skipped, never deleted. best.pt is the last candidate.
-
-    Args:
-        folder: the run's folder.
-        read: verify a checkpoint and return its content; raises UserError for a damaged one.
+    A damaged checkpoint, for which `read` raises UserError, is logged and skipped, never deleted. best.pt is
+    the last candidate.
 
     Raises:
         UserError: all checkpoints are damaged.

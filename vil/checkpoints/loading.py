@@ -15,7 +15,7 @@ from torchvision import transforms
 
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.weights import Weights
-from vil.config import DataConfig, EvalConfig, Tree, UserError
+from vil.config import DataConfig, EvalConfig, Tree, UserError, errors_in_option
 from vil.models import zoo
 from vil.validation import validate
 
@@ -42,10 +42,8 @@ def load(path: str | Path) -> LoadedModel:
     """
     weights = open_weights(path)
     config, model = weights.require_model(), weights.build_model()
-    try:
+    with errors_in_option(weights.path):
         data = validate(EvalConfig, {"data": dict(weights.transform)}).data
-    except UserError as error:
-        raise UserError(weights.path, f"{error.location}: {error.reason}") from None
     transform = evaluation_transform(data, config.image_size, config.in_chans)
     return LoadedModel(model, transform, weights.class_names)
 
@@ -55,9 +53,6 @@ def evaluation_transform(data: DataConfig, image_size: int, in_chans: int) -> Ca
 
     The short side is resized to image_size / crop_pct. Images are converted to RGB, or to grayscale for one
     channel, with mean and standard deviation averaged over red, green and blue.
-
-    Raises:
-        UserError: the model has neither 1 nor 3 channels.
     """
     mean, std = data.mean, data.std
     if in_chans == 1:

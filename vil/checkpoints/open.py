@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ from vil.checkpoints.published_config import PublishedConfig, read_published_con
 from vil.checkpoints.safetensors_file import is_safetensors, read_safetensors
 from vil.checkpoints.training_state import WeightsChoice, WeightsKind, select_weights
 from vil.checkpoints.weights import Weights
-from vil.config import UserError, error_reason
+from vil.config import UserError, error_reason, errors_in_file
 from vil.models.state_dict import has_published_names, strip_wrapper_prefixes
 from vil.validation import shown
 
 _RUN_KEYS = {"model", "ema", "best", "config", "class_names"}
-_RAW_KEYS, _EMA_KEYS = ("state_dict", "model", "net"), ("state_dict_ema", "model_ema", "ema")
+_FOREIGN_KEYS: dict[WeightsKind, tuple[str, ...]] = {
+    "raw": ("state_dict", "model", "net"),
+    "ema": ("state_dict_ema", "model_ema", "ema"),
+}
 
 _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -55,28 +58,24 @@ def open_weights(
     if isinstance(published_config, str | Path):
         published_config = read_published_config(published_config)
     file = find_checkpoint(path, run_checkpoint)
-    opened = read_safetensors(file) if is_safetensors(file) else _read_checkpoint(file, weights)
-    if weights not in ("auto", opened.kind):
-        raise UserError(str(file), f"holds {opened.kind} weights only, not {weights}")
-    if not opened.state_dict:
-        raise UserError(str(file), "holds no weights")
-    for name, value in opened.state_dict.items():
-        _check_weight(str(file), name, value)
-    if published_config is None:
-        return opened
-    if opened.format != "published":
-        raise UserError(
-            opened.path, "not a published checkpoint, so a published configuration cannot be used"
-        )
-    return dataclasses.replace(opened, model=published_config.model, transform=published_config.transform)
+    with errors_in_file(file):
+        opened = read_safetensors(file) if is_safetensors(file) else _read_checkpoint(file, weights)
+        if weights not in ("auto", opened.kind):
+            raise UserError("", f"holds {opened.kind} weights only, not {weights}")
+        if not opened.state_dict:
+            raise UserError("", "holds no weights")
+        for name, value in opened.state_dict.items():
+            _check_weight(name, value)
+        if published_config is None:
+            return dataclasses.replace(opened, path=str(file))
+        if opened.format != "published":
+            raise UserError("", "not a published checkpoint, so a published configuration cannot be used")
+    model, transform = published_config.model, published_config.transform
+    return dataclasses.replace(opened, path=str(file), model=model, transform=transform)
 
 
 def find_checkpoint(path: str | Path, run_checkpoint: Literal["best", "last"] = "best") -> Path:
-    """Return the checkpoint of a run's folder, or `path` itself if it is a file; its digest is verified.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """Return the checkpoint of a run's folder, or `path` itself if it is a file; its digest is verified."""
     given = Path(path)
     try:
         exists = given.exists()
@@ -99,76 +98,72 @@ def find_checkpoint(path: str | Path, run_checkpoint: Literal["best", "last"] = 
 
 def _read_checkpoint(path: Path, weights: WeightsChoice) -> Weights:
     content = read_pickle(path)
-    if not isinstance(content, Mapping):
-        raise UserError(str(path), f"not a checkpoint of train.py: lacks {', '.join(sorted(_RUN_KEYS))}")
-    if isinstance(content.get("net"), Mapping) or "class_names" not in content:
-        return _foreign_weights(path, content, weights)
-    if missing := sorted(_RUN_KEYS - content.keys()):
-        raise UserError(str(path), f"not a checkpoint of train.py: lacks {', '.join(missing)}")
+    if isinstance(content, Mapping) and (
+        isinstance(content.get("net"), Mapping) or "class_names" not in content
+    ):
+        return _foreign_weights(content, weights)
+    state = content if isinstance(content, Mapping) else {}
+    if missing := sorted(_RUN_KEYS - state.keys()):
+        raise UserError("", f"not a checkpoint of train.py: lacks {', '.join(missing)}")
     try:
-        state_dict, kind = select_weights(content, weights)
-        config, class_names = content["config"], content["class_names"]
+        state_dict, kind = select_weights(state, weights)
+        config, class_names = state["config"], state["class_names"]
         found = Weights.from_stored(
-            str(path), "run", kind, dict(state_dict), config["model"], config["data"], class_names
+            "run", kind, dict(state_dict), config["model"], config["data"], class_names
         )
         if found.model is None or found.class_names is None:
             raise TypeError("no model or class names")
     except UserError:
         raise
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise UserError(str(path), f"damaged: {error_reason(error)} in the checkpoint") from None
+        raise UserError("", f"damaged: {error_reason(error)} in the checkpoint") from None
     return found
 
 
-def _foreign_weights(path: Path, content: Mapping[Any, Any], weights: WeightsChoice) -> Weights:
+def _foreign_weights(content: Mapping[str, object], weights: WeightsChoice) -> Weights:
     """Return the weights of a published checkpoint or of one of another program.
 
     They are under a key, raw or averaged, or are the content itself.
-
-    Raises:
-        UserError: there are no weights, or not of the requested kind.
     """
 
-    def is_state_dict(value: object) -> bool:
-        return isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values())
-
-    candidates: dict[WeightsKind, list[Mapping[str, Tensor]]] = {
-        "raw": [content[key] for key in _RAW_KEYS if is_state_dict(content.get(key))],
-        "ema": [content[key] for key in _EMA_KEYS if is_state_dict(content.get(key))],
-    }
-    if not candidates["raw"] and not candidates["ema"] and is_state_dict(content):
-        candidates["raw"] = [content]
-    kinds = [kind for kind in candidates if candidates[kind]]
-    if not kinds:
-        keys = ", ".join((*_RAW_KEYS, *_EMA_KEYS))
-        raise UserError(str(path), f"not a checkpoint: it holds no weights, neither itself nor under {keys}")
-    kind = kinds[0] if weights == "auto" else weights
-    if kind not in kinds:
-        raise UserError(str(path), f"holds {kinds[0]} weights only, not {weights}")
-    state_dict = strip_wrapper_prefixes(candidates[kind][0])
+    found: dict[WeightsKind, Mapping[str, Tensor]] = {}
+    for kind, keys in _FOREIGN_KEYS.items():
+        candidates = filter(_is_state_dict, map(content.get, keys))
+        if (state_dict := next(candidates, None)) is not None:
+            found[kind] = state_dict
+    if not found and _is_state_dict(content):
+        found["raw"] = content
+    if not found:
+        known = ", ".join(key for keys in _FOREIGN_KEYS.values() for key in keys)
+        raise UserError("", f"not a checkpoint: it holds no weights, neither itself nor under {known}")
+    kind = next(iter(found)) if weights == "auto" else weights
+    if kind not in found:
+        raise UserError("", f"holds {next(iter(found))} weights only, not {weights}")
+    state_dict = strip_wrapper_prefixes(found[kind])
     is_published = isinstance(content.get("net"), Mapping) and has_published_names(state_dict)
-    return Weights(str(path), "published" if is_published else "foreign", kind, state_dict)
+    return Weights("", "published" if is_published else "foreign", kind, state_dict)
 
 
-def _check_weight(path: str, name: object, value: object) -> None:
+def _is_state_dict(value: object) -> TypeGuard[Mapping[str, Tensor]]:
+    return isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values())
+
+
+def _check_weight(name: object, value: object) -> None:
     """Raise UserError for an entry of a state dict that is not a weight of a model."""
     if not isinstance(name, str) or not name.isprintable():
-        raise UserError(path, f"not a checkpoint: {shown(name, 300)} is not a name of a weight")
+        raise UserError("", f"not a checkpoint: {shown(name, 300)} is not a name of a weight")
     if not isinstance(value, Tensor):
-        raise UserError(path, f"not a checkpoint: {name} is not a tensor")
+        raise UserError("", f"not a checkpoint: {name} is not a tensor")
+    reason = None
     if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_nested:
-        raise UserError(
-            path, f"{name} is not a plain tensor but a {type(value).__name__} of layout {value.layout}"
-        )
-    if value.device.type != "cpu":
-        raise UserError(path, f"{name} has no values: it was saved from the device {value.device.type}")
-    if value.is_quantized or value.dtype not in _DTYPES:
-        raise UserError(
-            path, f"{name} is of {value.dtype}, which is not supported; convert it to torch.float32"
-        )
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise UserError(
-            path, f"{name} is of shape {tuple(value.shape)}, but the file holds only a part of it"
-        )
-    if value.is_floating_point() and not value.isfinite().all():
-        raise UserError(path, f"{name} holds values that are not finite")
+        reason = f"is not a plain tensor but a {type(value).__name__} of layout {value.layout}"
+    elif value.device.type != "cpu":
+        reason = f"has no values: it was saved from the device {value.device.type}"
+    elif value.is_quantized or value.dtype not in _DTYPES:
+        reason = f"is of {value.dtype}, which is not supported; convert it to torch.float32"
+    elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        reason = f"is of shape {tuple(value.shape)}, but the file holds only a part of it"
+    elif value.is_floating_point() and not value.isfinite().all():
+        reason = "holds values that are not finite"
+    if reason is not None:
+        raise UserError("", f"{name} {reason}")

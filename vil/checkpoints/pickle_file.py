@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -150,12 +150,7 @@ def read_pickle(path: str | Path) -> object:
 
 
 def _check_zip(file: BinaryIO) -> None:
-    """Check a file of torch.save's zip format.
-
-    Raises:
-        _RefusedPickleError: the file is refused.
-        Exception: of any type: the file is damaged.
-    """
+    """Check a file of torch.save's zip format; other exceptions than _RefusedPickleError mean damage."""
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
         if archive.comment:
@@ -176,47 +171,35 @@ def _check_zip(file: BinaryIO) -> None:
         if sizes.get(f"{root}/data.pkl", 0) > MAX_PICKLE_BYTES:
             raise _RefusedPickleError(f"not a checkpoint: a pickle of more than {MAX_PICKLE_BYTES:,} bytes")
 
-        def storage_bytes(key: str, nbytes: int) -> int:
+        def check_storage(key: str, nbytes: int) -> None:
             if nbytes > sizes.get(f"{root}/data/{key}", -1):
                 raise _RefusedPickleError(f"damaged: storage {key[:40]!r} is not in the file, or shorter")
-            return nbytes
 
-        _Inspector(io.BytesIO(archive.read(f"{root}/data.pkl")), storage_bytes).load()
+        _Inspector(io.BytesIO(archive.read(f"{root}/data.pkl")), check_storage).load()
 
 
 def _check_legacy(file: BinaryIO) -> None:
-    """Check a file of torch.save's older format: five pickles, then the data of the tensors.
-
-    Raises:
-        _RefusedPickleError: the file is refused.
-        Exception: of any type: the file is damaged.
-    """
+    """Check a file of torch.save's older format: five pickles, then the data of the tensors."""
     remaining = os.fstat(file.fileno()).st_size
     sizes: dict[str, int] = {}
 
-    def storage_bytes(key: str, nbytes: int) -> int:
+    def check_storage(key: str, nbytes: int) -> None:
         nonlocal remaining
         if key not in sizes:
             sizes[key], remaining = nbytes, remaining - nbytes
         if remaining < 0 or nbytes != sizes[key]:
             raise _RefusedPickleError(f"damaged: storage {key[:40]!r} is larger than the file")
-        return nbytes
 
     content = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     for _ in range(5):  # magic number, version, byte order, the content, the keys of the storages
-        _Inspector(content, storage_bytes).load()
+        _Inspector(content, check_storage).load()
 
 
 class _Inspector(pickle._Unpickler):
     """Interpreter of a pickle with placeholders for tensors and unknown objects.
 
     Based on the unpickler in Python: the one in C allocates as many memo entries as the largest index in the
-    file.
-
-    Args:
-        file: the pickle.
-        storage_bytes: function from the key and the size in bytes of a storage to its size; raises
-            _RefusedPickleError if the file does not hold it.
+    file. `check_storage` raises _RefusedPickleError unless the file holds that many bytes for a storage.
     """
 
     stack: list[object]
@@ -224,9 +207,9 @@ class _Inspector(pickle._Unpickler):
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES
     }
 
-    def __init__(self, file: BinaryIO, storage_bytes: Callable[[str, int], int]) -> None:
+    def __init__(self, file: BinaryIO, check_storage: Callable[[str, int], None]) -> None:
         super().__init__(file, encoding="bytes")
-        self._storage_bytes = storage_bytes
+        self._check_storage = check_storage
 
     def load(self) -> object:
         try:
@@ -241,7 +224,7 @@ class _Inspector(pickle._Unpickler):
             return _CALLABLE[full]
         if full in _PLACEHOLDERS:
             placeholder = _PLACEHOLDERS[full]
-            return _CALLABLE["collections.OrderedDict"] if placeholder is OrderedDict else placeholder
+            return _ordered_dict if placeholder is OrderedDict else placeholder
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or full in _STORAGES or full in _TYPES:
             return _Constant(full)
@@ -253,14 +236,13 @@ class _Inspector(pickle._Unpickler):
         kind, key = (text.decode() if isinstance(text, bytes) else text for text in (kind, key))
         if kind != "storage" or itemsize is None or not isinstance(key, str):
             raise _RefusedPickleError
-        numel = _count(numel)
-        nbytes = self._storage_bytes(key, numel * itemsize)
+        length = _count(numel)
+        self._check_storage(key, length * itemsize)
         if view and view[0] is not None:
             _, offset, length = view[0]
             if _count(offset) + _count(length) > numel:
                 raise _RefusedPickleError("damaged: a part of a storage is larger than it")
-            nbytes = length * itemsize
-        return _Storage(nbytes, itemsize)
+        return _Storage(length * itemsize, itemsize)
 
     def load_setitem(self) -> None:
         _check_keys(self.stack[-2:-1])
@@ -276,8 +258,7 @@ class _Inspector(pickle._Unpickler):
         super().load_build()  # type: ignore[misc]
 
     def load_newobj(self) -> None:
-        kinds = (_CALLABLE["collections.OrderedDict"], _CALLABLE["collections.Counter"], _Discarded)
-        if self.stack[-2] not in kinds:
+        if self.stack[-2] not in (_ordered_dict, _counter, _Discarded):
             raise _RefusedPickleError
         self.load_reduce()
 
@@ -323,16 +304,8 @@ def _rebuild_tensor(storage: object, offset: object, size: object, stride: objec
     return _check_tensor(storage, offset, size, stride, itemsize)
 
 
-def _rebuild_tensor_v3(
-    storage: object,
-    offset: object,
-    size: object,
-    stride: object,
-    grad: object,
-    hooks: object,
-    dtype: object,
-    *rest: object,
-) -> _Tensor:
+def _rebuild_tensor_v3(*arguments: object) -> _Tensor:
+    storage, offset, size, stride, _, _, dtype, *_ = arguments
     name = dtype.name.removeprefix("torch.") if isinstance(dtype, _Constant) else ""
     itemsize = getattr(getattr(torch, name, None), "itemsize", None)
     return _check_tensor(storage, offset, size, stride, itemsize)
@@ -381,13 +354,12 @@ def _rebuild_from_type(function: object, kind: object, arguments: object, state:
 
 
 def _mapping(kind: type) -> Callable[..., object]:
-    def make(*arguments: Any) -> object:
-        if len(arguments) > 1 or not all(isinstance(argument, list | dict) for argument in arguments):
+    def make(*arguments: object) -> object:
+        content = arguments[0] if arguments else {}
+        if len(arguments) > 1 or not isinstance(content, list | dict):
             raise _RefusedPickleError
-        for argument in arguments:
-            pairs = argument.items() if isinstance(argument, Mapping) else argument
-            _check_keys(pair[0] for pair in pairs)
-        return kind(*arguments)
+        _check_keys(content if isinstance(content, dict) else (pair[0] for pair in content))
+        return kind(content)
 
     return make
 
@@ -425,10 +397,11 @@ def _constant(*arguments: object) -> _Constant:
 
 
 _TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")
+_ordered_dict, _counter = _mapping(OrderedDict), _mapping(Counter)
 
 _CALLABLE: dict[str, Callable[..., object]] = {
-    "collections.OrderedDict": _mapping(OrderedDict),
-    "collections.Counter": _mapping(Counter),
+    "collections.OrderedDict": _ordered_dict,
+    "collections.Counter": _counter,
     "torch.Size": _size,
     "torch.device": _constant,
     "torch.serialization._get_layout": _constant,

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-from vil.config import AttentionName, EvalConfig, ModelConfig, StageConfig, Tree, UserError
+from vil.config import AttentionName, EvalConfig, ModelConfig, StageConfig, Tree, UserError, errors_in_option
 from vil.runtime.yaml_files import read_yaml
 from vil.validation import as_tree, flatten, validate
 
@@ -52,28 +52,17 @@ _NEIGHBORS: dict[int, Literal["all", "random", "self"]] = {0: "all", 1: "random"
 
 @dataclass(frozen=True)
 class PublishedConfig:
-    """A published configuration in the terms of this project.
-
-    Attributes:
-        model: `vil` with its stages, image size and number of classes.
-        transform: options of the evaluation transform, named as in `DataConfig`.
-    """
+    """The model of a published configuration, and its options of the evaluation transform (`DataConfig`)."""
 
     model: ModelConfig
     transform: Tree
 
 
 def read_published_config(path: str | Path) -> PublishedConfig:
-    """Return the model and the evaluation transform of a published configuration.
-
-    Raises:
-        UserError: the file cannot be read, or a value in it is invalid.
-    """
+    """Return the model and the evaluation transform of a published configuration."""
     tree = read_yaml(path)
-    try:
+    with errors_in_option(str(path)):
         return _interpret(tree)
-    except UserError as error:
-        raise UserError(str(path), str(error)) from error
 
 
 def _interpret(tree: object) -> PublishedConfig:
@@ -85,7 +74,7 @@ def _interpret(tree: object) -> PublishedConfig:
     if _ARCH not in values:
         raise UserError(_ARCH, "is missing: not a published ViL configuration")
 
-    def choose(key: str, names: Mapping[Any, Name]) -> Name:
+    def choose(key: str, names: Mapping[int, Name] | Mapping[str, Name]) -> Name:
         if values[key] not in names:
             raise UserError(key, f"must be one of {', '.join(map(str, names))}, got {values[key]!r}")
         return names[values[key]]
@@ -127,9 +116,6 @@ def parse_arch(arch: str, attention: AttentionName) -> list[StageConfig]:
             s 1 for the sparse attention and 0 for full, g global tokens, p patch, f window, features or
             reduction, a 1 for absolute and 0 for relative position.
         attention: the sparse attention.
-
-    Raises:
-        UserError: the text is not of this form.
     """
     stages = []
     for text in arch.split("_"):
@@ -159,20 +145,17 @@ def parse_arch(arch: str, attention: AttentionName) -> list[StageConfig]:
     return stages
 
 
-def _typed(key: str, value: Any, default: object) -> object:
+def _typed(key: str, value: object, default: object) -> object:
     """Return a value of the type of its default; numbers and tuples may be written as Python literals."""
     if isinstance(value, str) and not isinstance(default, str):
         try:
             value = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise UserError(key, f"expected a value like {default}, got {value!r}") from None
-    if isinstance(default, list):
-        is_list = isinstance(value, list | tuple) and len(value) == len(default)
-        is_valid = is_list and all(isinstance(item, int | float) for item in value)
-    elif isinstance(default, float):
-        is_valid = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, list) and isinstance(value, list | tuple):
+        is_valid = len(value) == len(default) and all(isinstance(item, int | float) for item in value)
     else:
-        is_valid = isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool)
+        is_valid = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
     if not is_valid:
         raise UserError(key, f"expected a value like {default}, got {value!r}")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import logging
 import os
@@ -18,28 +19,13 @@ from pathlib import Path
 
 import yaml
 
-from vil.checkpoints.checkpoint_files import (
-    BEST,
-    FOLDER,
-    check_digest,
-    keep_damaged,
-    newest_intact,
-    remove_partial_files,
-    step_files,
-)
+from vil.checkpoints import checkpoint_files
+from vil.checkpoints.checkpoint_files import BEST, FOLDER, check_digest, newest_intact, step_files
 from vil.checkpoints.training_state import State, copy_training_state, read_training_state
 from vil.config import TrainConfig, UserError, errors_in_option
+from vil.runtime import files
 from vil.runtime.distributed import call_on_main
-from vil.runtime.files import (
-    MAX_JSON_BYTES,
-    open_for_appending,
-    parse_json,
-    read_bytes,
-    read_text,
-    refuse_link,
-    remove_leftovers,
-    write_durably,
-)
+from vil.runtime.files import MAX_JSON_BYTES, refuse_link, write_durably
 from vil.runtime.run_files import CONFIG, FOLDERS, LOCK, METRICS, SUMMARY
 from vil.runtime.yaml_files import read_yaml
 from vil.validation import (
@@ -50,11 +36,6 @@ from vil.validation import (
     timm_start_options,
     without_timm_start_options,
 )
-
-try:
-    import fcntl
-except ImportError:  # a system without POSIX locks: the folder is not locked
-    fcntl = None  # type: ignore[assignment]
 
 _logger = logging.getLogger(__name__)
 
@@ -75,11 +56,7 @@ def contains_run(folder: Path) -> bool:
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of `folder` by a lock of rank 0; called by every rank.
-
-    Raises:
-        UserError: on every rank: another process uses the folder, or it cannot be written.
-    """
+    """Keep other runs out of `folder` by a lock of rank 0; called by every rank."""
     lock = FolderLock(folder)
     call_on_main(lock.acquire)
     try:
@@ -96,9 +73,6 @@ class FolderLock:
 
     A POSIX record lock: the system releases it when the process is killed, data workers do not inherit it,
     and NFS forwards it to other machines.
-
-    Args:
-        folder: created if missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -107,11 +81,7 @@ class FolderLock:
         self._created: list[Path] = []
 
     def acquire(self) -> None:
-        """Lock the folder, waiting up to `LOCK_TIMEOUT_S`.
-
-        Raises:
-            UserError: another process, which is named, holds the lock, or the folder cannot be written.
-        """
+        """Lock the folder, waiting up to `LOCK_TIMEOUT_S`; name the process that holds the lock."""
         folder = self._path.parent
         try:
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -128,7 +98,7 @@ class FolderLock:
 
     def release(self, remove: bool) -> None:
         """Unlock the folder; with `remove`, also remove the folders that `acquire` created, if empty."""
-        if remove and (self._descriptor is not None or fcntl is None):
+        if remove and self._descriptor is not None:
             with suppress(OSError):
                 self._path.unlink()
         if self._descriptor is not None:
@@ -140,10 +110,9 @@ class FolderLock:
                     path.rmdir()
 
     def _try_acquire(self) -> bool:
-        descriptor = open_for_appending(self._path)  # truncated only once it is locked
+        descriptor = files.open_for_appending(self._path)  # truncated only once it is locked
         try:
-            if fcntl is not None:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_ino != os.lstat(self._path).st_ino:  # removed by its previous holder
                 raise BlockingIOError
         except (BlockingIOError, PermissionError, FileNotFoundError):
@@ -159,10 +128,10 @@ class FolderLock:
         return True
 
     def _holder(self) -> str:
-        try:
-            return read_bytes(self._path, 4096).decode("utf-8", "replace").strip() or "by another process"
-        except OSError:
-            return "by another process"
+        holder = ""
+        with suppress(OSError):
+            holder = files.read_bytes(self._path, 4096).decode("utf-8", "replace").strip()
+        return holder or "by another process"
 
 
 def open_run(folder: Path, config: TrainConfig) -> State | None:
@@ -200,9 +169,6 @@ def _check_start_options(folder: Path, config: TrainConfig) -> None:
 
     Options that load weights come from the command line alone and are not stored, so a run that ended before
     its first checkpoint needs them again.
-
-    Raises:
-        UserError: the configuration lacks such an option.
     """
     if not (folder / CONFIG).exists():
         return
@@ -243,7 +209,7 @@ def _restore_best(folder: Path, state: State) -> None:
         if candidate["best"] != state["best"] or step != candidate["finished_step"] or not is_epoch:
             continue
         try:
-            keep_damaged(best)
+            checkpoint_files.keep_damaged(best)
             copy_training_state(path, best)
         except OSError as error:
             problem += f", and cannot be restored from {path}: {error.strerror}"
@@ -287,18 +253,10 @@ def check_class_names(
 def check_train_images(
     folder: Path, config: TrainConfig, state: State, images: int, steps_per_epoch: int
 ) -> None:
-    """Compare the training set with that of the run in `folder`; epochs and learning rates depend on it.
+    """Raise UserError if the training set has another size than that of the run in `folder`.
 
-    Args:
-        folder: the run's folder.
-        config: the configuration to continue with.
-        state: the run's checkpoint. One of version 0.1.0 stores no sizes: its epoch is compared, which
-            reveals no change within the first epoch.
-        images: number of training images.
-        steps_per_epoch: optimizer steps of an epoch.
-
-    Raises:
-        UserError: the number of images or of steps per epoch differs.
+    Epochs and learning rates depend on it. A checkpoint of version 0.1.0 stores no sizes: its epoch is
+    compared, which reveals no change within the first epoch.
     """
     if "train_images" in state:
         old, new = (state["train_images"], state["steps_per_epoch"]), (images, steps_per_epoch)
@@ -320,16 +278,12 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 
 def begin_run(folder: Path, config: TrainConfig) -> None:
-    """Prepare `folder` for training: write config.yaml, remove partial files and the old summary.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Prepare `folder` for training: write config.yaml, remove partial files and the old summary."""
     try:
         _refuse_links(folder)
         (folder / FOLDER).mkdir(exist_ok=True)
-        remove_partial_files(folder)
-        remove_leftovers(folder, "|".join(map(re.escape, (CONFIG, SUMMARY, METRICS))))
+        checkpoint_files.remove_partial_files(folder)
+        files.remove_leftovers(folder, "|".join(map(re.escape, (CONFIG, SUMMARY, METRICS))))
         (folder / SUMMARY).unlink(missing_ok=True)
         write_config(folder, config)
     except OSError as error:
@@ -343,6 +297,6 @@ def finished_top1(folder: Path, state: State, config: TrainConfig) -> float | No
     if not is_trained:
         return None
     try:
-        return float(parse_json(read_text(folder / SUMMARY, MAX_JSON_BYTES))[0]["top1"])
+        return float(files.parse_json(files.read_text(folder / SUMMARY, MAX_JSON_BYTES))[0]["top1"])
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -31,35 +31,31 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_safetensors(path: Path) -> Weights:
-    """Return the content of a file of safetensors; one without the metadata of this project has no model.
-
-    Raises:
-        UserError: the file cannot be read or is damaged, or its metadata are invalid.
-    """
+    """Return the content of a file of safetensors; one without the metadata of this project has no model."""
     try:
         with open_regular(path) as opened:
             length = int.from_bytes(opened.read(8), "little")
         if MAX_HEADER_BYTES < length < path.stat().st_size:
-            raise UserError(str(path), f"not safetensors of a model: a header of {length:,} bytes")
+            raise UserError("", f"not safetensors of a model: a header of {length:,} bytes")
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except UserError:
         raise
     except OSError as error:
-        raise UserError(str(path), f"cannot be read: {error_reason(error)}") from None
+        raise UserError("", f"cannot be read: {error_reason(error)}") from None
     except Exception as error:  # the library raises any type for a damaged file
-        raise UserError(str(path), f"damaged or not safetensors: {error_reason(error)}") from None
+        raise UserError("", f"damaged or not safetensors: {error_reason(error)}") from None
     try:
         stored = {key: parse_json(metadata.get(key, "null")) for key in _METADATA_KEYS}
         kind: WeightsKind = "ema" if stored.pop("weights") == "ema" else "raw"
-        weights = Weights.from_stored(str(path), "safetensors", kind, state_dict, **stored)
+        weights = Weights.from_stored("safetensors", kind, state_dict, **stored)
         if weights.data:
             raise ValueError
     except UserError:
         raise
     except (ValueError, TypeError, RecursionError):
-        raise UserError(str(path), "its metadata are not those of tools/export.py") from None
+        raise UserError("", "its metadata are not those of tools/export.py") from None
     return weights
 
 
@@ -67,9 +63,6 @@ def write_safetensors(path: str | Path, weights: Weights) -> None:
     """Write weights with their model, transform and class names as JSON in the metadata.
 
     `path` holds the old content or the new at every moment; its folder is created.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     path = Path(path)
     model = weights.model and dataclasses.replace(weights.model, init_from=None, init_released_config=None)

@@ -108,15 +108,9 @@ _OPTIONAL_SCHEMA: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 """The same for keys that checkpoints of version 0.1.0 lack."""
 
-KEYS = tuple(_SCHEMA)
-
 
 class _DigestWriter(io.RawIOBase):
-    """A file object that computes the SHA-256 of everything written to it.
-
-    Args:
-        file: the file to write to; closing this object leaves it open.
-    """
+    """A file object that writes to another and computes the SHA-256; closing it leaves the other open."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -156,11 +150,7 @@ def write_training_state(path: Path, state: State) -> None:
 
 
 def copy_training_state(source: Path, target: Path) -> None:
-    """Copy a checkpoint and its digest, with the guarantees of `write_training_state`.
-
-    Raises:
-        OSError: the disk is full, the folder is gone, or `source` is damaged; the old target is unchanged.
-    """
+    """Copy a checkpoint and its digest as `write_training_state` writes them; OSError if it is damaged."""
 
     def copy(file: _DigestWriter) -> None:
         while chunk := content.read(_CHUNK_BYTES):
@@ -186,17 +176,13 @@ def _write_with_digest(path: Path, write: Callable[[_DigestWriter], None]) -> No
 def read_training_state(path: str | Path, digest_required: bool = False) -> State:
     """Return the content of a checkpoint of train.py; tensors are on the CPU.
 
-    Args:
-        path: the checkpoint.
-        digest_required: refuse a file without its digest; a copy made elsewhere may lack it.
-
     Raises:
-        UserError: the file is missing, damaged, or not a checkpoint of train.py.
+        UserError: the file is missing, damaged, or not a checkpoint of train.py; or lacks a required digest.
     """
     check_digest(Path(path), digest_required)
     content = read_pickle(path)
     state = dict(content) if isinstance(content, Mapping) else {}
-    if missing := [key for key in KEYS if key not in state]:
+    if missing := [key for key in _SCHEMA if key not in state]:
         raise UserError(str(path), f"not a checkpoint of train.py: lacks {', '.join(missing)}")
     if len(_OPTIONAL_SCHEMA.keys() & state.keys()) == 1:
         raise UserError(str(path), "damaged: has only one of train_images and steps_per_epoch")
@@ -212,9 +198,6 @@ def select_weights(
     """Return a state dict of a run's checkpoint and its kind.
 
     `auto` is the kind with the best evaluation, or raw if a continued run no longer keeps an average.
-
-    Raises:
-        UserError: the checkpoint holds no average.
     """
     if weights == "auto":
         weights = state["best"]["weights"] if state["best"] and state["ema"] is not None else "raw"
@@ -228,8 +211,5 @@ def select_weights(
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that affect the results of a run."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "timm": str(timm.__version__),
-    }
+    versions = {"torch": torch.__version__, "timm": timm.__version__}
+    return {"python": platform.python_version(), **{name: str(value) for name, value in versions.items()}}

@@ -14,7 +14,7 @@ from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor, nn
 
 from vil.checkpoints.training_state import WeightsKind
-from vil.config import EvalConfig, ModelConfig, UserError, error_reason
+from vil.config import EvalConfig, ModelConfig, UserError, error_reason, errors_in_file, errors_in_option
 from vil.models.limits import ModelTooLargeError, check_model_size
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.state_dict import translate_state_dict
@@ -41,7 +41,7 @@ class Weights:
     """Weights and everything that their file holds about them.
 
     Attributes:
-        path: the file.
+        path: the file, for errors; `open_weights` sets it.
         format: `run` for a checkpoint of train.py; `safetensors`; `published` for one of the paper's, whose
             configuration is a separate file; `foreign` for one of another program.
         kind: weights as the optimizer left them (`raw`), or their moving average (`ema`).
@@ -64,7 +64,6 @@ class Weights:
     @classmethod
     def from_stored(
         cls,
-        path: str,
         format: Literal["run", "safetensors"],
         kind: WeightsKind,
         state_dict: Mapping[str, Tensor],
@@ -74,9 +73,7 @@ class Weights:
     ) -> Weights:
         """Return weights with the plain values that their file stores about them; None is unknown.
 
-        Raises:
-            UserError: the model has an unknown key or an invalid value.
-            TypeError, ValueError: the data are no mapping, or the class names no list of strings.
+        Raises UserError or TypeError for invalid values.
         """
         if class_names is not None and not (
             isinstance(class_names, list | tuple) and all(isinstance(name, str) for name in class_names)
@@ -84,47 +81,30 @@ class Weights:
             raise TypeError("class_names is not a list of strings")
         if data is not None and not isinstance(data, Mapping):
             raise TypeError("data is not a mapping")
-        options = data or {}
-        return cls(
-            path,
-            format,
-            kind,
-            state_dict,
-            model=None if model is None else stored_model_config(model, path),
-            data={key: value for key, value in options.items() if key not in TRANSFORM_OPTIONS},
-            transform={key: value for key, value in options.items() if key in TRANSFORM_OPTIONS},
-            class_names=None if class_names is None else tuple(class_names),
-        )
+        options = dict(data or {})
+        transform = {key: options.pop(key) for key in TRANSFORM_OPTIONS if key in options}
+        with errors_in_option(""):
+            config = None if model is None else stored_model_config(model)
+        names = None if class_names is None else tuple(class_names)
+        return cls("", format, kind, state_dict, config, options, transform, names)
 
     def require_model(self, option: str = "") -> ModelConfig:
-        """Return the model of the weights.
-
-        Args:
-            option: the option that names the published configuration, for the error.
-
-        Raises:
-            UserError: the file does not describe its model.
-        """
+        """Return the model of the weights, or raise UserError with the option that can describe it."""
         if self.model is None:
             raise UserError(self.path, f"{NO_MODEL}: {option}" if option else NO_MODEL)
         return self.model
 
     def build_model(self, image_size: int | None = None, num_classes: int | None = None) -> nn.Module:
-        """Return the model of these weights, with the weights loaded, in eval mode.
-
-        Args:
-            image_size: another image size in pixels.
-            num_classes: another number of classes.
+        """Return the model of these weights, also of another size, with the weights loaded, in eval mode.
 
         Raises:
             UserError: the file does not describe its model, or the weights do not fit the model.
         """
         config = self.require_model()
-        config = replace(
-            config,
-            image_size=config.image_size if image_size is None else image_size,
-            num_classes=config.num_classes if num_classes is None else num_classes,
-        )
+        if image_size is not None:
+            config = replace(config, image_size=image_size)
+        if num_classes is not None:
+            config = replace(config, num_classes=num_classes)
         model = self.empty_model(config)
         self.load_into(model, config.image_size)
         return model.eval()
@@ -145,10 +125,9 @@ class Weights:
         Raises:
             UserError: options that do not go together, or a model that is much larger than the weights.
         """
+        num_classes = self._head_rows(config.name) or num_classes
         with self._size_limit() as max_bytes:
-            return model_from_config(
-                config, self._head_rows(config.name) or num_classes, image_size, max_bytes
-            )
+            return model_from_config(config, num_classes, image_size, max_bytes)
 
     def load_into(self, model: nn.Module, image_size: int | None = None, new_head: bool = False) -> None:
         """Load these weights into a model, strictly up to its image size, number of classes and channels.
@@ -165,10 +144,8 @@ class Weights:
         Raises:
             UserError: weights are missing, unexpected, or of another shape; the message names them.
         """
-        try:
+        with errors_in_file(self.path):
             state_dict = translate_state_dict(model, self.state_dict)
-        except UserError as error:
-            raise UserError(self.path, error.reason) from None
         state_dict = _adapt_head(model, state_dict, new_head)
         state_dict = _adapt_input_channels(model, state_dict)
         if not isinstance(model, MultiScaleViT) and _mismatches(model, state_dict):
@@ -198,29 +175,23 @@ class Weights:
         except UserError:
             raise
         except (RuntimeError, ValueError, AssertionError) as error:
-            text = error_reason(error)
-            reason = f"the model cannot be built for the stored image size of {stored_size} pixels: {text}"
-            raise UserError(self.path, reason) from None
+            reason = f"the model cannot be built for the stored image size of {stored_size} pixels"
+            raise UserError(self.path, f"{reason}: {error_reason(error)}") from None
         fits = not _mismatches(model, state_dict)
         if fits:
             load_state_dict(model, state_dict, self.path)
+            sizes = (stored_size, image_size)
+            _logger.info("%s: resized from %s to %s pixels by timm", type(model).__name__, *sizes)
         set_input_size((image_size, image_size))
-        if fits:
-            _logger.info(
-                "%s: resized from %s to %s pixels by timm", type(model).__name__, stored_size, image_size
-            )
         return fits
 
     @contextmanager
     def _size_limit(self) -> Iterator[int]:
-        """Yield `max_bytes` for building the model that the file describes.
+        """Yield `max_bytes` for building the model that the file describes; name the file if it needs more.
 
         A file of a kilobyte may describe a model of gigabytes. Half-precision weights, tables resized for
         other images and another head leave room up to `MAX_GROWTH` × the size of the weights +
         `MAX_EXTRA_BYTES`.
-
-        Raises:
-            UserError: instead of a ModelTooLargeError, with the path of the file.
         """
         storages = [weight.untyped_storage() for weight in self.state_dict.values()]
         size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -241,13 +212,9 @@ class Weights:
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict that must have exactly the names and shapes of a model.
 
-    Args:
-        model: the model; unchanged if the weights do not fit.
-        state_dict: names → tensors.
-        source: the file, for errors.
-
     Raises:
-        UserError: weights are missing, unexpected, or of another shape; one line that names them.
+        UserError: weights from the file `source` are missing, unexpected, or of another shape; one line that
+            names them. The model is unchanged.
     """
     if mismatches := _mismatches(model, state_dict):
         named = [name for kind in ("missing", "unexpected") for name in mismatches.get(kind, [])]
@@ -257,25 +224,19 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: 
             f"{', ...' if len(names) > MAX_NAMED_WEIGHTS else ''}"
             for kind, names in mismatches.items()
         ]
-        raise UserError(
-            source, f"does not fit the model, it is of another {difference}; {'; '.join(counted)}"
-        )
+        reason = f"does not fit the model, it is of another {difference}"
+        raise UserError(source, f"{reason}; {'; '.join(counted)}")
     model.load_state_dict(state_dict)
 
 
-def stored_model_config(values: object, path: str = "") -> ModelConfig:
-    """Return a stored model section as a validated configuration, without the options that start a run.
-
-    Raises:
-        UserError: an unknown key or an invalid value, at `path` if given.
-    """
+def stored_model_config(values: object) -> ModelConfig:
+    """Return a stored model section as a validated configuration, without the options that start a run."""
     try:
         check_plain(values)
         section = without_start_options(values) if isinstance(values, Mapping) else values
         return validate(EvalConfig, {"model": section}).model
     except UserError as error:
-        located = UserError(error.location or "model", error.reason, STORED)
-        raise (UserError(path, str(located)) if path else located) from None
+        raise UserError(error.location or "model", error.reason, STORED) from None
 
 
 def _mismatches(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:

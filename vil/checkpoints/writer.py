@@ -10,19 +10,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from vil.checkpoints.checkpoint_files import (
-    BEST,
-    FOLDER,
-    check_digest,
-    digest_file,
-    keep_damaged,
-    step_file,
-    step_files,
-)
+from vil.checkpoints import checkpoint_files
+from vil.checkpoints.checkpoint_files import BEST, FOLDER, check_digest, step_file, step_files
 from vil.checkpoints.training_state import State, copy_training_state, write_training_state
 from vil.config import UserError, error_reason
 from vil.runtime.files import refuse_link
@@ -63,12 +55,11 @@ class CheckpointWriter:
         content = None
         if 2 * state_size(state) < available_memory():
             with suppress(MemoryError, RuntimeError):  # PyTorch raises RuntimeError for lack of memory
-                content = _copy_to_cpu(state)
+                content = {key: _copy_to_cpu(value) for key, value in state.items()}
         if content is None:
             self._write(state, is_best)
             return
-        arguments = (content, is_best)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(None, self._run, "checkpoint", (content, is_best), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -107,7 +98,7 @@ class CheckpointWriter:
                 (self.folder / FOLDER).mkdir(exist_ok=True)
                 for target in (path, best) if is_best else (path,):
                     if target.exists() and not self._is_intact(target):
-                        keep_damaged(target)
+                        checkpoint_files.keep_damaged(target)
                 if is_best:  # best.pt first: a run that is killed in between repeats this evaluation
                     write_training_state(best, state)
                     copy_training_state(best, path)
@@ -118,9 +109,8 @@ class CheckpointWriter:
                 self.problem = None
                 break
             except OSError as error:
-                reason = error_reason(error)
                 subject = f"the checkpoint of step {state['step']}"
-                self.problem = f"{subject} cannot be written to {path.parent}: {reason}"
+                self.problem = f"{subject} cannot be written to {path.parent}: {error_reason(error)}"
                 if delay is not None:
                     time.sleep(delay)
         if self.problem is None:
@@ -139,7 +129,7 @@ class CheckpointWriter:
             earlier = [path for number, path in step_files(self.folder) if number <= step]
             for path in list(filter(self._is_intact, earlier))[self._keep :]:
                 path.unlink()
-                digest_file(path).unlink()
+                checkpoint_files.digest_file(path).unlink()
                 self._intact.discard(path)
 
     def _is_intact(self, path: Path) -> bool:
@@ -154,14 +144,7 @@ class CheckpointWriter:
 
 
 def check_disk_space(folder: Path, weights: State, has_ema: bool, keep: int) -> None:
-    """Raise UserError if the disk has no room for the checkpoints of a run.
-
-    Args:
-        folder: the run's folder.
-        weights: state dict of the model.
-        has_ema: True if a moving average of the weights is saved too.
-        keep: number of checkpoints to keep in addition to best.pt.
-    """
+    """Raise UserError if the disk has no room for best.pt and `keep` more checkpoints of a state dict."""
     checkpoint_bytes = state_size(weights) * (4 if has_ema else 3)  # with the two moments of Adam
     needed = checkpoint_bytes * (keep + 2)  # best.pt, and the one that is being written
     existing = (folder / FOLDER).glob("*.pt*")  # replaced or removed by the run
@@ -211,7 +194,7 @@ def _free_in_control_groups(controllers: str, group: str) -> list[int]:
     return free
 
 
-def _copy_to_cpu(state: Any) -> Any:
+def _copy_to_cpu(state: object) -> object:
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):

@@ -45,12 +45,10 @@ CONFIG_FOLDERS = {"model": "models", "schedule": "schedules", "data": "data", "c
 
 @dataclass(frozen=True)
 class Assignment:
-    """A value for a key.
+    """A value for a dotted key, or for the whole tree if that is empty.
 
-    Attributes:
-        key: dotted; empty for the whole tree.
-        value: a plain value; for a section, a mapping: keys that it lacks keep their values.
-        origin: the file that contains the value, or `COMMAND_LINE`.
+    A section's value is a mapping: keys that it lacks keep their values. The origin is the file that contains
+    the value, or `COMMAND_LINE`.
     """
 
     key: str
@@ -64,11 +62,7 @@ def file_origin(path: str | Path) -> str:
 
 
 def read_section(path: str | Path, option: str) -> Tree:
-    """Return the mapping in the YAML file that `--option` names.
-
-    Raises:
-        UserError: the file cannot be read or holds anything but a mapping.
-    """
+    """Return the mapping in the YAML file that `--option` names."""
     if not str(path):
         raise UserError(f"--{option}", "expected the path of a YAML file")
     try:
@@ -91,12 +85,7 @@ def _similar_file(path: str, option: str) -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse over the fields of a configuration; values stay text until their option's type parses them.
-
-    Args:
-        config_class: a dataclass whose fields are options or sections (dataclasses).
-        prog: the program's name, for --help.
-    """
+    """argparse over the fields of a configuration; values stay text until their option's type parses them."""
 
     def __init__(self, config_class: TypeHint, prog: str | None) -> None:
         super().__init__(
@@ -119,12 +108,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self._add_options(config_class, "", self)
 
     def parse(self, argv: Sequence[str]) -> tuple[list[Assignment], Literal["all", "skip_default"] | None]:
-        """Return the assignments in the order of the arguments, and the value of --print_config.
-
-        Raises:
-            UserError: an unknown option, a missing value, or a file that cannot be read.
-            SystemExit: after --help.
-        """
+        """Return the assignments in the order of the arguments, and the value of --print_config."""
         namespace = argparse.Namespace(recorded=[])
         try:
             namespace, unknown = self.parse_known_args(map(self._with_underscores, argv), namespace)
@@ -218,11 +202,10 @@ def _parse_value(texts: str | list[str] | None, hint: TypeHint) -> object:
     YAML, unless the option takes text.
     """
     members = [without_range(member) for member in union_members(hint)]
-    elements = [
-        without_range(typing.get_args(m)[0]) for m in members if typing.get_origin(m) in (list, tuple)
-    ]
+    lists = [member for member in members if typing.get_origin(member) in (list, tuple)]
     if isinstance(texts, list):
-        takes_one = any(typing.get_origin(m) not in (list, tuple) and m is not type(None) for m in members)
+        elements = [without_range(typing.get_args(member)[0]) for member in lists]
+        takes_one = any(member not in (*lists, type(None)) for member in members)
         is_text = elements[0] is str or typing.get_origin(elements[0]) is Literal
         if len(texts) > 1 or (is_text and not takes_one and texts[0] != "null" and texts[0][:1] != "["):
             return [_parse_value(text, elements[0]) for text in texts]
@@ -240,12 +223,10 @@ def _parse_value(texts: str | list[str] | None, hint: TypeHint) -> object:
 
 def _defaults(config_class: TypeHint) -> dict[str, object]:
     """Return the default of each field of a dataclass, by name; None for fields without one."""
-    defaults = {}
+    missing, defaults = dataclasses.MISSING, {}
     for field in dataclasses.fields(config_class):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        defaults[field.name] = None if default is dataclasses.MISSING else default
+        default = field.default if field.default_factory is missing else field.default_factory()
+        defaults[field.name] = None if default is missing else default
     return defaults
 
 

@@ -27,11 +27,9 @@ def resolve_eval_command(
     for key in ("weights", "run_checkpoint"):
         if key in command.origins and not config.checkpoint:
             raise command.locate(UserError(key, "requires --checkpoint"))
-    for key, value in (
-        ("model.init_from", config.model.init_from),
-        ("model.init_released_config", config.model.init_released_config),
-    ):
-        if key in command.origins and value:
+    for name in ("init_from", "init_released_config"):
+        key = f"model.{name}"
+        if key in command.origins and getattr(config.model, name):
             raise command.locate(UserError(key, "is for training; evaluate weights with --checkpoint"))
     has_stored_values = config.checkpoint or config.released_config or config.datasets
     if not has_stored_values and not timm_start_options(config.model.timm_options):

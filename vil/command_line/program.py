@@ -120,7 +120,7 @@ def bounded_int(minimum: int, maximum: int | None = None) -> Callable[[str], int
     limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or not minimum <= int(text) <= (int(text) if maximum is None else maximum):
+        if not text.isdecimal() or int(text) < minimum or (maximum is not None and int(text) > maximum):
             raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text!r}")
         return int(text)
 

@@ -57,18 +57,9 @@ class ResolvedConfig(Generic[Config]):
 class ParsedArguments(Generic[Config]):
     """A parsed command line.
 
-    Args:
-        config_class: a dataclass whose fields are options or sections (dataclasses).
-        argv: the arguments, without the program's name.
-        prog: the program's name, for --help.
-
     Attributes:
         assignments: the assignments, in order.
         print_config: the value of --print_config: `all`, `skip_default` or None.
-
-    Raises:
-        UserError: an unknown option, or a file that cannot be read.
-        SystemExit: after --help.
     """
 
     def __init__(self, config_class: type[Config], argv: Sequence[str], prog: str | None = None) -> None:
@@ -86,22 +77,16 @@ class ParsedArguments(Generic[Config]):
     def with_file(self, section: str, path: str) -> ParsedArguments[Config]:
         """Return a copy with one more YAML file for a section, right after the last such file."""
         index = max((i + 1 for i, a in enumerate(self.assignments) if a.key == section), default=0)
-        return self._with_assignments(
-            [
-                *self.assignments[:index],
-                Assignment(section, read_section(path, section), file_origin(path)),
-                *self.assignments[index:],
-            ]
-        )
+        changed = copy.copy(self)
+        changed.assignments = list(self.assignments)
+        changed.assignments.insert(index, _file_assignment(section, path))
+        return changed
 
     def with_values(self, values: Tree, origin: str = COMMAND_LINE) -> ParsedArguments[Config]:
         """Return a copy with more values, by dotted key, which override all others."""
-        added = [Assignment(key, value, origin) for key, value in values.items()]
-        return self._with_assignments([*self.assignments, *added])
-
-    def _with_assignments(self, assignments: list[Assignment]) -> ParsedArguments[Config]:
         changed = copy.copy(self)
-        changed.assignments = assignments
+        added = [Assignment(key, value, origin) for key, value in values.items()]
+        changed.assignments = [*self.assignments, *added]
         return changed
 
     def resolve(
@@ -117,17 +102,10 @@ class ParsedArguments(Generic[Config]):
             base_values: a stored configuration (nested mappings), overridden by everything else. Options that
                 only the command line may set are left out.
             base_origin: the origin of `base_values` in errors.
-
-        Raises:
-            UserError: names the file, or the command line, and the option.
         """
         base_origin = file_origin(base_origin)
         stored = [] if base_values is None else [Assignment("", base_values, base_origin)]
-        files = [
-            Assignment(section, read_section(path, section), file_origin(path))
-            for section, path in (base_files or {}).items()
-            if not self.assigns(section)
-        ]
+        files = [_file_assignment(*item) for item in (base_files or {}).items() if not self.assigns(item[0])]
         tree: Tree = {}
         origins: dict[str, str] = {}
         for assignment in (*stored, *files, *self.assignments):
@@ -151,11 +129,7 @@ class ParsedArguments(Generic[Config]):
         return ResolvedConfig(config, origins, frozenset(a.key for a in self.assignments))
 
     def finish(self, command: ResolvedConfig[Config]) -> None:
-        """Print the configuration and exit if the command line has --print_config.
-
-        Raises:
-            SystemExit: after printing, with status 0.
-        """
+        """Print the configuration and exit with status 0 if the command line has --print_config."""
         if self.print_config is None:
             return
         tree = as_tree(command.config)
@@ -177,6 +151,10 @@ def parse(
     command = args.resolve(base_files, base_values)
     args.finish(command)
     return command
+
+
+def _file_assignment(section: str, path: str | Path) -> Assignment:
+    return Assignment(section, read_section(path, section), file_origin(path))
 
 
 def _without_defaults(tree: Tree, defaults: Tree) -> Tree:

@@ -30,14 +30,14 @@ def resolve_train_command(argv: Sequence[str]) -> ResolvedConfig[TrainConfig]:
 
     If the output folder contains a run and the command line names no model, schedule or data file: the
     configuration of that run. If `model.init_from` is set and no model: the model of these weights. Otherwise
-    the demo's files.
-
-    Raises:
-        UserError: an option, or a file that the command line names, cannot be used.
-        SystemExit: after --help or --print_config.
+    the demo's files. After --help or --print_config, SystemExit is raised.
     """
     args = ParsedArguments(TrainConfig, argv, prog="train.py")
-    files = demo_files(args.resolve())
+    files, given = dict(DEMO_FILES), args.resolve()
+    if given.sets("model.name"):
+        del files["model"]
+    if given.config.data.source != DataConfig.source:
+        del files["data"]
     command = args.resolve(files)
     output = command.config.output or default_output(command.config.data)
     stored = Path(output, CONFIG)
@@ -48,10 +48,8 @@ def resolve_train_command(argv: Sequence[str]) -> ResolvedConfig[TrainConfig]:
             files.pop("model", None)
             command = args.resolve(files)
             if not command.sets("model.name") and not command.sets("model.stages"):
-                is_continued = stored.exists()
-                model = (
-                    stored_config(stored)["model"] if is_continued else initial_model(command.config.model)
-                )
+                is_continued, start = stored.exists(), command.config.model
+                model = stored_config(stored)["model"] if is_continued else initial_model(start)
                 command = args.resolve(files, {"model": model})
     except UserError as error:
         raise command.locate(error) from error
@@ -60,22 +58,8 @@ def resolve_train_command(argv: Sequence[str]) -> ResolvedConfig[TrainConfig]:
     return command
 
 
-def demo_files(command: ResolvedConfig[TrainConfig]) -> dict[str, Path]:
-    """Return the demo's files for the sections that the command line leaves to the demo."""
-    files = dict(DEMO_FILES)
-    if command.sets("model.name"):
-        del files["model"]
-    if command.config.data.source != DataConfig.source:
-        del files["data"]
-    return files
-
-
 def stored_config(path: Path) -> Tree:
-    """Return the content of a run's config.yaml.
-
-    Raises:
-        UserError: it cannot be read, or has no mapping for each section.
-    """
+    """Return the content of a run's config.yaml."""
     content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
         raise UserError(str(path), "expected a mapping of keys to values")
@@ -93,11 +77,7 @@ def initial_model(model: ModelConfig) -> Tree:
 
 
 def initial_weights(model: ModelConfig) -> Weights:
-    """Read the weights that a model section starts from.
-
-    Raises:
-        UserError: they cannot be read, or there is a published configuration without a checkpoint.
-    """
+    """Read the weights that a model section starts from."""
     from vil.checkpoints.open import open_weights
     from vil.checkpoints.published_config import read_published_config
 

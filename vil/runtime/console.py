@@ -11,12 +11,7 @@ from vil.config import printable
 
 
 def print_line(line: str, stream: TextIO | None = None) -> None:
-    """Print one line and flush it; ignore a stream that is closed, or cannot be written (a full disk).
-
-    Args:
-        line: characters that cannot be printed are escaped.
-        stream: the default is standard output.
-    """
+    """Print one line, escaped if necessary; ignore a stream that is closed, or on a full disk."""
     with suppress(OSError, ValueError):  # ValueError: the stream is closed
         print(printable(line), file=stream or sys.stdout, flush=True)
 

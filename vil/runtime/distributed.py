@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -66,9 +66,9 @@ def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
         UserError: the device does not exist, or there are more processes than GPUs.
         LostRankError: the connection to another rank failed.
     """
-    rank, local_rank, world_size, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world_size, local_world_size = (
+        int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     )
     chosen_device = _choose_device(device, local_rank, local_world_size)
     on_gpu = chosen_device.type == "cuda"
@@ -107,22 +107,19 @@ def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
 def _choose_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    chosen = None
+    with suppress(RuntimeError):
         chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError("device", f"expected auto, cpu or cuda, got {device!r}") from None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise UserError("device", f"expected auto, cpu or cuda, got {device!r}")
     if chosen.type == "cpu":
         return chosen
-    if chosen.type != "cuda":
-        raise UserError("device", f"expected auto, cpu or cuda, got {device!r}")
     gpus = torch.cuda.device_count()
     if gpus == 0:
         raise UserError("device", "cuda was requested, but PyTorch finds no GPU on this machine")
     if local_world_size > gpus:
-        raise UserError(
-            "device",
-            f"{local_world_size} processes on this machine, but it has {gpus} GPU(s); each needs one",
-        )
+        reason = f"{local_world_size} processes on this machine, but it has {gpus} GPU(s); each needs one"
+        raise UserError("device", reason)
     index = local_rank if chosen.index is None or local_world_size > 1 else chosen.index
     if index >= gpus:
         raise UserError("device", f"there is no cuda:{index}; this machine has {gpus} GPU(s)")
@@ -214,7 +211,11 @@ def data_parallel(
         image_shape: (C, H, W) of the images, for a pass that detects parameters without a gradient: DDP's
             search in every step is slow.
     """
-    has_unused = _has_unused_parameters(model, process.device, image_shape)
+    images = torch.zeros(2, *image_shape, device=process.device)
+    probe = copy.deepcopy(model).train()
+    probe(images).sum().backward()
+    has_unused = any(p.grad is None for p in probe.parameters() if p.requires_grad)
+    del probe
     options: dict[str, Any] = {"device_ids": [process.device]} if process.device.type == "cuda" else {}
     known = inspect.signature(DistributedDataParallel).parameters
     # PyTorch 2.15 renames the option and warns about the old name.
@@ -222,13 +223,11 @@ def data_parallel(
     network = DistributedDataParallel(
         model, gradient_as_bucket_view=True, find_unused_parameters=has_unused, **options
     )
-    _rebuild_buckets(network, process.device, image_shape)
+    _rebuild_buckets(network, images)
     return network
 
 
-def _rebuild_buckets(
-    network: DistributedDataParallel, device: torch.device, image_shape: tuple[int, int, int]
-) -> None:
+def _rebuild_buckets(network: DistributedDataParallel, images: torch.Tensor) -> None:
     """Run one backward pass, after which DDP rebuilds its buckets in the order of the gradients.
 
     The buckets decide the order of summation: without this pass the first step of a continued run would
@@ -236,13 +235,7 @@ def _rebuild_buckets(
     """
     buffers = [buffer.clone() for buffer in network.module.buffers()]
     network.train()
-    network(torch.zeros(2, *image_shape, device=device)).sum().backward()
+    network(images).sum().backward()
     network.zero_grad(set_to_none=True)
     for buffer, before in zip(network.module.buffers(), buffers):
         buffer.copy_(before)
-
-
-def _has_unused_parameters(model: nn.Module, device: torch.device, image_shape: tuple[int, int, int]) -> bool:
-    probe = copy.deepcopy(model).train()
-    probe(torch.zeros(2, *image_shape, device=device)).sum().backward()
-    return any(p.grad is None for p in probe.parameters() if p.requires_grad)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 import tempfile
@@ -33,69 +34,46 @@ MAX_JSON_BYTES = 1 << 24
 """Size of a JSON file with results or labels; ReaL's has 700 kB."""
 
 _TEMPORARY = re.compile(r"(.+)\.[0-9a-f]{16}\.tmp")
-_CHUNK_BYTES = 1 << 22
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading, without blocking on a FIFO.
-
-    Raises:
-        OSError: it does not exist, cannot be opened, or is a folder, a device, a pipe or a socket.
-    """
+    """Open a file for reading; OSError if it is a folder, a device, a pipe (without blocking) or a socket."""
     return os.fdopen(_open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
 
 
 def read_bytes(path: str | Path, max_bytes: int) -> bytes:
-    """Return the content of a regular file.
-
-    Raises:
-        OSError: as `open_regular`, or the file is larger than `max_bytes`.
-    """
+    """Return the content of a regular file. Raises OSError if it is larger than `max_bytes`."""
     with open_regular(path) as file:
-        _check_size(file, path, max_bytes)
+        _check_size(os.fstat(file.fileno()).st_size, path, max_bytes)
         content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:  # grew after the check
-        raise _too_large(path, max_bytes)
+    _check_size(len(content), path, max_bytes)  # the file may have grown
     return content
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_TEXT_BYTES, errors: str = "strict") -> str:
-    """Return the content of a regular file of UTF-8, without a byte order mark; `errors` as of `open`.
-
-    Raises:
-        OSError: as `read_bytes`.
-        ValueError: it is not UTF-8, and `errors` is strict.
-    """
+    """Return the content of a regular file of UTF-8, without a byte order mark; `errors` as of `open`."""
     return read_bytes(path, max_bytes).decode("utf-8-sig", errors)
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
     """Yield the lines of a log with their line ends; bytes that are not UTF-8 are replaced.
 
-    Raises:
-        OSError: as `read_bytes`, or a line is longer than `MAX_LINE_BYTES`.
+    Raises OSError if a line is longer than `MAX_LINE_BYTES`, or the file larger than `MAX_TEXT_BYTES`.
     """
     with open_regular(path) as file:
-        _check_size(file, path, MAX_TEXT_BYTES)
-        count = 0
+        _check_size(os.fstat(file.fileno()).st_size, path, MAX_TEXT_BYTES)
         while line := file.readline(MAX_LINE_BYTES + 1):
-            count += len(line)
             if len(line) > MAX_LINE_BYTES:
                 raise OSError(errno.EFBIG, f"holds a line of more than {MAX_LINE_BYTES:,} bytes", str(path))
-            if count > MAX_TEXT_BYTES:
-                raise _too_large(path, MAX_TEXT_BYTES)
+            _check_size(file.tell(), path, MAX_TEXT_BYTES)
             yield line.decode("utf-8", "replace")
 
 
 def parse_json(text: str) -> Any:
-    """Parse a JSON text.
-
-    Raises:
-        ValueError: it is not JSON, nested too deeply, or has an integer of more than 18 digits.
-    """
+    """Parse a JSON text. Raises ValueError, also for deep nesting and for integers of more than 18 digits."""
     try:
         return json.loads(text, parse_int=_bounded_integer)
     except RecursionError:
@@ -130,13 +108,9 @@ def _open(path: str | Path, flags: int) -> int:
     return descriptor
 
 
-def _check_size(file: BinaryIO, path: str | Path, max_bytes: int) -> None:
-    if os.fstat(file.fileno()).st_size > max_bytes:
-        raise _too_large(path, max_bytes)
-
-
-def _too_large(path: str | Path, max_bytes: int) -> OSError:
-    return OSError(errno.EFBIG, f"is larger than {max_bytes:,} bytes", str(path))
+def _check_size(size: int, path: str | Path, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise OSError(errno.EFBIG, f"is larger than {max_bytes:,} bytes", str(path))
 
 
 # --- Writing under names that this project chooses ----------------------------------------------------------
@@ -177,32 +151,18 @@ def write_durably(path: Path, content: str | bytes) -> None:
     """Write a file; `path` has the old or the new content, also after a loss of power. Text is UTF-8.
 
     A link, a FIFO or a device of that name is replaced, not followed or written to.
-
-    Raises:
-        OSError: it cannot be written, or a folder has the name.
     """
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def open_for_appending(path: Path) -> int:
-    """Open or create a regular file for reading and appending; do not follow a link.
-
-    Returns:
-        the descriptor, which the caller closes.
-
-    Raises:
-        OSError: it cannot be opened, or the name is that of a link, a folder, a device or a pipe.
-    """
+    """Open or create a regular file, but no link, for reading and appending; return its descriptor."""
     return _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def make_folders(base: Path, *names: str) -> Path:
-    """Create the folder `base/names[0]/names[1]/…` and return it; only `base` may be a link.
-
-    Raises:
-        OSError: a folder cannot be created, or one of `names` is a link.
-    """
+    """Create the folder `base/names[0]/names[1]/…` and return it; only `base` may be a link."""
     base.mkdir(parents=True, exist_ok=True)
     for name in names:
         base /= name
@@ -218,15 +178,7 @@ def refuse_link(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, names: str | re.Pattern[str]) -> None:
-    """Remove temporary files that a killed process left in `replacing`.
-
-    Args:
-        folder: the folder; its sub-folders are not searched.
-        names: pattern of the names of the final files.
-
-    Raises:
-        OSError: a file cannot be removed.
-    """
+    """Remove temporary files that a killed process left in `replacing`; `names` are those of final files."""
     for name in os.listdir(folder):
         match = _TEMPORARY.fullmatch(name)
         if match and re.fullmatch(names, match[1]):
@@ -235,8 +187,6 @@ def remove_leftovers(folder: Path, names: str | re.Pattern[str]) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Sync a folder, which makes renamed files in it durable, if the system supports it."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -264,17 +214,12 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def write_output(path: Path, content: str | bytes, option: str = "") -> None:
-    """Write a result and the folders above it; `path` has the old or the new content.
+    """Write a result and the folders above it; `path` has the old or the new content. Text is UTF-8.
 
     /dev/null, a pipe or /dev/stdout are written to and not replaced.
 
-    Args:
-        path: the file.
-        content: text, written as UTF-8, or bytes.
-        option: the option that named the file, for the error.
-
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file, which `option` named, cannot be written.
     """
     content = content.encode() if isinstance(content, str) else content
     try:
@@ -295,18 +240,13 @@ def _not_writable(path: Path, error: OSError, option: str) -> UserError:
 
 
 def move_output(source: Path, path: Path) -> None:
-    """Move a finished file to a path of the user, as `write_output` writes one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Move a finished file to a path of the user, as `write_output` writes one."""
     with source.open("rb+") as content:
         os.fsync(content.fileno())
         file = _open_stream(path)
         if file is not None:
             with file:
-                while chunk := content.read(_CHUNK_BYTES):
-                    file.write(chunk)
+                shutil.copyfileobj(content, file)
             return
     os.replace(source, path)
     sync_folder(path.parent)
@@ -321,16 +261,9 @@ def is_stream(path: Path) -> bool:
 
 
 def refuse_input_as_output(output: Path, inputs: Iterable[str | Path], option: str) -> None:
-    """Refuse to replace a file that the same command reads.
+    """Raise UserError for `option` if a command would replace a file that it reads, also under another name.
 
-    Args:
-        output: the file that will be written.
-        inputs: the files that are read, also under other names. Of the folder of a run the files that
-            train.py writes there.
-        option: the option or file that the error names.
-
-    Raises:
-        UserError: `output` is one of the inputs.
+    Of the folder of a run, the inputs are the files that train.py writes there.
     """
     status = _status(output, follow_links=True)
     if status is None or not stat.S_ISREG(status.st_mode):
@@ -341,21 +274,14 @@ def refuse_input_as_output(output: Path, inputs: Iterable[str | Path], option: s
 
 def _is_input(path: Path, output: Path) -> bool:
     try:
-        return os.path.samefile(path, output) or _is_run_file(path, output)
+        return os.path.samefile(path, output) or (path.is_dir() and _is_run_file(path, output))
     except (OSError, ValueError):  # an unreadable input is reported where it is read
         return False
 
 
 def _is_run_file(folder: Path, output: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    parts = output.resolve().parts
-    root = folder.resolve().parts
-    if parts[: len(root)] != root or len(parts) == len(root):
-        return False
-    return (
-        parts[len(root) :] in [(name,) for name in run_files.FILES] or parts[len(root)] in run_files.FOLDERS
-    )
+    inner = output.resolve().relative_to(folder.resolve()).parts  # ValueError: not below the folder
+    return inner[0] in run_files.FOLDERS or (len(inner) == 1 and inner[0] in run_files.FILES)
 
 
 def _open_stream(path: Path) -> IO[bytes] | None:

@@ -21,13 +21,7 @@ _POLL_INTERVAL_S = 0.02
 def create_store(rank: int, world_size: int, timeout: float) -> dist.Store:
     """Return an empty store that the ranks of this start share, in the store of torchrun's environment.
 
-    Args:
-        rank: of this process.
-        world_size: number of processes.
-        timeout: seconds to wait for the others.
-
-    Raises:
-        TimeoutError: a rank did not arrive.
+    Raises TimeoutError if a rank does not arrive within `timeout` seconds.
     """
     wait = timedelta(seconds=timeout)
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=wait))

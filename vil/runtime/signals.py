@@ -23,16 +23,10 @@ import torch.distributed as dist
 from vil.runtime.distributed import is_distributed
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SAVE_SIGNAL = getattr(signal, "SIGUSR1", None)  # Windows has none
 
 
 class InterruptedRun(Exception):  # noqa: N818 (not an error)
-    """A signal ended the run, which is saved; the same command continues it.
-
-    Args:
-        signum: the signal.
-        reason: one line for the user.
-    """
+    """A signal ended the run, which is saved; the same command continues it."""
 
     def __init__(self, signum: int, reason: str) -> None:
         super().__init__(reason)
@@ -46,12 +40,7 @@ class InterruptedEvaluation(Exception):  # noqa: N818 (not an error)
 
 @dataclass(frozen=True)
 class SignalRequest:
-    """Requests of all ranks together.
-
-    Attributes:
-        stop: number of the signal that ends the run; 0 for none.
-        save: True if a checkpoint is requested.
-    """
+    """Requests of all ranks: the number of the signal that ends the run (0 for none), and a checkpoint."""
 
     stop: int = 0
     save: bool = False
@@ -61,7 +50,8 @@ class SignalHandler:
     """Receive the signals of this process, and combine them with those of the other ranks."""
 
     def __init__(self) -> None:
-        self._stop = 0
+        self.stop = 0
+        """The number of the signal that ends this process; 0 for none."""
         self._save_requests, self._handled_requests = 0, 0  # only the handler writes the first
         self._received = bytearray()
         self._wakeup: socket.socket | None = None
@@ -73,9 +63,7 @@ class SignalHandler:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        handlers = dict.fromkeys(_STOP_SIGNALS, self._on_stop)
-        if _SAVE_SIGNAL is not None:
-            handlers[_SAVE_SIGNAL] = self._on_save
+        handlers = {**dict.fromkeys(_STOP_SIGNALS, self._on_stop), signal.SIGUSR1: self._on_save}
         previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
         # Python runs handlers only after the main thread returns from C code; the numbers of the signals are
         # written to this socket at once.
@@ -93,11 +81,6 @@ class SignalHandler:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
 
-    @property
-    def stop(self) -> int:
-        """The number of the signal that ends this process; 0 for none."""
-        return self._stop
-
     def pending_stop(self) -> int:
         """Return `stop`, also for a signal that arrived while the main thread is in C code.
 
@@ -109,12 +92,12 @@ class SignalHandler:
                 self._received += wakeup.recv(4096)
         if self._received.count(signal.SIGINT) > 1:
             _exit_without_saving()
-        return self._stop or next((number for number in self._received if number in _STOP_SIGNALS), 0)
+        return self.stop or next((number for number in self._received if number in _STOP_SIGNALS), 0)
 
     def synchronize(self) -> SignalRequest:
         """Return what all ranks act on after this step; every rank calls this after every step."""
         save_requests = self._save_requests
-        request = SignalRequest(self._stop, save_requests > self._handled_requests)
+        request = SignalRequest(self.stop, save_requests > self._handled_requests)
         self._handled_requests = save_requests
         if not is_distributed():
             return request
@@ -128,10 +111,10 @@ class SignalHandler:
         return SignalRequest(stop, bool(save))
 
     def _on_stop(self, signum: int, frame: types.FrameType | None) -> None:
-        if signum == self._stop == signal.SIGINT:
+        if signum == self.stop == signal.SIGINT:
             _exit_without_saving()
-        if signum == signal.SIGINT or not self._stop:
-            self._stop = signum
+        if signum == signal.SIGINT or not self.stop:
+            self.stop = signum
 
     def _on_save(self, signum: int, frame: types.FrameType | None) -> None:
         self._save_requests += 1

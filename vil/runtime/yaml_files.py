@@ -19,11 +19,10 @@ MAX_BYTES = 1_000_000
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Return the content of a YAML file: mappings, lists and plain values.
+    """Return the content of a YAML file: mappings, lists and plain values that pass `check_plain`.
 
     Raises:
-        UserError: the file cannot be read, is not valid YAML, has a duplicate key, or fails
-            `vil.validation.check_plain`; names the file and, if known, the line.
+        UserError: the file cannot be used; names it and, if known, the line.
     """
     try:
         with open_regular(path) as file:
@@ -37,8 +36,6 @@ def read_yaml(path: str | Path) -> Any:
         raise UserError(str(path), "no such file") from None
     except OSError as error:
         raise UserError(str(path), f"cannot be read: {error_reason(error)}") from None
-    except _RepeatedKeyError as error:
-        raise UserError(str(path), str(error)) from None
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(str(path), f"{where}not valid YAML: {one_line(error.problem)}") from None
@@ -47,20 +44,11 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the content of a YAML text.
-
-    Raises:
-        UserError: it fails `vil.validation.check_plain`.
-        Exception: of PyYAML, if it is not valid.
-    """
+    """Return the content of a YAML text. PyYAML raises any exception if it is not valid."""
     # A subclass of SafeLoader: no tag constructs anything but plain values.
     tree = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
     check_plain(tree)
     return tree
-
-
-class _RepeatedKeyError(Exception):
-    """A duplicate key of a mapping."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -85,8 +73,7 @@ class _StrictLoader(yaml.SafeLoader):
             inner = waiting.pop()
             seen += 1
             if seen > MAX_VALUES:
-                reason = f"holds more than {MAX_VALUES:,} values, or circular references"
-                raise UserError("", reason)
+                raise UserError("", f"holds more than {MAX_VALUES:,} values, or circular references")
             if isinstance(inner, yaml.SequenceNode):
                 waiting += inner.value
             elif isinstance(inner, yaml.MappingNode):
@@ -100,21 +87,17 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 continue  # refused below, with its line
             if key in keys:
-                line = node.start_mark.line + 1
-                raise _RepeatedKeyError(
-                    f"{one_line(key)}: given twice in the mapping that begins on line {line}"
-                )
+                reason = f"given twice in the mapping that begins on line {node.start_mark.line + 1}"
+                raise UserError("", f"{one_line(key)}: {reason}")
             keys.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
         try:
             return super().construct_object(node, deep)
-        except (yaml.YAMLError, _RepeatedKeyError, RecursionError):
+        except (yaml.YAMLError, UserError, RecursionError):
             raise
-        except (
-            Exception
-        ) as error:  # of any kind: IndexError for `!!int ""`, AttributeError for `!!timestamp x`
+        except Exception as error:  # of any kind, e.g. IndexError for `!!int ""`
             problem = f"{one_line(repr(node.value))} is not a value of {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
