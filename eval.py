@@ -42,7 +42,6 @@ from vil.checkpoints.weights import Weights
 from vil.command_line import errors_of_one_rank, file_origin
 from vil.config import (
     COMMAND_LINE,
-    DataConfig,
     EvalConfig,
     ModelConfig,
     Tree,
@@ -59,6 +58,7 @@ from vil.runtime import console, distributed
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.files import check_writable, refuse_input_as_output
 from vil.runtime.precision import choose_precision, set_deterministic
+from vil.runtime.run_files import CHECKPOINTS, SPLIT
 from vil.runtime.seeding import seed_generators
 from vil.validation import as_tree, timm_start_options
 
@@ -138,10 +138,9 @@ def open_evaluation(
     commands = [resolve_over_stored(dataset_args, stored) for dataset_args in args_per_dataset]
     args_per_dataset[0].finish(commands[0])
     config = commands[0].config
-    if path is not None:
-        limit_workers(commands, path)
-        if not config.complexity and commands[0].origins.get("data.source") == file_origin(path):
-            _logger.info("evaluating on %s, the data of %s", dataset_name(config.data), path)
+    is_stored = path is not None and commands[0].origins.get("data.source") == file_origin(path)
+    if is_stored and not config.complexity:
+        _logger.info("evaluating on %s, the data of %s", dataset_name(config.data), path)
     validations = [] if config.complexity else open_datasets(commands, process)
     model = build_model(stored, config, validations, process)
     datasets = match_datasets(stored, config, validations, model)
@@ -204,7 +203,7 @@ def resolve_over_stored(args: ParsedArguments[EvalConfig], stored: StoredModel) 
     weights overrides a file of --data, which describes images, but not the options of the command line.
     """
     command = args.resolve()
-    data = stored.weights.data if stored.weights else {}
+    data = with_run_split(stored.weights) if stored.weights else {}
     base: Tree = {"data": {**data, **stored.transform}, "model": {}}
     if stored.model is not None:
         is_renamed = "model.name" in command.origins
@@ -220,14 +219,16 @@ def resolve_over_stored(args: ParsedArguments[EvalConfig], stored: StoredModel) 
     return args.resolve(base_values=base, base_origin=str(stored.origin))
 
 
-def limit_workers(commands: Sequence[ResolvedConfig[EvalConfig]], path: str) -> None:
-    """Limit the data workers to the cores of this machine if their number comes from the checkpoint."""
-    limit = max(DataConfig.workers, os.cpu_count() or 1)
-    workers = commands[0].config.data.workers
-    if commands[0].origins.get("data.workers") == file_origin(path) and workers > limit:
-        _logger.info("data.workers: %s, not %s as in %s", limit, workers, path)
-        for command in commands:
-            command.config.data.workers = limit
+def with_run_split(weights: Weights) -> Tree:
+    """Return the data section of a checkpoint; of a run that held out images, with the list of these images.
+
+    The list holds also if images were added to the data set since.
+    """
+    data, checkpoints = dict(weights.data), Path(weights.path).parent
+    split = checkpoints.parent / SPLIT
+    if data.get("val_fraction") is not None and checkpoints.name == CHECKPOINTS and split.is_file():
+        data |= {"val_fraction": None, "val_list": str(split)}
+    return data
 
 
 def open_datasets(commands: Sequence[ResolvedConfig[EvalConfig]], process: Process) -> list[Validation]:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from data import Loaders, Mixing, build_loaders
+from data import Loaders, Mixing, build_loaders, dataset_name
 from vil.checkpoints import checkpoint_files, run_folder
 from vil.checkpoints.training_state import State, read_training_state, select_weights
 from vil.checkpoints.weights import load_state_dict
@@ -74,13 +74,19 @@ def train(command: ResolvedConfig[TrainConfig]) -> None:
             config.precision = choose_precision(config.precision, process.device)
             set_deterministic(config.deterministic)
             with run_folder.lock_run_folder(Path(config.output or "")):
-                run(config, process)
+                run(config, process, command)
     except UserError as error:
         raise command.locate(error) from error
 
 
-def run(config: TrainConfig, process: Process) -> None:
-    """Run the remaining epochs of the run in the folder `config.output`, and report the best model."""
+def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConfig]) -> None:
+    """Run the remaining epochs of the run in the folder `config.output`, and report the best model.
+
+    Args:
+        config: the configuration of rank 0.
+        process: this process.
+        command: the command line, for the origins of the options.
+    """
     folder = Path(config.output or "")
     state = call_on_main(lambda: run_folder.open_run(folder, config))
     if state is not None:
@@ -93,6 +99,8 @@ def run(config: TrainConfig, process: Process) -> None:
             return
         announce(process, state, config)
     loaders, model, mix = build(config, process, is_new=state is None)
+    for line in describe_run(config, loaders, model, process, command):
+        print_on_main(process, line)
     with errors_of_one_rank():
         draw_attention = attention_drawer(model, loaders, config)
         summary = fit(model, loaders, config, process, mix=mix, state=state, draw_attention=draw_attention)
@@ -142,11 +150,29 @@ def build(config: TrainConfig, process: Process, is_new: bool) -> tuple[Loaders,
             weights.load_into(model, config.model.image_size, new_head=True)
         print_on_main(process, f"starting from {weights.path}, {weights.kind} weights")
     mix = Mixing(schedule.augment, config.model.num_classes, schedule.label_smoothing, config.seed)
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    devices = f"{process.world_size} × {process.device.type}, {config.precision}"
-    length = f"{schedule.epochs} epochs of {loaders.train.steps_per_epoch} × {schedule.batch_size} images"
-    print_on_main(process, f"{config.model.name}, {parameters:.2f} M parameters · {devices} · {length}")
     return loaders, model, mix
+
+
+def describe_run(
+    config: TrainConfig,
+    loaders: Loaders,
+    model: torch.nn.Module,
+    process: Process,
+    command: ResolvedConfig[TrainConfig],
+) -> list[str]:
+    """Return lines with the data, the model and the recipe of a run, and the origin of each."""
+    schedule, side = config.schedule, config.model.image_size
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    length = f"{schedule.epochs} epochs of {loaders.train.steps_per_epoch} × {schedule.batch_size} images"
+    devices = f"{process.world_size} × {process.device.type}, {config.precision}"
+    return [
+        f"data: {len(loaders.class_names)} classes, {loaders.train_images:,} training and "
+        f"{loaders.validation.num_images:,} validation images ({dataset_name(config.data)})",
+        f"model: {config.model.name}, {side}×{side} pixels, {parameters:.2f} M parameters "
+        f"({command.describe_origin('model')})",
+        f"recipe: {length}, {schedule.optimizer}, learning rate {schedule.lr:g} "
+        f"({command.describe_origin('schedule')}) · {devices}",
+    ]
 
 
 def check_sizes(

@@ -17,13 +17,15 @@ from data.loaders import (
 from data.mixing import Mixing, check_even_batch, is_mixing_enabled
 from data.progressive_resizing import ProgressiveResizingLoader
 from data.real_labels import NotImageNetError, RealLabelImages
-from data.sources import dataset_name, open_source
+from data.sources import Source, dataset_name, open_source
 from data.sources.folder import class_folder_options
-from data.subsets import select_subset
+from data.sources.held_out import has_held_out_images, read_split, write_split
+from data.sources.subsets import ImageList, select_subset
 from data.transforms import evaluation_transform, train_transform
 from data.unreadable_images import UnreadableImages
+from data.workers import limit_workers
 from vil.config import EvalConfig, TrainConfig, UserError
-from vil.runtime.distributed import Process
+from vil.runtime.distributed import Process, call_on_main
 
 __all__ = [
     "Loaders",
@@ -39,11 +41,12 @@ __all__ = [
 
 @dataclass
 class Validation:
-    """A validation set: its name in results, this rank's batches, and its classes by index."""
+    """A validation set: its name in results, this rank's batches, its classes by index, and its images."""
 
     name: str
     loader: ValidationLoader
     class_names: tuple[str, ...]
+    source: Source
 
 
 @dataclass
@@ -66,7 +69,11 @@ def build_loaders(config: TrainConfig, process: Process) -> Loaders:
         UserError: the options do not fit one another or the data set, or a file is missing or invalid.
     """
     data, schedule, model = config.data, config.schedule, config.model
-    source = select_subset(open_source(data, "train", model.in_chans), data)
+    folder = None if config.output is None else Path(config.output)
+    stored_split = None
+    if has_held_out_images(data) and folder is not None:  # other machines may not see rank 0's folder
+        stored_split = call_on_main(lambda: read_split(folder))
+    source = select_subset(open_source(data, "train", model.in_chans, stored_split), data)
     micro_batches = build_micro_batches(config, source, process)
     if is_mixing_enabled(schedule.augment):
         check_even_batch(micro_batches.micro_batch_size)
@@ -74,14 +81,16 @@ def build_loaders(config: TrainConfig, process: Process) -> Loaders:
         EvalConfig(model=model, data=data, batch_size=micro_batches.micro_batch_size),
         process,
         channels_last=config.channels_last,
+        stored_split=stored_split,
     )
     if validation.class_names != source.class_names:
         raise UserError("data.val_split", _class_difference(source.class_names, validation.class_names))
-    folder = None if config.output is None else Path(config.output)
+    if has_held_out_images(data) and folder is not None and stored_split is None:
+        call_on_main(lambda: write_split(folder, validation.source))
     unreadable_images = UnreadableImages(len(source), data.max_unreadable_fraction, folder)
     loader_class = FFCVTrainLoader if uses_ffcv(config, source, process) else TrainLoader
 
-    options = LoaderOptions(data.workers, process.device, config.channels_last)
+    options = LoaderOptions(limit_workers(data.workers), process.device, config.channels_last)
 
     def build(side: int) -> MicroBatchLoader:
         transform = train_transform(schedule.augment, data, image_size=side, in_chans=model.in_chans)
@@ -97,21 +106,32 @@ def build_loaders(config: TrainConfig, process: Process) -> Loaders:
     )
 
 
-def build_validation(config: EvalConfig, process: Process, channels_last: bool = False) -> Validation:
+def build_validation(
+    config: EvalConfig,
+    process: Process,
+    channels_last: bool = False,
+    stored_split: ImageList | None = None,
+) -> Validation:
     """Open the validation split alone and build its loader; the training split is not needed.
+
+    Args:
+        config: the data set, image size and channels of the model, and batch size per rank.
+        process: this process.
+        channels_last: convert the images to channels-last order.
+        stored_split: validation images of a run that continues, if they are held out of the training split.
 
     Raises:
         NotImageNetError: the images are not those of `data.real_labels`.
     """
     data, model = config.data, config.model
     transform = evaluation_transform(data, image_size=model.image_size, in_chans=model.in_chans)
-    source = open_source(data, "val", model.in_chans)
+    source = open_source(data, "val", model.in_chans, stored_split)
     images = EvaluationImages(source, transform)
     if data.real_labels is not None:
         images = RealLabelImages(images, data.real_labels)
-    options = LoaderOptions(data.workers, process.device, channels_last)
+    options = LoaderOptions(limit_workers(data.workers), process.device, channels_last)
     loader = ValidationLoader(images, config.batch_size, options, process, data.unreadable_images)
-    return Validation(dataset_name(data), loader, source.class_names)
+    return Validation(dataset_name(data), loader, source.class_names, source)
 
 
 def _class_difference(train: tuple[str, ...], validation: tuple[str, ...]) -> str:

@@ -94,6 +94,12 @@ class EncodedImage:
         with decoding_errors():
             return self._open().size
 
+    def header(self) -> tuple[str, str]:
+        """Return Pillow's format and mode, from the header. Raises UnreadableImageError if it is invalid."""
+        with decoding_errors():
+            image = self._open()
+            return image.format or "", image.mode
+
     def decode(self, scale: int = 1) -> np.ndarray:
         """Return the pixels, (H, W, 3), or (H, W) for gray, uint8. Raises UnreadableImageError.
 

@@ -32,7 +32,7 @@ from data.loaders import MicroBatchLoader, TrainSample
 from data.samplers import Key, MicroBatches
 from data.sources import Source
 from data.sources.ffcv import FFCVImages
-from data.subsets import unwrap_subset
+from data.sources.subsets import unwrap_subset
 from data.to_device import ErasedRegions, collate_erasing
 from data.transforms import RandomResizedCrop, train_transform
 from vil.config import TrainConfig, UserError, error_reason

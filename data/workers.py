@@ -25,6 +25,12 @@ _SHARED_MEMORY_ERRORS = re.compile(
 _PARENT_POLL_S = 1.0
 
 
+def limit_workers(workers: int) -> int:
+    """Return the number of workers, or of the cores that this process may use if there are fewer."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return min(workers, len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
+
+
 def iterate(loader: Iterable[Item]) -> Iterator[Item]:
     """Start a loader, with SIGINT and SIGTERM blocked in the processes that it forks; return its iterator.
 

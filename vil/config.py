@@ -383,10 +383,19 @@ class DataConfig:
     """Name of the training split: the sub-folder, for folders."""
     val_split: str = "val"
     """Name of the validation split: the sub-folder, for folders."""
+    val_fraction: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Hold out this fraction of each class for validation, for a data set without a validation split
+    (folder: root/<class>/... or root/train/<class>/...; zip, tar, wds). The images of a run are listed in
+    split.txt in its folder."""
+    val_seed: Annotated[int, Ge(0)] = 0
+    """Seed of val_fraction: the same images for the same seed, in every run and on every machine."""
+    val_list: str | None = None
+    """Hold out the images named in this text file for validation, one a line, as list_file; split.txt of a
+    run is such a file."""
     download: bool = False
     """Download a timm data set (torch/..., hfds/...) if it is missing; for the command line alone."""
     workers: Annotated[int, Ge(0), Le(MAX_WORKERS)] = 4
-    """Data workers per rank; 0 loads images in the training process."""
+    """Data workers per rank, at most one per core; 0 loads images in the training process."""
     unreadable_images: Literal["fail", "skip"] = "fail"
     """An image that cannot be read ends the program, or is skipped: in training it is replaced by the next
     one and listed in bad_images.txt in the run's folder; in evaluation it is counted and reported."""

@@ -6,14 +6,18 @@ To add a source, write a file with a subclass of `Source` and add one line to `S
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 
+from data.decoding import Mode
 from data.sources.base import Source, Split, shorten_list, split_name
 from data.sources.class_paths import SPLIT_NAMES
 from data.sources.digits import Digits
 from data.sources.ffcv import FFCVImages
 from data.sources.folder import ImageFolder
+from data.sources.held_out import has_held_out_images, open_held_out
+from data.sources.subsets import ImageList
 from data.sources.tar import TarImages
 from data.sources.timm_datasets import StreamedDataset, TimmDataset
 from data.sources.webdataset import WebDataset
@@ -40,10 +44,13 @@ SOURCES: dict[str, type[Source]] = {
 """Values of `data.source`, in lower case; names that end in a slash are prefixes."""
 
 
-def open_source(data: DataConfig, split: Split, in_chans: int) -> Source:
+def open_source(
+    data: DataConfig, split: Split, in_chans: int, stored_split: ImageList | None = None
+) -> Source:
     """Open the training or the validation split of the data set that `data` names.
 
-    Images have `in_chans` channels: 3 for RGB, 1 for gray.
+    Images have `in_chans` channels: 3 for RGB, 1 for gray. `stored_split` names the validation images of a
+    run that continues, if they are held out of the training split.
 
     Raises:
         UserError: the source is unknown, its files are missing or invalid, or all training images are of one
@@ -58,14 +65,22 @@ def open_source(data: DataConfig, split: Split, in_chans: int) -> Source:
     if data.download and not source_class.can_download:
         known = ", ".join(f"{name}..." for name, known_class in SOURCES.items() if known_class.can_download)
         raise UserError("data.download", f"source {data.source} cannot be downloaded; supported by {known}")
-    source = source_class.open(data, split, "RGB" if in_chans == 3 else "L")
+    mode: Mode = "RGB" if in_chans == 3 else "L"
+    if has_held_out_images(data):
+        source = open_held_out(source_class, data, split, mode, stored_split)
+    else:
+        source = source_class.open(data, split, mode)
     _check_classes(source, data, split)
     return source
 
 
 def dataset_name(data: DataConfig) -> str:
     """Return the name of the validation set in results: digits, the folder, zip:<folder>, ..."""
-    return (_source_class(data) or Source).dataset_name(data)
+    source_class = _source_class(data) or Source
+    if not has_held_out_images(data):
+        return source_class.dataset_name(data)
+    share = data.val_list if data.val_fraction is None else f"{100 * data.val_fraction:g} %"
+    return f"{source_class.dataset_name(replace(data, val_split='.'))}, held out: {share}"
 
 
 def _source_class(data: DataConfig) -> type[Source] | None:

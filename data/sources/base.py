@@ -39,6 +39,16 @@ class Source(ABC):
         raise NotImplementedError
 
     @classmethod
+    def unsplit_name(cls, data: DataConfig) -> str:
+        """Return the name of the split with all images of a data set that has no validation split.
+
+        Raises:
+            UserError: the source does not support it, or there is a validation split.
+        """
+        reason = f"source {data.source} has splits; supported by folder, zip, tar and wds"
+        raise UserError(held_out_option(data), reason)
+
+    @classmethod
     def dataset_name(cls, data: DataConfig) -> str:
         """Return the name of the validation set in results."""
         return data.source
@@ -67,6 +77,17 @@ class Source(ABC):
 def split_name(data: DataConfig, split: Split) -> str:
     """Return the data set's name of a split."""
     return data.train_split if split == "train" else data.val_split
+
+
+def held_out_option(data: DataConfig) -> str:
+    """Return the option that holds images out for validation."""
+    return "data.val_fraction" if data.val_list is None else "data.val_list"
+
+
+def refuse_validation_split(data: DataConfig, path: Path) -> UserError:
+    """Return the error for a data set with both held-out images and a validation split."""
+    reason = f"{path} is a validation split; set {held_out_option(data)} to null to use it"
+    return UserError(held_out_option(data), reason)
 
 
 def validation_path(data: DataConfig) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 Folders = tuple[str, ...]
 """The folders of a path, outermost first."""
 
-SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
+VALIDATION_NAMES = ("val", "valid", "validation")
+SPLIT_NAMES = frozenset({"train", "training", "test", *VALIDATION_NAMES})
 
 
 class AmbiguousClassesError(ValueError):

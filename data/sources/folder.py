@@ -15,12 +15,14 @@ from data.sources.base import (
     Source,
     Split,
     check_known_classes,
+    refuse_validation_split,
     root_folder,
     shorten_list,
     split_name,
     validation_path,
 )
-from vil.config import DataConfig, UserError, error_reason
+from data.sources.class_paths import VALIDATION_NAMES
+from vil.config import DataConfig, Tree, UserError, error_reason
 from vil.runtime.files import read_bytes
 
 
@@ -56,6 +58,16 @@ class ImageFolder(Source):
         return cls(folder, class_folders(training if has_training else folder), mode)
 
     @classmethod
+    def unsplit_name(cls, data: DataConfig) -> str:
+        """Return the training split if it exists, else `.` for root/<class>/..."""
+        root = root_folder(data)
+        has_training = os.path.isdir(root / data.train_split)
+        for name in (data.val_split, *(VALIDATION_NAMES if has_training else ())):
+            if os.path.isdir(root / name) and name not in (data.train_split, "."):
+                raise refuse_validation_split(data, root / name)
+        return data.train_split if has_training else "."
+
+    @classmethod
     def dataset_name(cls, data: DataConfig) -> str:
         """Return the validation folder."""
         return validation_path(data)
@@ -73,12 +85,17 @@ class ImageFolder(Source):
         return os.path.relpath(self.describe(index), self._folder)
 
 
-def class_folder_options(folder: str) -> dict[str, str]:
+def class_folder_options(folder: str) -> Tree:
     """Return the options that evaluate on a folder of class folders.
 
     It is its own training split, or else a class named train would be used as the split.
     """
-    splits = {"data.train_split": ".", "data.val_split": "."}
+    splits = {
+        "data.train_split": ".",
+        "data.val_split": ".",
+        "data.val_fraction": None,
+        "data.val_list": None,
+    }
     return {"data.source": "folder", "data.root": folder, **splits}
 
 

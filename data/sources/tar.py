@@ -11,7 +11,14 @@ from pathlib import Path
 from data.decoding import Mode, image_extensions
 from data.image_files import has_image_extension, is_metadata
 from data.sources.archive import ArchivedImages, Member
-from data.sources.base import Source, Split, check_known_classes, root_folder, split_name
+from data.sources.base import (
+    Source,
+    Split,
+    check_known_classes,
+    refuse_validation_split,
+    root_folder,
+    split_name,
+)
 from data.sources.class_paths import AmbiguousClassesError, ArchiveFolders, classes_by_folder, parent_folders
 from data.sources.tar_index import archives_if_present, cached_by_archives, read_index, skipped_files
 from vil.config import DataConfig, UserError, error_reason
@@ -43,6 +50,15 @@ class TarImages(ArchivedImages):
         images.sort(key=lambda image: (class_to_index[image[1]], image[0].archive, image[0].name))
         targets = [class_to_index[name] for _, name in images]
         return cls(archives, [member for member, _ in images], targets, known, mode)
+
+    @classmethod
+    def unsplit_name(cls, data: DataConfig) -> str:
+        """Return the training split if it exists, else all tar archives of the root."""
+        root = root_folder(data)
+        if data.val_split != data.train_split:
+            for path in archives_if_present(_find_archives, root, data.val_split):
+                raise refuse_validation_split(data, path)
+        return data.train_split if archives_if_present(_find_archives, root, data.train_split) else "."
 
 
 def _class_names(images: Sequence[tuple[Member, str]]) -> tuple[str, ...]:

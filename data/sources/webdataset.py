@@ -14,7 +14,14 @@ from typing import BinaryIO
 from data.decoding import Mode
 from data.image_files import has_image_extension, is_metadata
 from data.sources.archive import ArchivedImages, Member
-from data.sources.base import Source, Split, root_folder, shorten_list, split_name
+from data.sources.base import (
+    Source,
+    Split,
+    refuse_validation_split,
+    root_folder,
+    shorten_list,
+    split_name,
+)
 from data.sources.tar_index import archives_if_present, cached_by_archives, read_index, skipped_files
 from vil.config import DataConfig, UserError, error_reason
 from vil.runtime.files import open_regular
@@ -49,6 +56,15 @@ class WebDataset(ArchivedImages):
                 trained = cached_by_archives("wds", training, lambda: max(_list_samples(training)[1]) + 1)
                 num_classes = max(num_classes, trained)
         return cls(archives, members, targets, tuple(map(str, range(num_classes))), mode)
+
+    @classmethod
+    def unsplit_name(cls, data: DataConfig) -> str:
+        """Return the training split if it exists, else all tar archives of the root."""
+        root = root_folder(data)
+        if data.val_split != data.train_split:
+            for path in archives_if_present(_find_shards, root, data.val_split):
+                raise refuse_validation_split(data, path)
+        return data.train_split if archives_if_present(_find_shards, root, data.train_split) else "*.tar"
 
 
 def _find_shards(root: Path, pattern: str) -> list[Path]:

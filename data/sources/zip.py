@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from data.decoding import Mode
 from data.sources.archive import ENCRYPTED, ArchivedImages, Member, check_file, safe_name
-from data.sources.base import Source, Split, root_folder, split_name
+from data.sources.base import Source, Split, refuse_validation_split, root_folder, split_name
 from data.sources.class_paths import class_depth, parent_folders
 from vil.config import DataConfig, UserError, error_reason
 from vil.runtime.files import read_text
@@ -59,6 +59,14 @@ class ZipImages(ArchivedImages):
             raise UserError("data.root", f"{path}, line {entry.line}: {reason}")
         targets = [entry.target for entry in entries]
         return cls([root / archive for archive in archives], members, targets, class_names, mode)
+
+    @classmethod
+    def unsplit_name(cls, data: DataConfig) -> str:
+        """Return the training split."""
+        validation = root_folder(data) / f"{data.val_split}_map.txt"
+        if data.val_split != data.train_split and validation.exists():
+            raise refuse_validation_split(data, validation)
+        return data.train_split
 
 
 class MapEntry(NamedTuple):

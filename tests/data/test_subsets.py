@@ -6,7 +6,7 @@ from helpers.loading import load
 from helpers.sample_images import write_image
 
 from data.sources import open_source
-from data.subsets import select_subset
+from data.sources.subsets import select_subset
 from vil.config import DataConfig, UserError
 
 

@@ -217,6 +217,7 @@ def cifar10(options: Options, report: Report) -> None:
     configs = ROOT / "configs"
     command = [
         *(sys.executable, str(ROOT / "train.py"), "--output", str(folder), "--device", options.device),
+        *("--model", f"{configs}/models/vil_32.yaml"),
         *("--schedule", f"{configs}/schedules/cifar10.yaml", "--data", f"{configs}/data/cifar10.yaml"),
         *("--data.source", source, "--data.root", str(root), "--data.workers", str(workers)),
         *("--schedule.epochs", str(epochs), "--schedule.warmup_epochs", "1"),

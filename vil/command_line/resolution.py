@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from vil.config import COMMAND_LINE, Tree, UserError
 from vil.validation import STORED, TypeHint, as_tree, field_types, rename_options, shown, type_name, validate
 
 Config = TypeVar("Config")
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+"""The configurations of this repository."""
 
 COMMAND_LINE_KEYS: dict[str, Callable[[object], bool]] = {
     "output": lambda value: value is None,
@@ -44,6 +48,17 @@ class ResolvedConfig(Generic[Config]):
     def sets(self, section: str) -> bool:
         """Return True if anything sets `section` or an option in it."""
         return any(key == section or key.startswith(f"{section}.") for key in self.origins)
+
+    def describe_origin(self, section: str) -> str:
+        """Return the origins of the options of a section, as `configs/models/vil_tiny.yaml, the default`."""
+        found = dict.fromkeys(origin for key, origin in self.origins.items() if key.startswith(f"{section}."))
+        names = []
+        for origin in found:
+            is_default = origin.startswith(str(CONFIGS)) and section not in self.assigned
+            name = origin if origin == COMMAND_LINE else os.path.relpath(origin)
+            name = origin if name.startswith(os.pardir) else name
+            names.append(f"{name}, the default" if is_default else name)
+        return "; ".join(names) or "defaults"
 
     def locate(self, error: UserError) -> UserError:
         """Return the error with the origin of its option.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vil.command_line.resolution import ParsedArguments, ResolvedConfig
+from vil.command_line.resolution import CONFIGS, ParsedArguments, ResolvedConfig
 from vil.config import DataConfig, ModelConfig, TrainConfig, Tree, UserError, errors_in_option
 from vil.runtime.run_files import CONFIG
 from vil.runtime.yaml_files import read_yaml
@@ -16,13 +16,19 @@ from vil.validation import as_tree, without_timm_start_options
 if TYPE_CHECKING:
     from vil.checkpoints.weights import Weights
 
-_CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO_FILES = {
-    "model": _CONFIGS / "models" / "vil_32.yaml",
-    "schedule": _CONFIGS / "schedules" / "digits.yaml",
-    "data": _CONFIGS / "data" / "digits.yaml",
+    "model": CONFIGS / "models" / "vil_32.yaml",
+    "schedule": CONFIGS / "schedules" / "digits.yaml",
+    "data": CONFIGS / "data" / "digits.yaml",
 }
-"""The file of a section unless the command line names one."""
+"""The file of a section for the bundled digits, unless the command line names one."""
+OTHER_FILES = {
+    "model": CONFIGS / "models" / "vil_tiny.yaml",
+    "schedule": CONFIGS / "schedules" / "small_data.yaml",
+}
+"""The file of a section for other images, unless the command line names one."""
+FINETUNE_SCHEDULE = CONFIGS / "schedules" / "finetune.yaml"
+"""The schedule for other images with `model.init_from`, unless the command line names one."""
 
 
 def resolve_train_command(argv: Sequence[str]) -> ResolvedConfig[TrainConfig]:
@@ -30,14 +36,10 @@ def resolve_train_command(argv: Sequence[str]) -> ResolvedConfig[TrainConfig]:
 
     If the output folder contains a run and the command line names no model, schedule or data file: the
     configuration of that run. If `model.init_from` is set and no model: the model of these weights. Otherwise
-    the demo's files. After --help or --print_config, SystemExit is raised.
+    the files of `default_files`. After --help or --print_config, SystemExit is raised.
     """
     args = ParsedArguments(TrainConfig, argv, prog="train.py")
-    files, given = dict(DEMO_FILES), args.resolve()
-    if given.sets("model.name"):
-        del files["model"]
-    if given.config.data.source != DataConfig.source:
-        del files["data"]
+    files = default_files(args.resolve())
     command = args.resolve(files)
     output = command.config.output or default_output(command.config.data)
     stored = Path(output, CONFIG)
@@ -56,6 +58,17 @@ def resolve_train_command(argv: Sequence[str]) -> ResolvedConfig[TrainConfig]:
     args.finish(command)
     command.config.output = output
     return command
+
+
+def default_files(command: ResolvedConfig[TrainConfig]) -> dict[str, Path]:
+    """Return the file of each section: the demo's, or for other images those of `OTHER_FILES`."""
+    is_demo = command.config.data.source == DataConfig.source
+    files = dict(DEMO_FILES if is_demo else OTHER_FILES)
+    if command.config.model.init_from and not is_demo:
+        files["schedule"] = FINETUNE_SCHEDULE
+    if command.sets("model.name"):
+        del files["model"]
+    return files
 
 
 def stored_config(path: Path) -> Tree:

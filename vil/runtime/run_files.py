@@ -10,6 +10,8 @@ SUMMARY = "summary.json"
 """The final evaluation of the best weights, as eval.py --json writes it."""
 BAD_IMAGES = "bad_images.txt"
 """One unreadable training image per line."""
+SPLIT = "split.txt"
+"""Validation images that are held out of the training split, one per line."""
 LOCK = ".lock"
 """Locked by the process that trains in the folder."""
 CHECKPOINTS = "checkpoints"
@@ -17,5 +19,5 @@ CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 """Folder of the TensorBoard events."""
 
-FILES = (CONFIG, METRICS, SUMMARY, BAD_IMAGES, LOCK)
+FILES = (CONFIG, METRICS, SUMMARY, BAD_IMAGES, SPLIT, LOCK)
 FOLDERS = (CHECKPOINTS, TENSORBOARD)

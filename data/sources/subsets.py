@@ -6,6 +6,8 @@ The images of a subset never depend on the run, and a larger subset contains a s
 from __future__ import annotations
 
 import os
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,7 @@ def unwrap_subset(source: Source) -> tuple[Source, np.ndarray]:
 def select_subset(source: Source, data: DataConfig) -> Source:
     """Apply `list_file`, then `train_fraction`, then `images_per_class` to a training set."""
     if data.list_file is not None:
-        source = Subset(source, read_image_list(source, data.list_file))
+        source = Subset(source, ImageList.read(data.list_file, "data.list_file").find(source))
         if len(np.unique(source.targets)) < 2:
             reason = f"all of its images are of one class, {source.class_names[source.targets[0]]}"
             raise UserError("data.list_file", f"{data.list_file}: {reason}; training needs two or more")
@@ -67,35 +69,67 @@ def select_subset(source: Source, data: DataConfig) -> Source:
     return Subset(source, np.flatnonzero(is_kept))
 
 
-def read_image_list(source: Source, path: str) -> np.ndarray:
-    """Return the indices, rising, of the images that a text file names.
+def image_names(source: Source) -> list[str]:
+    """Return the name of each image; names that several images share are prefixed with the class."""
+    names = [source.name(index) for index in range(len(source))]
+    counts = Counter(names)
+    return [
+        f"{source.class_names[target]}/{name}" if counts[name] > 1 else name
+        for name, target in zip(names, source.targets.tolist())
+    ]
 
-    A line is the image's path below the split's folder or in its archive, or its file name if no two images
-    share it. Empty lines are ignored. Raises UserError if a line names no image or several.
+
+@dataclass(frozen=True)
+class ImageList:
+    """A text file that names images, one per line.
+
+    A line is the image's path below the split's folder or in its archive, with the class in front if several
+    archives have the path, or its file name if no two images share it. Empty lines are ignored.
+
+    Attributes:
+        path: the file, for messages.
+        option: the option that names it.
+        lines: its lines.
     """
-    try:
-        lines = read_text(Path(path).expanduser(), errors="surrogateescape").split("\n")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError("data.list_file", f"{path}: {error_reason(error)}") from None
-    by_name: dict[str, int] = {}
-    by_file: dict[str, int] = {}  # -1: several images
-    for index in range(len(source)):
-        name = source.name(index)
-        by_name[name] = index
-        file = os.path.basename(name)
-        by_file[file] = -1 if file in by_file else index
-    indices: set[int] = set()
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line:
-            continue
-        match = by_name.get(line.removeprefix("./"), by_file.get(line))
-        if match is None or match < 0:
-            problem = "not an image of the training split" if match is None else "the name of several images"
-            raise UserError("data.list_file", f"{path}, line {number}: {line} is {problem}")
-        indices.add(match)
-    if not indices:
-        raise UserError("data.list_file", f"{path}: does not name any image")
-    return np.array(sorted(indices), dtype=np.int64)
+
+    path: str
+    option: str
+    lines: list[str]
+
+    @classmethod
+    def read(cls, path: str, option: str) -> ImageList:
+        """Read the file. Raise UserError if that fails."""
+        try:
+            text = read_text(Path(path).expanduser(), errors="surrogateescape")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(option, f"{path}: {error_reason(error)}") from None
+        return cls(path, option, text.split("\n"))
+
+    def find(self, source: Source) -> np.ndarray:
+        """Return the indices of the images in a source, rising.
+
+        Raises:
+            UserError: the list is empty, or has a line that names no image or several.
+        """
+        by_name: dict[str, int] = {}  # -1: several images
+        by_file: dict[str, int] = {}
+        for index, name in enumerate(image_names(source)):
+            by_name[name] = -1 if name in by_name else index
+            file = os.path.basename(name)
+            by_file[file] = -1 if file in by_file else index
+        indices: set[int] = set()
+        for number, line in enumerate(map(str.strip, self.lines), start=1):
+            if not line:
+                continue
+            match = by_name.get(line.removeprefix("./"), by_file.get(line))
+            if match is None or match < 0:
+                is_unknown = match is None
+                problem = "not an image of the training split" if is_unknown else "the name of several images"
+                raise UserError(self.option, f"{self.path}, line {number}: {line} is {problem}")
+            indices.add(match)
+        if not indices:
+            raise UserError(self.option, f"{self.path}: does not name any image")
+        return np.array(sorted(indices), dtype=np.int64)
 
 
 def _ranks_in_class(source: Source) -> tuple[np.ndarray, np.ndarray]:
