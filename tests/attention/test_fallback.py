@@ -13,7 +13,7 @@ from triton.runtime.errors import OutOfResources
 
 import vil.attention.local
 from tools.benchmarks.timing import describe_error
-from vil.attention.local import fallback, kernels, local_attention
+from vil.attention.local import fallback, fused_or_chunked_attention, kernels, local_attention
 from vil.attention.local.fallback import KernelError
 from vil.attention.local.fused import INTERPRETED
 from vil.config import UserError
@@ -34,8 +34,6 @@ def _no_failures():
 @pytest.fixture
 def auto(monkeypatch):
     """Call the backend that `auto` selects on a GPU, on any device."""
-    from vil.attention.local.fused import fused_or_chunked_attention
-
     monkeypatch.setattr(vil.attention.local, "choose", lambda *_: fused_or_chunked_attention)
 
 

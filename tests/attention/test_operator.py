@@ -31,8 +31,7 @@ def arguments_of(backend, bias=True, neighbors="all"):
     neighbor = torch.tensor([3], device=DEVICE) if neighbors == "one" else None
     tensors = [inputs.get(name) for name in Inputs._fields[:7]]
     operator = getattr(torch.ops.vil, f"{backend}_attention").default
-    flags = (False,) if backend == "fused" else ()
-    return operator, (*tensors, neighbor, None, [3, 4], 2, "chunk", neighbors, 0.0, *flags)
+    return operator, (*tensors, neighbor, None, [3, 4], 2, "chunk", neighbors, 0.0, False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

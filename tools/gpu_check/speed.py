@@ -151,5 +151,5 @@ def override_launch(warps: int, stages: int) -> Iterator[None]:
     def overridden(self: Any) -> dict[str, Any]:
         return {**common(self), "num_warps": warps, "num_stages": stages}
 
-    with mock.patch.object(fused._KernelCall, "common", overridden):
+    with mock.patch.object(fused._KernelCall, "common_arguments", overridden):
         yield

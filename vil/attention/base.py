@@ -118,10 +118,8 @@ class Attention(nn.Module, ABC):
         """
         if bias is not None:
             bias = bias.to(query.dtype)
-            if not is_exporting():
-                bias = bias[
-                    None
-                ]  # with three dimensions PyTorch uses plain operators, which exporters support
+            if not is_exporting():  # with three dimensions PyTorch uses plain operators, which exporters need
+                bias = bias[None]
         return F.scaled_dot_product_attention(query, key, value, bias, self.dropout_p())
 
     def dropout_p(self) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil.attention.base import Attention, GlobalBias
+from vil.attention.local.geometry import Inputs
 from vil.attention.maps import AttentionWeights, softmax_weights
 from vil.config import ModelConfig, StageConfig, UserError
 
@@ -47,7 +48,7 @@ class GlobalMemoryAttention(Attention):
             query = self.split_heads(self.query(x[:, num_globals:]))
         global_key, local_key = key.split(split, dim=2)
         global_value, local_value = value.split(split, dim=2)
-        local = self.attend_local(query, local_key, local_value, global_key, global_value, size)
+        local = self.attend_local(Inputs(query, local_key, local_value, global_key, global_value), size)
         if not num_globals:
             return self.output_dropout(self.projection(self.merge_heads(local)))
         if not self.shares_projection:
@@ -67,13 +68,9 @@ class GlobalMemoryAttention(Attention):
         is_global = queries < num_globals
         key, _ = self.split_heads_many(self.key_value(x), 2)  # (B, h, G+N, D)
         query = self.split_heads(self.query(x))
-        local, local_seen = self.local_attention_weights(
-            query[:, :, num_globals:],
-            key[:, :, num_globals:],
-            key[:, :, :num_globals],
-            size,
-            queries[~is_global] - num_globals,
-        )
+        global_key, local_key = key[:, :, :num_globals], key[:, :, num_globals:]
+        inputs = Inputs(query[:, :, num_globals:], local_key, local_key, global_key, global_key)
+        local, local_seen = self.local_attention_weights(inputs, size, queries[~is_global] - num_globals)
         weights = local.new_zeros(*local.shape[:2], len(queries), local.shape[3])  # (B, h, n, G+N+R)
         seen = local_seen.new_ones(len(queries), local_seen.shape[1])
         weights[:, :, ~is_global], seen[~is_global] = local, local_seen
@@ -91,32 +88,17 @@ class GlobalMemoryAttention(Attention):
         return AttentionWeights.from_flat(weights, seen, num_globals, size)
 
     @abstractmethod
-    def attend_local(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        global_key: Tensor,
-        global_value: Tensor,
-        size: tuple[int, int],
-    ) -> Tensor:
-        """Return the output (B, h, N, D) of local queries.
-
-        Args:
-            query, key, value: (B, h, N, D) of the local tokens.
-            global_key, global_value: (B, h, G, D).
-            size: (H, W) of the map.
-        """
+    def attend_local(self, inputs: Inputs, size: tuple[int, int]) -> Tensor:
+        """Return the output (B, h, N, D) of local queries; `inputs` has no biases, (H, W) = `size`."""
 
     @abstractmethod
     def local_attention_weights(
-        self, query: Tensor, key: Tensor, global_key: Tensor, size: tuple[int, int], queries: Tensor
+        self, inputs: Inputs, size: tuple[int, int], queries: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the weights of `attend_local` for some queries in evaluation.
 
         Args:
-            query, key: (B, h, N, D) of the local tokens.
-            global_key: (B, h, G, D).
+            inputs: as for `attend_local`; values are not read.
             size: (H, W) of the map.
             queries: (n,) int64, indices among the N local tokens.
 
@@ -149,25 +131,18 @@ class GlobalOnlyAttention(GlobalMemoryAttention):
             raise UserError("global_tokens", "global_only attention needs at least one global token")
         super().__init__(stage, config, size)
 
-    def attend_local(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        global_key: Tensor,
-        global_value: Tensor,
-        size: tuple[int, int],
-    ) -> Tensor:
+    def attend_local(self, inputs: Inputs, size: tuple[int, int]) -> Tensor:
         """See `GlobalMemoryAttention.attend_local`; local keys and values are ignored."""
-        return self.attend(query, global_key, global_value)
+        return self.attend(inputs.query, inputs.global_key, inputs.global_value)
 
     def local_attention_weights(
-        self, query: Tensor, key: Tensor, global_key: Tensor, size: tuple[int, int], queries: Tensor
+        self, inputs: Inputs, size: tuple[int, int], queries: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `GlobalMemoryAttention.local_attention_weights`."""
-        weights = softmax_weights(query[:, :, queries], global_key)  # (B, h, n, G)
-        seen = torch.zeros(len(queries), key.shape[2], dtype=torch.bool, device=key.device)
-        return F.pad(weights, (0, key.shape[2])), seen
+        weights = softmax_weights(inputs.query[:, :, queries], inputs.global_key)  # (B, h, n, G)
+        num_locals = inputs.key.shape[2]
+        seen = torch.zeros(len(queries), num_locals, dtype=torch.bool, device=weights.device)
+        return F.pad(weights, (0, num_locals)), seen
 
     def local_keys(self) -> int:
         """Return 0."""

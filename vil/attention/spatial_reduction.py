@@ -42,10 +42,8 @@ class SpatialReductionAttention(Attention):
         query = self.split_heads(self.query(x[:, queries]))  # (B, h, n, D)
         key, _ = self._keys_values(x, size)
         cells = (size[0] // self.reduction, size[1] // self.reduction)
-        num_globals = self.count_globals(x, size)
-        return AttentionWeights.from_flat(
-            softmax_weights(query, key), None, num_globals, cells, self.reduction
-        )
+        weights = softmax_weights(query, key)
+        return AttentionWeights.from_flat(weights, None, self.count_globals(x, size), cells, self.reduction)
 
     def _keys_values(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """Return keys and values (B, h, G+N', D) of the global tokens and the reduced map."""

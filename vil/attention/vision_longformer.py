@@ -46,48 +46,36 @@ class VisionLongformerAttention(GlobalMemoryAttention):
             self.bias_table = nn.Parameter(torch.empty(self.heads, side, side))
             nn.init.trunc_normal_(self.bias_table, std=0.02)
 
-    def attend_local(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        global_key: Tensor,
-        global_value: Tensor,
-        size: tuple[int, int],
-    ) -> Tensor:
+    def attend_local(self, inputs: Inputs, size: tuple[int, int]) -> Tensor:
         """See `GlobalMemoryAttention.attend_local`."""
         neighbors: Neighbors = "all"
         if self.neighbors == "random":
             if self.training:  # drawn on the device, to avoid a synchronization
-                neighbors = torch.randint(8, (1,), device=query.device)
+                neighbors = torch.randint(8, (1,), device=inputs.query.device)
         elif self.training or self.neighbors == "self":
             neighbors = self.neighbors
         return local_attention(
-            query,
-            key,
-            value,
-            global_key,
-            global_value,
+            *inputs[:5],
             size=size,
             window=self.window,
             mask=self.mask,
             neighbors=neighbors,
             bias_table=self.bias_table,
-            global_bias=self._global_bias(global_key.shape[2]),
+            global_bias=self._global_bias(inputs),
             dropout=self.dropout_p(),
             backend=self.backend,
         )
 
     def local_attention_weights(
-        self, query: Tensor, key: Tensor, global_key: Tensor, size: tuple[int, int], queries: Tensor
+        self, inputs: Inputs, size: tuple[int, int], queries: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `GlobalMemoryAttention.local_attention_weights`."""
-        bias = self._global_bias(global_key.shape[2])
-        inputs = Inputs(query, key, key, global_key, global_key, self.bias_table, bias)  # values are not read
+        inputs = inputs._replace(bias_table=self.bias_table, global_bias=self._global_bias(inputs))
         neighbors: Literal["all", "self"] = "self" if self.neighbors == "self" else "all"
         return dense_weights(inputs, LocalAttentionSpec(size, self.window, self.mask, neighbors), queries)
 
-    def _global_bias(self, num_globals: int) -> Tensor | None:
+    def _global_bias(self, inputs: Inputs) -> Tensor | None:
+        num_globals = inputs.global_key.shape[2]
         return None if self.global_bias is None else self.global_bias.local_query_bias(num_globals)
 
     def set_neighbors(self, neighbors: Literal["all", "self", "random"] | int) -> None:
@@ -99,10 +87,9 @@ class VisionLongformerAttention(GlobalMemoryAttention):
     def check_device(self, device: torch.device) -> None:
         """See `Attention.check_device`."""
         backend = forced_backend(self.backend)
+        call = (device, torch.float32, self.head_dim, self.global_tokens, self.attention_dropout)
         if backend is not None:
-            check_backend(
-                backend, device, torch.float32, self.head_dim, self.global_tokens, self.attention_dropout
-            )
+            check_backend(backend, *call)
 
     def local_keys(self) -> int:
         """Return 9w² for the chunk and cyclic masks, (2w+1)² for exact, w² with `neighbors="self"`."""

@@ -74,30 +74,27 @@ def evaluate(
     num_logits = max(logit_indices) + 1 if logit_indices else num_classes
     indices = None if logit_indices is None else torch.tensor(logit_indices, device=device)
     sums = [torch.zeros(metric.num_sums, dtype=torch.float64, device=device) for metric in METRICS.values()]
-    images_seen = torch.zeros(1, dtype=torch.float64, device=device)
-    refusal = torch.zeros(2, dtype=torch.float64, device=device)  # ranks, sum of their models' classes
-    interrupted = torch.zeros(1, dtype=torch.float64, device=device)  # ranks
+    # Images and unreadable images; interrupted ranks; ranks that refuse the model, sum of its classes there.
+    counts = torch.zeros(5, dtype=torch.float64, device=device)
     with mode(model, training=False):
-        for images, targets in tqdm(
-            loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True
-        ):
+        is_hidden = None if progress else True  # None: hidden without a terminal
+        for images, targets in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=is_hidden):
             targets = targets.to(device, non_blocking=True).view(len(targets), -1)  # (B, 1 + K)
             with autocast(precision, device):
                 logits = model(images.to(device, non_blocking=True))  # (B, classes)
             if num_logits is not None and logits.shape[1] < num_logits:
                 # All ranks raise after the all-reduce: a rank without images would not raise here.
-                refusal += refusal.new_tensor([1, logits.shape[1]])
+                counts[3:] += counts.new_tensor([1, logits.shape[1]])
                 break
             logits = (logits if indices is None else logits[:, indices]).double()
             batch = EvaluatedBatch(logits, targets[:, 0], targets[:, 1:])
             for metric_sums, metric in zip(sums, METRICS.values()):
                 metric_sums += metric.accumulate(batch)
-            images_seen += len(logits)
+            counts[0] += len(logits)
             if should_stop():
-                interrupted += 1
+                counts[2] += 1
                 break
-    unreadable = images_seen.new_tensor([getattr(loader, "unreadable", 0)])
-    counts = torch.cat([images_seen, unreadable, interrupted, refusal])
+    counts[1] = getattr(loader, "unreadable", 0)
     totals = all_reduce_sum(torch.cat([counts, *sums])).cpu()
     counts, *sums = totals.split([len(counts), *map(len, sums)])
     num_images, num_unreadable, num_interrupted, num_refusing, their_classes = counts.tolist()
@@ -109,9 +106,6 @@ def evaluate(
     if num_images == 0:
         reason = f"none of the {num_unreadable:.0f} images can be read" if num_unreadable else "no images"
         raise UserError("data", reason)
-    values = {
-        key: metric.finalize(metric_sums, int(num_images))
-        for (key, metric), metric_sums in zip(METRICS.items(), sums)
-    }
-    available = {key: value for key, value in values.items() if value is not None}
-    return EvaluationResult(available, int(num_images), int(num_unreadable))
+    finalized = (metric.finalize(x, int(num_images)) for metric, x in zip(METRICS.values(), sums))
+    values = {key: value for key, value in zip(METRICS, finalized) if value is not None}
+    return EvaluationResult(values, int(num_images), int(num_unreadable))

@@ -56,9 +56,8 @@ def match_classes(
         if _are_numbers(names, num_logits):
             numbers = [int(name) for name in names]
             return None if numbers == list(range(num_logits)) else numbers
-        raise UserError(
-            "data.source", f"no class names to find the row of the head for {names[0]!r}; {_HINT}"
-        )
+        reason = f"no class names to find the row of the head for {names[0]!r}; {_HINT}"
+        raise UserError("data.source", reason)
     trained_names = _normalize(trained_names, "the checkpoint was trained on")
     if names == trained_names:
         return None

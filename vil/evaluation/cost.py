@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vil.config import EvalConfig, Precision, error_reason
+from vil.config import EvalConfig, Precision, Tree, error_reason
 from vil.evaluation.complexity import count_parameters, multiply_adds
 from vil.runtime.modes import mode
 from vil.runtime.precision import autocast, choose_precision
@@ -41,13 +42,8 @@ _logger = logging.getLogger(__name__)
 class Cost:
     """Cost of a model, under the keys of eval.py's JSON; None for what cannot be measured.
 
-    Attributes:
-        params: number of parameters.
-        flops: multiply-adds of one image.
-        train_memory_mb, eval_memory_mb: 10^6 bytes per image.
-        memory: method by which the memory was determined.
-        train_precision: precision of the forward pass in training, the default of train.py on the device.
-        images_per_second: speed of inference.
+    Memory is in 10^6 bytes per image, flops are multiply-adds of one image, and `train_precision` is the
+    default of train.py on the device.
     """
 
     params: int
@@ -69,40 +65,22 @@ def measure_cost(model: nn.Module, config: EvalConfig, device: torch.device) -> 
         config: the image size and channels, the precision of inference, and the images of a measured batch.
         device: device of the model.
     """
-    image_size, in_chans = config.model.image_size, config.model.in_chans
+    given: Tree = {"image_size": config.model.image_size, "in_chans": config.model.in_chans}
     train_precision = choose_precision(None, device)
-    flops = _measure_or_warn("FLOPs", lambda: multiply_adds(model, image_size, in_chans))
-    memory = _measure_or_warn(
-        "memory",
-        lambda: measure_memory(
-            model,
-            image_size,
-            in_chans,
-            device=device,
-            train_precision=train_precision,
-            eval_precision=config.precision,
-            batch_size=config.batch_size,
-        ),
-    )
+    flops = _measure_or_warn("FLOPs", partial(multiply_adds, model, **given))
+    given["device"] = device
+    precisions: Tree = {"train_precision": train_precision, "eval_precision": config.precision}
+    measure = partial(measure_memory, model, **given, **precisions, batch_size=config.batch_size)
+    memory = _measure_or_warn("memory", measure) or Memory(None, None, "not measured")
     batch_size = config.batch_size if device.type == "cuda" else min(config.batch_size, CPU_SPEED_BATCH_SIZE)
-    speed = _measure_or_warn(
-        "images per second",
-        lambda: images_per_second(
-            model,
-            image_size,
-            in_chans,
-            device=device,
-            precision=config.precision,
-            batch_size=batch_size,
-            seconds=SPEED_SECONDS,
-        ),
-    )
+    given |= {"precision": config.precision, "batch_size": batch_size, "seconds": SPEED_SECONDS}
+    speed = _measure_or_warn("images per second", partial(images_per_second, model, **given))
     return Cost(
         params=count_parameters(model),
         flops=flops,
-        train_memory_mb=None if memory is None or memory.train is None else memory.train / 1e6,
-        eval_memory_mb=None if memory is None or memory.eval is None else memory.eval / 1e6,
-        memory=memory.kind if memory else "not measured",
+        train_memory_mb=None if memory.train is None else memory.train / 1e6,
+        eval_memory_mb=None if memory.eval is None else memory.eval / 1e6,
+        memory=memory.kind,
         train_precision=train_precision,
         images_per_second=speed,
     )
@@ -113,8 +91,7 @@ def _measure_or_warn(quantity: str, measure: Callable[[], T]) -> T | None:
     try:
         return measure()
     except Exception as error:  # any model of timm is measured, and may raise anything
-        reason = error_reason(error)
-        _logger.warning("warning: %s cannot be measured: %s", quantity, reason)
+        _logger.warning("warning: %s cannot be measured: %s", quantity, error_reason(error))
         return None
 
 
@@ -130,7 +107,7 @@ class Memory:
 
     train: float | None
     eval: float | None
-    kind: Literal["measured peak", "counted bytes"]
+    kind: Literal["measured peak", "counted bytes", "not measured"]
 
 
 def measure_memory(
@@ -153,27 +130,23 @@ def measure_memory(
         image_size: side of the images in pixels.
         in_chans: channels of the images.
         device: device of the model.
-        train_precision: precision of the forward pass in training.
-        eval_precision: precision of the forward pass in inference.
+        train_precision, eval_precision: precision of the forward pass in training and in inference.
         batch_size: images of a measured step, halved until they fit.
     """
     model = copy.deepcopy(model)  # training adds gradients and updates running statistics
     on_gpu = device.type == "cuda"
 
-    def forward(batch_size: int, precision: Precision) -> torch.Tensor:
+    def forward(batch_size: int, *, training: bool) -> torch.Tensor:
         images = torch.zeros(batch_size, in_chans, image_size, image_size, device=device)
-        with autocast(precision, device):
+        precision = train_precision if training else eval_precision
+        with mode(model, training=training), torch.set_grad_enabled(training), autocast(precision, device):
             return model(images)
 
     def compute_loss(batch_size: int) -> torch.Tensor:
-        with mode(model, training=True):
-            logits = forward(batch_size, train_precision)  # (B, classes)
+        logits = forward(batch_size, training=True)  # (B, classes)
         return F.cross_entropy(logits.float(), torch.zeros(batch_size, dtype=torch.int64, device=device))
 
-    @torch.no_grad()
-    def infer(batch_size: int) -> torch.Tensor:
-        with mode(model, training=False):
-            return forward(batch_size, eval_precision)
+    infer = partial(forward, training=False)
 
     with torch.random.fork_rng([device] if on_gpu else []):  # for drop path and dropout
         torch.manual_seed(0)
@@ -330,12 +303,8 @@ def images_per_second(
     """Return the images per second of inference: the median over batches, after warm-up.
 
     Args:
-        model: maps images (B, in_chans, image_size, image_size) to logits.
-        image_size: side of the images in pixels.
-        in_chans: channels of the images.
-        device: device of the model.
+        model, image_size, in_chans, device, batch_size: as in `measure_memory`.
         precision: precision of the forward pass.
-        batch_size: images of a batch, halved until the GPU's memory holds them.
         seconds: time after which no more batches are timed, except that at least three are.
 
     Returns:

@@ -80,15 +80,9 @@ def predict(
     """Run `model` on all images of the loader, in one process.
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, logits), on `device`; its mode is restored.
-        loader: batches of images (B, C, H, W), float, and targets (B,), int64, or (B, 1 + K), whose first
-            column is the target, as in `vil.evaluation.accuracy.evaluate`.
-        device: device of the model.
-        precision: precision of the forward pass; probabilities are computed in float64.
-        num_classes: number of classes of the data; the model may have more.
-        logit_indices: index of each class's logit; all other logits are ignored. None keeps all.
+        model, loader, device, precision, num_classes, logit_indices, progress: as in
+            `vil.evaluation.accuracy.evaluate`; probabilities are computed in float64.
         max_mistakes: number of mistakes to keep.
-        progress: show a progress bar in a terminal.
 
     Raises:
         UserError: there are no images, or the model has fewer classes than the data.
@@ -100,9 +94,8 @@ def predict(
     mistakes: list[Mistake] = []
     images_seen = 0
     with mode(model, training=False):
-        for images, targets in tqdm(
-            loader, desc="predict", unit="batch", leave=False, disable=None if progress else True
-        ):
+        is_hidden = None if progress else True  # None: hidden without a terminal
+        for images, targets in tqdm(loader, desc="predict", unit="batch", leave=False, disable=is_hidden):
             with autocast(precision, device):
                 logits = model(images.to(device, non_blocking=True))  # (B, logits)
             if logits.shape[1] < num_logits:

@@ -51,13 +51,9 @@ class _Column:
 
     def text(self, value: str | float | None) -> str:
         """Return the text of a value of JSON."""
-        if value is None:
-            return "-"
-        return (
-            format(value / self.scale, self.format)
-            if isinstance(value, int | float) and self.format
-            else str(value)
-        )
+        if isinstance(value, int | float) and self.format:
+            return format(value / self.scale, self.format)
+        return "-" if value is None else str(value)
 
 
 _COLUMNS = (

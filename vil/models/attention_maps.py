@@ -56,39 +56,28 @@ class AttentionMap:
 
 @dataclass(frozen=True)
 class _StageTrace:
-    """The blocks of a stage after a forward pass: their weights as functions, and T, size and patch."""
+    """A stage after a forward pass: the weights of its blocks as functions, T, its map, and the queries."""
 
+    index: int
     blocks: list[WeightsFunction]
     tokens: int
     device: torch.device
     size: Size
     patch: int
+    queries: tuple[Position, ...]
 
-    def attention_map(
-        self, stage: int, block: int | None, weights: WeightsFunction, queries: list[Position]
-    ) -> AttentionMap:
-        """Return the weights of queries, given as positions on the map, and of all global tokens."""
+    def attention_map(self, block: int | None, weights: WeightsFunction) -> AttentionMap:
+        """Return the weights of the queries and of all global tokens."""
         num_globals = self.tokens - self.size[0] * self.size[1]
-        indices = [num_globals + row * self.size[1] + column for row, column in queries]
+        indices = [num_globals + row * self.size[1] + column for row, column in self.queries]
         from_queries = weights(torch.tensor(indices, dtype=torch.int64, device=self.device))
         from_globals = weights(torch.arange(num_globals, device=self.device))
-        return AttentionMap(stage, block, self.size, self.patch, tuple(queries), from_queries, from_globals)
-
-    def positions(self, queries: Queries, image_size: Size) -> list[Position]:
-        """Return the positions on the map that contain the pixels `queries` of an image.
-
-        Pixels at the bottom and right outside of all patches are assigned to the nearest position.
-        """
-        height, width = self.size
-        if queries == "all":
-            return [(row, column) for row in range(height) for column in range(width)]
-        pixels = [(image_size[0] // 2, image_size[1] // 2)] if queries is None else queries
-        return [
-            (min(int(row) // self.patch, height - 1), min(int(column) // self.patch, width - 1))
-            for row, column in pixels
-        ]
+        return AttentionMap(
+            self.index, block, self.size, self.patch, self.queries, from_queries, from_globals
+        )
 
 
+@torch.no_grad()
 def attention_maps(
     model: nn.Module,
     stages: Sequence[Stage],
@@ -97,17 +86,11 @@ def attention_maps(
     global_tokens: Tensor | None = None,
 ) -> list[list[AttentionMap]]:
     """See `MultiScaleViT.attention_maps`; `stages` are those of the model."""
-    image_size = _check_queries(queries, images)
-    with torch.no_grad():
-        return [
-            [
-                trace.attention_map(index, block, weights, trace.positions(queries, image_size))
-                for block, weights in enumerate(trace.blocks)
-            ]
-            for index, trace in enumerate(_trace(model, stages, images, global_tokens))
-        ]
+    traces = _trace(model, stages, images, queries, global_tokens)
+    return [[trace.attention_map(*block) for block in enumerate(trace.blocks)] for trace in traces]
 
 
+@torch.no_grad()
 def attention_rollout(
     model: nn.Module,
     stages: Sequence[Stage],
@@ -116,17 +99,13 @@ def attention_rollout(
     global_tokens: Tensor | None = None,
 ) -> list[AttentionMap | None]:
     """See `MultiScaleViT.attention_rollout`; `stages` are those of the model."""
-    image_size = _check_queries(queries, images)
     rollouts: list[AttentionMap | None] = []
-    with torch.no_grad():
-        for index, trace in enumerate(_trace(model, stages, images, global_tokens)):
-            first = torch.zeros(1, dtype=torch.int64, device=trace.device)
-            samples = [weights(first) for weights in trace.blocks]
-            if not samples or not all(sample.has_positions and sample.cell == 1 for sample in samples):
-                rollouts.append(None)
-                continue
-            weights = partial(_rollout_rows, trace, len(images))
-            rollouts.append(trace.attention_map(index, None, weights, trace.positions(queries, image_size)))
+    for trace in _trace(model, stages, images, queries, global_tokens):
+        first = torch.zeros(1, dtype=torch.int64, device=trace.device)
+        samples = [weights(first) for weights in trace.blocks]
+        has_rollout = samples and all(sample.has_positions and sample.cell == 1 for sample in samples)
+        weights = partial(_rollout_rows, trace, len(images))
+        rollouts.append(trace.attention_map(None, weights) if has_rollout else None)
     return rollouts
 
 
@@ -156,9 +135,14 @@ def _rollout_rows(trace: _StageTrace, batch: int, queries: Tensor) -> AttentionW
 
 
 def _trace(
-    model: nn.Module, stages: Sequence[Stage], images: Tensor, global_tokens: Tensor | None
+    model: nn.Module, stages: Sequence[Stage], images: Tensor, queries: Queries, global_tokens: Tensor | None
 ) -> list[_StageTrace]:
-    """Run the model in evaluation mode and record the inputs of all attentions."""
+    """Run the model in evaluation mode and record the inputs of all attentions.
+
+    Raises:
+        ValueError: a query outside the images.
+    """
+    pixels = _check_queries(queries, images)
     inputs: dict[nn.Module, tuple[Tensor, Size]] = {}
 
     def record(attention: nn.Module, arguments: tuple[Tensor, Size]) -> None:
@@ -173,20 +157,28 @@ def _trace(
         for hook in hooks:
             hook.remove()
     traces, patch = [], 1
-    for stage, in_stage in zip(stages, attentions):
+    for index, (stage, in_stage) in enumerate(zip(stages, attentions)):
         patch *= stage.patch_embed.patch
         blocks: list[WeightsFunction] = [partial(a.attention_weights, *inputs[a]) for a in in_stage]
         tokens, size = inputs[in_stage[0]] if in_stage else (images.new_empty(1, 0, 0), (0, 0))
-        traces.append(_StageTrace(blocks, tokens.shape[1], tokens.device, size, patch))
+        positions = [(row, column) for row in range(size[0]) for column in range(size[1])]
+        if pixels is not None:  # those outside of all patches are assigned to the nearest position
+            positions = [(min(r // patch, size[0] - 1), min(c // patch, size[1] - 1)) for r, c in pixels]
+        traces.append(
+            _StageTrace(index, blocks, tokens.shape[1], tokens.device, size, patch, tuple(positions))
+        )
     return traces
 
 
-def _check_queries(queries: Queries, images: Tensor) -> Size:
-    """Return (height, width) of the images. Raise ValueError for a query outside them."""
+def _check_queries(queries: Queries, images: Tensor) -> list[Position] | None:
+    """Return the queries as pixels; None for all. Raise ValueError for a query outside the images."""
     height, width = images.shape[-2:]
-    if isinstance(queries, str) and queries != "all":
-        raise ValueError(f"queries must be positions (row, column), 'all' or None, got {queries!r}")
-    for row, column in () if queries is None or isinstance(queries, str) else queries:
+    if isinstance(queries, str):
+        if queries != "all":
+            raise ValueError(f"queries must be positions (row, column), 'all' or None, got {queries!r}")
+        return None
+    pixels = [(height // 2, width // 2)] if queries is None else queries
+    for row, column in pixels:
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"query ({row}, {column}) is outside the images of {height}×{width} pixels")
-    return height, width
+    return [(int(row), int(column)) for row, column in pixels]

@@ -32,9 +32,8 @@ def check_model_size(build: Callable[[], nn.Module], location: str, max_bytes: i
         max_bytes: limit of parameters and buffers in bytes; None is the memory of this machine.
     """
     limit = total_memory() if max_bytes is None else max_bytes
-    reason = f"takes more memory for its weights than {limit / 1e6:,.0f} MB"
-    if max_bytes is None:
-        reason = f"takes more memory for its weights than the {limit / 1e9:.0f} GB of this machine"
+    size = f"the {limit / 1e9:.0f} GB of this machine" if max_bytes is None else f"{limit / 1e6:,.0f} MB"
+    reason = f"takes more memory for its weights than {size}"
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = build()

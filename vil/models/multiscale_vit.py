@@ -76,9 +76,8 @@ class MultiScaleViT(nn.Module):
                 raise UserError(f"stages[{index}].{error.location}", error.reason) from None
             channels = stage.dim
             reduction *= stage.patch
-            self.feature_info.append(
-                {"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{index}"}
-            )
+            info = {"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{index}"}
+            self.feature_info.append(info)
         self.stages = cast(list[Stage], nn.ModuleList(modules))  # typed as a list, for its elements
         self.norm: nn.Module = LayerNorm(channels)
         self.head_drop = nn.Dropout(config.head_dropout)

@@ -106,9 +106,8 @@ class Stage(nn.Module):
         self.position: AbsolutePosition | None = None
         if not attention.uses_relative_position(stage):
             self.position = AbsolutePosition(stage.dim, size, stage.global_tokens)
-        self.pos_drop = nn.Dropout(
-            config.dropout if config.position_dropout is None else config.position_dropout
-        )
+        dropout = config.dropout if config.position_dropout is None else config.position_dropout
+        self.pos_drop = nn.Dropout(dropout)
         blocks = (Block(attention(stage, config, size), config, rate) for rate in drop_path)
         self.blocks = cast(list[Block], nn.ModuleList(blocks))  # typed as a list, for its elements
 
@@ -176,10 +175,9 @@ def map_sizes(stages: Sequence[StageConfig], image_size: Size) -> list[Size]:
     for index, stage in enumerate(stages):
         if min(size) < stage.patch:
             needed = math.prod(earlier.patch for earlier in stages[: index + 1])
-            reason = (
-                f"{image_size[0]}×{image_size[1]} pixels are too few for stage {index + 1} of {len(stages)}"
-            )
-            raise UserError("image_size", f"{reason}, which needs {needed}")
+            pixels = f"{image_size[0]}×{image_size[1]} pixels"
+            reason = f"{pixels} are too few for stage {index + 1} of {len(stages)}, which needs {needed}"
+            raise UserError("image_size", reason)
         size = (size[0] // stage.patch, size[1] // stage.patch)
         sizes.append(size)
     return sizes

@@ -20,19 +20,13 @@ _logger = logging.getLogger(__name__)
 
 
 class _Rule(NamedTuple):
-    """Translation of one published name within a stage or a block.
-
-    Attributes:
-        pattern: regular expression of the published name.
-        name: template of the name in the stage (patch embedding) or in the block.
-        convert: function from the published tensor to the tensor of this model; None keeps the tensor.
-        copy_of: published name of the tensor that this one repeats if the model shares the two.
-    """
+    """Translation of one published name within a stage (patch embedding) or a block."""
 
     pattern: str
     name: str
-    convert: Callable[[Tensor], Tensor] | None = None
+    convert: Callable[[Tensor], Tensor] = lambda value: value
     copy_of: str | None = None
+    """Published name of the tensor that this one repeats if the model shares the two."""
 
 
 def _squeeze_batch(value: Tensor) -> Tensor:
@@ -74,10 +68,7 @@ _ATTENTION = (
 )
 """Names after `layer{stage}.{i}.` with odd i: the first half of block (i − 1) / 2."""
 
-_MLP = (
-    _Rule(r"norm\.(.+)", r"norm2.\1"),
-    _Rule(r"(mlp\..+)", r"\1"),
-)
+_MLP = (_Rule(r"norm\.(.+)", r"norm2.\1"), _Rule(r"(mlp\..+)", r"\1"))
 """Names after `layer{stage}.{i}.` with even i: the second half of block i / 2 − 1."""
 
 _UNUSED = ("relative_position_index", "calls_since_last_redraw")
@@ -138,20 +129,16 @@ def translate_published_names(model: MultiScaleViT, published: Mapping[str, Tens
             continue
         match = re.fullmatch(r"(layer([1-9]\d{0,3})\.(0|[1-9]\d{0,3})\.)(.+)", key, re.ASCII)
         rules, prefix = _rules_of_layer(model, int(match[2]), int(match[3])) if match else ((), "")
-        matches = [
-            (rule, name_match)
-            for rule in rules
-            if match and (name_match := re.fullmatch(rule.pattern, match[4]))
-        ]
+        layer, end = (match[1], match[4]) if match else ("", "")
+        matches = [(rule, found) for rule in rules if (found := re.fullmatch(rule.pattern, end))]
         translated: dict[str, Tensor] = {} if matches else {key: value}
         try:
-            for rule, name_match in matches:
-                name = prefix + name_match.expand(rule.name)
+            for rule, found in matches:
+                name = prefix + found.expand(rule.name)
                 if rule.copy_of is not None and name not in names:
-                    assert match is not None
-                    _check_copy(published, key, match[1] + name_match.expand(rule.copy_of))
+                    _check_copy(published, key, layer + found.expand(rule.copy_of))
                 else:
-                    translated[name] = value if rule.convert is None else rule.convert(value)
+                    translated[name] = rule.convert(value)
         except (IndexError, RuntimeError):  # a shape that this weight cannot have
             translated = {key: value}
         weights.update(translated)

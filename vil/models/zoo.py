@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vil.attention import Attention
 from vil.config import AttentionName, ModelConfig, StageConfig, Tree, UserError, error_reason
@@ -196,9 +196,8 @@ def resolve_stages(config: ModelConfig) -> list[StageConfig]:
         UserError: an unknown name, or options that do not fit the stages.
     """
     if (config.name == "vil") != (config.stages is not None):
-        raise UserError(
-            "stages", "name: vil requires a list of stages, and a list of stages requires name: vil"
-        )
+        reason = "name: vil requires a list of stages, and a list of stages requires name: vil"
+        raise UserError("stages", reason)
     if config.stages is not None:
         stages = [dataclasses.replace(stage) for stage in config.stages]
         sparse = [stage for stage in stages if stage.attention != "full"]
@@ -261,19 +260,22 @@ def _zoo_stages(size: ModelSize) -> list[StageConfig]:
 # --- Baselines of timm --------------------------------------------------------------------------------------
 
 
-def _timm_model(
-    config: ModelConfig, image_size: int | tuple[int, int], max_bytes: int | None = None
-) -> nn.Module:
+_TIMM_OPTIONS = (
+    *("name", "image_size", "num_classes", "in_chans", "drop_path", "pool", "timm_options"),
+    *("init_from", "init_released_config"),
+)
+"""Options of `ModelConfig` that a model of timm has."""
+
+
+def _timm_model(config: ModelConfig, image_size: int | tuple[int, int], max_bytes: int | None) -> nn.Module:
     """Create a model of timm. Raise UserError for an option of `ModelConfig` that it does not have."""
     name = config.name.removeprefix("timm/")
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"; did you mean timm/{close[0]}?" if close else ""
         raise UserError("name", f"timm has no model {name!r}{hint}")
-    supported = {"name", "image_size", "num_classes", "in_chans", "drop_path", "pool", "timm_options"}
     for field in dataclasses.fields(ModelConfig):
-        is_set = getattr(config, field.name) != field.default
-        if is_set and field.name not in {*supported, "init_from", "init_released_config"}:
+        if field.name not in _TIMM_OPTIONS and getattr(config, field.name) != field.default:
             raise UserError(field.name, f"{config.name} has no such option; see timm_options")
     arguments: Tree = dict(config.timm_options or {})
     _check_timm_numbers(arguments)
@@ -303,21 +305,11 @@ def _timm_model(
 def _check_timm_numbers(options: Mapping[str, object]) -> None:
     """Raise UserError for numbers that would build a model of endless size: timm does not limit them."""
     for key, option in options.items():
-        numbers = list(_numbers(option))
+        numbers = [value for value in tree_leaves(option) if isinstance(value, int | float)]
         # Layers take time and memory even on the meta device.
         limit = MAX_BLOCKS if key in ("depth", "depths", "layers") else MAX_TIMM_OPTION
         if not all(abs(number) <= limit for number in numbers):  # also false for nan
             raise UserError("timm_options", f"{key}: numbers must be from -{limit:,} to {limit:,}")
-
-
-def _numbers(option: object) -> Iterator[int | float]:
-    if isinstance(option, Mapping):
-        option = list(option.values())
-    for value in option if isinstance(option, list | tuple) else [option]:
-        if isinstance(value, list | tuple | Mapping):
-            yield from _numbers(value)
-        elif isinstance(value, int | float):
-            yield value
 
 
 def pretrained_classes(name: str) -> int:
@@ -376,27 +368,21 @@ def _model_from_timm(
 
 
 def _build_with_timm(
-    build: Callable[..., MultiScaleViT],
-    name: str,
-    pretrained: bool = False,
-    num_stages: int = 0,
-    **kwargs: Any,
+    build: Callable[..., MultiScaleViT], name: str, num_stages: int, pretrained: bool = False, **kwargs: Any
 ) -> MultiScaleViT:
     """Build a model through timm, which adds its configuration, loads weights, and wraps for features_only.
 
     Args:
         build: called with the keyword arguments that timm does not use itself.
         name: registered name.
-        pretrained, kwargs: see `timm.models.build_model_with_cfg`.
         num_stages: number of feature maps.
+        pretrained, kwargs: see `timm.models.build_model_with_cfg`.
     """
-    built: list[MultiScaleViT] = []
 
     def build_and_hook(**arguments: Any) -> MultiScaleViT:
         model = build(**arguments)
         model.register_load_state_dict_pre_hook(_translate_on_load)
         model._model_args = _architecture(model.config)
-        built.append(model)
         return model
 
     model = build_model_with_cfg(
@@ -407,7 +393,7 @@ def _build_with_timm(
         feature_cfg={"out_indices": tuple(range(num_stages)), "feature_cls": "getter"},
         **kwargs,
     )
-    model._model_args = built[0]._model_args  # also on a wrapper of features_only
+    model._model_args = getattr(model, "model", model)._model_args  # also on a wrapper of features_only
     return model
 
 
@@ -416,10 +402,12 @@ def _architecture(config: ModelConfig) -> Tree:
     tree = dataclasses.asdict(config)
     if config.name != "vil":
         tree["stages"] = None
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    return {
-        key: value for key, value in tree.items() if value != defaults[key] and key not in _NOT_ARCHITECTURE
-    }
+    names = [
+        field.name
+        for field in dataclasses.fields(ModelConfig)
+        if tree[field.name] != field.default and field.name not in _NOT_ARCHITECTURE
+    ]
+    return {name: tree[name] for name in names}
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -439,15 +427,8 @@ _REGISTERED = (*SIZES, "vil")
 
 default_cfgs = generate_default_cfgs(
     {
-        f"{name}.untrained": {  # the transform is the paper's evaluation transform
+        f"{name}.untrained": {  # timm's default transform is the paper's evaluation transform
             "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "pool_size": None,
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
             "fixed_input_size": True,
             "first_conv": "stages.0.patch_embed.proj",
             "classifier": "head",
@@ -461,7 +442,7 @@ default_cfgs = generate_default_cfgs(
 def _entrypoint(name: str) -> Callable[..., MultiScaleViT]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> MultiScaleViT:
         num_stages = len(SIZES[name].stages if name in SIZES else kwargs.get("stages") or ())
-        return _build_with_timm(partial(_model_from_timm, name), name, pretrained, num_stages, **kwargs)
+        return _build_with_timm(partial(_model_from_timm, name), name, num_stages, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"Create {name} from timm's keyword arguments; see `vil.create_model`."

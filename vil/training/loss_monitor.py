@@ -19,13 +19,7 @@ _MAX_PENDING_STEPS = 1024  # steps between two reports, at most
 
 @dataclass(frozen=True)
 class LossSpike:
-    """A loss far above the losses before it.
-
-    Attributes:
-        step: finished steps, this one included.
-        loss: of the global batch.
-        mean, deviation: of the losses before.
-    """
+    """The loss of a global batch far above the mean of those before; `step` is counted from 1."""
 
     step: int
     loss: float
@@ -93,9 +87,7 @@ class LossMonitor:
         """
         if self._count == 0:
             self._first_step = step
-        index = (
-            step - 1
-        ) % _MAX_PENDING_STEPS  # the order in which the ranks are summed depends on the index
+        index = (step - 1) % _MAX_PENDING_STEPS  # the order in which the ranks are summed depends on it
         self._steps[index, 0] = loss
         self._steps[index, 1] = is_finite
         self._count += 1

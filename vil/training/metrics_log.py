@@ -33,9 +33,7 @@ class MetricsLog:
     """Append records to metrics.jsonl durably.
 
     Args:
-        path: the file.
-        step: finished steps of the checkpoint that the run continues from.
-        is_evaluated: as for `cut_metrics`.
+        path, step, is_evaluated: as for `cut_metrics`.
 
     Raises:
         OSError: the file cannot be read or written.
@@ -55,7 +53,10 @@ class MetricsLog:
     def write(self, record: Mapping[str, object]) -> None:
         """Append one line; keep it in memory if the disk refuses it."""
         # JSON has no NaN and no infinity, as of an overflow in float16: null.
-        values = {key: None if _is_non_finite(value) else value for key, value in record.items()}
+        values = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
         self._pending += (json.dumps(values, allow_nan=False) + "\n").encode()
         try:
             self._write_pending()
@@ -141,11 +142,6 @@ def _parse_record(line: str) -> Tree | None:
         record = parse_json(line) if line.endswith("\n") else None
     except ValueError:
         return None
-    is_record = (
-        isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("kind"), str)
-    )
-    return record if is_record else None
-
-
-def _is_non_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    return record if type(record.get("step")) is int else None

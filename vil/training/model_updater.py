@@ -14,12 +14,7 @@ from vil.runtime.distributed import Process, average_over_ranks, data_parallel
 from vil.runtime.precision import autocast, choose_precision, grad_scaler
 from vil.training.loss import build_loss
 from vil.training.non_finite import NonFiniteSkipper, batch_norm_buffers, loss_grad
-from vil.training.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    clipped_parameters,
-    load_optimizer_state,
-)
+from vil.training.optimizer import build_optimizer, build_scheduler, clipped_parameters, load_optimizer_state
 
 
 class ModelUpdater:
@@ -53,11 +48,9 @@ class ModelUpdater:
         self.ema: ModelEmaV3 | None = None
         if schedule.ema_decay is not None:
             # Average the running statistics like weights; copy any other buffer (a random projection).
+            copies_buffers = not self._running_averages
             self.ema = ModelEmaV3(
-                model,
-                decay=schedule.ema_decay,
-                use_warmup=schedule.ema_warmup,
-                exclude_buffers=not self._running_averages,
+                model, schedule.ema_decay, use_warmup=schedule.ema_warmup, exclude_buffers=copies_buffers
             )
         self._network: nn.Module = model
 

@@ -129,9 +129,7 @@ def merge_group_options(stored: State, configured: Mapping[str, object]) -> Tree
     """
     options = {key: value for key, value in configured.items() if key != "params"}
     for key, value in options.items():
-        is_number = all(
-            isinstance(x, int | float) and not isinstance(x, bool) for x in (value, stored.get(key))
-        )
+        is_number = {type(value), type(stored.get(key))} <= {int, float}
         if is_number and key not in _CONFIGURED_KEYS and math.isfinite(stored[key]):
             options[key] = stored[key]
     return options
@@ -155,9 +153,8 @@ def parameter_groups(model: nn.Module, schedule: ScheduleConfig) -> list[Tree]:
         if not parameter.requires_grad:
             continue
         scale, decays = scales.get(name, 1.0), name not in undecayed
-        group = groups.setdefault(
-            (scale, decays), {"params": [], "weight_decay": schedule.weight_decay if decays else 0.0}
-        )
+        new_group = {"params": [], "weight_decay": schedule.weight_decay if decays else 0.0}
+        group = groups.setdefault((scale, decays), new_group)
         if scales:
             group["lr_scale"] = scale
         group["params"].append(parameter)
@@ -233,11 +230,10 @@ def build_scheduler(
         "warmup_lr_init": schedule.warmup_factor * peak,
         "t_in_epochs": False,
     }
-    if schedule.scheduler == "constant":
-        return StepLRScheduler(optimizer, decay_t=1, decay_rate=1.0, warmup_prefix=False, **options)
-    if schedule.scheduler == "step":
-        decay_t = schedule.decay_epochs * steps_per_epoch
-        rate = schedule.decay_rate
+    if schedule.scheduler in ("constant", "step"):
+        decay_t, rate = schedule.decay_epochs * steps_per_epoch, schedule.decay_rate
+        if schedule.scheduler == "constant":
+            decay_t, rate = 1, 1.0
         return StepLRScheduler(optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=False, **options)
     remaining = schedule.epochs * steps_per_epoch - 1 - (warmup if schedule.warmup_prefix else 0)
     # If the warm-up is longer than the run, the length does not matter. timm warns about length 1, as if the

@@ -22,8 +22,7 @@ class RunLog:
     Args:
         folder: of the run; None on other ranks.
         config: the resolved configuration.
-        step: finished steps of the checkpoint that the run continues from. Later records are removed.
-        is_evaluated: False removes evaluations after `step` itself, which will be repeated.
+        step, is_evaluated: as for `cut_metrics`.
 
     Raises:
         UserError: the folder cannot be written.
@@ -79,14 +78,8 @@ class RunLog:
 
     def progress_bar(self, epoch: int, epochs: int, start: int, steps: int) -> tqdm[Any]:
         """Return a progress bar over the steps of an epoch, disabled without a terminal."""
-        return tqdm(
-            desc=f"epoch {epoch}/{epochs}",
-            initial=start,
-            total=steps,
-            unit="step",
-            leave=False,
-            disable=not self.shows_progress,
-        )
+        title, is_hidden = f"epoch {epoch}/{epochs}", not self.shows_progress
+        return tqdm(desc=title, initial=start, total=steps, unit="step", leave=False, disable=is_hidden)
 
     def print_line(self, line: str) -> None:
         """Print one line on standard output."""

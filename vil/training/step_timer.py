@@ -63,12 +63,7 @@ class StepTimer:
 
 
 def input_bound_warning(waiting_share: float, workers: int) -> str | None:
-    """Return one line with advice for an input-bound run; None for any other.
-
-    Args:
-        waiting_share: share of an epoch spent waiting for images, 0 to 1.
-        workers: processes per rank that load images.
-    """
+    """Return one line with advice for an input-bound run, by its number of workers; None for any other."""
     if waiting_share < INPUT_BOUND_SHARE:
         return None
     cores = cores_per_rank()

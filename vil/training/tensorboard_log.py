@@ -125,9 +125,8 @@ class TensorBoardLog:
             action(writer)
         except OSError as error:
             self._writer = None
-            _logger.warning(
-                "warning: TensorBoard's events cannot be written: %s; no more are written", error.strerror
-            )
+            reason = f"TensorBoard's events cannot be written: {error.strerror}"
+            _logger.warning("warning: %s; no more are written", reason)
 
 
 def _silence_writer_thread() -> None:

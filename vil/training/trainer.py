@@ -90,13 +90,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Summary:
-    """The end of a run.
-
-    Attributes:
-        step: optimizer steps since the run began.
-        best: `top1` in percent, `weights` (raw or ema) and `epoch` of the best evaluation.
-        seconds: duration of this call.
-    """
+    """The end of a run: its steps, `RunPosition.best`, and the seconds of the call of `fit`."""
 
     step: int
     best: Tree
@@ -189,9 +183,8 @@ class Trainer:
         last_step = min(total_steps, config.schedule.max_steps or total_steps)
         self.position = RunPosition(steps_per_epoch, last_step)
         self.updater = ModelUpdater(model, config, process, steps_per_epoch)
-        self.loss_monitor = LossMonitor(
-            process.device, process.world_size, config.max_skipped_steps, config.spike_threshold
-        )
+        limits = (config.max_skipped_steps, config.spike_threshold)
+        self.loss_monitor = LossMonitor(process.device, process.world_size, *limits)
         if state is not None:
             self.restore(state)
         has_ema = self.updater.ema is not None
@@ -202,9 +195,8 @@ class Trainer:
         self.log = RunLog(log_folder, config, self.position.step, self.position.is_evaluated)
         self.writer = CheckpointWriter(self.folder, keep, prepare=self.log.flush)
         self.signals = SignalHandler()
-        self.watchdog = Watchdog(
-            process.rank, config.hang_timeout, config.grace_period, self.signals.pending_stop
-        )
+        timeouts = (config.hang_timeout, config.grace_period)
+        self.watchdog = Watchdog(process.rank, *timeouts, self.signals.pending_stop)
         self.timer = StepTimer()
         self.epoch_losses: list[float] = []
         self.epoch_start = time.perf_counter()
@@ -255,7 +247,8 @@ class Trainer:
         self.position = self.position.after_step()
         is_full = self.loss_monitor.add(self.position.step, loss, is_finite)
         self.timer.end_step()
-        if self.is_logged():
+        step = self.position.step
+        if step % self.config.log_every == 0 or step in (1, self.position.last_step):
             return self.log_step(grad_norm)
         if is_full:
             self.check_losses()
@@ -264,14 +257,12 @@ class Trainer:
     def accumulate(self, images: torch.Tensor, targets: torch.Tensor, part: int) -> torch.Tensor:
         """Mix one micro-batch and add its gradients; return its share of the loss of this rank."""
         step, rank = self.position.step, self.process.rank
-        device, is_channels_last = self.process.device, self.config.channels_last
-        memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
+        device, epoch = self.process.device, self.position.epoch
+        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
         images = images.to(device, non_blocking=True, memory_format=memory_format)
         targets = targets.to(device, non_blocking=True)
         if self.mix is not None:
-            images, targets = self.mix(
-                images, targets, step=step, rank=rank, part=part, epoch=self.position.epoch
-            )
+            images, targets = self.mix(images, targets, step=step, rank=rank, part=part, epoch=epoch)
         if step == part == 0:
             self.log.tensorboard.add_batch(images, self.config.data.mean, self.config.data.std)
         seed_generators(self.config.seed, "forward", step, rank, part)
@@ -393,11 +384,6 @@ class Trainer:
         return self.signals.stop > 0
 
     # --- Logs and checks ------------------------------------------------------------------------------------
-
-    def is_logged(self) -> bool:
-        """Return True if the last step is logged."""
-        step = self.position.step
-        return step % self.config.log_every == 0 or step in (1, self.position.last_step)
 
     def log_step(self, grad_norm: torch.Tensor) -> float:
         """Log the last step; return the mean loss of its global batch."""

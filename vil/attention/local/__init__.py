@@ -22,11 +22,9 @@ from vil.attention.tracing import has_autocast, is_exporting
 from vil.config import UserError
 
 try:
-    from vil.attention.local.fused import fused_attention, fused_or_chunked_attention, unsupported
+    from vil.attention.local.fused import fused_attention, unsupported
 except ImportError:  # Triton is available on Linux only
-    fused_attention = fused_or_chunked_attention = (
-        chunked_attention  # unused: `unsupported` rejects every call
-    )
+    fused_attention = chunked_attention  # unused: `unsupported` rejects every call
 
     def unsupported(
         device: torch.device, dtype: torch.dtype, head_dim: int, num_globals: int, dropout: float
@@ -104,7 +102,8 @@ def local_attention(
         ValueError: an invalid argument, shapes or devices that do not match, or a call that the requested
             backend does not support.
     """
-    _check_tensors(query, key, value, global_key, global_value, size)
+    inputs = Inputs(query, key, value, global_key, global_value, bias_table, global_bias)
+    _check_tensors(inputs, size)
     heads = query.shape[1]
     if mask not in get_args(Mask):
         raise ValueError(f"mask must be one of {', '.join(get_args(Mask))}, got {mask!r}")
@@ -112,25 +111,22 @@ def local_attention(
         raise ValueError(f"window must be at least 1, got {window}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability from 0 to 1, got {dropout}")
-    if isinstance(neighbors, str) and neighbors not in ("all", "self"):
+    if not isinstance(neighbors, Tensor) and neighbors not in ("all", "self", *range(8)):
         raise ValueError(f"neighbors must be all, self or a number from 0 to 7, got {neighbors!r}")
-    if isinstance(neighbors, int) and not 0 <= neighbors <= 7:
-        raise ValueError(f"neighbors must be all, self or a number from 0 to 7, got {neighbors}")
     if mask == "exact" and not (isinstance(neighbors, str) and neighbors == "all"):
         raise ValueError("the exact mask is defined for all neighbors only")
     offsets = (heads, 4 * window - 1, 4 * window - 1)
     if bias_table is not None and bias_table.shape != offsets:
         raise ValueError(f"bias_table must be {offsets}, got {tuple(bias_table.shape)}")
-    if global_bias is not None and global_bias.shape != (heads, global_key.shape[2]):
-        shape = (heads, global_key.shape[2])
+    shape = (heads, global_key.shape[2])
+    if global_bias is not None and global_bias.shape != shape:
         raise ValueError(f"global_bias must be {shape}, got {tuple(global_bias.shape)}")
 
     if _is_autocast_enabled(query):
         dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        global_key, global_value = global_key.to(dtype), global_value.to(dtype)
-    neighbor = None if isinstance(neighbors, str) else torch.as_tensor(neighbors, device=query.device)
-    inputs = Inputs(query, key, value, global_key, global_value, bias_table, global_bias, neighbor)
+        inputs = inputs._replace(**{name: getattr(inputs, name).to(dtype) for name in inputs._fields[:5]})
+    if not isinstance(neighbors, str):
+        inputs = inputs._replace(neighbor=torch.as_tensor(neighbors, device=query.device))
     spec = LocalAttentionSpec(size, window, mask, neighbors if isinstance(neighbors, str) else "one", dropout)
     return choose(inputs, spec, backend)(inputs, spec)
 
@@ -160,6 +156,11 @@ def choose(inputs: Inputs, window: LocalAttentionSpec, backend: str = "auto") ->
     return chunked_attention
 
 
+def fused_or_chunked_attention(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor:
+    """Return the output (B, h, N, D), from `chunked` if a kernel does not compile or launch."""
+    return fused_attention(inputs, spec._replace(may_fall_back=True))
+
+
 def forced_backend(backend: str) -> str | None:
     """Return the requested backend, by argument or, for `auto`, by the environment; None if there is none.
 
@@ -186,21 +187,16 @@ def check_backend(
         raise UserError("attention_backend", f"the fused backend {reason}")
 
 
-def _check_tensors(
-    query: Tensor, key: Tensor, value: Tensor, global_key: Tensor, global_value: Tensor, size: tuple[int, int]
-) -> None:
+def _check_tensors(inputs: Inputs, size: tuple[int, int]) -> None:
+    query, global_key = inputs.query, inputs.global_key
     if query.ndim != 4:
         raise ValueError(f"the query must be (batch, heads, tokens, head width), got {tuple(query.shape)}")
     batch, heads, tokens, width = query.shape
     if size[0] * size[1] != tokens:
         raise ValueError(f"a {size[0]}×{size[1]} map has {size[0] * size[1]} tokens, the query has {tokens}")
     global_shape = (batch, heads, global_key.shape[2] if global_key.ndim == 4 else "global tokens", width)
-    for name, tensor, shape in (
-        ("key", key, tuple(query.shape)),
-        ("value", value, tuple(query.shape)),
-        ("global_key", global_key, global_shape),
-        ("global_value", global_value, global_shape),
-    ):
+    shapes = [tuple(query.shape)] * 2 + [global_shape] * 2
+    for name, tensor, shape in zip(inputs._fields[1:5], inputs[1:5], shapes):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be ({', '.join(map(str, shape))}), got {tuple(tensor.shape)}")
         if tensor.device != query.device:

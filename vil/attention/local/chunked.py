@@ -33,20 +33,16 @@ def forward(inputs: Inputs, spec: LocalAttentionSpec, seed: Tensor | None) -> tu
     work = _ChunkedAttention(inputs, spec, seed)
     output = like_tokens(inputs.query)
     with torch.autocast("cpu", enabled=False):  # autocast would round the biases
-        _forward_strips(work, output)
+        for images in work.slices():
+            query, key, value, global_key, global_value = work.image_inputs(images)
+            (grid,) = work.grids(output[images])
+            for strip in work.strips:
+                queries = work.load_queries("query", query, strip, work.scale)
+                keys = work.load_keys("key", key, global_key, strip)
+                values = work.load_keys("value", value, global_value, strip)
+                for chunk in strip.chunks:
+                    work.store(grid, strip, chunk, work.attend(strip, chunk, queries, keys, values))
     return output, inputs.query.new_empty(0, dtype=torch.float32)
-
-
-def _forward_strips(work: _ChunkedAttention, output: Tensor) -> None:
-    for images in work.slices():
-        query, key, value, global_key, global_value = work.image_inputs(images)
-        (grid,) = work.grids(output[images])
-        for strip in work.strips:
-            queries = work.load_queries("query", query, strip, work.scale)
-            keys = work.load_keys("key", key, global_key, strip)
-            values = work.load_keys("value", value, global_value, strip)
-            for chunk in strip.chunks:
-                work.store(grid, strip, chunk, work.attend(strip, chunk, queries, keys, values))
 
 
 def backward(
@@ -65,9 +61,8 @@ def backward(
     sums = [x.to(inputs.score_dtype).zero_() for x in gradients[1:5]]
     for images in work.slices():
         query, key, value, global_key, global_value = work.image_inputs(images)
-        grad_query, grad_key, grad_value, upstream_grid = work.grids(
-            *[x[images] for x in (gradients[0], *sums[:2], gradient)]
-        )
+        tokens = (gradients[0], sums[0], sums[1], gradient)
+        grad_query, grad_key, grad_value, upstream_grid = work.grids(*[x[images] for x in tokens])
         grad_global_key, grad_global_value = sums[2][images], sums[3][images]
         for strip in work.strips:
             queries = work.load_queries("query", query, strip, work.scale)
@@ -79,9 +74,8 @@ def backward(
                 index = strip.queries(chunk)
                 weights = work.weights(strip, chunk, queries, keys)  # (n, t, k)
                 dropped, keep_mask = work.drop(weights)
-                grad_weights = work.product(
-                    "grad_weights", upstream[:, index], values[:, chunk.keys].transpose(1, 2)
-                ).to(weights.dtype)
+                value_t = values[:, chunk.keys].transpose(1, 2)
+                grad_weights = work.product("grad_weights", upstream[:, index], value_t).to(weights.dtype)
                 if keep_mask is not None:
                     grad_weights *= keep_mask
                 grad_scores = torch.ops.aten._softmax_backward_data.out(
@@ -122,17 +116,16 @@ class _ChunkedAttention:
         if seed is not None:
             self.generator = torch.Generator(inputs.query.device).manual_seed(int(seed))
         seen = spec.chunk_offsets(None if inputs.neighbor is None else int(inputs.neighbor))
-        self.scores_per_chunk = self.heads * spec.window**2 * (self.num_globals + len(seen) * spec.window**2)
-        images = max(1, min(self.batch, MAX_SCORES // self.scores_per_chunk))
-        columns = max(1, MAX_SCORES // (images * self.scores_per_chunk))
-        keys = MAX_STRIP_ELEMENTS // (images * self.heads * self.width)
+        scores_per_chunk = self.heads * spec.window**2 * (self.num_globals + len(seen) * spec.window**2)
+        self.images = max(1, min(self.batch, MAX_SCORES // scores_per_chunk))
+        columns = max(1, MAX_SCORES // (self.images * scores_per_chunk))
+        keys = MAX_STRIP_ELEMENTS // (self.images * self.heads * self.width)
         self.strips = strips(spec, seen, self.num_globals, columns, keys)
 
     def slices(self) -> Iterator[slice]:
         """Yield slices of images that are few enough for the scores of their chunks to stay in cache."""
-        images = max(1, MAX_SCORES // self.scores_per_chunk)
-        for first in range(0, self.batch, images):
-            yield slice(first, first + images)
+        for first in range(0, self.batch, self.images):
+            yield slice(first, first + self.images)
 
     def image_inputs(self, images: slice) -> tuple[Tensor, ...]:
         """Return the grids of queries, keys and values, and global keys and values, of some images."""
@@ -238,13 +231,8 @@ class _ChunkedAttention:
             return None
         signature = strip.signature(chunk)
         if signature not in self.biases:
-            queries, keys = strip.queries(chunk), chunk.keys
-            bias = self.inputs.query.new_zeros(
-                self.heads,
-                queries.stop - queries.start,
-                keys.stop - keys.start,
-                dtype=self.inputs.score_dtype,
-            )
+            shape = [self.heads, *(part.stop - part.start for part in (strip.queries(chunk), chunk.keys))]
+            bias = self.inputs.query.new_zeros(shape, dtype=self.inputs.score_dtype)
             if self.inputs.global_bias is not None:
                 bias[..., self._global(chunk)] = self.inputs.global_bias[:, None]
             if self.window_bias is not None:
@@ -265,9 +253,8 @@ class _ChunkedAttention:
     def store_biases(self, grad_table: Tensor, grad_global_bias: Tensor) -> None:
         """Write the sums of `add_biases` to the gradients of the biases, unless these are empty."""
         heads, side = self.heads, self.spec.window
-        by_position = self.inputs.query.new_zeros(
-            heads, side, side, 3 * side, 3 * side, dtype=self.inputs.score_dtype
-        )
+        shape = (heads, side, side, 3 * side, 3 * side)
+        by_position = self.inputs.query.new_zeros(shape, dtype=self.inputs.score_dtype)
         by_key = by_position.new_zeros(heads, self.num_globals)
         for strip, chunk, total in self.bias_gradients.values():
             by_key += total[..., self._global(chunk)].sum(dim=1)
@@ -292,12 +279,9 @@ class _ChunkedAttention:
         grad_keys = by_key.unflatten(1, (rows, strip.width))
         for block in chunk.blocks:
             in_block = grad_keys[..., block.keys].unflatten(3, block.shape)
-            rows_of_keys = slice(block.rows.offset, block.rows.offset + block.rows.length)
+            in_rows = grad_queries[..., block.rows.offset : block.rows.offset + block.rows.length, :]
             for run, part in block.parts():
-                yield (
-                    grad_queries[..., rows_of_keys, run.offset : run.offset + run.length],
-                    in_block[..., part],
-                )
+                yield in_rows[..., run.offset : run.offset + run.length], in_block[..., part]
 
     def _columns(self, grid: Tensor, rows: slice, columns: slice, count: int) -> Tensor:
         """View `count` rectangles, one window apart from left to right: (B, c, h, rows, columns, D)."""

@@ -69,9 +69,8 @@ def dense_bias(inputs: Inputs, spec: LocalAttentionSpec, queries: Tensor | None 
     if table is None:
         table = query.new_zeros(1, 4 * spec.window - 1, 4 * spec.window - 1)
     copies = []
-    for row_step, column_step in spec.chunk_offsets(
-        None if inputs.neighbor is None else int(inputs.neighbor)
-    ):
+    neighbor = None if inputs.neighbor is None else int(inputs.neighbor)
+    for row_step, column_step in spec.chunk_offsets(neighbor):
         row_seen, row_offset = rows[row_step]  # (n, P)
         column_seen, column_offset = columns[column_step]  # (n, Q)
         seen = row_seen[:, :, None] & column_seen[:, None, :]  # (n, P, Q)
@@ -88,13 +87,8 @@ def _weights(inputs: Inputs, local_bias: Tensor, spec: LocalAttentionSpec, query
     global_bias = inputs.global_bias
     if global_bias is None:
         global_bias = query.new_zeros(heads, num_globals)
-    bias = torch.cat(
-        [
-            global_bias.to(query.dtype)[:, None, :].expand(heads, query.shape[2], num_globals),
-            local_bias.expand(heads, -1, -1),
-        ],
-        dim=-1,
-    )
+    global_bias = global_bias.to(query.dtype)[:, None, :].expand(-1, query.shape[2], -1)
+    bias = torch.cat([global_bias, local_bias.expand(heads, -1, -1)], dim=-1)
     return softmax_weights(query, _pad_and_concatenate(inputs.global_key, inputs.key, spec), bias)
 
 

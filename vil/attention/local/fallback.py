@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
 
 import torch
@@ -101,9 +100,7 @@ def _summary(error: Exception) -> str:
 
 
 def _versions(device: torch.device) -> str:
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
+    import triton
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"torch {torch.__version__}, triton {triton}, {name}"
+    return f"torch {torch.__version__}, triton {triton.__version__}, {name}"

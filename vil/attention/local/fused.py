@@ -6,7 +6,7 @@ This module prepares the arguments of the kernels in `kernels.py` and launches t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from vil.attention.local import chunked, kernels
-from vil.attention.local.fallback import run_kernels
+from vil.attention.local.fallback import Result, run_kernels
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec, fold_window_bias, window_bias
 from vil.attention.local.operator import empty_gradients, like_tokens, register
 
@@ -56,7 +56,8 @@ class _KernelCall:
 
     def __init__(self, inputs: Inputs, spec: LocalAttentionSpec) -> None:
         self.inputs, self.spec = inputs, spec
-        self.query, self.key, self.value, self.global_key, self.global_value = map(_as_loadable, inputs[:5])
+        self.tensors = tuple(map(_as_loadable, inputs[:5]))
+        self.query, _, _, self.global_key, self.global_value = self.tensors
         self.batch, self.heads, self.tokens, self.width = inputs.query.shape
         self.num_globals = inputs.global_key.shape[2]
         self.rows, self.columns = (-(-length // spec.window) for length in spec.size)
@@ -64,9 +65,12 @@ class _KernelCall:
         self.keys = {"all": 9, "self": 1, "one": 2}[spec.neighbors] * self.per_chunk
         self.window_bias = window_bias(inputs, spec)  # (h or 1, w, w, 3w, 3w)
         self.borders = _borders(spec.size, spec.window, spec.mask == "cyclic", inputs.query.device)
-        self.block_m, self.block_k, self.stages = _blocks(
-            self.per_chunk, self.keys, self.width, self.query.dtype
-        )
+        blocks = _blocks(self.per_chunk, self.keys, self.width, self.query.dtype)
+        self.block_m, self.block_k, self.stages = blocks
+        self.true_scale = self.width**-0.5
+        self.scale = self.true_scale * LOG2E  # of the products of queries and keys
+        size = (*spec.size, self.rows, self.columns)
+        self.geometry = (*self.borders.kinds, self.heads, *size, self.scale)
 
     def query_bias(self) -> Tensor | None:
         """Return the biases of a chunk's queries, times log₂e, in the inputs' precision; None without biases.
@@ -76,9 +80,8 @@ class _KernelCall:
         biases = [bias for bias in (self.window_bias, self.inputs.global_bias) if bias is not None]
         if not biases:
             return None
-        bias = self.query.new_zeros(
-            max(map(len, biases)), self.per_chunk, self.bias_columns(self.num_globals)
-        )
+        columns = self.bias_columns(self.num_globals)
+        bias = self.query.new_zeros(max(map(len, biases)), self.per_chunk, columns)
         if self.inputs.global_bias is not None:
             bias[..., : self.num_globals] = (self.inputs.global_bias * LOG2E)[:, None]
         if self.window_bias is not None:
@@ -144,11 +147,6 @@ class _KernelCall:
             column = torch.cat([column, column + direction * (chunk % 3 - 1) * side])
         return row * (3 * side) + column
 
-    @property
-    def scale(self) -> float:
-        """Factor of the products of queries and keys."""
-        return self.width**-0.5 * LOG2E
-
     def common_arguments(self) -> dict[str, object]:
         """Return the arguments of every kernel."""
         return {
@@ -173,8 +171,8 @@ class _KernelCall:
 
     def query_arguments(self) -> dict[str, object]:
         """Return the arguments of the kernels that loop over the keys of a query."""
-        keys = (self.key, self.value, self.global_key, self.global_value)
-        return {"GLOBALS": self.num_globals, "ALIGNED": all(map(_is_aligned, keys)), **self.chunk_arguments()}
+        is_aligned = all(map(_is_aligned, self.tensors[1:]))  # keys and values
+        return {"GLOBALS": self.num_globals, "ALIGNED": is_aligned, **self.chunk_arguments()}
 
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Make the device of the query current, where Triton launches kernels."""
@@ -185,9 +183,7 @@ class _KernelCall:
         return self.batch * self.heads * self.rows * self.columns * triton.cdiv(self.per_chunk, block)
 
 
-def forward(
-    inputs: Inputs, spec: LocalAttentionSpec, seed: Tensor | None, may_fall_back: bool
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, spec: LocalAttentionSpec, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the output and the sums of `launch_forward`, or the output of `chunked` and sums of 0.
 
     Raises:
@@ -198,12 +194,7 @@ def forward(
         output, _ = chunked.forward(inputs, spec, seed)
         return output, inputs.query.new_zeros(inputs.query.shape[:3], dtype=torch.float32)
 
-    return run_kernels(
-        lambda: launch_forward(inputs, spec),
-        substitute if may_fall_back else None,
-        _compile_key(inputs, spec),
-        inputs.query.device,
-    )
+    return _run(inputs, spec, lambda: launch_forward(inputs, spec), substitute)
 
 
 def backward(
@@ -214,7 +205,6 @@ def backward(
     sums: Tensor,
     gradient: Tensor,
     needs_bias_grad: bool,
-    may_fall_back: bool,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the first seven inputs, from `launch_backward` or `chunked`.
 
@@ -224,29 +214,22 @@ def backward(
     Raises:
         KernelError: see `run_kernels`.
     """
-
-    def substitute() -> tuple[Tensor, ...]:
-        return chunked.backward(inputs, spec, seed, output, sums, gradient, needs_bias_grad)
-
-    return run_kernels(
-        lambda: launch_backward(inputs, spec, output, sums, gradient, needs_bias_grad),
-        substitute if may_fall_back else None,
-        _compile_key(inputs, spec),
-        inputs.query.device,
+    given = (output, sums, gradient, needs_bias_grad)
+    return _run(
+        inputs,
+        spec,
+        lambda: launch_backward(inputs, spec, *given),
+        lambda: chunked.backward(inputs, spec, seed, *given),
     )
 
 
-def _compile_key(inputs: Inputs, spec: LocalAttentionSpec) -> Hashable:
-    """Return the properties that the kernels are compiled for; sizes of maps and batches are not."""
-    query = inputs.query
-    options = (
-        spec.window,
-        spec.mask,
-        spec.neighbors,
-        inputs.bias_table is None,
-        inputs.global_bias is None,
-    )
-    return (query.device, query.dtype, query.shape[3], inputs.global_key.shape[2], *options)
+def _run(
+    inputs: Inputs, spec: LocalAttentionSpec, launch: Callable[[], Result], substitute: Callable[[], Result]
+) -> Result:
+    query, has_biases = inputs.query, (inputs.bias_table is not None, inputs.global_bias is not None)
+    # The properties that the kernels are compiled for; sizes of maps and batches are not.
+    kind = (query.device, query.dtype, query.shape[3], inputs.global_key.shape[2], *spec[1:4], *has_biases)
+    return run_kernels(launch, substitute if spec.may_fall_back else None, kind, query.device)
 
 
 def launch_forward(inputs: Inputs, spec: LocalAttentionSpec) -> tuple[Tensor, Tensor]:
@@ -254,14 +237,15 @@ def launch_forward(inputs: Inputs, spec: LocalAttentionSpec) -> tuple[Tensor, Te
     call = _KernelCall(inputs, spec)
     output = like_tokens(inputs.query)
     sums = inputs.query.new_empty(inputs.query.shape[:3], dtype=torch.float32)
-    tensors = (call.query, call.key, call.value, call.global_key, call.global_value)
     bias, *bias_strides, row = _combine_bias(call.query_bias(), call.hidden_keys())
+    strides = _strides(*call.tensors, output)
     with call.on_device():
         kernels.forward_kernel[(call.programs(call.block_m),)](
-            *tensors, bias, inputs.neighbor, output, sums, *_strides(*tensors, output),
-            *bias_strides, *call.borders.kinds, call.heads, *spec.size, call.rows, call.columns, call.scale,
-            ROW=row, **call.query_arguments(),
-        )  # fmt: skip
+            *(*call.tensors, bias, inputs.neighbor, output, sums),
+            *(*strides, *bias_strides, *call.geometry),
+            ROW=row,
+            **call.query_arguments(),
+        )
     return output, sums
 
 
@@ -278,26 +262,26 @@ def launch_backward(
     gradients = empty_gradients(inputs, needs_bias_grad)
     gradient, output = _as_loadable(gradient), _as_loadable(output)
     statistics = sums.new_empty(*sums.shape, 2)  # per query, computed by the first kernel for the others
-    tensors = (call.query, call.key, call.value, call.global_key, call.global_value)
-    geometry = (*spec.size, call.rows, call.columns, call.scale)
-    true_scale = call.width**-0.5
+    local = call.tensors[:3]
     query_bias, hidden = call.query_bias(), call.hidden_keys()
     bias, *bias_strides, row = _combine_bias(query_bias, hidden)
+    strides = _strides(*call.tensors, output, gradient, gradients[0])
     with call.on_device():
         kernels.query_kernel[(call.programs(call.block_m),)](
-            *tensors, bias, inputs.neighbor, output, sums, gradient, statistics, gradients[0],
-            *_strides(*tensors, output, gradient, gradients[0]),
-            *bias_strides, *call.borders.kinds, call.heads, *geometry, true_scale, ROW=row,
+            *(*call.tensors, bias, inputs.neighbor, output, sums, gradient, statistics, gradients[0]),
+            *(*strides, *bias_strides, *call.geometry, call.true_scale),
+            ROW=row,
             **call.query_arguments(),
-        )  # fmt: skip
+        )
         bias, *bias_strides, row = _combine_bias(call.key_bias(), call.hidden_queries())
+        strides = _strides(*local, gradient, gradients[1])
         blocks = {"BLOCK_M": call.block_k, "BLOCK_K": call.block_m}
         kernels.key_kernel[(call.programs(call.block_m),)](
-            *tensors[:3], bias, inputs.neighbor, statistics, gradient, gradients[1], gradients[2],
-            *_strides(*tensors[:3], gradient, gradients[1]),
-            *bias_strides, *call.borders.kinds, call.heads, *geometry, true_scale, ROW=row,
+            *(*local, bias, inputs.neighbor, statistics, gradient, gradients[1], gradients[2]),
+            *(*strides, *bias_strides, *call.geometry, call.true_scale),
+            ROW=row,
             **(call.chunk_arguments() | blocks),
-        )  # fmt: skip
+        )
         if call.num_globals:
             _fill_global_gradients(call, query_bias, statistics, gradient, gradients)
         if gradients[5].numel():
@@ -317,20 +301,19 @@ def _fill_global_gradients(
     block = min(call.block_k, max(16, triton.next_power_of_2(call.num_globals)))
     blocks = triton.cdiv(call.num_globals, block)
     num_parts = _num_parts(call.batch * call.heads * blocks, triton.cdiv(call.tokens, 256))
-    tokens_per_part = (
-        triton.cdiv(triton.cdiv(call.tokens, num_parts), call.block_m) * call.block_m
-    )  # whole blocks
+    tokens_per_part = triton.cdiv(triton.cdiv(call.tokens, num_parts), call.block_m) * call.block_m
     shape = (call.batch, call.heads, num_parts, call.num_globals)
     grad_bias = statistics.new_empty(shape)
     grad_key, grad_value = (statistics.new_empty(*shape, call.width) for _ in range(2))
     tensors = (call.query, call.global_key, call.global_value)
+    bias_or_unused = call.query if bias is None else bias
     kernels.global_kernel[(call.batch * call.heads, num_parts, blocks)](
-        *tensors, call.query if bias is None else bias, statistics, gradient, grad_key, grad_value, grad_bias,
-        *_strides(*tensors, gradient),
-        _head_stride(bias), call.heads, call.tokens, tokens_per_part, call.scale, call.width**-0.5,
-        GLOBALS=call.num_globals, HAS_BIAS=bias is not None,
-        BLOCK_M=call.block_m, BLOCK_G=block, **call.common_arguments(),
-    )  # fmt: skip
+        *(*tensors, bias_or_unused, statistics, gradient, grad_key, grad_value, grad_bias),
+        *(*_strides(*tensors, gradient), _head_stride(bias)),
+        *(call.heads, call.tokens, tokens_per_part, call.scale, call.true_scale),
+        **{"GLOBALS": call.num_globals, "HAS_BIAS": bias is not None},
+        **{"BLOCK_M": call.block_m, "BLOCK_G": block, **call.common_arguments()},
+    )
     gradients[3].copy_(grad_key.sum(dim=2))
     gradients[4].copy_(grad_value.sum(dim=2))
     if gradients[6].numel():
@@ -344,21 +327,19 @@ def _table_gradient(
     blocks = triton.cdiv(call.per_chunk, call.block_m) * triton.cdiv(call.keys, call.block_k)
     num_parts = _num_parts(blocks * call.heads, call.batch * call.rows * call.columns)
     grad_bias = statistics.new_empty(num_parts, call.heads, call.per_chunk, call.keys)
-    tensors = (call.query, call.key, call.value)
+    tensors = call.tensors[:3]
+    options = {"GLOBALS": call.num_globals, "ROW": bias.stride(1), **call.chunk_arguments()}
+    options["num_warps"] = 8  # the sum of scores needs many registers
     kernels.bias_kernel[(num_parts, blocks, call.heads)](
-        *tensors, bias, hidden, call.inputs.neighbor, statistics, gradient, grad_bias,
-        *_strides(*tensors, gradient),
-        _head_stride(bias), *call.borders.kinds, call.heads, call.batch, *call.spec.size,
-        call.rows, call.columns, call.scale,
-        GLOBALS=call.num_globals, ROW=bias.stride(1),
-        **(call.chunk_arguments() | {"num_warps": 8}),  # the sum of scores needs many registers
-    )  # fmt: skip
+        *(*tensors, bias, hidden, call.inputs.neighbor, statistics, gradient, grad_bias),
+        *(*_strides(*tensors, gradient), call.batch, _head_stride(bias), *call.geometry),
+        **options,
+    )
     side, positions = call.spec.window, call.visible_positions()
     by_position = grad_bias.sum(dim=0)
     if positions is not None:
-        by_position = by_position.new_zeros(*by_position.shape[:2], call.spec.num_positions).index_copy_(
-            2, positions, by_position
-        )
+        all_positions = by_position.new_zeros(*by_position.shape[:2], call.spec.num_positions)
+        by_position = all_positions.index_copy_(2, positions, by_position)
     return fold_window_bias(by_position.unflatten(2, (3 * side, 3 * side)).unflatten(1, (side, side)), side)
 
 
@@ -425,10 +406,8 @@ class _Borders(NamedTuple):
 
 def _borders(size: tuple[int, int], side: int, cyclic: bool, device: torch.device) -> _Borders:
     (rows, row_kinds), (columns, column_kinds) = (border_kinds(length, side, cyclic) for length in size)
-    by_side = zip(
-        zip(*row_kinds), zip(*column_kinds)
-    )  # (keys of rows, of columns), (queries of rows, of columns)
-    keys, queries = (_hidden(*axes, device) for axes in by_side)
+    # Of rows and columns: masks of the keys, then masks of the queries.
+    keys, queries = (_hidden(*axes, device) for axes in zip(zip(*row_kinds), zip(*column_kinds)))
     return _Borders((rows, columns, len(column_kinds)), keys, queries)
 
 
@@ -492,14 +471,4 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-_operator = register("fused", forward, backward, keeps_sums=True, can_fall_back=True)
-
-
-def fused_attention(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor:
-    """Return the output (B, h, N, D). Raise KernelError if a kernel does not compile or launch."""
-    return _operator(inputs, spec, False)
-
-
-def fused_or_chunked_attention(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor:
-    """Return the output (B, h, N, D), from `chunked` if a kernel does not compile or launch."""
-    return _operator(inputs, spec, True)
+fused_attention = register("fused", forward, backward, keeps_sums=True)

@@ -35,27 +35,22 @@ def gathered_attention(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor:
         scores = scores + by_chunk[:, None, :, visible].flatten(3)  # (h, 1, t, s·t)
     scores = scores.masked_fill(~is_key[:, None], float("-inf"))
 
-    global_scores = (query @ inputs.global_key[:, :, None].transpose(-2, -1)).to(
-        scores.dtype
-    )  # (B, h, c, t, G)
+    global_scores = query @ inputs.global_key[:, :, None].transpose(-2, -1)  # (B, h, c, t, G)
+    global_scores = global_scores.to(scores.dtype)
     if inputs.global_bias is not None:
         global_scores = global_scores + inputs.global_bias[:, None, None]
     weights = torch.cat([global_scores, scores], dim=-1).softmax(dim=-1).to(values.dtype)
     weights = F.dropout(weights, spec.dropout)
-    output = (
-        weights[..., :num_globals] @ inputs.global_value[:, :, None] + weights[..., num_globals:] @ values
-    )
-    return _from_chunks(output, spec)
+    output = weights[..., :num_globals] @ inputs.global_value[:, :, None]
+    return _from_chunks(output + weights[..., num_globals:] @ values, spec)
 
 
 def _visible_chunks(spec: LocalAttentionSpec, neighbor: Tensor | None, device: torch.device) -> Tensor:
     """Return the indices (s,) of the visible chunks among the nine, without a synchronization."""
+    if spec.neighbors == "all":
+        return torch.arange(9, device=device)
     if neighbor is None:
-        return (
-            torch.arange(9, device=device)
-            if spec.neighbors == "all"
-            else torch.full((1,), CENTER, device=device)
-        )
+        return torch.full((1,), CENTER, device=device)
     neighbor = neighbor.reshape(1)
     return torch.cat([torch.full_like(neighbor, CENTER), neighbor + (neighbor >= CENTER)])
 
@@ -70,9 +65,7 @@ def _gather_neighbors(chunks: Tensor, spec: LocalAttentionSpec, visible: Tensor)
     for dim in (2, 3):
         grid = torch.cat([grid.narrow(dim, -1, 1), grid, grid.narrow(dim, 0, 1)], dim=dim)
     neighborhood = grid.unfold(2, 3, 1).unfold(3, 3, 1)  # (B, h, rows, columns, t, D, 3, 3), a view
-    neighborhood = neighborhood.permute(0, 1, 2, 3, 6, 7, 4, 5).flatten(
-        4, 5
-    )  # (B, h, rows, columns, 9, t, D)
+    neighborhood = neighborhood.movedim((6, 7), (4, 5)).flatten(4, 5)  # (B, h, rows, columns, 9, t, D)
     if spec.neighbors != "all":
         neighborhood = neighborhood.index_select(4, visible)
     return neighborhood.flatten(4, 5).flatten(2, 3)

@@ -41,13 +41,15 @@ class Inputs(NamedTuple):
 
 
 class LocalAttentionSpec(NamedTuple):
-    """The map, the keys that its queries see, and the dropout of attention weights."""
+    """The map, the keys that its queries see, and options of the computation."""
 
     size: tuple[int, int]
     window: int
     mask: Mask = "chunk"
     neighbors: Literal["all", "self", "one"] = "all"
     dropout: float = 0.0
+    may_fall_back: bool = False
+    """Another backend may be used if the kernels of `fused` fail."""
 
     @property
     def num_positions(self) -> int:
@@ -87,13 +89,9 @@ def key_ranges(
             continue
         start, offset = apparent % num_chunks * window, (step + 1) * window
         num_keys = min(window, length - start)
-        last = ranges[-1] if ranges else None
-        if (
-            last
-            and last.start >= 0
-            and (last.start + last.length, last.offset + last.length) == (start, offset)
-        ):
-            ranges[-1] = KeyRange(last.start, last.length + num_keys, last.offset)
+        last = ranges[-1] if ranges else KeyRange(-1, 0, 0)
+        if last.start >= 0 and (last.start + last.length, last.offset + last.length) == (start, offset):
+            ranges[-1] = last._replace(length=last.length + num_keys)
         else:
             ranges.append(KeyRange(start, num_keys, offset))
         if mask == "cyclic" and apparent < 0 and num_keys < window:  # wrapping backwards includes the padding

@@ -389,8 +389,8 @@ def global_kernel(
 def bias_kernel(
     query, key, value, bias, hidden, neighbor, statistics, gradient, grad_bias,
     q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
-    d_image, d_head, d_token, b_head, row_kinds, column_kinds, num_column_kinds, heads, images,
-    H, W, rows, columns, scale,
+    d_image, d_head, d_token, images, b_head, row_kinds, column_kinds, num_column_kinds,
+    heads, H, W, rows, columns, scale,
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr, GLOBALS: tl.constexpr,
     NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,

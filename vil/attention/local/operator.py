@@ -26,14 +26,14 @@ _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor global_key, Tensor global_value, "
     "Tensor? bias_table, Tensor? global_bias, Tensor? neighbor, Tensor? seed"
 )
-_SPEC = "SymInt[2] size, int window, str mask, str neighbors, float dropout"
+_SPEC = "SymInt[2] size, int window, str mask, str neighbors, float dropout, bool may_fall_back"
+_GRADIENT = "Tensor output, Tensor sums, Tensor gradient, bool needs_bias_grad"
 _INPUTS = len(Inputs._fields)
-_OPTIONS = len(LocalAttentionSpec._fields)
 
 
 def register(
-    name: str, forward: Forward, backward: Backward, *, keeps_sums: bool, can_fall_back: bool = False
-) -> Callable[..., Tensor]:
+    name: str, forward: Forward, backward: Backward, *, keeps_sums: bool
+) -> Callable[[Inputs, LocalAttentionSpec], Tensor]:
     """Register `torch.ops.vil.<name>_attention` with its derivative. Return the function that calls it.
 
     Args:
@@ -45,33 +45,18 @@ def register(
             the gradients of the first seven tensors of `Inputs`; empty for biases that are absent or need
             none. Output and sums are empty without `keeps_sums`.
         keeps_sums: save output and sums for the backward pass, in addition to the inputs.
-        can_fall_back: the operator, `forward` and `backward` take a further argument, True if another backend
-            may be used when the kernels fail.
-
-    Returns:
-        (inputs, spec) → the output; with `can_fall_back` (inputs, spec, may_fall_back).
     """
-    spec_schema = f"{_SPEC}, bool may_fall_back" if can_fall_back else _SPEC
+    schema = f"({_TENSORS}, {_SPEC}) -> (Tensor, Tensor)"
+    results = ", ".join(["Tensor"] * 7)
+    gradient_schema = f"({_TENSORS}, {_SPEC}, {_GRADIENT}) -> ({results})"
 
-    @torch.library.custom_op(
-        f"vil::{name}_attention",
-        mutates_args=(),
-        schema=f"({_TENSORS}, {spec_schema}) -> (Tensor, Tensor)",
-    )
+    @torch.library.custom_op(f"vil::{name}_attention", mutates_args=(), schema=schema)
     def attend(*arguments: Argument) -> tuple[Tensor, Tensor]:
-        inputs, seed, spec, flags = _unpack(arguments)
-        return forward(inputs, spec, seed, *flags)
+        return forward(*_unpack(arguments))
 
-    @torch.library.custom_op(
-        f"vil::{name}_attention_backward",
-        mutates_args=(),
-        schema=f"({_TENSORS}, {spec_schema}, Tensor output, Tensor sums, Tensor gradient, "
-        "bool needs_bias_grad) "
-        f"-> ({', '.join(['Tensor'] * 7)})",
-    )
+    @torch.library.custom_op(f"vil::{name}_attention_backward", mutates_args=(), schema=gradient_schema)
     def differentiate(*arguments: Argument) -> tuple[Tensor, ...]:
-        inputs, seed, spec, flags = _unpack(arguments[:-4])
-        return backward(inputs, spec, seed, *arguments[-4:], *flags)
+        return backward(*_unpack(arguments[:-4]), *arguments[-4:])
 
     @attend.register_fake
     def _(*arguments: Argument) -> tuple[Tensor, Tensor]:
@@ -81,30 +66,29 @@ def register(
 
     @differentiate.register_fake
     def _(*arguments: Argument) -> tuple[Tensor, ...]:
-        inputs, needs_bias_grad = _unpack(arguments[:-4])[0], arguments[-1]
-        return empty_gradients(inputs, needs_bias_grad)
+        return empty_gradients(Inputs(*arguments[:_INPUTS]), needs_bias_grad=arguments[-1])
 
     def setup_context(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[: _INPUTS + 1], *(output if keeps_sums else ()))
-        ctx.options = inputs[_INPUTS + 1 :]  # the window, and whether to fall back
+        ctx.spec = inputs[_INPUTS + 1 :]
 
     def backward_from_context(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: recomputed tensors can be unpacked only once
         tensors, kept = saved[: _INPUTS + 1], saved[_INPUTS + 1 :]
         output, sums = kept or (gradient.new_empty(0), gradient.new_empty(0))
         needs_bias_grad = any(ctx.needs_input_grad[5:7])
-        gradients = differentiate(*tensors, *ctx.options, output, sums, gradient, needs_bias_grad)
+        gradients = differentiate(*tensors, *ctx.spec, output, sums, gradient, needs_bias_grad)
         needed_gradients = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)]
-        return (*needed_gradients, *[None] * (2 + len(ctx.options)))
+        return (*needed_gradients, *[None] * (2 + len(ctx.spec)))
 
     attend.register_autograd(backward_from_context, setup_context=setup_context)
     register_flop_formula(getattr(torch.ops.vil, f"{name}_attention"))(_flops)
     register_flop_formula(getattr(torch.ops.vil, f"{name}_attention_backward"))(_flops_backward)
 
-    def call(inputs: Inputs, spec: LocalAttentionSpec, *flags: bool) -> Tensor:
+    def call(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor:
         # Drawn on the CPU, to avoid a synchronization; the backward pass drops the same weights.
         seed = torch.randint(2**62, (1,)) if spec.dropout else None
-        return attend(*inputs, seed, *spec, *flags)[0]
+        return attend(*inputs, seed, *spec)[0]
 
     return call
 
@@ -128,17 +112,16 @@ def empty_gradients(inputs: Inputs, needs_bias_grad: bool) -> tuple[Tensor, ...]
     )
 
 
-def _unpack(arguments: Arguments) -> tuple[Inputs, Tensor | None, LocalAttentionSpec, tuple[bool, ...]]:
-    """Return inputs, seed, spec and flags (one if the operator can fall back) from its arguments."""
-    options, flags = arguments[_INPUTS + 1 : _INPUTS + 1 + _OPTIONS], arguments[_INPUTS + 1 + _OPTIONS :]
-    spec = LocalAttentionSpec(tuple(options[0]), *options[1:])
-    return Inputs(*arguments[:_INPUTS]), arguments[_INPUTS], spec, flags
+def _unpack(arguments: Arguments) -> tuple[Inputs, LocalAttentionSpec, Tensor | None]:
+    """Return inputs, spec and seed from the arguments of the operator."""
+    seed, size, *options = arguments[_INPUTS:]
+    return Inputs(*arguments[:_INPUTS]), LocalAttentionSpec(tuple(size), *options), seed
 
 
 def _flops(*arguments: Argument, **_: object) -> int:
     """Count scores and weighted sums, 2 per multiply-add. Tensors are given as shapes."""
     (batch, heads, tokens, width), num_globals = arguments[0], arguments[3][2]
-    _, side, mask, neighbors, _ = arguments[_INPUTS + 1 : _INPUTS + 6]
+    _, side, mask, neighbors = arguments[_INPUTS + 1 : _INPUTS + 5]
     keys = num_globals + keys_per_query(side, mask, "random" if neighbors == "one" else neighbors)
     return 4 * batch * heads * tokens * width * keys
 

@@ -91,15 +91,8 @@ class Strip:
 
     def signature(self, chunk: Chunk) -> Hashable:
         """Return a key that is equal for chunks with equal biases."""
-        positions = [
-            (
-                block.offset,
-                block.rows.length,
-                block.rows.offset,
-                *((r.length, r.offset) for r in block.columns),
-            )
-            for block in chunk.blocks
-        ]
+        # Where the keys are on the map (`KeyRange.start`) does not matter.
+        positions = [(b.offset, b.rows[1:], *(run[1:] for run in b.columns)) for b in chunk.blocks]
         return chunk.rows.stop - chunk.rows.start, self.width, chunk.global_key, *positions
 
 
@@ -162,10 +155,10 @@ def _overlapping_strip(spec: LocalAttentionSpec, num_globals: int, column: int) 
             for block in _blocks(key_ranges(height, side, mask, row, (step,)), columns, keys.start - start)
         ]
         keys = slice(start, around[-1].stop)
-        chunks.append(
-            Chunk(_chunk_slice(row, side, height), keys, global_keys[(row + 1) // 2] - start, tuple(seen))
-        )
-    return _strip(spec, column, length, blocks, global_keys, chunks)
+        global_key = global_keys[(row + 1) // 2] - start
+        chunks.append(Chunk(_chunk_slice(row, side, height), keys, global_key, tuple(seen)))
+    queries = _chunk_slice(column, side, spec.size[1])
+    return Strip(queries, 1, length, _merge_blocks(blocks), tuple(global_keys), tuple(chunks))
 
 
 def _separate_strip(
@@ -187,20 +180,8 @@ def _separate_strip(
         blocks += own
         relative = tuple(block._replace(offset=block.offset - start) for block in own)
         chunks.append(Chunk(_chunk_slice(row, side, height), slice(start, length), 0, relative))
-    return _strip(spec, column, length, blocks, global_keys, chunks)
-
-
-def _strip(
-    spec: LocalAttentionSpec,
-    column: int,
-    length: int,
-    blocks: list[Block],
-    global_keys: list[int],
-    chunks: list[Chunk],
-) -> Strip:
-    """Return the strip of one column of chunks."""
-    columns = _chunk_slice(column, spec.window, spec.size[1])
-    return Strip(columns, 1, length, _merge_blocks(blocks), tuple(global_keys), tuple(chunks))
+    queries = _chunk_slice(column, side, width)
+    return Strip(queries, 1, length, _merge_blocks(blocks), tuple(global_keys), tuple(chunks))
 
 
 def _blocks(rows: Iterable[KeyRange], columns: tuple[KeyRange, ...], offset: int) -> list[Block]:
@@ -227,10 +208,8 @@ def _merge_blocks(blocks: list[Block]) -> tuple[Block, ...]:
 
 
 def _shift_columns(blocks: tuple[Block, ...], by: int) -> tuple[Block, ...]:
-    return tuple(
-        block._replace(columns=tuple(run._replace(start=run.start + by) for run in block.columns))
-        for block in blocks
-    )
+    shifted = (tuple(run._replace(start=run.start + by) for run in block.columns) for block in blocks)
+    return tuple(block._replace(columns=columns) for block, columns in zip(blocks, shifted))
 
 
 def _chunk_slice(chunk: int, side: int, length: int) -> slice:
