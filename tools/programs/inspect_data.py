@@ -115,7 +115,7 @@ class DuplicatePair:
 
 @dataclass
 class Report:
-    """What was found in a data set.
+    """The findings about a data set.
 
     Attributes:
         images: all images, split by split.
