@@ -219,7 +219,8 @@ def test_fine_tuning_from_a_published_checkpoint(trained):
 
 
 def test_fine_tuning_a_run_with_its_best_weights(trained):
-    run, _ = trained("--schedule.ema_decay", "0.5", "--schedule.lr", "1e-3")
+    model = ROOT / "configs/models/vil_32.yaml"
+    run, _ = trained("--model", model, "--schedule.ema_decay", "0.5", "--schedule.lr", "1e-3")
     started, screen = trained("--model.init_from", run, "--model.image_size", "48", *FROZEN, output="tuned")
     best = open_weights(run)
     assert f"starting from {run / checkpoint_files.BEST}, {best.kind} weights" in screen
