@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.sample_images import write_image_folder
 
 import eval as eval_program
 import train as program
@@ -17,7 +18,7 @@ from vil.training.metrics_log import TIMING_FIELDS
 ROOT = Path(__file__).parents[1]
 ARGV = [
     "--device", "cpu", "--progress", "false", "--tensorboard", "false", "--deterministic", "--log_every", "1",
-    "--data.workers", "0",
+    "--data.workers", "0", "--data.source", "folder", "--data.root", "../images",
 ]  # fmt: skip
 RECIPE = [
     "--model", str(ROOT / "configs/models/vil_32.yaml"),
@@ -52,6 +53,7 @@ def equal(one, other) -> bool:
 
 
 def test_two_identical_runs_and_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict):
+    write_image_folder(tmp_path / "images", train=32)
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)  # the same command line

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import forked
+from helpers.sample_images import write_image_folder
 
 import eval as eval_program
 import train as train_program
@@ -19,19 +21,22 @@ from vil.config import UserError
 
 ROOT = Path(__file__).parents[1]
 TIMING_FIELDS = {"time", "step_time", "data_wait", "images_per_second", "seconds"}
-SHORT = ["--schedule.epochs", "2", "--log_every", "1", "--progress", "false"]
+SHORT = [
+    "--schedule.epochs", "2", "--data.train_fraction", "0.3", "--log_every", "1", "--progress", "false",
+]  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.xdist_group("programs")  # they share the run below
 
 
 def start(*argv, ranks=0):
-    launcher = [sys.executable]
+    launcher = [forked.python()]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**ENVIRONMENT, "PYTHON_EXEC": forked.python()}  # of the ranks that torchrun starts
     return subprocess.Popen(
         [*launcher, *map(str, argv)],
-        cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -98,21 +103,21 @@ def test_evaluation_counts_every_image_once_on_any_number_of_ranks(run, tmp_path
 
 
 def test_number_of_workers_changes_nothing(run, tmp_path):
-    argv = ["--data.workers", 0, "--schedule.max_steps", 24]  # two steps into the second epoch
+    argv = ["--data.workers", 0, "--schedule.max_steps", 8]  # two steps into the second epoch
     call_here(train_program.main, "--output", tmp_path, *argv, *SHORT)
-    assert losses(tmp_path) == losses(run)[:24]
+    assert losses(tmp_path) == losses(run)[:8]
     assert metrics(tmp_path, "validation")[0] == metrics(run, "validation")[0]
 
 
 def test_accumulation_changes_nothing_but_rounding(run, tmp_path):
-    argv = ["--schedule.accumulation", 4, "--schedule.max_steps", 8]
+    argv = ["--schedule.accumulation", 4, "--schedule.max_steps", 4]
     call_here(train_program.main, "--output", tmp_path, *argv, *SHORT)
-    assert losses(tmp_path) == pytest.approx(losses(run)[:8], abs=1e-4)
+    assert losses(tmp_path) == pytest.approx(losses(run)[:4], abs=1e-4)
 
 
 def test_two_ranks_train_as_one_process(run, tmp_path):
-    call("train.py", "--output", tmp_path, "--schedule.max_steps", 12, *SHORT, ranks=2)
-    assert losses(tmp_path) == pytest.approx(losses(run)[:12], abs=1e-4)
+    call("train.py", "--output", tmp_path, "--schedule.max_steps", 8, *SHORT, ranks=2)
+    assert losses(tmp_path) == pytest.approx(losses(run)[:8], abs=1e-4)
     assert metrics(tmp_path, "validation")[0]["images"] == 360
 
 
@@ -133,7 +138,7 @@ def test_a_killed_run_continues_bit_identically(run, tmp_path):
 
 def test_a_run_survives_closed_and_full_output_streams(tmp_path):
     """Output streams may be on a full disk or a closed pipe."""
-    argv = ["train.py", "--output", tmp_path / "full", *SHORT, "--schedule.max_steps", "3"]
+    argv = ["train.py", "--output", tmp_path / "full", *SHORT, "--schedule.max_steps", "1"]
     with open("/dev/full", "w") as full:
         called = [sys.executable, *map(str, argv)]
         ended = subprocess.run(called, cwd=ROOT, env=ENVIRONMENT, stdout=full, stderr=full, timeout=300)
@@ -161,19 +166,22 @@ def test_complexity_needs_neither_data_nor_checkpoint(tmp_path):
 
 def test_every_precision_and_option_of_a_run(tmp_path):
     """Train one step with each precision, with the options that the other tests leave out."""
+    write_image_folder(tmp_path / "images", train=60)
+    small = ["--model", ROOT / "configs/models/vil_32.yaml"]
     for number, argv in enumerate(
         (
-            ["--precision", "bfloat16", "--gradient_checkpointing", "--channels_last"],
-            ["--precision", "float16", "--model.neighbors", "random", "--schedule.clip_grad", "1"],
-            ["--config", ROOT / "configs/ablations/attention_performer.yaml",
+            [*small, "--precision", "bfloat16", "--gradient_checkpointing", "--channels_last"],
+            [*small, "--precision", "float16", "--model.neighbors", "random", "--schedule.clip_grad", "1"],
+            [*small, "--config", ROOT / "configs/ablations/attention_performer.yaml",
              "--schedule.augment.mixup", "0.8", "--schedule.augment.cutmix", "1.0",
              "--schedule.loss", "bce", "--schedule.layer_decay", "0.7"],
             ["--model", ROOT / "configs/models/deit_tiny_patch16.yaml", "--model.image_size", "32",
-             "--schedule.optimizer", "sgd", "--schedule.batch_size", "16"],
+             "--schedule.optimizer", "sgd"],
         )
     ):  # fmt: skip
         folder = tmp_path / str(number)
-        argv += ["--schedule.max_steps", 1, "--tensorboard", "false"]
+        argv += ["--schedule.max_steps", 1, "--tensorboard", "false", "--schedule.batch_size", "16"]
+        argv += ["--data.source", "folder", "--data.root", tmp_path / "images"]
         call_here(train_program.main, "--output", folder, *argv, *SHORT)
         assert len(losses(folder)) == 1
         assert not (folder / "tensorboard").exists()

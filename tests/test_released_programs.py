@@ -355,11 +355,12 @@ def test_invalid_command_lines(call, tmp_path, program, argv, message):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_run_started_by_timm_continues_without_initial_weights(call, tmp_path):
+def test_a_run_started_by_timm_continues_without_initial_weights(call, tmp_path, photographs):
     """Options that start a run are read from the command line, and neither stored nor used again."""
     start = timm.create_model("resnet10t", num_classes=10)
     torch.save(start.state_dict(), tmp_path / "start.pth")
-    argv = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--schedule.batch_size", "64"]
+    argv = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--schedule.batch_size", "16"]
+    argv += ["--data.source", "folder", "--data.root", photographs]
     options = ["--model.timm_options", "{checkpoint_path: start.pth, drop_rate: 0.1}"]
     status, screen, error = call(train_program.main, *argv, *options, "--output", "run", *ONE_STEP)
     assert status == 0, error
@@ -376,10 +377,11 @@ def test_a_run_started_by_timm_continues_without_initial_weights(call, tmp_path)
     assert "loads weights" not in screen
 
 
-def test_a_run_without_its_timm_weights_is_refused(call, tmp_path):
+def test_a_run_without_its_timm_weights_is_refused(call, tmp_path, photographs):
     """It ended before its first checkpoint, and its folder does not contain the path of the weights."""
     torch.save(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "start.pth")
-    argv = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--schedule.batch_size", "64"]
+    argv = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--schedule.batch_size", "16"]
+    argv += ["--data.source", "folder", "--data.root", photographs]
     options = ["--model.timm_options", "{checkpoint_path: start.pth}"]
     status, _, error = call(train_program.main, *argv, *options, "--output", "run", *ONE_STEP)
     assert status == 0, error

@@ -52,7 +52,7 @@ class FailingKernel:
 
 
 def make(dtype=torch.float32):
-    return make_inputs((3, 4), 2, 1, True, heads=1, head_dim=8, dtype=dtype, device=DEVICE)
+    return make_inputs((3, 4), 2, 1, True, heads=1, head_dim=8, batch=1, dtype=dtype, device=DEVICE)
 
 
 def run(inputs, wrap=lambda function: function, **options):
@@ -71,8 +71,14 @@ def compile_graph(function):
 
 
 @pytest.mark.usefixtures("auto")
-@pytest.mark.parametrize("wrap", [lambda function: function, compile_graph], ids=["eager", "compiled"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "wrap"),
+    [
+        *(pytest.param(kernel, lambda function: function, id=f"{kernel}-eager") for kernel in KERNELS),
+        pytest.param("forward_kernel", compile_graph, id="forward_kernel-compiled"),
+        pytest.param("key_kernel", compile_graph, id="key_kernel-compiled"),
+    ],
+)
 def test_auto_warns_once_and_falls_back_to_chunked(kernel, wrap, monkeypatch, caplog):
     """Any kernel may fail, of the forward or the backward pass."""
     failing = FailingKernel(RuntimeError("Triton Error [CUDA]: device kernel image is invalid"))

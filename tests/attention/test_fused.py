@@ -51,7 +51,7 @@ def compare(
 
 
 MASKS_AND_NEIGHBORS = [("exact", "all"), *itertools.product(["chunk", "cyclic"], ["all", "self", 0, 6])]
-MAPS = [((5, 7), 3, 1, True), ((2, 3), 4, 0, True), ((9, 4), 2, 3, False)]
+MAPS = [((4, 7), 3, 1, True), ((2, 3), 4, 0, True), ((5, 4), 2, 3, False)]
 # Every mask with every neighbors, and each of both with every map; a GPU takes all there is of all three.
 PAIRS = [
     ((mask, neighbors), map_)
@@ -73,7 +73,7 @@ def test_head_widths(head_dim):
     assert compare((3, 4), 2, 1, True, head_dim, heads=1) < 1e-4
 
 
-@pytest.mark.parametrize(("size", "window"), [((3, 2), 1), ((1, 1), 5), ((6, 11), 5), ((3, 12), 9)])
+@pytest.mark.parametrize(("size", "window"), [((3, 2), 1), ((1, 1), 5), ((6, 7), 5), ((2, 10), 9)])
 def test_windows(size, window):
     """A window of 9 has 81 tokens, more than a block of queries."""
     assert compare(size, window, 1, True, 8, heads=1) < 1e-4
@@ -95,7 +95,7 @@ def test_one_bias_without_the_other(bias):
 
 def test_a_neighbor_drawn_on_the_device_is_not_read_by_the_host():
     neighbor = torch.tensor([5], device=DEVICE)
-    assert compare((7, 5), 3, 1, True, 8, neighbors=neighbor) < 1e-4
+    assert compare((4, 5), 3, 1, True, 8, neighbors=neighbor) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_neighbor_drawn_on_the_device_is_not_read_by_the_host():
 def test_half_precision(dtype):
     """Sums are float32: the error is that of rounded inputs and outputs."""
     bound = {torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
-    assert compare((5, 7), 3, 1, True, 16, dtype=dtype) < bound
+    assert compare((4, 5), 3, 1, True, 16, dtype=dtype) < bound
 
 
 def test_heads_interleaved_with_tokens_as_in_projections():
@@ -131,10 +131,10 @@ def test_heads_interleaved_with_tokens_as_in_projections():
 
 def test_saved_tensors_may_return_with_other_strides():
     """For example from `save_on_cpu`, or any hook that makes them contiguous."""
-    inputs = make_inputs((5, 4), 2, 1, bias=True, dtype=torch.float32, device=DEVICE)
-    expected = run(inputs, size=(5, 4), window=2, backend="dense")
+    inputs = make_inputs((3, 4), 2, 1, bias=True, dtype=torch.float32, device=DEVICE, batch=1)
+    expected = run(inputs, size=(3, 4), window=2, backend="dense")
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
-        found = run(inputs, size=(5, 4), window=2, backend="fused")
+        found = run(inputs, size=(3, 4), window=2, backend="fused")
     assert largest_difference(found, expected) < 1e-4
 
 
@@ -151,7 +151,7 @@ def test_global_biases_with_any_strides_and_of_any_size():
 
 
 def test_neighbor_of_a_small_integer_type():
-    inputs = make_inputs((5, 4), 2, 1, bias=True, dtype=torch.float32, device=DEVICE)
+    inputs = make_inputs((5, 4), 2, 1, bias=True, dtype=torch.float32, device=DEVICE, batch=1, heads=1)
     options = {"size": (5, 4), "window": 2, "backend": "fused"}
     number = torch.tensor(1, dtype=torch.uint8, device=DEVICE)
     found = run(inputs, neighbors=number, **options)
@@ -177,7 +177,7 @@ def test_biases_are_padded_to_the_block_size(window, neighbors):
 
 
 def test_gradients_are_deterministic():
-    inputs = make_inputs((5, 3), 3, 1, True, head_dim=8, dtype=torch.float32, device=DEVICE)
+    inputs = make_inputs((5, 3), 3, 1, True, head_dim=8, dtype=torch.float32, device=DEVICE, batch=1)
     first, second = (run(inputs, size=(5, 3), window=3, backend="fused") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -186,8 +186,8 @@ def test_gradients_are_deterministic():
 @pytest.mark.parametrize("bias", [True, False])
 def test_bytes_saved_for_the_backward_pass(backend, bias):
     """The inputs; with fused also the output and one number per query and head."""
-    inputs = make_inputs((9, 8), 3, 2, bias, head_dim=8, dtype=torch.float32, device=DEVICE)
-    kept = saved_bytes(lambda: local_attention(**inputs, size=(9, 8), window=3, backend=backend))
+    inputs = make_inputs((5, 4), 3, 2, bias, head_dim=8, dtype=torch.float32, device=DEVICE)
+    kept = saved_bytes(lambda: local_attention(**inputs, size=(5, 4), window=3, backend=backend))
     expected = sum(tensor.numel() for tensor in inputs.values()) * 4
     if backend == "fused":
         expected += (inputs["query"].numel() + inputs["query"].numel() // 8) * 4

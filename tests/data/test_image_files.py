@@ -4,11 +4,11 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from helpers import forked
 from helpers.sample_images import write_image
 from PIL import Image
 
@@ -109,7 +109,7 @@ def test_links_that_multiply_paths_terminate(folder_data, image_folder):
         "import sys; from data.sources import open_source; from vil.config import DataConfig; "
         "print(len(open_source(DataConfig(source='folder', root=sys.argv[1]), 'train', 3)))"
     )
-    line = [sys.executable, "-c", program, str(image_folder)]
+    line = [forked.python(), "-c", program, str(image_folder)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.stdout.split() == [str(len(expected))]
 

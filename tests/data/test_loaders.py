@@ -8,12 +8,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import forked
 from helpers.loading import load as load_options
 from helpers.loading import load_validation
 from helpers.sample_images import NO_AUGMENT, generator_states, write_image
@@ -260,12 +260,21 @@ except UserError as error:
 """
 
 
+MOUNT = """
+import ctypes, subprocess
+NEW_MOUNTS = 0x20000
+if ctypes.CDLL(None).unshare(NEW_MOUNTS) == 0:
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", "/dev/shm"], check=True)
+"""
+
+
 def run_with_small_shared_memory(program):
     """Standard output of a Python program for which /dev/shm has 4 MB, as in a container."""
     mount = "mount -t tmpfs -o size=4m tmpfs /dev/shm"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("a small /dev/shm needs the right to mount one")
-    line = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, program]
+    line = [forked.python(), "-c", MOUNT + program]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=100).stdout
 
 
@@ -338,7 +347,7 @@ def is_running(pid):
 @pytest.mark.parametrize("init", ["train", "predict"])
 def test_workers_end_with_the_trainer_even_if_a_file_blocks(init, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    line = [sys.executable, "-c", ORPHANS, str(tmp_path / "pids"), str(tmp_path / "pipe"), init]
+    line = [forked.python(), "-c", ORPHANS, str(tmp_path / "pids"), str(tmp_path / "pipe"), init]
     trainer = subprocess.Popen(line, cwd=ROOT)
     try:
         end = time.monotonic() + 60

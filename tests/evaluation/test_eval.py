@@ -7,7 +7,6 @@ import dataclasses
 import json
 import multiprocessing
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers import forked
 from PIL import Image
 from torch import nn
 
@@ -314,7 +314,7 @@ def test_a_stored_configuration_with_an_unknown_key(tmp_path: Path) -> None:
 
 
 def test_a_mistyped_option_ends_the_program_with_one_line_and_status_2() -> None:
-    argv = [sys.executable, "eval.py", "--checkpoit", "nowhere"]
+    argv = [forked.python(), "eval.py", "--checkpoit", "nowhere"]
     ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stdout) == (2, "")
     message = "error: command line: --checkpoit: unknown option; did you mean --checkpoint?"

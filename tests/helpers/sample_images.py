@@ -17,6 +17,13 @@ def write_image(path, seed, size=(40, 30), mode="RGB"):
     Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).resize(size).save(path)
 
 
+def write_image_folder(root, train=16, validation=8):
+    """Write images of two classes below `root`, in equal numbers, in the folders train and val."""
+    for split, count in (("train", train), ("val", validation)):
+        for number in range(count):
+            write_image(root / split / ("ant", "bear")[number % 2] / f"{number}.png", number, (32, 32))
+
+
 def generator_states():
     """Return the states of the global CPU generators, for comparison."""
     _, numbers, position, *_ = np.random.get_state()  # noqa: NPY002

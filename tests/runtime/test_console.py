@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import forked
 
 from vil.runtime.console import print_line
 
@@ -49,7 +50,7 @@ main(program)
 )
 def test_a_process_with_an_open_group_exits_at_once(group: str, error: str, status: int, message: str):
     """Python would destroy the group on exit, and NCCL then waits for all ranks."""
-    command = [sys.executable, "-c", PROGRAM, group, error]
+    command = [forked.python(), "-c", PROGRAM, group, error]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == status
     assert message in done.stderr

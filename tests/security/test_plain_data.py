@@ -332,7 +332,7 @@ def test_options_that_a_file_may_set_are_those_of_timms_models():
     "section",
     [
         {"name": "vil", "stages": [{"dim": 20_000, "heads": 1}]},
-        {"name": "vil", "stages": [{"dim": 1_024, "heads": 1, "blocks": 2_000}]},
+        {"name": "vil", "stages": [{"dim": 1_024, "heads": 1, "blocks": 200}]},
         {"name": "vil_base_wide", "num_classes": 900_000},
         {"name": "timm/vit_tiny_patch16_224", "timm_options": {"embed_dim": 20_001, "num_heads": 3}},
         {"name": "timm/vit_small_patch16_224", "image_size": 8_192},

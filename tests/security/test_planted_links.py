@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import forked
 from helpers.planted import Outside, snapshot
 
 import train as program
@@ -27,7 +27,7 @@ def outside(tmp_path: Path) -> Outside:
 
 
 def train(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "train.py", *TINY, "--output", str(folder)]
+    command = [forked.python(), "train.py", *TINY, "--output", str(folder)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers import forked
 
 ROOT = Path(__file__).parents[2]
 LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
@@ -40,17 +40,27 @@ def listening(pid: int) -> set[str]:
     return found
 
 
-def addresses(command: list[str]) -> set[str]:
-    """Return the addresses on which a command or its descendants listen while it runs."""
+NAME_PROCESS = """
+import os, runpy, sys
+print(os.getpid(), flush=True)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def addresses(*argv: str) -> set[str]:
+    """Return the addresses on which a program or its descendants listen while it runs."""
     found = set()
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    command = [forked.python(), "-c", NAME_PROCESS, *argv]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        pid = int(process.stdout.readline())
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             try:
-                found |= listening(process.pid)
+                found |= listening(pid)
             except OSError:  # it has exited
                 continue
-            time.sleep(0.005)
+            time.sleep(0.02)
         process.kill()
         assert process.wait() == 0, process.stderr.read().decode()
     return found
@@ -71,13 +81,14 @@ TRAIN = [
 
 def test_the_test_sees_a_server(tmp_path: Path):
     code = "import socket, time; s = socket.create_server(('0.0.0.0', 0)); time.sleep(1)"
-    assert addresses([sys.executable, "-c", code]) == {"00000000"}
+    (tmp_path / "server.py").write_text(code)
+    assert addresses(str(tmp_path / "server.py")) == {"00000000"}
 
 
 def test_a_training_and_an_evaluation_of_one_process(tmp_path: Path):
     run = str(tmp_path / "run")
-    assert addresses([sys.executable, *TRAIN, "--output", run]) <= set(LOOPBACK)
-    assert addresses([sys.executable, "eval.py", "--checkpoint", run, "--device", "cpu"]) <= set(LOOPBACK)
+    assert addresses(*TRAIN, "--output", run) <= set(LOOPBACK)
+    assert addresses("eval.py", "--checkpoint", run, "--device", "cpu") <= set(LOOPBACK)
 
 
 @pytest.mark.parametrize("text", ["Use trusted networks only", "listens on all interfaces"])

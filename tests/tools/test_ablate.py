@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from helpers import forked
 from PIL import Image
 
 from tools.ablation import grid as grids
@@ -726,6 +727,7 @@ def test_interrupted_grid_continues_and_failed_cell_is_reported(folder, monkeypa
         "seeds: [0]\n"
     )
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(scheduler, "PROGRAM", [forked.python(), *scheduler.PROGRAM[1:]])
     results_of = folder / "runs" / "ablations" / "grid"
     first, second = (results_of / f"what={level}" / "seed=0" for level in ("avg", "cls"))
 

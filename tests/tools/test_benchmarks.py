@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import forked
 from torch import nn
 from torch.nn import functional as F
 
@@ -569,7 +570,7 @@ def test_bad_input(line, reason, tmp_path, monkeypatch):
 
 
 def test_one_line_and_status_2_as_a_program(tmp_path):
-    command = [sys.executable, ROOT / "tools" / "benchmark.py", "attention", "--window", "0"]
+    command = [forked.python(), ROOT / "tools" / "benchmark.py", "attention", "--window", "0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert (

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import forked
 
 from tools.gpu_check import kernels, program
 from tools.gpu_check.report import (
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.xdist_group("check_gpu")  # one worker, so that the sma
 
 def run_program(*argv):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "tools/check_gpu.py", *argv]
+    command = [forked.python(), "tools/check_gpu.py", *argv]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 

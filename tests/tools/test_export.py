@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import timm
 import torch
+from helpers import forked
 from torch import nn
 
 import vil  # registers the models with timm
@@ -118,7 +118,7 @@ def test_safetensors_of_a_published_checkpoint_from_another_folder(tmp_path: Pat
     case = PARITY / "linformer_shared_kv"
     published = [case / "model_best.pth", "--released-config", case / "config.yaml"]
     argv = [
-        sys.executable,
+        forked.python(),
         ROOT / "tools" / "export.py",
         *published,
         "x.safetensors",

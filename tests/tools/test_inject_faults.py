@@ -4,11 +4,11 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import forked
 
 from tools.dev import inject_faults
 from tools.dev.faults import checks
@@ -159,9 +159,16 @@ def test_a_bad_command_line_is_refused(argv, message):
     assert message in str(error.value)
 
 
+PROGRAM = """
+import runpy, sys
+sys.executable = sys.argv.pop(1)  # starts the runs
+runpy.run_module("tools.dev.inject_faults", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
 def test_a_run_killed_in_a_save_continues_bit_identically(tmp_path):
-    command = [sys.executable, "-m", "tools.dev.inject_faults", "--only", "kill", "--kills", "1"]
+    command = [forked.python(), "-c", PROGRAM, forked.python(), "--only", "kill", "--kills", "1"]
     finished = subprocess.run(
         [*command, "--markdown", str(tmp_path / "table.md")],
         cwd=ROOT,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import forked
 
 from tools.dev import kernel_statistics
 from vil.config import UserError
@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 def run(*options):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tools.dev.kernel_statistics", *options]
+    command = [forked.python(), "-m", "tools.dev.kernel_statistics", *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 

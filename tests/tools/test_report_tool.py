@@ -26,6 +26,8 @@ EVIL = "<img src=x onerror=window.hacked=1>"
 ENDS = "</script><script>window.hacked=1</script>"
 STEPS = 30
 
+pytestmark = pytest.mark.xdist_group("report")  # one worker, so that the run and the browser are shared
+
 
 def write_run(folder, records=True, finished=False, **changes):
     """Write a run folder: half of its epochs, a damaged line, a spike, a record of an unknown kind."""

@@ -2,12 +2,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import several_ranks
+from helpers import forked, several_ranks
 from helpers.tiny_run import load_last
 
 from vil.config import UserError
@@ -15,6 +14,8 @@ from vil.runtime import distributed
 from vil.runtime.distributed import Process
 
 HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker, so that the runs are shared
 
 
 def records(folder: Path, kind: str) -> list[dict]:
@@ -38,9 +39,16 @@ def torchrun(ranks: int, folder: Path, what: str) -> None:
     environment = os.environ | {
         "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}",
         "OMP_NUM_THREADS": "1",
+        "PYTHON_EXEC": forked.python(),
     }
     program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *program, str(HERE.parent / "helpers" / "several_ranks.py"), str(folder), what]
+    command = [
+        forked.python(),
+        *program,
+        str(HERE.parent / "helpers" / "several_ranks.py"),
+        str(folder),
+        what,
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Warning" not in done.stderr

@@ -1,21 +1,21 @@
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import forked
 
 from vil.checkpoints import run_folder
 from vil.checkpoints.run_folder import FolderLock
 from vil.config import UserError
 
 HOLDER = (
-    "import sys, time\n"
+    "import os, sys, time\n"
     "from pathlib import Path\n"
     "from vil.checkpoints.run_folder import FolderLock\n"
     "sys.argv[0] = 'train.py'\n"
     "FolderLock(Path(sys.argv[1])).acquire()\n"
-    "print('held', flush=True)\n"
+    "print('held', os.getpid(), flush=True)\n"
     "time.sleep(60)\n"
 )
 
@@ -24,9 +24,10 @@ HOLDER = (
 def holder(tmp_path: Path):
     """Start another process that holds the lock of the folder `run`."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    argv = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    argv = [forked.python(), "-c", HOLDER, str(tmp_path / "run")]
     process = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    word, process.holder = process.stdout.readline().split()
+    assert word == "held"
     yield process
     process.kill()
     process.communicate()
@@ -41,7 +42,7 @@ def test_a_second_run_is_refused_with_the_holder_of_the_lock(
         lock.acquire()
     assert caught.value.location == "output"
     assert (
-        f"run is in use: train.py, process {holder.pid} on {os.uname().nodename} since 2"
+        f"run is in use: train.py, process {holder.holder} on {os.uname().nodename} since 2"
         in caught.value.reason
     )
     lock.release(remove=True)  # of what another process holds, nothing goes
