@@ -141,7 +141,8 @@ def test_a_run_survives_closed_and_full_output_streams(tmp_path):
     argv = ["train.py", "--output", tmp_path / "full", *SHORT, "--schedule.max_steps", "1"]
     with open("/dev/full", "w") as full:
         called = [sys.executable, *map(str, argv)]
-        ended = subprocess.run(called, cwd=ROOT, env=ENVIRONMENT, stdout=full, stderr=full, timeout=300)
+        environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": ""}  # what is not written stays in the buffer
+        ended = subprocess.run(called, cwd=ROOT, env=environment, stdout=full, stderr=full, timeout=300)
     assert ended.returncode == 0
     assert (tmp_path / "full" / "summary.json").exists()
 

@@ -17,6 +17,19 @@ def test_a_line_is_printable_and_one(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr() == ("a\\x1bb c\n", "error\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_line_that_cannot_be_written_is_discarded(unbuffered: str):
+    """Multiprocessing flushes standard output before it forks, and would raise."""
+    program = "import sys\nfrom vil.runtime.console import print_line\nprint_line('lost')\nsys.stdout.flush()"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, stdout=full, stderr=subprocess.PIPE, cwd=ROOT
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 PROGRAM = """
 import atexit, sys
 import torch.distributed as dist

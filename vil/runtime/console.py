@@ -12,15 +12,27 @@ from vil.config import printable
 
 def print_line(line: str, stream: TextIO | None = None) -> None:
     """Print one line, escaped if necessary; ignore a stream that is closed, or on a full disk."""
-    with suppress(OSError, ValueError):  # ValueError: the stream is closed
-        print(printable(line), file=stream or sys.stdout, flush=True)
+    _write(f"{printable(line)}\n", stream or sys.stdout)
 
 
 def flush_streams() -> None:
     """Flush both standard streams; discard what cannot be written, so that the exit status stays the same."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        _write("", stream)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    """Write and flush a text; if that fails, discard all further output to the stream.
+
+    Text that stayed in the buffer would raise again wherever the stream is flushed, as multiprocessing does
+    before it starts a process.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             stream.flush()
-        except (OSError, ValueError):  # noqa: PERF203 (there are two)
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except ValueError:  # the stream is closed
+        pass
