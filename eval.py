@@ -2,6 +2,7 @@
 
     python eval.py --checkpoint runs/digits                            the best model of a run, on its data
     python eval.py --checkpoint runs/a runs/b --data … --json out.json several models, on other data
+    python eval.py --checkpoint runs/a --per_class_csv classes.csv     precision, recall and F1 of each class
     python eval.py --checkpoint runs/a --datasets imagenet/val imagenet-a imagenet-c    several data sets
     python eval.py --checkpoint model_best.pth --released-config config.yaml --data …   as published
     python eval.py --model configs/models/vil_tiny.yaml --complexity   without weights and data
@@ -56,7 +57,7 @@ from vil.evaluation.report import EvaluationDataset, evaluate_model
 from vil.models.zoo import check_device, model_from_config, pretrained_classes, pretrained_transform
 from vil.runtime import console, distributed
 from vil.runtime.distributed import Process, call_on_main
-from vil.runtime.files import check_writable, refuse_input_as_output
+from vil.runtime.files import check_writable, is_stream, refuse_input_as_output
 from vil.runtime.precision import choose_precision, set_deterministic
 from vil.runtime.run_files import CHECKPOINTS, SPLIT
 from vil.runtime.seeding import seed_generators
@@ -64,6 +65,10 @@ from vil.validation import as_tree, timm_start_options
 
 _logger = logging.getLogger("vil.eval")
 
+OUTPUTS = ("json", "csv", "per_class_csv", "confusion_csv")
+"""Options that name an output file."""
+CLASS_OUTPUTS = ("per_class_csv", "confusion_csv")
+"""Those that need images."""
 IMAGENET_CLASSES = 1000
 """Classes of a model if neither data nor weights nor configuration determine them."""
 
@@ -88,7 +93,7 @@ class StoredModel:
 
 
 def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConfig]) -> None:
-    """Open all models and data sets, evaluate, print the table and write the JSON file.
+    """Open all models and data sets, evaluate, print the table and write the output files.
 
     Everything is opened before the first evaluation, which finds unusable input early.
 
@@ -100,7 +105,8 @@ def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConf
     config = command.config
     try:
         with distributed.start(config.device) as process:
-            check_json_output(args, config)
+            check_outputs(args, config)
+            check_single_result(args, config)
             choose_precision(config.precision, process.device)
             set_deterministic(config.deterministic)
             paths: Sequence[str | None] = config.checkpoint or [None]
@@ -108,21 +114,41 @@ def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConf
             with errors_of_one_rank():
                 results = [result for evaluation in evaluations for result in evaluation()]
             if process.is_main:
-                print_results(add_corruption_summaries(results), config.json)
+                report_results(add_corruption_summaries(results), config)
     except UserError as error:
         raise command.locate(error) from error
 
 
-def check_json_output(args: ParsedArguments[EvalConfig], config: EvalConfig) -> None:
-    """Raise UserError if the output file cannot be written, or is one of the inputs."""
-    output = config.json
-    if not output:
-        return
+def check_outputs(args: ParsedArguments[EvalConfig], config: EvalConfig) -> None:
+    """Raise UserError if an output file cannot be written, or is an input or another output."""
     datasets = [name for name in config.datasets or () if Path(name).is_file()]
-    named = (config.released_config, config.data.list_file, config.data.real_labels)
+    named = (config.released_config, config.data.list_file, config.data.val_list, config.data.real_labels)
     inputs = [*args.files(), *datasets, *(config.checkpoint or ()), *filter(None, named)]
-    refuse_input_as_output(Path(output), inputs, "json")
-    call_on_main(lambda: check_writable(Path(output), "json"))
+    seen: dict[str, str] = {}
+    for option in OUTPUTS:
+        output = getattr(config, option)
+        if not output:
+            continue
+        if config.complexity and option in CLASS_OUTPUTS:
+            raise UserError(option, "requires images; complexity evaluates none")
+        if (
+            not is_stream(Path(output))
+            and (other := seen.setdefault(os.path.realpath(output), option)) != option
+        ):
+            raise UserError(option, f"{output} is the output of {other} too; name another file")
+        refuse_input_as_output(Path(output), inputs, option)
+        call_on_main(partial(check_writable, Path(output), option))
+
+
+def check_single_result(args: ParsedArguments[EvalConfig], config: EvalConfig) -> None:
+    """Raise UserError if a confusion matrix is to be written and the command has several results."""
+    if not config.confusion_csv:
+        return
+    count = len(config.checkpoint or [None]) * len(split_datasets(args, config.datasets))
+    if count > 1:
+        raise UserError(
+            "confusion_csv", f"requires a single checkpoint and data set, got {count} combinations"
+        )
 
 
 def open_evaluation(
@@ -280,19 +306,26 @@ def match_datasets(
             indices = match_classes(validation.class_names, trained_names, num_logits, by_position)
         except UserError as error:
             raise UserError(error.location, f"{validation.name}: {error.reason}") from None
-        num_classes = len(validation.class_names)
-        datasets.append(EvaluationDataset(validation.name, validation.loader, num_classes, indices))
+        datasets.append(
+            EvaluationDataset(validation.name, validation.loader, validation.class_names, indices)
+        )
     if config.match_classes == "position" and stored.weights is not None:
         _logger.info("classes with unknown names are matched by position: class k is row k of the head")
     return datasets
 
 
-def print_results(results: Sequence[report.Result], json_path: str | None) -> None:
-    """Print the table, and write the JSON file if one is given."""
-    for row in report.table(results).splitlines():
+def report_results(results: Sequence[report.Result], config: EvalConfig) -> None:
+    """Print the table, and write the output files."""
+    for row in report.table(results, console.width()).splitlines():
         console.print_line(row)
-    if json_path:
-        report.write_json(json_path, results)
+    if config.json:
+        report.write_json(config.json, results)
+    if config.csv:
+        report.write_csv(config.csv, results)
+    if config.per_class_csv:
+        report.write_per_class_csv(config.per_class_csv, results)
+    if config.confusion_csv:
+        report.write_confusion_csv(config.confusion_csv, results[0])
 
 
 def main(argv: Sequence[str]) -> None:

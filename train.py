@@ -210,7 +210,7 @@ def report(
     state_dict, kind = select_weights(state)
     load_state_dict(model, state_dict, str(path))
     options = EvalConfig(model=config.model, data=config.data, progress=False)
-    dataset = EvaluationDataset(config.data.source, loaders.validation)
+    dataset = EvaluationDataset(config.data.source, loaders.validation, loaders.class_names)
     (result,) = evaluate_model(model, [dataset], options, process, checkpoint=str(path), weights=kind)
     call_on_main(lambda: write_json(folder / run_folder.SUMMARY, [result]))
     minutes, seconds = divmod(round(summary.seconds), 60)

@@ -148,6 +148,34 @@ def test_errors_of_the_arguments(write, argv, message):
     assert "\n" not in str(error.value)
 
 
+def test_files_of_the_repository_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = ROOT / "configs/models/vil_small.yaml"
+    for name in (
+        "configs/models/vil_small.yaml",
+        "./configs/models/vil_small.yaml",
+        "vil_small.yaml",
+        "vil_small",
+    ):
+        command = parse(TrainConfig, ["--model", name])
+        assert (command.config.model.name, command.origins["model.name"]) == ("vil_small", str(file))
+    assert parse(TrainConfig, ["--schedule", "deit_300", "--config", "pool_cls"]).config.model.pool == "cls"
+    (tmp_path / "vil_small").mkdir()  # a folder, such as a run
+    assert parse(TrainConfig, ["--model", "vil_small"]).config.model.name == "vil_small"
+    (tmp_path / "vil_small").rmdir()
+    (tmp_path / "vil_small").write_text("name: vil_tiny")
+    assert parse(TrainConfig, ["--model", "vil_small"]).config.model.name == "vil_tiny"
+    (tmp_path / "configs/models").mkdir(parents=True)
+    (tmp_path / "configs/models/vil_base_deep.yaml").write_text("name: vil_tiny")
+    assert (
+        parse(TrainConfig, ["--model", "configs/models/vil_base_deep.yaml"]).config.model.name == "vil_tiny"
+    )
+    for name in ("configs/../README.md", "../configs/models/vil_small.yaml", "models/vil_small.yaml"):
+        with pytest.raises(UserError) as error:
+            parse(TrainConfig, ["--model", name])
+        assert str(error.value).startswith(f"--model: {name}: no such file")
+
+
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 CONFIGS = [path for path in FILES if "factors" not in yaml.safe_load(path.read_text())]
 """Grids, which have factors, are for tools/ablate.py."""
@@ -205,8 +233,8 @@ def test_help_lists_every_option_with_its_text():
             "command line: --scheduler.lr: unknown option; did you mean --schedule.lr?",
         ),
         (
-            ["--model", "vil_small"],
-            "--model: vil_small: no such file; did you mean --model configs/models/vil_small.yaml?",
+            ["--model", "vil_smal"],
+            "--model: vil_smal: no such file; did you mean --model configs/models/vil_small.yaml?",
         ),
         (
             ["--schedule", "schedules/deit.yaml"],

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -20,6 +21,7 @@ from vil.command_line.train_command import default_output
 from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
 from vil.models.zoo import model_from_config
 from vil.runtime.distributed import Process
+from vil.validation import stored_tree, with_absolute_paths
 
 ROOT = Path(__file__).parents[1]
 VIL_32 = str(ROOT / "configs" / "models" / "vil_32.yaml")
@@ -52,6 +54,52 @@ def test_a_named_model_is_not_merged_with_the_demos(folder):
     assert configure("--config", "tiny.yaml").model == ModelConfig(name="vil_tiny")
     assert configure("--model", VIL_32, "--model.name", "vil").model.stages is not None
     assert configure("--model.window", "3").model.stages is not None
+
+
+def test_paths_of_a_run_are_stored_absolute(folder, monkeypatch):
+    config = configure(
+        "--data.source", "folder", "--data.root", "photos", "--data.list_file", "x/../list.txt"
+    )
+    assert (config.data.root, config.output) == ("photos", "runs/photos")
+    run_folder.write_config(folder, config)
+    stored = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+    assert (stored["root"], stored["list_file"]) == (f"{folder}/photos", f"{folder}/list.txt")
+    assert stored["val_list"] is None
+    older = stored_tree(config) | {"data": {**stored, "root": "photos", "list_file": "list.txt"}}
+    assert run_folder.differences(stored_tree(config), config) == []
+    assert run_folder.differences(older, config) == []
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    assert configure("--output", str(folder)).data.root == f"{folder}/photos"
+    changed = ("data.root", f"{folder}/photos", f"{folder}/elsewhere/photos")
+    config.data.list_file = f"{folder}/list.txt"
+    assert run_folder.differences(yaml.safe_load((folder / "config.yaml").read_text()), config) == [changed]
+    monkeypatch.setenv("HOME", "/home/someone")
+    home = with_absolute_paths({"data": {"root": "~/photos", "val_list": "", "real_labels": None}})
+    assert home == {"data": {"root": "/home/someone/photos", "val_list": "", "real_labels": None}}
+
+
+def test_a_run_of_relative_paths_continues_and_is_evaluated_from_another_folder(folder, monkeypatch):
+    for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
+        (folder / "photos" / split / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (90 * (name == "a"), 0, 0)).save(
+            folder / "photos" / split / name / "1.png"
+        )
+    options = ["--data.source", "folder", "--data.root", "photos", "--data.workers", "0", "--device", "cpu",
+               "--model", VIL_32, "--model.blocks", "1", "1", "1", "--schedule.batch_size", "2", "--progress",
+               "false", "--tensorboard", "false", "--schedule.warmup_epochs", "0"]  # fmt: skip
+    program.main([*options, "--schedule.epochs", "1", "--output", "run"])
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    program.main(["--output", "../run", "--schedule.epochs", "2"])
+    eval_program.main(
+        ["--checkpoint", "../run", "--json", "x.json", "--device", "cpu", "--progress", "false"]
+    )
+    (result,) = json.loads(Path("x.json").read_text())
+    assert (result["data"], result["images"]) == (f"{folder}/photos/val", 2)
+    summary = json.loads(Path("../run/summary.json").read_text())[0]
+    assert [row["class"] for row in summary["per_class"]] == ["a", "b"]
+    assert "balanced_accuracy" in Path("../run/metrics.jsonl").read_text()
 
 
 def test_a_named_data_set_is_not_merged_with_the_digits():

@@ -505,7 +505,13 @@ class EvalConfig:
     batch_size: Count = 128
     """Images per forward pass and rank."""
     json: str | None = None
-    """Write the results to this file."""
+    """Write the results to this JSON file, with precision, recall and F1 of each class."""
+    csv: str | None = None
+    """Write the results to this CSV file: a row per checkpoint and data set, columns as in the JSON file."""
+    per_class_csv: str | None = None
+    """Write precision, recall, F1 and images of each class to this CSV file."""
+    confusion_csv: str | None = None
+    """Write the confusion matrix to this CSV file: rows are classes of images, columns predictions."""
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: Precision = "float32"

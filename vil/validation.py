@@ -13,6 +13,7 @@ import difflib
 import functools
 import json
 import logging
+import os
 import re
 import types
 import typing
@@ -58,6 +59,8 @@ TIMM_TEXT_OPTIONS = frozenset(_TIMM_TEXTS.split())
 """Keyword arguments of timm's model classes that a file may set: numbers and flags; and those that may also
 be the short name of a layer or a variant. None of them downloads, opens a file or names a path."""
 
+PATH_OPTIONS = ("root", "list_file", "val_list", "real_labels")
+"""Options of the section data that name a folder or a file."""
 _TIMM_STARTS = "cache_dir checkpoint_path pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict"
 TIMM_START_OPTIONS = frozenset(_TIMM_STARTS.split())
 """Keyword arguments of `timm.create_model` that initialize a new model. A run is started with them from the
@@ -91,9 +94,22 @@ def as_tree(config: Any) -> Tree:
 
 
 def stored_tree(config: object) -> Tree:
-    """Return a configuration as a run stores it: `as_tree`, without `TIMM_START_OPTIONS`."""
-    tree = as_tree(config)
+    """Return a configuration as a run stores it: `with_absolute_paths`, without `TIMM_START_OPTIONS`."""
+    tree = with_absolute_paths(as_tree(config))
     return {**tree, "model": without_timm_start_options(tree["model"])}
+
+
+def with_absolute_paths(tree: Tree) -> Tree:
+    """Return a copy of a configuration in which the paths of `PATH_OPTIONS` are absolute.
+
+    The run can then be continued and evaluated from any folder.
+    """
+    data = tree.get("data")
+    if not isinstance(data, Mapping):
+        return tree
+    paths = {key: data[key] for key in PATH_OPTIONS if isinstance(data.get(key), str) and data[key]}
+    absolute = {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
+    return {**tree, "data": {**data, **absolute}}
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> Tree:

@@ -89,7 +89,7 @@ def _source_class(data: DataConfig) -> type[Source] | None:
 
 
 def _check_classes(source: Source, data: DataConfig, split: Split) -> None:
-    """Check that the classes are plausible, and log classes without training images.
+    """Check that the classes are plausible, and log classes without images.
 
     A validation split may have one class: a part of a model's classes, which are matched by name. Test splits
     may be published with -1 for unknown labels.
@@ -104,13 +104,12 @@ def _check_classes(source: Source, data: DataConfig, split: Split) -> None:
     if len(invalid):
         reason = f"{source.describe(int(invalid[0]))} has the class {source.targets[invalid[0]]}"
         raise UserError(key, f"{location}: {reason}, expected 0 to {len(names) - 1}: images without labels?")
-    if split != "train":
-        return
     counts = np.bincount(source.targets, minlength=len(names))
-    if np.count_nonzero(counts) < 2:
+    if split == "train" and np.count_nonzero(counts) < 2:
         present = ", ".join(names[index] for index in np.flatnonzero(counts))
         reason = f"all {len(source)} images are of one class, {present}; training needs two classes or more"
         raise UserError(key, f"{location}: {reason}")
     if absent := [names[index] for index in np.flatnonzero(counts == 0)]:
         subject = "1 class has" if len(absent) == 1 else f"{len(absent)} classes have"
-        _logger.warning("%s: %s no training images: %s", location, subject, shorten_list(absent))
+        kind = "training" if split == "train" else "validation"
+        _logger.warning("%s: %s no %s images: %s", location, subject, kind, shorten_list(absent))

@@ -92,11 +92,14 @@ def test_folder_has_sorted_classes_and_paths(folder_data, image_folder):
     assert open_source(folder_data, "train", 1).load(0)[0].mode == "L"
 
 
-def test_a_validation_folder_may_lack_classes_and_shares_the_indices(folder_data, image_folder):
+def test_a_validation_folder_may_lack_classes_and_shares_the_indices(folder_data, image_folder, caplog):
+    open_source(folder_data, "val", 3)
+    assert caplog.messages == []
     (image_folder / "val/ant").rename(image_folder / "elsewhere")
     source = open_source(folder_data, "val", 3)
     assert source.class_names == ("ant", "bear", "cat")
     assert set(targets(source)) == {1, 2}
+    assert caplog.messages == [f"{image_folder}, split val: 1 class has no validation images: ant"]
 
 
 def test_a_validation_folder_alone_names_its_own_classes(folder_data, image_folder):

@@ -15,12 +15,19 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import log_loss, top_k_accuracy_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    log_loss,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
 from vil.config import UserError
 from vil.evaluation.accuracy import EvaluationResult, evaluate
+from vil.evaluation.metrics import ClassMetrics
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -156,8 +163,71 @@ def test_real_labels_count_images_that_have_any() -> None:
 
 
 def test_logged_values_have_a_prefix() -> None:
+    found = evaluate_logits(*draw(4, 4), num_classes=4)
+    logged = {
+        key: value for key, value in found.values.items() if key not in ("macro_precision", "macro_recall")
+    }
+    assert found.logged("ema_") == {f"ema_{key}": value for key, value in logged.items()}
+
+
+def draw_predictions(classes: int, logits: int, seed: int) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Logits (30, logits), their predictions, and targets, which lack some of the classes."""
+    rng = np.random.default_rng(seed)
+    present = rng.choice(classes, size=int(rng.integers(1, classes + 1)), replace=False)
+    predictions, targets = rng.integers(0, logits, 30), rng.choice(present, 30)
+    return 5 * torch.eye(logits)[torch.from_numpy(predictions)], predictions.tolist(), targets.tolist()
+
+
+@pytest.mark.parametrize("logits", [0, 3])
+@pytest.mark.parametrize("classes", [2, 3, 6])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true", "ignore:A single label was found")
+def test_metrics_of_each_class_agree_with_scikit_learn(classes: int, logits: int, seed: int) -> None:
+    """Classes without images, classes that are never predicted, logits of no class of the data."""
+    images, predictions, targets = draw_predictions(classes, classes + logits, seed)
+    found = evaluate_logits(images, targets, batch=7, num_classes=classes, has_confusion=True)
+    labels, present = list(range(classes)), sorted(set(targets))
+
+    def scikit_learn(labels: list[int], average: str | None = None) -> tuple[Any, ...]:
+        return precision_recall_fscore_support(
+            targets, predictions, labels=labels, average=average, zero_division=0
+        )
+
+    *expected, support = scikit_learn(labels)
+    assert found.classes is not None
+    assert list(found.classes.images) == support.tolist()
+    for key, values in zip(("precision", "recall", "f1"), expected):
+        assert getattr(found.classes, key) == pytest.approx(100 * values)
+    for key, value in zip(("macro_precision", "macro_recall", "macro_f1"), scikit_learn(present, "macro")):
+        assert found.values[key] == pytest.approx(100 * value)
+    balanced = 100 * balanced_accuracy_score(targets, predictions)
+    assert found.values["balanced_accuracy"] == pytest.approx(balanced)
+    none = np.where(np.array(predictions) < classes, predictions, classes)
+    matrix = confusion_matrix(targets, none, labels=[*labels, classes])
+    assert found.confusion == matrix[:-1].tolist()
+
+
+def test_a_nan_logit_is_a_prediction_of_no_class() -> None:
+    logits = torch.tensor([[1.0, 0.0], [math.nan, 0.0], [0.0, 1.0]])
+    found = evaluate_logits(logits, [0, 0, 1], num_classes=2, has_confusion=True)
+    assert found.classes == ClassMetrics(
+        precision=(100, 100), recall=(50, 100), f1=(pytest.approx(200 / 3), 100), images=(2, 1)
+    )
+    assert found.confusion == [[1, 0, 1], [0, 1, 0]]
+
+
+def test_top5_of_two_classes_is_100_and_top1_is_the_accuracy() -> None:
+    found = evaluate_logits(
+        torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), [0, 1, 1], num_classes=2
+    ).values
+    assert (found["top1"], found["top5"]) == (pytest.approx(200 / 3), 100)
+    assert (found["balanced_accuracy"], found["macro_precision"]) == (75, 75)
+
+
+def test_macro_averages_are_omitted_if_the_classes_are_unknown() -> None:
     found = evaluate_logits(*draw(4, 4))
-    assert found.logged("ema_") == {f"ema_{key}": value for key, value in found.values.items()}
+    assert found.classes is None
+    assert not {"balanced_accuracy", "macro_precision", "macro_recall", "macro_f1"} & set(found.values)
 
 
 class Unreadable(list):
@@ -214,7 +284,7 @@ def evaluate_in_worlds(rank: int, folder: str) -> None:
             features, targets = draw(images, 12)
             slice_ = slice(rank, None, world_size)
             batches = list(zip(features[slice_].split(2), targets[slice_].split(2))) if rank < images else []
-            found = evaluate_batches(batches, model)
+            found = evaluate_batches(batches, model, num_classes=12, has_confusion=True)
             Path(f"{folder}/{images}_{world_size}_{rank}.json").write_text(
                 json.dumps(dataclasses.asdict(found))
             )
@@ -232,7 +302,10 @@ def test_any_number_of_ranks_counts_each_image_once(tmp_path: Path) -> None:
         found = [json.loads(path.read_text()) for path in tmp_path.glob(f"{images}_*.json")]
         assert [result["images"] for result in found] == [images] * (1 + 2 + 3)
         for key, value in found[0]["values"].items():
-            rel = 0 if key in ("top1", "top5") else 1e-6
+            rel = 1e-6 if key in ("loss", "ece", "brier") else 0
             assert [result["values"][key] for result in found] == pytest.approx([value] * 6, rel=rel)
+        for key in ("classes", "confusion"):
+            assert [result[key] for result in found] == [found[0][key]] * 6
+        assert sum(map(sum, found[0]["confusion"])) == images
     errors = [path.read_text() for path in tmp_path.glob("*.error")]
     assert errors == ["model.num_classes: the model has 12 classes, the data has 13"] * 3

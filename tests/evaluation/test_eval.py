@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import json
 import multiprocessing
@@ -90,8 +91,9 @@ def error_of(argv: list[str]) -> str:
 
 def evaluate_data(model: nn.Module, data: DataConfig) -> EvaluationResult:
     config = EvalConfig(model=ModelConfig(image_size=32), data=data)
-    images = build_validation(config, Process(0, 0, 1, CPU)).loader
-    return evaluate(model, images, device=CPU, precision="float32")
+    images = build_validation(config, Process(0, 0, 1, CPU))
+    classes = len(images.class_names)
+    return evaluate(model, images.loader, device=CPU, precision="float32", num_classes=classes)
 
 
 @cache
@@ -108,13 +110,67 @@ def test_a_run_folder_gives_its_best_weights_on_its_data(
 ) -> None:
     (result,) = results(["--checkpoint", str(run)], tmp_path)
     assert {key: result[key] for key in expected(2)} == expected(2)
-    assert result["images"] == 360
+    assert result["images"] == sum(row["images"] for row in result["per_class"]) == 360
     assert (result["weights"], result["data"], result["model"]) == ("ema", "digits", "vil")
     assert result["checkpoint"] == str(run / "checkpoints/best.pt")
     assert (result["precision"], result["image_size"], result["device"]) == ("float32", 32, "cpu")
     screen = capsys.readouterr().out
     assert f"{result['top1']:.2f}" in screen
     assert "counted bytes" in screen
+
+
+def test_csv_files_and_a_narrow_terminal(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    paths = {key: tmp_path / f"{key}.csv" for key in ("csv", "per_class_csv", "confusion_csv")}
+    files = [word for key, path in paths.items() for word in (f"--{key}", str(path))]
+    (result,) = results(["--checkpoint", str(run), *files], tmp_path)
+    rows = {}
+    for key, path in paths.items():
+        with path.open(newline="") as file:
+            rows[key] = list(csv.DictReader(file))
+    assert [row["top1"] for row in rows["csv"]] == [str(result["top1"])]
+    assert [row["class"] for row in rows["per_class_csv"]] == list("0123456789")
+    assert [float(row["f1"]) for row in rows["per_class_csv"]] == [row["f1"] for row in result["per_class"]]
+    assert sum(int(row[row["class"]]) for row in rows["confusion_csv"]) == round(3.6 * result["top1"])
+    assert f"Top-1 %              {result['top1']:.2f}" in capsys.readouterr().out.splitlines()
+
+
+def test_outputs_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
+    best, file = ["--checkpoint", str(run)], str(tmp_path / "x.csv")
+    source = tmp_path / "data.yaml"
+    source.write_text("source: digits\n")
+    for argv, message in (
+        (
+            [*best, str(run), "--datasets", str(tmp_path), str(source), "--confusion_csv", file],
+            "confusion_csv: requires a single checkpoint and data set, got 4 combinations",
+        ),
+        (
+            [*RESNET, "--complexity", "--per_class_csv", file],
+            "per_class_csv: requires images; complexity evaluates none",
+        ),
+        (
+            [*RESNET, "--complexity", "--confusion_csv", file],
+            "confusion_csv: requires images; complexity evaluates none",
+        ),
+        (
+            [*best, "--json", file, "--csv", f"{tmp_path}/./x.csv"],
+            f"csv: {tmp_path}/./x.csv is the output of json too; name another file",
+        ),
+        ([*best, "--csv", str(tmp_path)], f"csv: {tmp_path} cannot be written: Is a directory"),
+        (
+            [*best, "--data", str(source), "--per_class_csv", str(source)],
+            f"per_class_csv: {source} is an input of this command; name another file",
+        ),
+    ):
+        assert error_of(argv) == message
+    assert not Path(file).exists()
+    for key in ("csv", "per_class_csv", "confusion_csv"):
+        config = tmp_path / "config.yaml"
+        config.write_text(f"{key}: {file}\n")
+        reason = f"a file cannot set this option; use --{key} on the command line, or delete it there"
+        assert error_of([*best, "--config", str(config)]) == f"{config}: {key}: {reason}"
 
 
 def test_several_checkpoints_and_a_choice_of_weights(run: Path, tmp_path: Path) -> None:

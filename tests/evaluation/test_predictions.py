@@ -39,9 +39,19 @@ def run(logits, targets, size=16, **options):
     return predict(Logits(), batches(logits, targets, size), device=CPU, precision="float32", **options)
 
 
+def evaluated(logits, targets):
+    options = {"device": CPU, "precision": "float32", "num_classes": CLASSES}
+    return evaluate(Logits(), batches(logits, targets, 16), **options)
+
+
 def top1(logits, targets):
-    result = evaluate(Logits(), batches(logits, targets, 16), device=CPU, precision="float32")
-    return result.values["top1"]
+    return evaluated(logits, targets).values["top1"]
+
+
+@pytest.mark.parametrize("num_logits", [CLASSES, CLASSES + 2])
+def test_metrics_of_each_class_are_those_of_the_evaluation(num_logits):
+    logits, targets = draw(num_logits)
+    assert run(logits, targets).classes == evaluated(logits, targets).classes
 
 
 @pytest.mark.parametrize("size", [7, 101])

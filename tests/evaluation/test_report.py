@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
 import math
 import os
@@ -15,23 +17,33 @@ from torch import nn
 from vil.config import EvalConfig, ModelConfig, UserError
 from vil.evaluation import cost
 from vil.evaluation.cost import Memory
-from vil.evaluation.report import EvaluationDataset, Result, evaluate_model, table, write_json
+from vil.evaluation.report import (
+    EvaluationDataset,
+    Result,
+    evaluate_model,
+    table,
+    write_confusion_csv,
+    write_csv,
+    write_json,
+    write_per_class_csv,
+)
 from vil.runtime.distributed import Process
 from vil.runtime.files import check_writable
 
 PROCESS = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 CONFIG = EvalConfig(model=ModelConfig(name="tiny", image_size=2), batch_size=4, progress=False)
+NAMES = [*"01234567", "plain, quoted", "ärm"]
 CONTRACT = {
     *("top1", "top5", "loss", "images", "params", "flops", "train_memory_mb", "eval_memory_mb"),
     *("images_per_second", "device", "precision", "image_size", "checkpoint"),
 }
 
 
-def evaluate_linear(*loaders: Any) -> list[Result]:
+def evaluate_linear(*loaders: Any, config: EvalConfig = CONFIG) -> list[Result]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
-    datasets = [EvaluationDataset("digits", loader) for loader in loaders]
-    return evaluate_model(model, datasets, CONFIG, PROCESS, checkpoint="runs/x/best.pt", weights="ema")
+    datasets = [EvaluationDataset("digits", loader, NAMES) for loader in loaders]
+    return evaluate_model(model, datasets, config, PROCESS, checkpoint="runs/x/best.pt", weights="ema")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +67,10 @@ def test_fields_of_a_result(result: Result) -> None:
     assert (result["memory"], result["device"], result["precision"]) == ("counted bytes", "cpu", "float32")
     assert (result["checkpoint"], result["weights"], result["model"]) == ("runs/x/best.pt", "ema", "tiny")
     assert (result["data"], result["image_size"]) == ("digits", 2)
+    assert [row["class"] for row in result["per_class"]] == NAMES
+    assert [row["images"] for row in result["per_class"]] == [2] * 10
+    recalls = [row["recall"] for row in result["per_class"]]
+    assert result["balanced_accuracy"] == pytest.approx(sum(recalls) / 10) == pytest.approx(result["top1"])
 
 
 def test_without_data_there_are_no_metrics(cost_alone: Result) -> None:
@@ -116,12 +132,75 @@ def test_table_is_aligned_without_empty_columns(result: Result, cost_alone: Resu
     assert "unreadable" in table([{**result, "unreadable": 2}])
 
 
+def test_a_single_result_on_a_narrow_terminal_is_a_list(result: Result, cost_alone: Result) -> None:
+    result = {**result, "top1": 97.5, "macro_f1": 96.25}
+    wide = table([result]).splitlines()
+    assert table([result], len(wide[0])).splitlines() == wide
+    lines = table([result], len(wide[0]) - 1).splitlines()
+    names, values = zip(*(line.rsplit("  ", 1) for line in lines[:-1]))
+    shown = dict(zip(map(str.strip, names), values))
+    assert (shown["data"], shown["Top-1 %"], shown["macro F1 %"]) == ("digits", "97.50", "96.25")
+    assert len({len(line) - len(value) for line, value in zip(lines, values)}) == 1  # aligned
+    assert not {"ReaL %", "classes", "unreadable"} & set(shown)
+    assert lines[-1] == wide[-1]
+    assert "macro" not in wide[0]
+    assert table([result, result], 40) == table([result, result])
+    assert "Top-1" not in table([cost_alone], 40)
+
+
+def test_csv_has_the_values_of_the_json_file(result: Result, cost_alone: Result, tmp_path: Path) -> None:
+    write_csv(tmp_path / "out.csv", [result, {**cost_alone, "loss": math.nan}, {**result, "mce": 71.5}])
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        first, second, third = csv.DictReader(file)
+    assert list(first)[:4] == ["model", "checkpoint", "weights", "data"]
+    assert set(first) == {*result, "mce"} - {"per_class"}
+    assert {key: first[key] for key in first if key != "mce"} == {
+        key: "" if value is None else str(value) for key, value in result.items() if key != "per_class"
+    }
+    assert (second["loss"], second["top1"], second["flops"]) == ("", "", "120")
+    assert (first["mce"], third["mce"]) == ("", "71.5")
+
+
+def test_csv_of_single_classes(result: Result, cost_alone: Result, tmp_path: Path) -> None:
+    write_per_class_csv(tmp_path / "out.csv", [result, cost_alone, {**result, "data": "other"}])
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["data"], row["class"]) for row in rows] == [
+        (data, name) for data in ("digits", "other") for name in NAMES
+    ]
+    first = result["per_class"][0]
+    assert rows[0] == {
+        **{"model": "tiny", "checkpoint": "runs/x/best.pt", "weights": "ema", "data": "digits"},
+        **{key: str(value) for key, value in first.items()},
+    }
+
+
+def test_csv_of_the_confusion_matrix(tmp_path: Path) -> None:
+    batch = (torch.randn(20, 3, 2, 2), torch.arange(20) % 10)
+    config = dataclasses.replace(CONFIG, confusion_csv="x.csv")
+    (result,) = evaluate_linear([batch], config=config)
+    path = tmp_path / "out.csv"
+    write_confusion_csv(path, result)
+    with path.open(newline="", encoding="utf-8") as file:
+        heading, *rows = csv.reader(file)
+    assert heading == ["class", *NAMES]
+    assert [row[0] for row in rows] == NAMES
+    counts = [list(map(int, row[1:])) for row in rows]
+    assert [sum(row) for row in counts] == [2] * 10
+    assert sum(counts[k][k] for k in range(10)) == round(20 * result["top1"] / 100)
+    write_confusion_csv(path, {"class_names": ["a", "b"], "confusion": [[1, 0, 2], [0, 3, 0]]})
+    assert path.read_text() == "class,a,b,(no class)\na,1,0,2\nb,0,3,0\n"
+    write_json(tmp_path / "out.json", [result])
+    assert not {"confusion", "class_names"} & set(json.loads((tmp_path / "out.json").read_text())[0])
+
+
 def test_json_is_read_back(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "new" / "out.json"
     check_writable(path, "json")
     write_json(path, [result, {**result, "loss": math.nan}])
     first, second = json.loads(path.read_text())
     assert first == result
+    assert list(first)[-1] == "per_class"
     assert second["loss"] is None
     assert [p.name for p in path.parent.iterdir()] == ["out.json"]
 

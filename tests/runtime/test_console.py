@@ -1,3 +1,4 @@
+import io
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import forked
 
+from vil.runtime import console
 from vil.runtime.console import print_line
 
 ROOT = Path(__file__).parents[2]
@@ -15,6 +17,23 @@ def test_a_line_is_printable_and_one(capsys: pytest.CaptureFixture[str]):
     print_line("a\\x1bb\nc")
     print_line("error", sys.stderr)
     assert capsys.readouterr() == ("a\\x1bb c\n", "error\n")
+
+
+def test_the_width_is_that_of_a_terminal_or_of_columns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "72")
+    assert console.width() == 72
+    monkeypatch.delenv("COLUMNS")
+    assert console.width() is None
+    for stream, expected in ((None, None), (closed := io.StringIO(), None), (Terminal(), 33)):
+        closed.close()
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((33, 9)))
+        assert console.width() == expected
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")

@@ -25,7 +25,7 @@ from tools.ablation import main as program
 from tools.ablation import output, run_status, scheduler
 from tools.ablation.grid import Cell, Grid, read_grid, resolve_train_command
 from tools.ablation.progress import Progress
-from tools.ablation.results import Estimate, collect, estimate, paired_differences
+from tools.ablation.results import CellResult, Estimate, collect, estimate, paired_differences
 from vil.checkpoints import run_folder
 from vil.config import ModelConfig, ScheduleConfig, TrainConfig, UserError
 
@@ -335,6 +335,18 @@ def test_confidence_intervals_use_students_t():
     assert estimate([0.0, 2.0]).margin == pytest.approx(12.706205, rel=1e-6)  # t(0.975, 1) · √2 / √2
 
 
+def test_intervals_of_accuracies_end_at_0_and_100():
+    assert estimate([99.0, 99.5], (0, 100)).interval == (pytest.approx(99.25 - 12.706205 / 4, rel=1e-6), 100)
+    assert estimate([1.0, 2.0], (0, 100)).interval[0] == 0
+    statuses = {
+        seed: SimpleNamespace(metrics=SimpleNamespace(top1=top1, minutes=top1))
+        for seed, top1 in enumerate([99.0, 99.5])
+    }
+    result = CellResult(None, None, statuses, [-99.0, -100.0])
+    assert result.mean("top1").interval[1] == 100 < result.mean("minutes").interval[1]
+    assert result.difference.interval[0] == -100
+
+
 def test_95_percent_of_the_intervals_contain_the_mean():
     draws = np.random.default_rng(0).normal(5.0, 2.0, size=(4000, 3))
     held = [low <= 5.0 <= high for low, high in (estimate(list(row)).interval for row in draws)]
@@ -390,7 +402,7 @@ def test_ema_column_is_shown_if_a_run_has_ema(filled):
     assert "EMA" not in output.table(rows)
     write_run(filled.runs()[0], 90.0, ema=93.0)
     assert "EMA %" in output.table(collect(filled))
-    assert collect(filled)[0].mean("ema_top1") == Estimate(1, 93.0, None, None)
+    assert collect(filled)[0].mean("ema_top1") == Estimate(1, 93.0, None, None, (0, 100))
 
 
 def test_result_files_agree_with_the_table(filled):

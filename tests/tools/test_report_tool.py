@@ -249,7 +249,16 @@ def test_content_of_the_page(reported, trained, tmp_path, capsys):
     assert "3 of 6, not finished" in text
     assert "<strong>80.00</strong> <small>raw, epoch 3</small>" in text
     (summary,) = json.loads((trained / "summary.json").read_text())
-    assert f"360 images, Top-1 {summary['top1']:.2f} %, best checkpoint" in text
+    means = f"balanced accuracy {summary['balanced_accuracy']:.2f} %, macro F1 {summary['macro_f1']:.2f} %"
+    assert f"360 images, Top-1 {summary['top1']:.2f} %, {means}; best checkpoint" in text
+    table = text[text.index("<h3>Precision and recall</h3>") :]
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", table[: table.index("</table>")])
+    assert cells[:5] == ["class", "images", "precision", "recall", "F1"]
+    for row, start in zip(summary["per_class"], range(5, 55, 5)):
+        values = [f"{row[key]:.1f}" for key in ("precision", "recall", "f1")]
+        assert cells[start : start + 5] == [row["class"], str(row["images"]), *values]
+    values = [f"{summary[key]:.1f}" for key in ("macro_precision", "macro_recall", "macro_f1")]
+    assert cells[55:] == ["macro average", "360", *values]
     table = text[text.index('<table class="keys">') :]
     assert '<th scope="row">schedule.optimizer</th>' in table
     assert '<th scope="row">model.position</th>' not in table
@@ -346,6 +355,27 @@ def test_models_of_the_paper():
     assert (
         len([model for model in models if model["train_memory_mb"]]) == 20
     )  # two without accuracy, two with two
+
+
+def test_the_models_of_the_paper_are_shown_beside_runs_on_imagenet(tmp_path):
+    changes = {
+        "digits": {},
+        "named": {"data": {"source": "folder", "root": "/data/imagenet"}, "model": {"num_classes": 100}},
+        "other": {"data": {"source": "folder", "root": "/data/birds"}, "model": {"num_classes": 1000}},
+        "hub": {"data": {"source": "hfds/ILSVRC/imagenet-1k"}, "model": {"num_classes": 1000}},
+        "folder": {"data": {"source": "folder", "root": "/data/ILSVRC2012"}, "model": {"num_classes": 1000}},
+    }
+    folders = [str(write_run(tmp_path / name, finished=True, **change)) for name, change in changes.items()]
+    runs = open_runs(folders)
+    assert [run.is_imagenet for run in runs] == [False, False, False, True, True]
+    for shown, has_paper in ((runs[:3], False), (runs[2:4], True)):
+        for chart in figures.cost_charts(shown):
+            assert any("paper" in trace.meta for trace in chart.figure.data) == has_paper
+            assert chart.figure.layout.showlegend == has_paper
+        content = page.render(shown, [None] * len(shown), "x")
+        assert ("the paper's models as printed" in content) == has_paper
+    (unfinished,) = open_runs([str(write_run(tmp_path / "new", records=False))])
+    assert [chart.figure for chart in figures.cost_charts([unfinished])] == [None, None]
 
 
 def test_worst_of_many_classes_are_shown():

@@ -208,7 +208,9 @@ def draw_figure(grid: Grid, results: Sequence[CellResult]) -> Figure:
 def _draw_estimate(axes: Axes, row: int, values: Sequence[float], mean: Estimate | None, color: str) -> None:
     axes.plot(values, [row] * len(values), "o", color=color, alpha=0.45, markersize=5)
     if mean is not None:
-        axes.errorbar(mean.mean, row, xerr=mean.margin, fmt="D", color=color, ms=6, mec="white", capsize=4)
+        low, high = mean.interval or (mean.mean, mean.mean)
+        margins = [[mean.mean - low], [high - mean.mean]] if mean.interval else None
+        axes.errorbar(mean.mean, row, xerr=margins, fmt="D", color=color, ms=6, mec="white", capsize=4)
 
 
 def _seed_count(result: CellResult) -> str:

@@ -14,6 +14,7 @@ from tools.ablation.grid import Cell, Grid
 from tools.ablation.run_status import RunStatus, read_status
 
 CONFIDENCE = 0.95
+UNLIMITED = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -21,28 +22,36 @@ class Estimate:
     """Mean, sample standard deviation, and half the width of the 95 % confidence interval of the mean.
 
     The interval is Student's t with n − 1 degrees of freedom. One value has neither deviation nor interval.
+
+    Attributes:
+        limits: smallest and largest possible value: the interval ends there.
     """
 
     n: int
     mean: float
     sd: float | None
     margin: float | None
+    limits: tuple[float, float] = UNLIMITED
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """Ends of the 95 % confidence interval."""
-        return None if self.margin is None else (self.mean - self.margin, self.mean + self.margin)
+        if self.margin is None:
+            return None
+        low, high = self.limits
+        return max(low, self.mean - self.margin), min(high, self.mean + self.margin)
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
+def estimate(values: Sequence[float], limits: tuple[float, float] = UNLIMITED) -> Estimate | None:
     """Return mean, standard deviation and confidence interval; None without values."""
     if not values:
         return None
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
-        return Estimate(n, mean, None, None)
+        return Estimate(n, mean, None, None, limits)
     sd = statistics.stdev(values)
-    return Estimate(n, mean, sd, float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * sd / math.sqrt(n))
+    margin = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * sd / math.sqrt(n)
+    return Estimate(n, mean, sd, margin, limits)
 
 
 def paired_differences(values: Mapping[int, float], reference: Mapping[int, float]) -> list[float]:
@@ -72,7 +81,7 @@ class CellResult:
     @property
     def difference(self) -> Estimate | None:
         """Mean paired difference."""
-        return estimate(self.differences)
+        return estimate(self.differences, (-100, 100))
 
     def values(self, key: str) -> list[Any]:
         """Return an attribute of `RunMetrics` for all finished runs that have it."""
@@ -80,7 +89,7 @@ class CellResult:
 
     def mean(self, key: str) -> Estimate | None:
         """Return the mean of an attribute of `RunMetrics`."""
-        return estimate(self.values(key))
+        return estimate(self.values(key), (0, 100) if key.endswith("top1") else UNLIMITED)
 
     def median(self, key: str) -> float | None:
         """Return the median of an attribute of `RunMetrics`."""

@@ -219,8 +219,8 @@ def paper_models() -> list[dict[str, Any]]:
 
 
 def cost_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Return best Top-1 against multiply-adds and against memory, with the models of the paper."""
-    models = paper_models()
+    """Return best Top-1 against multiply-adds and against memory; beside a run on ImageNet, the paper's."""
+    models = paper_models() if any(run.is_imagenet for run in runs) else []
     return [
         _cost_chart("flops", "FLOPs", "10⁹ multiply-adds per image", 1e9, runs, models),
         _cost_chart("train_memory_mb", "training memory", "MB per image in training", 1, runs, models),
@@ -255,9 +255,11 @@ def _cost_chart(
             trace = go.Scatter(x=[cost / unit], y=[run.best.top1], mode="markers", marker=style)
             trace.update(name=plain_text(run.name, 24), text=[plain_text(run.data)], meta={"run": index})
             traces.append(trace.update(showlegend=False, hovertemplate=f"{hover}<extra></extra>"))
-    figure = _figure(traces, showlegend=True)
-    figure.update_xaxes(title_text=axis, **_log_axis([x for trace in traces for x in trace.x]))
-    figure.update_yaxes(title_text="Top-1, %")
+    figure = None
+    if traces:
+        figure = _figure(traces, showlegend=bool(models))
+        figure.update_xaxes(title_text=axis, **_log_axis([x for trace in traces for x in trace.x]))
+        figure.update_yaxes(title_text="Top-1, %")
     missing = sum(not run.cost(key) or not run.best for run in runs)
     caption = f"{missing} of {len(runs)} runs: not measured yet." if missing else ""
     return Chart(key.replace("_", "-"), f"Top-1 against {cost_name}", figure, caption, is_wide=True)

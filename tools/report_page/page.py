@@ -64,6 +64,7 @@ def render(runs: Sequence[Run], results: Sequence[Result], title: str) -> str:
         conditions=_measurement_conditions(runs),
         curves=curves,
         costs=costs,
+        has_paper=any(run.is_imagenet for run in runs),
         is_evaluated=any(result is not None for result in results),
         failures={i: result for i, result in enumerate(results) if isinstance(result, str)},
         evaluations=evaluations,

@@ -17,6 +17,7 @@ from vil.runtime.yaml_files import MAX_BYTES, read_yaml
 from vil.validation import stored_tree
 
 Record = dict[str, Any]
+IMAGENET_CLASSES = 1000
 MAX_WARNINGS = 20
 MAX_VALUE = 1e30
 """Largest value of a log that is shown."""
@@ -112,6 +113,13 @@ class Run:
         """Name of the data set: digits, torch/cifar10, or the last part of its folder."""
         source, root = self.option("data", "source", "?"), self.option("data", "root")
         return Path(root).name if isinstance(root, str) and "/" not in str(source) else str(source)
+
+    @property
+    def is_imagenet(self) -> bool:
+        """True if the run has 1,000 classes and images of ImageNet, by the name of the source or folder."""
+        name = f"{self.option('data', 'source')} {self.option('data', 'root')}".lower()
+        is_named = any(part in name for part in ("imagenet", "ilsvrc", "in1k"))
+        return is_named and self.option("model", "num_classes") == IMAGENET_CLASSES
 
 
 def finite_number(value: Any) -> float | None:

@@ -34,6 +34,7 @@ from vil.validation import (
     rename_options,
     stored_tree,
     timm_start_options,
+    with_absolute_paths,
     without_timm_start_options,
 )
 
@@ -226,6 +227,7 @@ def differences(stored: State, config: TrainConfig) -> list[tuple[str, object, o
     A number of classes that is left to the data equals any.
     """
     stored = rename_options({**stored, "model": without_timm_start_options(stored["model"])})
+    stored = with_absolute_paths(stored)  # older runs stored paths as given
     old, new = flatten(json.loads(json.dumps(stored))), flatten(stored_tree(config))
     if new["model.num_classes"] is None:
         new["model.num_classes"] = old.get("model.num_classes")
@@ -273,7 +275,7 @@ def check_train_images(
 
 def write_config(folder: Path, config: TrainConfig) -> None:
     """Write the resolved configuration to config.yaml, for --config. Raise OSError if that fails."""
-    content = as_tree(dataclasses.replace(config, resume="auto"))
+    content = with_absolute_paths(as_tree(dataclasses.replace(config, resume="auto")))
     write_durably(folder / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import textwrap
 import typing
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ OPTION_SYNONYMS = {
 }
 """Options of timm's and DeiT's training scripts -> options of this project, for error messages."""
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+"""The configurations of this repository."""
 CONFIG_FOLDERS = {"model": "models", "schedule": "schedules", "data": "data", "config": "ablations"}
 """Options that load a YAML file -> the folder of configs/ with such files."""
 
@@ -61,6 +64,23 @@ def file_origin(path: str | Path) -> str:
     return f"./{path}" if str(path) == COMMAND_LINE else str(path)
 
 
+def find_file(path: str, option: str) -> str:
+    """Return the YAML file that `--option path` names.
+
+    `configs/models/vil_tiny.yaml`, `vil_tiny.yaml` and `vil_tiny` are the file of this repository unless the
+    working directory has one of this name. A path that does not exist is returned unchanged.
+    """
+    if os.path.exists(path) and not os.path.isdir(path):
+        return path
+    file = path
+    if path and os.path.basename(path) == path:
+        name = path if path.endswith(".yaml") else f"{path}.yaml"
+        file = str(CONFIGS / CONFIG_FOLDERS.get(option, "") / name)
+    elif os.path.normpath(path).startswith(f"configs{os.sep}"):
+        file = str(CONFIGS.parent / path)
+    return file if os.path.isfile(file) else path
+
+
 def read_section(path: str | Path, option: str) -> Tree:
     """Return the mapping in the YAML file that `--option` names."""
     if not str(path):
@@ -79,9 +99,10 @@ def read_section(path: str | Path, option: str) -> Tree:
 
 def _similar_file(path: str, option: str) -> str:
     """Return the end of a message that names the file in configs/ that `path` probably means."""
-    files = {file.stem: file for file in Path("configs", CONFIG_FOLDERS.get(option, "")).glob("*.yaml")}
-    close = difflib.get_close_matches(Path(path).stem, files, n=1)
-    return f"; did you mean --{option} {files[close[0]]}?" if close else ""
+    folder = Path("configs", CONFIG_FOLDERS.get(option, ""))
+    names = [file.stem for file in (CONFIGS.parent / folder).glob("*.yaml")]
+    close = difflib.get_close_matches(Path(path).stem, names, n=1)
+    return f"; did you mean --{option} {folder / close[0]}.yaml?" if close else ""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -170,7 +191,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def _assignment(self, key: str, texts: str | list[str] | None) -> Assignment:
         if key in self._types:
             return Assignment(key, _parse_value(texts, self._types[key]), COMMAND_LINE)
-        path = str(texts or "")
+        path = find_file(str(texts or ""), key)
         return Assignment("" if key == "config" else key, read_section(path, key), file_origin(path))
 
 

@@ -14,18 +14,25 @@ from typing import Generic, TypeVar
 
 import yaml
 
-from vil.command_line.arguments import ArgumentParser, Assignment, file_origin, read_section
+from vil.command_line.arguments import (
+    CONFIGS,
+    ArgumentParser,
+    Assignment,
+    file_origin,
+    find_file,
+    read_section,
+)
 from vil.config import COMMAND_LINE, Tree, UserError
 from vil.validation import STORED, TypeHint, as_tree, field_types, rename_options, shown, type_name, validate
 
 Config = TypeVar("Config")
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-"""The configurations of this repository."""
-
 COMMAND_LINE_KEYS: dict[str, Callable[[object], bool]] = {
     "output": lambda value: value is None,
     "json": lambda value: value is None,
+    "csv": lambda value: value is None,
+    "per_class_csv": lambda value: value is None,
+    "confusion_csv": lambda value: value is None,
     "data.download": lambda value: value is False,
 }
 """Options that name an output or start a download, and the values of them that a file may contain."""
@@ -56,6 +63,8 @@ class ResolvedConfig(Generic[Config]):
         for origin in found:
             is_default = origin.startswith(str(CONFIGS)) and section not in self.assigned
             name = origin if origin == COMMAND_LINE else os.path.relpath(origin)
+            if origin.startswith(f"{CONFIGS}{os.sep}"):
+                name = os.path.relpath(origin, CONFIGS.parent)
             name = origin if name.startswith(os.pardir) else name
             names.append(f"{name}, the default" if is_default else name)
         return "; ".join(names) or "defaults"
@@ -169,6 +178,7 @@ def parse(
 
 
 def _file_assignment(section: str, path: str | Path) -> Assignment:
+    path = find_file(str(path), section)
     return Assignment(section, read_section(path, section), file_origin(path))
 
 

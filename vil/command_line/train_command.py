@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vil.command_line.resolution import CONFIGS, ParsedArguments, ResolvedConfig
+from vil.command_line.arguments import CONFIGS
+from vil.command_line.resolution import ParsedArguments, ResolvedConfig
 from vil.config import DataConfig, ModelConfig, TrainConfig, Tree, UserError, errors_in_option
 from vil.runtime.run_files import CONFIG
 from vil.runtime.yaml_files import read_yaml

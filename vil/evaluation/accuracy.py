@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vil.config import Precision, UserError
-from vil.evaluation.metrics import METRICS, EvaluatedBatch
+from vil.evaluation.metrics import METRICS, ClassMetrics, EvaluatedBatch, count_classes, count_confusions
 from vil.runtime.distributed import all_reduce_sum
 from vil.runtime.modes import mode
 from vil.runtime.precision import autocast
@@ -29,11 +29,16 @@ class EvaluationResult:
         values: key of `METRICS` -> value, without the metrics that these images do not have.
         images: number of evaluated images.
         unreadable: number of images that could not be read, which are not evaluated.
+        classes: metrics of each class; None if the number of classes is unknown.
+        confusion: number of images by class (row) and prediction (column), (classes, classes + 1); the last
+            column has predictions that are none of the classes of the data. None if not requested.
     """
 
     values: Mapping[str, float]
     images: int
     unreadable: int = 0
+    classes: ClassMetrics | None = None
+    confusion: Sequence[Sequence[int]] | None = None
 
     def logged(self, prefix: str = "") -> dict[str, float]:
         """Return the values for the log of a run, with `prefix` in front of their keys."""
@@ -50,6 +55,7 @@ def evaluate(
     progress: bool = False,
     num_classes: int | None = None,
     logit_indices: Sequence[int] | None = None,
+    has_confusion: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> EvaluationResult:
     """Evaluate `model` on the slices of all ranks; every rank calls this and gets the same result.
@@ -62,9 +68,11 @@ def evaluate(
         device: device of the model.
         precision: precision of the forward pass; metrics are computed and summed in float64.
         progress: show a progress bar in a terminal; for rank 0 alone.
-        num_classes: number of classes of the data; the model may have more.
+        num_classes: number of classes of the data; the model may have more. None omits the metrics of single
+            classes and their means.
         logit_indices: index of each class's logit; all other logits are ignored. None compares all logits,
             logit k for class k.
+        has_confusion: count the confusion matrix; requires `num_classes`.
         should_stop: called after each batch; if it returns True on any rank, no rank gets a result.
 
     Raises:
@@ -73,7 +81,12 @@ def evaluate(
     """
     num_logits = max(logit_indices) + 1 if logit_indices else num_classes
     indices = None if logit_indices is None else torch.tensor(logit_indices, device=device)
-    sums = [torch.zeros(metric.num_sums, dtype=torch.float64, device=device) for metric in METRICS.values()]
+    classes = num_classes or 0
+    metrics = {key: metric for key, metric in METRICS.items() if classes or not metric.is_per_class}
+    lengths = {m.accumulate: m.num_sums * (classes if m.is_per_class else 1) for m in metrics.values()}
+    if has_confusion:
+        lengths[count_confusions] = classes * (classes + 1)
+    sums = {f: torch.zeros(n, dtype=torch.float64, device=device) for f, n in lengths.items()}
     # Images and unreadable images; interrupted ranks; ranks that refuse the model, sum of its classes there.
     counts = torch.zeros(5, dtype=torch.float64, device=device)
     with mode(model, training=False):
@@ -87,16 +100,17 @@ def evaluate(
                 counts[3:] += counts.new_tensor([1, logits.shape[1]])
                 break
             logits = (logits if indices is None else logits[:, indices]).double()
-            batch = EvaluatedBatch(logits, targets[:, 0], targets[:, 1:])
-            for metric_sums, metric in zip(sums, METRICS.values()):
-                metric_sums += metric.accumulate(batch)
+            batch = EvaluatedBatch(logits, targets[:, 0], targets[:, 1:], classes)
+            for accumulate, metric_sums in sums.items():
+                metric_sums += accumulate(batch)
             counts[0] += len(logits)
             if should_stop():
                 counts[2] += 1
                 break
     counts[1] = getattr(loader, "unreadable", 0)
-    totals = all_reduce_sum(torch.cat([counts, *sums])).cpu()
-    counts, *sums = totals.split([len(counts), *map(len, sums)])
+    totals = all_reduce_sum(torch.cat([counts, *sums.values()])).cpu()
+    counts, *parts = totals.split([len(counts), *lengths.values()])
+    sums = dict(zip(sums, parts))
     num_images, num_unreadable, num_interrupted, num_refusing, their_classes = counts.tolist()
     if num_interrupted:
         raise InterruptedEvaluation
@@ -106,6 +120,11 @@ def evaluate(
     if num_images == 0:
         reason = f"none of the {num_unreadable:.0f} images can be read" if num_unreadable else "no images"
         raise UserError("data", reason)
-    finalized = (metric.finalize(x, int(num_images)) for metric, x in zip(METRICS.values(), sums))
-    values = {key: value for key, value in zip(METRICS, finalized) if value is not None}
-    return EvaluationResult(values, int(num_images), int(num_unreadable))
+    finalized = {key: m.finalize(sums[m.accumulate], int(num_images)) for key, m in metrics.items()}
+    return EvaluationResult(
+        {key: value for key, value in finalized.items() if value is not None},
+        int(num_images),
+        int(num_unreadable),
+        ClassMetrics.from_counts(sums[count_classes].view(3, -1)) if classes else None,
+        sums[count_confusions].view(classes, -1).long().tolist() if has_confusion else None,
+    )

@@ -80,7 +80,7 @@ def add_corruption_summaries(results: Sequence[Result]) -> list[Result]:
             errors.setdefault(Path(result["data"]).parts[-2], []).append(100 - result["top1"])
         if any(len(by_severity) != len(SEVERITIES) for by_severity in errors.values()):
             continue
-        summary = {**group[-1], "data": root, "mce": None}
+        summary = {**group[-1], "data": root, "mce": None, "per_class": None}
         for metric in METRICS:
             values = [result[metric] for result in group if result[metric] is not None]
             summary[metric] = sum(values) / len(values) if values else None

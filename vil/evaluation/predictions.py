@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vil.config import Precision, UserError
+from vil.evaluation.metrics import ClassMetrics
 from vil.runtime.modes import mode
 from vil.runtime.precision import autocast
 
@@ -57,6 +58,13 @@ class Predictions:
     def top1(self) -> float:
         """Top-1 in percent, as in `vil.evaluation.metrics`."""
         return 100 * int(self.confusion.diagonal().sum()) / int(self.images.sum())
+
+    @property
+    def classes(self) -> ClassMetrics:
+        """Precision, recall and F1 of each class."""
+        classes = len(self.images)
+        predicted = self.confusion.sum(dim=0)[:classes]
+        return ClassMetrics.from_counts(torch.stack([self.confusion.diagonal(), predicted, self.images]))
 
     @property
     def class_accuracy(self) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""Results of evaluations: one flat object per model and data set, as a table or as JSON."""
+"""Results of evaluations: one object per model and data set, as a table, as JSON or as CSV."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ from torch import Tensor, nn
 from vil.config import EvalConfig, Tree
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.cost import Cost, measure_cost
-from vil.evaluation.metrics import METRICS
+from vil.evaluation.metrics import METRICS, ClassMetrics
+from vil.runtime.csv_text import csv_text
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.files import write_output
 
 Result = Tree
 """An object of eval.py's JSON."""
+CLASS_KEYS = ("class", "precision", "recall", "f1", "images")
+"""Keys of the objects of `per_class`."""
+CONFUSION_KEYS = ("confusion", "class_names")
+"""Keys of a result that JSON and CSV files of results lack."""
+NO_CLASS = "(no class)"
+"""Column of a confusion matrix for predictions that are none of the classes of the data."""
+_RESULT_KEYS = ("model", "checkpoint", "weights", "data")
 
 
 @dataclass(frozen=True)
@@ -30,24 +38,29 @@ class EvaluationDataset:
     Attributes:
         name: name in the results.
         loader: batches of this rank, as for `vil.evaluation.accuracy.evaluate`.
-        num_classes: number of classes; the model may have more. None does not check it.
+        class_names: classes in the order of the targets; the model may have more. None omits the metrics of
+            single classes and their means, and does not check the number of classes.
         logit_indices: index of each class's logit; None for logit k of class k.
     """
 
     name: str
     loader: Iterable[tuple[Tensor, Tensor]]
-    num_classes: int | None = None
+    class_names: Sequence[str] | None = None
     logit_indices: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of the table; numbers have a format and are divided by `scale`, texts have no format."""
+    """A column of the table; numbers have a format and are divided by `scale`, texts have no format.
+
+    `is_in_table` is False for values that the list of a single result has alone.
+    """
 
     heading: str
     key: str
     format: str = ""
     scale: float = 1
+    is_in_table: bool = True
 
     def text(self, value: str | float | None) -> str:
         """Return the text of a value of JSON."""
@@ -66,9 +79,9 @@ _COLUMNS = (
     _Column("images", "images", ",.0f"),
     _Column("unreadable", "unreadable", ",.0f"),
     *(
-        _Column(metric.heading_with_unit, key, metric.format)
+        _Column(metric.heading_with_unit, key, metric.format, is_in_table="table" in metric.shown_in)
         for key, metric in METRICS.items()
-        if "table" in metric.shown_in
+        if "list" in metric.shown_in
     ),
     _Column("mCE %", "mce", ".1f"),
     _Column("params M", "params", ".2f", 1e6),
@@ -98,7 +111,7 @@ def evaluate_model(
         datasets: emptied, so that the worker processes of one data set end before those of the next start.
             An empty list gives one result with the cost alone.
         config: name, image size and channels of the model; precision of the forward pass; images of a batch
-            when memory and speed are measured; progress bar of rank 0.
+            when memory and speed are measured; progress bar of rank 0; `confusion_csv`.
         process: this process.
         checkpoint: file of the weights, for the results; None for untrained weights.
         weights: kind of the weights, for the results.
@@ -106,7 +119,9 @@ def evaluate_model(
     Returns:
         For each data set: the keys of `METRICS`, images and unreadable, None without data; classes, the
         number of logits that were compared, None for all; the keys of `Cost`; device, precision, image_size,
-        model, checkpoint, weights, data.
+        model, checkpoint, weights, data; per_class, a list of objects with class, precision, recall, f1 (in
+        percent) and images; with `config.confusion_csv` also confusion, (classes, classes + 1) lists of
+        numbers of images, as in `EvaluationResult`.
 
     Raises:
         UserError: as `vil.evaluation.accuracy.evaluate`.
@@ -124,7 +139,7 @@ def evaluate_model(
     per_dataset: list[Result] = []
     while datasets:
         per_dataset.append(_evaluate_dataset(model, datasets.pop(0), config, process))
-    no_metrics: Result = dict.fromkeys([*METRICS, "images", "unreadable", "classes", "data"])
+    no_metrics: Result = dict.fromkeys([*METRICS, "images", "unreadable", "classes", "data", "per_class"])
     cost: Cost = call_on_main(lambda: measure_cost(model, config, device))
     return [
         {**no_metrics, **metrics, **dataclasses.asdict(cost), **metadata}
@@ -135,35 +150,52 @@ def evaluate_model(
 def _evaluate_dataset(
     model: nn.Module, dataset: EvaluationDataset, config: EvalConfig, process: Process
 ) -> Result:
+    names = dataset.class_names
     result = evaluate(
         model,
         dataset.loader,
         device=process.device,
         precision=config.precision,
         progress=config.progress and process.is_main,
-        num_classes=dataset.num_classes,
+        num_classes=None if names is None else len(names),
         logit_indices=dataset.logit_indices,
+        has_confusion=names is not None and config.confusion_csv is not None,
     )
-    return {
+    found: Result = {
         **result.values,
         "images": result.images,
         "unreadable": result.unreadable,
         "classes": None if dataset.logit_indices is None else len(dataset.logit_indices),
         "data": dataset.name,
     }
+    if names is not None and result.classes is not None:
+        found["per_class"] = _class_objects(names, result.classes)
+    if names is not None and result.confusion is not None:
+        found["confusion"] = result.confusion
+        found["class_names"] = list(names)
+    return found
 
 
-def table(results: Sequence[Result]) -> str:
-    """Return the results as aligned text, without empty columns, then a line about device and units."""
-    columns = []
+def _class_objects(names: Sequence[str], classes: ClassMetrics) -> list[Result]:
+    columns = [getattr(classes, key) for key in CLASS_KEYS[1:]]
+    return [dict(zip(CLASS_KEYS, row)) for row in zip(names, *columns, strict=True)]
+
+
+def table(results: Sequence[Result], width: int | None = None) -> str:
+    """Return the results as aligned text, without empty columns, then a line about device and units.
+
+    A single result whose table is wider than `width` columns is a list with one name and value per line.
+    """
+    shown = []
     for column in _COLUMNS:
         values = [result.get(column.key) for result in results]
-        if all(value is None for value in values) or (column.key == "unreadable" and not any(values)):
-            continue
-        cells = [column.heading, *map(column.text, values)]
-        width = max(map(len, cells))
-        columns.append([cell.rjust(width) if column.format else cell.ljust(width) for cell in cells])
+        if any(value is not None for value in values) and (column.key != "unreadable" or any(values)):
+            shown.append((column, [column.text(value) for value in values]))
+    columns = [_align(column, texts) for column, texts in shown if column.is_in_table]
     rows = ["  ".join(row).rstrip() for row in zip(*columns)]
+    if len(results) == 1 and width is not None and max(map(len, rows)) > width:
+        name_width = max(len(column.heading) for column, _ in shown)
+        rows = [f"{column.heading.ljust(name_width)}  {text}" for column, (text,) in shown]
     notes = [
         f"{result['device']}, {result['precision']}. FLOPs: multiply-adds of one image. "
         f"MB: 10^6 bytes per image, {result['memory']}, training in {result['train_precision']}."
@@ -172,17 +204,75 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join([*rows, *dict.fromkeys(notes)])
 
 
+def _align(column: _Column, texts: Sequence[str]) -> list[str]:
+    """Return the heading and the cells of a column in equal width."""
+    cells = [column.heading, *texts]
+    width = max(map(len, cells))
+    return [cell.rjust(width) if column.format else cell.ljust(width) for cell in cells]
+
+
 def write_json(path: str | Path, results: Sequence[Result]) -> None:
     """Write the results as a JSON list, atomically; NaN and infinity, which JSON lacks, become null.
+
+    The list per_class is the last value of a result; the confusion matrix is left out.
 
     Raises:
         UserError: the file cannot be written.
     """
-    finite = [
-        {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in result.items()
-        }
-        for result in results
-    ]
+    finite = []
+    for result in results:
+        items = sorted(result.items(), key=lambda item: item[0] == "per_class")
+        finite.append({key: _finite(value) for key, value in items if key not in CONFUSION_KEYS})
     write_output(Path(path), json.dumps(finite, indent=2, allow_nan=False) + "\n", "json")
+
+
+def write_csv(path: str | Path, results: Sequence[Result]) -> None:
+    """Write one row per result, with the names and values of the JSON file; null is an empty field.
+
+    The columns that tell the rows apart are the first ones.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    keys = dict.fromkeys([*_RESULT_KEYS, *(key for result in results for key in result)])
+    columns = [key for key in keys if key not in ("per_class", *CONFUSION_KEYS)]
+    rows = [[_finite(result.get(key)) for key in columns] for result in results]
+    _write_rows(path, [columns, *rows], "csv")
+
+
+def write_per_class_csv(path: str | Path, results: Sequence[Result]) -> None:
+    """Write one row per result and class: precision, recall and F1 in percent, number of images.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    rows = [
+        [*(result[key] for key in _RESULT_KEYS), *(row[key] for key in CLASS_KEYS)]
+        for result in results
+        for row in result["per_class"] or ()
+    ]
+    _write_rows(path, [[*_RESULT_KEYS, *CLASS_KEYS], *rows], "per_class_csv")
+
+
+def write_confusion_csv(path: str | Path, result: Result) -> None:
+    """Write the confusion matrix: a row per class of the images, a column per prediction.
+
+    The first column names the class. A column `(no class)`, if it is not empty, has predictions that are
+    none of the classes of the data.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    names, rows = result["class_names"], result["confusion"]
+    columns = [*names, NO_CLASS] if any(row[-1] for row in rows) else names
+    content = [[name, *row[: len(columns)]] for name, row in zip(names, rows)]
+    _write_rows(path, [["class", *columns], *content], "confusion_csv")
+
+
+def _write_rows(path: str | Path, rows: Sequence[Sequence[object]], option: str) -> None:
+    write_output(Path(path), csv_text(rows).encode(errors="surrogateescape"), option)
+
+
+def _finite(value: object) -> object:
+    """Return None for NaN and infinity, other values unchanged."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from contextlib import suppress
 from typing import TextIO
@@ -13,6 +14,14 @@ from vil.config import printable
 def print_line(line: str, stream: TextIO | None = None) -> None:
     """Print one line, escaped if necessary; ignore a stream that is closed, or on a full disk."""
     _write(f"{printable(line)}\n", stream or sys.stdout)
+
+
+def width() -> int | None:
+    """Return the columns of the terminal, or of COLUMNS; None if standard output is no terminal."""
+    is_known = os.environ.get("COLUMNS", "").isdecimal()
+    with suppress(ValueError, AttributeError):  # the stream is closed
+        is_known |= sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if is_known else None
 
 
 def flush_streams() -> None:

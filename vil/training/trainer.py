@@ -370,6 +370,7 @@ class Trainer:
                 device=self.process.device,
                 precision=self.updater.precision,
                 progress=self.log.shows_progress,
+                num_classes=len(self.loaders.class_names),
                 should_stop=self.must_stop_evaluation,
             )
         except InterruptedEvaluation:
