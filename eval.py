@@ -174,7 +174,7 @@ def open_evaluation(
     if stored.weights is not None:
         source = stored.weights.path
         with errors_in_option("checkpoint"):
-            stored.weights.load_into(model, config.model.image_size)
+            stored.weights.load_into(model, config.model.size)
     return partial(evaluate_model, model, datasets, config, process, checkpoint=source, weights=stored.kind)
 
 
@@ -282,7 +282,8 @@ def build_model(
     """Build the model, whose weights are those of timm, or the same random ones on every rank."""
     num_classes = len(validations[0].class_names) if validations else IMAGENET_CLASSES
     if stored.kind == "timm":
-        num_classes = pretrained_classes(config.model.name)
+        with errors_in_section("model"):
+            num_classes = pretrained_classes(config.model.name, config.model.timm_options)
     seed_generators(0, "weights")
     build = stored.weights.empty_model if stored.weights else model_from_config
     with errors_in_section("model"):

@@ -28,22 +28,26 @@ if __name__ == "__main__":  # before the slow import of PyTorch, for a fast --he
     COMMAND = run_program(resolve_train_command, sys.argv[1:])
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from data import Loaders, Mixing, build_loaders, dataset_name
 from vil.checkpoints import checkpoint_files, run_folder
+from vil.checkpoints.initialization import initialize_model
 from vil.checkpoints.training_state import State, read_training_state, select_weights
-from vil.checkpoints.weights import load_state_dict
-from vil.command_line.train_command import initial_weights
+from vil.checkpoints.weights import load_state_dict, timm_options_start
 from vil.config import (
     COMMAND_LINE,
     EvalConfig,
+    Size,
     TrainConfig,
     UserError,
+    as_size,
     errors_in_option,
     errors_in_section,
+    format_size,
     one_line,
 )
 from vil.evaluation.report import EvaluationDataset, evaluate_model, write_json
@@ -55,6 +59,7 @@ from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.modes import mode
 from vil.runtime.precision import choose_precision, set_deterministic
 from vil.runtime.seeding import seed_generators
+from vil.training.experiment_trackers import check_loggers
 from vil.training.trainer import Summary, fit
 from vil.validation import as_tree, without_timm_start_options
 
@@ -71,6 +76,7 @@ def train(command: ResolvedConfig[TrainConfig]) -> None:
             # Rank 0's folder is used: other machines may not see it, or have another run under this name.
             config = call_on_main(lambda: command.config)
             call_on_main(lambda: check_output(command))
+            check_loggers(config.loggers)
             config.precision = choose_precision(config.precision, process.device)
             set_deterministic(config.deterministic)
             with run_folder.lock_run_folder(Path(config.output or "")):
@@ -140,15 +146,17 @@ def build(config: TrainConfig, process: Process, is_new: bool) -> tuple[Loaders,
         raise UserError("model.num_classes", reason)
     seed_generators(config.seed, "weights")
     with errors_in_section("model"):
-        model = model_from_config(config.model)
+        architecture = config.model
+        if timm_options_start(architecture):  # `initialize` loads those weights
+            options = without_timm_start_options(as_tree(architecture))["timm_options"]
+            architecture = replace(architecture, timm_options=options)
+        model = model_from_config(architecture)
         check_device(model, process.device)
     model.to(process.device)  # an attention backend that an option selects may run on this device alone
     check_sizes(model, schedule.progressive_resizing or [], config.model.in_chans, process.device)
-    if is_new and (config.model.init_from or config.model.init_released_config):
-        weights = initial_weights(config.model)
-        with errors_in_option("model.init_from"):
-            weights.load_into(model, config.model.image_size, new_head=True)
-        print_on_main(process, f"starting from {weights.path}, {weights.kind} weights")
+    if is_new:
+        for line in initialize_model(model, config.model, loaders.class_names):
+            print_on_main(process, line)
     mix = Mixing(schedule.augment, config.model.num_classes, schedule.label_smoothing, config.seed)
     return loaders, model, mix
 
@@ -161,14 +169,14 @@ def describe_run(
     command: ResolvedConfig[TrainConfig],
 ) -> list[str]:
     """Return lines with the data, the model and the recipe of a run, and the origin of each."""
-    schedule, side = config.schedule, config.model.image_size
+    schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     length = f"{schedule.epochs} epochs of {loaders.train.steps_per_epoch} × {schedule.batch_size} images"
     devices = f"{process.world_size} × {process.device.type}, {config.precision}"
     return [
         f"data: {len(loaders.class_names)} classes, {loaders.train_images:,} training and "
         f"{loaders.validation.num_images:,} validation images ({dataset_name(config.data)})",
-        f"model: {config.model.name}, {side}×{side} pixels, {parameters:.2f} M parameters "
+        f"model: {config.model.name}, {format_size(config.model.size)} pixels, {parameters:.2f} M parameters "
         f"({command.describe_origin('model')})",
         f"recipe: {length}, {schedule.optimizer}, learning rate {schedule.lr:g} "
         f"({command.describe_origin('schedule')}) · {devices}",
@@ -176,16 +184,16 @@ def describe_run(
 
 
 def check_sizes(
-    model: torch.nn.Module, sizes: Sequence[tuple[float, int]], in_chans: int, device: torch.device
+    model: torch.nn.Module, sizes: Sequence[tuple[float, int | Size]], in_chans: int, device: torch.device
 ) -> None:
     """Raise UserError if the model, which is on `device`, fails for one of the training image sizes."""
-    side = 0
+    size: int | Size = 0
     try:
         with torch.no_grad(), mode(model, training=False):
-            for _, side in sizes:
-                model(torch.zeros(1, in_chans, side, side, device=device))
+            for _, size in sizes:
+                model(torch.zeros(1, in_chans, *as_size(size), device=device))
     except Exception as error:  # timm's models raise any type
-        reason = f"{type(model).__name__} does not support images of {side}×{side}: {one_line(error)}"
+        reason = f"{type(model).__name__} does not support images of {format_size(size)}: {one_line(error)}"
         raise UserError("schedule.progressive_resizing", reason) from error
 
 

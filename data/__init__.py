@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from data.ffcv_loader import FFCVTrainLoader, build_micro_batches, uses_ffcv
 from data.loaders import (
     EvaluationImages,
@@ -24,7 +26,7 @@ from data.sources.subsets import ImageList, select_subset
 from data.transforms import evaluation_transform, train_transform
 from data.unreadable_images import UnreadableImages
 from data.workers import limit_workers
-from vil.config import EvalConfig, TrainConfig, UserError
+from vil.config import EvalConfig, Size, TrainConfig, UserError
 from vil.runtime.distributed import Process, call_on_main
 
 __all__ = [
@@ -51,11 +53,17 @@ class Validation:
 
 @dataclass
 class Loaders:
-    """This rank's batches in a training run, the classes by index, and the size of the training set."""
+    """This rank's batches in a training run, the classes by index, and the size of the training set.
+
+    Attributes:
+        class_counts: training images of each class, over all ranks.
+        train_images: training images, over all ranks.
+    """
 
     train: MicroBatchLoader | ProgressiveResizingLoader
     validation: ValidationLoader
     class_names: tuple[str, ...]
+    class_counts: list[int]
     train_images: int
 
 
@@ -92,16 +100,17 @@ def build_loaders(config: TrainConfig, process: Process) -> Loaders:
 
     options = LoaderOptions(limit_workers(data.workers), process.device, config.channels_last)
 
-    def build(side: int) -> MicroBatchLoader:
-        transform = train_transform(schedule.augment, data, image_size=side, in_chans=model.in_chans)
+    def build(size: int | Size) -> MicroBatchLoader:
+        transform = train_transform(schedule.augment, data, image_size=size, in_chans=model.in_chans)
         views = TrainingViews(source, transform, config.seed, data.unreadable_images)
         return loader_class(views, micro_batches, options, unreadable_images)
 
     plan = schedule.progressive_resizing
     return Loaders(
-        build(model.image_size) if plan is None else ProgressiveResizingLoader(build, plan, schedule.epochs),
+        build(model.size) if plan is None else ProgressiveResizingLoader(build, plan, schedule.epochs),
         validation.loader,
         validation.class_names,
+        np.bincount(source.targets, minlength=len(source.class_names)).tolist(),
         len(source),
     )
 
@@ -124,7 +133,7 @@ def build_validation(
         NotImageNetError: the images are not those of `data.real_labels`.
     """
     data, model = config.data, config.model
-    transform = evaluation_transform(data, image_size=model.image_size, in_chans=model.in_chans)
+    transform = evaluation_transform(data, image_size=model.size, in_chans=model.in_chans)
     source = open_source(data, "val", model.in_chans, stored_split)
     images = EvaluationImages(source, transform)
     if data.real_labels is not None:

@@ -25,6 +25,7 @@ from torchvision.transforms import functional
 from data import batch_operations
 from data.to_device import ErasingPlan
 from data.transforms import Box, RandomFlip, RandomResizedCrop, Transform
+from vil.config import as_size
 
 Arguments = tuple[Any, ...]
 """Factors, names and colors of an operation."""
@@ -64,7 +65,7 @@ class AugmentationPlanner:
         plan.flips = [flip for flip in self._transform.flips if flip.draw()]
         for draw in self._draws:
             draw(plan)
-        plan.erasing = self._transform.draw_erasing((3, self._crop.size, self._crop.size))
+        plan.erasing = self._transform.draw_erasing((3, *as_size(self._crop.size)))
         return plan
 
 

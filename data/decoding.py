@@ -17,24 +17,17 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vil.config import error_reason
+from vil.config import Size, as_size, error_reason
+from vil.runtime.images import FORMATS, Mode, convert_image, supported_formats
 
 try:
     import simplejpeg
 except ImportError:  # no wheel for this machine: Pillow decodes everything
     simplejpeg = None
-
-Mode = Literal["RGB", "L"]
-"""Color or gray."""
-
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
-"""Formats that are read, whatever the file's name. Others that Pillow reads are not safe: PostScript runs a
-program."""
 
 MAX_ENCODED_BYTES = 1 << 29
 """Largest encoded image: 134 megapixels of RGB, uncompressed."""
@@ -119,16 +112,16 @@ class EncodedImage:
             if scale > 1:
                 image.draft(None, (image.width // scale, image.height // scale))
                 with suppress(OSError):  # lossless JPEGs have no reduced scales
-                    return np.asarray(_convert(image, self._mode))
+                    return np.asarray(convert_image(image, self._mode))
                 image = self._open()
-            return np.asarray(_convert(image, self._mode))
+            return np.asarray(convert_image(image, self._mode))
 
     def to_pil(self) -> Image.Image:
         """Return the whole image. Raises UnreadableImageError if it is damaged."""
         if self._jpeg_size is not None and self._mode == "RGB":
             return Image.fromarray(self.decode())
         with decoding_errors():
-            return _convert(self._open(), self._mode)
+            return convert_image(self._open(), self._mode)
 
     def _open(self) -> Image.Image:
         if isinstance(self._content, Image.Image):
@@ -137,7 +130,7 @@ class EncodedImage:
             # Pillow warns above 89 megapixels and raises above 179; the limits here are `max_pixels`.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             try:
-                image = Image.open(io.BytesIO(self._content), formats=_supported_formats())
+                image = Image.open(io.BytesIO(self._content), formats=supported_formats())
             except UnidentifiedImageError:
                 raise OSError(_identification_error(self._content)) from None
         limit = max_pixels(image.format or "", len(self._content))
@@ -156,24 +149,17 @@ def max_pixels(image_format: str, encoded_bytes: int) -> int:
 
 
 @functools.cache
-def _supported_formats() -> tuple[str, ...]:
-    """Return those of `FORMATS` that this build of Pillow supports."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-@functools.cache
 def image_extensions() -> frozenset[str]:
     """Return the file extensions of the supported formats, in lower case: .jpg, .png, …"""
     known = Image.registered_extensions().items()
-    return frozenset(end for end, name in known if name in _supported_formats())
+    return frozenset(end for end, name in known if name in supported_formats())
 
 
 def _identification_error(content: bytes) -> str:
     """Return why Pillow identifies no image, as for an empty file or a 12-bit JPEG."""
     if not content:
         return "the file is empty"
-    for name in _supported_formats():
+    for name in supported_formats():
         factory, accepts = Image.OPEN[name]
         if accepts is None or accepts(content[:16]) is not True:
             continue
@@ -184,9 +170,10 @@ def _identification_error(content: bytes) -> str:
     return f"no image of {', '.join(FORMATS)}"
 
 
-def covering_scale(box: tuple[int, int], size: int) -> int:
-    """Return the largest of `SCALES` at which a box (width, height) still covers `size`², or 1."""
-    return next((scale for scale in SCALES if min(box) >= size * scale), 1)
+def covering_scale(box: Size, size: int | Size) -> int:
+    """Return the largest of `SCALES` at which a box (height, width) still covers `size`, or 1."""
+    height, width = as_size(size)
+    return next((scale for scale in SCALES if box[0] >= height * scale and box[1] >= width * scale), 1)
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:
@@ -199,30 +186,3 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
         return None
     is_too_large = width * height > max_pixels("JPEG", len(content))
     return None if is_too_large or colorspace not in ("YCbCr", "Gray") else (width, height)
-
-
-def _convert(image: Image.Image, mode: Mode) -> Image.Image:
-    with warnings.catch_warnings():
-        # "Palette images with Transparency ... should be converted to RGBA": it is dropped on purpose.
-        warnings.filterwarnings("ignore", message="Palette images with Transparency")
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            image = _to_8_bits(image)
-        elif image.mode == "LAB":
-            image = image.convert("RGB")  # the only mode that Pillow converts it to
-        return image.convert(mode)
-
-
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 8
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Return the upper 8 of the 16 bits of a gray image, or of as many as a TIFF declares."""
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these have 16 bits
-        kind = "floats" if image.mode == "F" else "32-bit or signed integers"
-        raise ValueError(f"its pixels are {kind}, of no defined range; expected 8 or 16 unsigned bits")
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
-    values = (np.asarray(image) >> (bits - 8)).astype(np.uint8)  # (H, W)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow applies to at most 8 bits
-        values = 255 - values
-    return Image.fromarray(values)

@@ -29,13 +29,13 @@ from data import batch_augment
 from data.batch_augment import AugmentationPlan, AugmentationPlanner, Operation
 from data.beton import Beton
 from data.loaders import MicroBatchLoader, TrainSample
-from data.samplers import Key, MicroBatches
+from data.samplers import BalancedBatches, Key, MicroBatches
 from data.sources import Source
 from data.sources.ffcv import FFCVImages
 from data.sources.subsets import unwrap_subset
 from data.to_device import ErasedRegions, collate_erasing
 from data.transforms import RandomResizedCrop, train_transform
-from vil.config import TrainConfig, UserError, error_reason
+from vil.config import TrainConfig, UserError, as_size, error_reason
 from vil.runtime.distributed import Process
 from vil.runtime.seeding import seed_sequence, seeded
 
@@ -114,8 +114,8 @@ def uses_ffcv(config: TrainConfig, source: Source, process: Process) -> bool:
     if not isinstance(unwrap_subset(source)[0], FFCVImages):
         return False
     model = config.model
-    augment, size = config.schedule.augment, model.image_size
-    transform = train_transform(augment, config.data, image_size=size, in_chans=model.in_chans)
+    augment = config.schedule.augment
+    transform = train_transform(augment, config.data, image_size=model.size, in_chans=model.in_chans)
     option = batch_augment.unsupported_option(transform)
     if option is not None and process.is_main:
         _logger.warning(
@@ -127,11 +127,23 @@ def uses_ffcv(config: TrainConfig, source: Source, process: Process) -> bool:
 
 
 def build_micro_batches(config: TrainConfig, source: Source, process: Process) -> MicroBatches:
-    """Build the micro-batches of a source in the order `data.ffcv_order`."""
+    """Build the micro-batches of a source, balanced or in the order `data.ffcv_order`.
+
+    Raises:
+        UserError: options that do not fit one another or the source.
+    """
     schedule = config.schedule
     repeats = schedule.augment.repeated_augmentation
     ranks = (process.rank, process.world_size)
     options = (schedule.batch_size, schedule.accumulation, config.seed, repeats, *ranks)
+    if config.data.balanced_sampling:
+        if config.data.ffcv_order != "random":
+            reason = "cannot be combined with data.ffcv_order quasi_random"
+            raise UserError("data.balanced_sampling", reason)
+        if schedule.class_weights == "balanced":
+            reason = "schedule.class_weights balanced would correct the imbalance twice; use one of them"
+            raise UserError("data.balanced_sampling", reason)
+        return BalancedBatches(source.targets, *options)
     if config.data.ffcv_order == "random":
         return MicroBatches(len(source), *options)
     base, indices = unwrap_subset(source)
@@ -168,7 +180,7 @@ class _PendingBatch:
     keys: Sequence[Key]
     plans: list[AugmentationPlan]
     images: Tensor
-    """(B, size, size, 3), uint8."""
+    """(B, H, W, 3), uint8."""
     tasks: list[Future[list[int]]]
     """Each returns the indices of the images that FFCV could not decode."""
 
@@ -214,8 +226,8 @@ class FFCVTrainLoader(MicroBatchLoader):
             index = self._indices[key[1]]
             with seeded(self.views.seed, "augmentation", *key):
                 plans.append(self._planner(int(self._beton.widths[index]), int(self._beton.heights[index])))
-        size = self._crop.size
-        images = torch.empty((len(keys), size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
+        shape = (len(keys), *as_size(self._crop.size), 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
         starts = range(0, len(keys), IMAGES_PER_TASK)
         parts = [range(len(keys))[first : first + IMAGES_PER_TASK] for first in starts]
         tasks = [self._pool.submit(self._decode, images.numpy(), keys, plans, part) for part in parts]

@@ -11,38 +11,42 @@ from collections.abc import Callable, Iterator, Sequence
 
 from data.loaders import MicroBatchLoader
 from data.to_device import Batch
+from vil.config import Size
 
 
 class ProgressiveResizingLoader:
     """A loader for one image size after the other; the size is a function of the epoch.
 
     Args:
-        build: builds a loader of images of a side in pixels.
-        plan: (fraction of the epochs, side) for each size: the first epoch that has it.
+        build: builds a loader of images of a size: (height, width) in pixels, or one number for both.
+        plan: (fraction of the epochs, size) for each size: the first epoch that has it.
         epochs: length of the run.
     """
 
     def __init__(
-        self, build: Callable[[int], MicroBatchLoader], plan: Sequence[tuple[float, int]], epochs: int
+        self,
+        build: Callable[[int | Size], MicroBatchLoader],
+        plan: Sequence[tuple[float, int | Size]],
+        epochs: int,
     ) -> None:
         self._starts = start_epochs(plan, epochs)
         self._build = build
         # All sizes are built to find errors early; worker processes start with the first epoch.
-        loaders = {side: build(side) for _, side in reversed(self._starts)}
-        self._side = self._starts[0][1]
-        self._loader = loaders[self._side]
+        loaders = {size: build(size) for _, size in reversed(self._starts)}
+        self._size = self._starts[0][1]
+        self._loader = loaders[self._size]
         self.steps_per_epoch, self.num_images = self._loader.steps_per_epoch, self._loader.num_images
 
-    def side(self, epoch: int) -> int:
-        """Return the side of the images of an epoch, in pixels."""
-        return next(side for first, side in reversed(self._starts) if epoch >= first)
+    def size(self, epoch: int) -> int | Size:
+        """Return the size of the images of an epoch, as in the plan."""
+        return next(size for first, size in reversed(self._starts) if epoch >= first)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of an epoch from step `start` on."""
-        side = self.side(epoch)
-        if side != self._side:
+        size = self.size(epoch)
+        if size != self._size:
             del self._loader  # ends its worker processes before others start
-            self._side, self._loader = side, self._build(side)
+            self._size, self._loader = size, self._build(size)
         return self._loader.epoch(epoch, start)
 
     def samples(self, epoch: int, step: int) -> list[str]:
@@ -50,6 +54,6 @@ class ProgressiveResizingLoader:
         return self._loader.samples(epoch, step)
 
 
-def start_epochs(plan: Sequence[tuple[float, int]], epochs: int) -> list[tuple[int, int]]:
-    """Return (first epoch, side) of every size; epochs count from 0."""
-    return [(math.ceil(fraction * epochs - 1e-9), side) for fraction, side in plan]
+def start_epochs(plan: Sequence[tuple[float, int | Size]], epochs: int) -> list[tuple[int, int | Size]]:
+    """Return (first epoch, size) of every size; epochs count from 0."""
+    return [(math.ceil(fraction * epochs - 1e-9), size) for fraction, size in plan]

@@ -111,6 +111,42 @@ class MicroBatches(Sampler[list[Key]]):
                 yield [(epoch, index, view) for index, view in pairs]
 
 
+class BalancedBatches(MicroBatches):
+    """Micro-batches in which all classes that have images are equally frequent; an epoch keeps its length.
+
+    The images of a class are drawn from one random permutation after the other, across epochs: none is
+    repeated before all of its class were drawn. The order is a function of (seed, epoch).
+
+    Args:
+        targets: class index of each image, (num_images,).
+        options: as for `MicroBatches`, without `num_images`.
+    """
+
+    def __init__(self, targets: np.ndarray, *options: int) -> None:
+        super().__init__(len(targets), *options)
+        self._classes = [np.flatnonzero(targets == label) for label in np.unique(targets)]
+
+    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return image indices and views of the images that an epoch uses, over all ranks."""
+        images_seen = self.steps_per_epoch * self.batch_size
+        count = -(-images_seen // self.repeats)
+        classes = len(self._classes)
+        drawn = []
+        for number, images in enumerate(self._classes):
+            # Class c has drawn ⌊(n + c) / classes⌋ of the first n images, which sum to n.
+            first, last = ((count * e + number) // classes for e in (epoch, epoch + 1))
+            rounds = range(first // len(images), -(-last // len(images)))
+            shuffled = [self._permutation(images, number, index) for index in rounds]
+            drawn.append(np.concatenate(shuffled)[first - rounds.start * len(images) :][: last - first])
+        rng = np.random.default_rng(seed_sequence(self.seed, "balanced order", epoch))
+        indices = rng.permutation(np.concatenate(drawn)).repeat(self.repeats)[:images_seen]
+        return indices, np.arange(images_seen) % self.repeats
+
+    def _permutation(self, images: np.ndarray, number: int, index: int) -> np.ndarray:
+        seed = seed_sequence(self.seed, "order of a class", number, index)
+        return np.random.default_rng(seed).permutation(images)
+
+
 def shuffled_indices(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """Return all image indices, (num_images,), in the order of an epoch."""
     return np.random.default_rng(seed_sequence(seed, "order", epoch)).permutation(num_images)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision import transforms
@@ -27,7 +27,7 @@ from torchvision.transforms import InterpolationMode
 
 from data.decoding import EncodedImage, covering_scale
 from data.to_device import ErasingPlan, NormalizeAndErase, collate_erasing
-from vil.config import MAX_SIDE, AugmentConfig, DataConfig, UserError
+from vil.config import MAX_SIDE, AugmentConfig, DataConfig, Size, UserError, as_size
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width of a crop, in pixels."""
@@ -131,32 +131,32 @@ class RandomResizedCrop:
     interpolates: values differ by 3 levels on average, by up to 124 at edges.
 
     Attributes:
-        size: side of the result, in pixels.
+        size: (height, width) of the result in pixels, or one number for both.
         scale: smallest and largest area, as a fraction of the image.
         ratio: smallest and largest aspect ratio.
         interpolation: bilinear, bicubic, or random for either.
     """
 
-    size: int
+    size: int | Size
     scale: tuple[float, float]
     ratio: tuple[float, float]
     interpolation: str
 
     def __call__(self, image: EncodedImage) -> np.ndarray:
-        """Return a random crop, (size, size[, 3]) uint8."""
+        """Return a random crop, (H, W[, 3]) uint8."""
         return self.crop(image, *self.draw(*image.size))
 
     def crop(self, image: DecodableImage, box: Box, interpolation: str) -> np.ndarray:
-        """Return the crop of a box, (size, size[, 3]) uint8."""
+        """Return the crop of a box, (H, W[, 3]) uint8."""
         width, height = image.size
         top, left, rows, columns = box
-        scale = covering_scale((columns, rows), self.size)
+        scale = covering_scale((rows, columns), self.size)
         pixels = image.decode(scale)
         if pixels.shape[:2] == (height, width):  # the format has no reduced scales
             scale = 1
         vertical = _scaled_slice(top, top + rows, scale)
         horizontal = _scaled_slice(left, left + columns, scale)
-        return resize(pixels[vertical, horizontal], self.size, interpolation)
+        return resize(pixels[vertical, horizontal], as_size(self.size), interpolation)
 
     def draw(self, width: int, height: int) -> tuple[Box, str]:
         """Draw box and interpolation for an image of this size from Python's global generator."""
@@ -183,16 +183,16 @@ def _scaled_slice(start: int, stop: int, scale: int) -> slice:
     return slice(round(start / scale), round(stop / scale))
 
 
-def resize(pixels: np.ndarray, size: int, interpolation: str) -> np.ndarray:
-    """Resize bytes (H, W[, 3]) to (size, size[, 3]), with antialiasing."""
-    if pixels.shape[:2] == (size, size):
+def resize(pixels: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
+    """Resize bytes (H, W[, 3]) to (*size[, 3]), with antialiasing."""
+    if pixels.shape[:2] == size:
         return pixels
     # PyTorch is twice as fast on a batch of one that it recognizes as channels-last, as is the result. The
     # batch must have the stride of a whole image, as unsqueeze sets it.
     tensor = torch.from_numpy(as_contiguous(pixels.reshape(*pixels.shape[:2], -1)))
     images = tensor.unsqueeze(0).permute(0, 3, 1, 2)  # (H, W, C) -> (1, H, W, C) -> (1, C, H, W)
-    resized = F.interpolate(images, (size, size), mode=interpolation, antialias=True)
-    return resized[0].permute(1, 2, 0).reshape(size, size, *pixels.shape[2:]).numpy()
+    resized = F.interpolate(images, size, mode=interpolation, antialias=True)
+    return resized[0].permute(1, 2, 0).reshape(*size, *pixels.shape[2:]).numpy()
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class WholeImageCrop:
     steps: Sequence[ImageOperation]
 
     def __call__(self, encoded: EncodedImage) -> np.ndarray:
-        """Return the crop, (size, size[, 3]) uint8."""
+        """Return the crop, (H, W[, 3]) uint8."""
         image = encoded.to_pil()
         max_side = MAX_ASPECT_RATIO * min(image.size)
         if max(image.size) > max_side:
@@ -213,17 +213,20 @@ class WholeImageCrop:
         return np.asarray(image)
 
 
-def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int, in_chans: int) -> Transform:
-    """Build the transform of training images: image -> (in_chans, image_size, image_size), normalized.
+def train_transform(
+    augment: AugmentConfig, data: DataConfig, *, image_size: int | Size, in_chans: int
+) -> Transform:
+    """Build the transform of training images: image -> (in_chans, height, width), normalized.
 
     The order is timm's: crop, flips, policy or color jitter, normalization, erasing. The draws are from the
     global generators of Python, NumPy and PyTorch.
     """
+    size = as_size(image_size)
     _check_policy(augment.auto_augment)
     mean, std = channel_statistics(data, in_chans)
     is_trivial = augment.auto_augment == TRIVIAL_AUGMENT
     _, secondary, _ = create_transform(
-        image_size,
+        size,
         is_training=True,
         separate=True,
         color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # timm's annotation lacks None
@@ -236,15 +239,16 @@ def train_transform(augment: AugmentConfig, data: DataConfig, *, image_size: int
     policy = [transforms.TrivialAugmentWide()] if is_trivial else secondary.transforms
     for step in policy:
         patch_posterize(step)
-    return Transform(_crop(augment, data, image_size), mean, std, flips, policy, _random_erasing(augment))
+    return Transform(_crop(augment, data, size), mean, std, flips, policy, _random_erasing(augment))
 
 
-def evaluation_transform(data: DataConfig, *, image_size: int, in_chans: int) -> Transform:
-    """Build the transform of evaluation images: resize, center crop, normalization."""
-    _check_resized_side(data, image_size)
+def evaluation_transform(data: DataConfig, *, image_size: int | Size, in_chans: int) -> Transform:
+    """Build the transform of evaluation images: resize to cover the size, center crop, normalization."""
+    size = as_size(image_size)
+    _check_resized_size(data, size)
     mean, std = channel_statistics(data, in_chans)
     steps = create_transform(
-        image_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std
+        size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std
     ).transforms
     return Transform(WholeImageCrop(steps[:2]), mean, std)  # resize and center crop
 
@@ -256,8 +260,8 @@ def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ..
     return data.mean, data.std
 
 
-def _check_resized_side(data: DataConfig, image_size: int) -> None:
-    side = image_size / data.crop_pct
+def _check_resized_size(data: DataConfig, size: Size) -> None:
+    side = max(size) / data.crop_pct
     if side > MAX_SIDE:
         reason = f"image_size / crop_pct is {side:,.0f} pixels, expected at most {MAX_SIDE:,}"
         raise UserError("data.crop_pct", reason)
@@ -275,30 +279,39 @@ def _random_erasing(augment: AugmentConfig) -> RandomErasing | None:
     )
 
 
-def _crop(augment: AugmentConfig, data: DataConfig, image_size: int) -> Callable[[EncodedImage], np.ndarray]:
+def _crop(augment: AugmentConfig, data: DataConfig, size: Size) -> Callable[[EncodedImage], np.ndarray]:
     """Build the crop of training images.
 
-    All but the Inception crop resize the short side first: to image_size, or as in evaluation.
+    All but the Inception crop resize the image first, to cover `size`, or as in evaluation.
     """
     if augment.crop == "random_resized":
-        return RandomResizedCrop(image_size, augment.scale, augment.ratio, augment.interpolation)
-    short_side = image_size
+        return RandomResizedCrop(size, augment.scale, augment.ratio, augment.interpolation)
+    covered = size
     if augment.crop == "eval_resize_random":
-        _check_resized_side(data, image_size)
-        short_side = math.floor(image_size / data.crop_pct)  # as timm's evaluation transform
-    modes = map(InterpolationMode, _interpolations(augment.interpolation))
-    resize_short_side = transforms.RandomChoice([transforms.Resize(short_side, mode) for mode in modes])
+        _check_resized_size(data, size)
+        height, width = (math.floor(side / data.crop_pct) for side in size)  # as timm's evaluation transform
+        covered = height, width
+    names = _interpolations(augment.interpolation)
+    resize_to_cover = transforms.RandomChoice([_resize_to_cover(covered, name) for name in names])
     if augment.crop == "eval_resize_random":
-        return WholeImageCrop([resize_short_side, transforms.RandomCrop(image_size)])
-    center = transforms.CenterCrop(image_size)
+        return WholeImageCrop([resize_to_cover, transforms.RandomCrop(size)])
+    center = transforms.CenterCrop(size)
     if augment.crop == "none":
-        return WholeImageCrop([resize_short_side, center])
+        return WholeImageCrop([resize_to_cover, center])
     if augment.crop == "pad_random":  # as is usual for CIFAR
-        shift = transforms.RandomCrop(image_size, padding=augment.pad)
-        return WholeImageCrop([resize_short_side, center, shift])
+        shift = transforms.RandomCrop(size, padding=augment.pad)
+        return WholeImageCrop([resize_to_cover, center, shift])
     # resize_random: the simple random crop of DeiT III (https://arxiv.org/abs/2204.07118, section 3)
-    reflected = transforms.RandomCrop(image_size, padding=augment.pad, padding_mode="reflect")
-    return WholeImageCrop([resize_short_side, reflected])
+    reflected = transforms.RandomCrop(size, padding=augment.pad, padding_mode="reflect")
+    return WholeImageCrop([resize_to_cover, reflected])
+
+
+def _resize_to_cover(size: Size, interpolation: str) -> ImageOperation:
+    """Return timm's resize of an image to the smallest size of the same aspect ratio that covers `size`."""
+    height, width = size
+    if height == width:
+        return transforms.Resize(height, InterpolationMode(interpolation))
+    return ResizeKeepRatio(size, interpolation=interpolation)
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:

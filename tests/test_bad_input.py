@@ -211,7 +211,7 @@ def test_a_checkpoint_of_another_architecture(refused, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", [
         "train.py", "--output", str(folder), "--schedule.max_steps", "1", "--schedule.epochs", "1",
-        "--data.workers", "0", "--progress", "false", "--tensorboard", "false",
+        "--data.workers", "0", "--progress", "false", "--loggers", "[]",
     ])  # fmt: skip
     with pytest.raises(SystemExit) as exit_:
         command_line.main(train_program.main)

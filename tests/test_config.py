@@ -93,6 +93,9 @@ def test_a_number_outside_its_range_is_refused(key, value):
     assert reason(key, value).endswith(f", got {value}")
 
 
+IMAGE_SIZE = "an integer from 1 to 8,192 or a list of 2 integers from 1 to 8,192"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -112,7 +115,7 @@ def test_a_number_outside_its_range_is_refused(key, value):
         ("hang_timeout", 2e6, "expected a number above 0, up to 1,000,000, got 2000000.0"),
         ("data.std", [0.1, 0.0, 0.1], "expected a list of 3 numbers above 0, got [0.1, 0.0, 0.1]"),
         ("data.mean", [float("inf"), 0.0, 0.1], "expected a list of 3 numbers, got [inf, 0.0, 0.1]"),
-        ("model.image_size", 9000, "expected an integer from 1 to 8,192, got 9000"),
+        ("model.image_size", 9000, f"expected {IMAGE_SIZE}, got 9000"),
     ],
 )
 def test_the_message_names_the_range(key, value, message):
@@ -146,7 +149,7 @@ def test_every_predicate_describes_its_expectation():
 @pytest.mark.parametrize("old", RENAMED_OPTIONS)
 def test_old_names_are_read_with_one_line_of_notice(old, tmp_path, caplog):
     new = RENAMED_OPTIONS[old]
-    config_class = EvalConfig if "." not in old else TrainConfig
+    config_class = EvalConfig if old in ("sets", "which") else TrainConfig
     value = {
         "schedule.sizes": [[0, 160], [0.5, 224]],
         "schedule.augment.repeats": 3,
@@ -154,14 +157,16 @@ def test_old_names_are_read_with_one_line_of_notice(old, tmp_path, caplog):
         "data.max_bad": 0.5,
         "sets": ["a"],
         "which": "last",
+        "tensorboard": False,
     }[old]
     file = tmp_path / "old.yaml"
     file.write_text(yaml.safe_dump(nested(old, value)))
     caplog.set_level("INFO")
     config = parse(config_class, ["--config", str(file)]).config
-    expected = validate(config_class, nested(new, value))
+    new_value = [] if old == "tensorboard" else value
+    expected = validate(config_class, nested(new, new_value))
     assert config == expected != config_class()
-    assert caplog.messages == [f"{file}: {old} is called {new} since version 0.2.0"]
+    assert caplog.messages == [f"{file}: {old} is now called {new}"]
     stored = parse(config_class, [], base_values=nested(old, value)).config
     assert stored == expected
 

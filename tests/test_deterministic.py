@@ -17,7 +17,7 @@ from vil.training.metrics_log import TIMING_FIELDS
 
 ROOT = Path(__file__).parents[1]
 ARGV = [
-    "--device", "cpu", "--progress", "false", "--tensorboard", "false", "--deterministic", "--log_every", "1",
+    "--device", "cpu", "--progress", "false", "--loggers", "[]", "--deterministic", "--log_every", "1",
     "--data.workers", "0", "--data.source", "folder", "--data.root", "../images",
 ]  # fmt: skip
 RECIPE = [
@@ -61,7 +61,7 @@ def test_two_identical_runs_and_evaluations(tmp_path: Path, monkeypatch: pytest.
         program.main([*ARGV, *RECIPE, "--output", "run"])
         assert torch.are_deterministic_algorithms_enabled()
         set_deterministic(False)
-        argv = [word for word in ARGV if word not in ("--tensorboard", "--log_every", "1", "false")]
+        argv = [word for word in ARGV if word not in ("--loggers", "--log_every", "1", "[]")]
         argv.insert(argv.index("--progress") + 1, "false")
         eval_program.main([*argv, "--checkpoint", "run", "--json", "out.json"])
         assert torch.are_deterministic_algorithms_enabled()

@@ -181,7 +181,7 @@ def test_every_precision_and_option_of_a_run(tmp_path):
         )
     ):  # fmt: skip
         folder = tmp_path / str(number)
-        argv += ["--schedule.max_steps", 1, "--tensorboard", "false", "--schedule.batch_size", "16"]
+        argv += ["--schedule.max_steps", 1, "--loggers", "[]", "--schedule.batch_size", "16"]
         argv += ["--data.source", "folder", "--data.root", tmp_path / "images"]
         call_here(train_program.main, "--output", folder, *argv, *SHORT)
         assert len(losses(folder)) == 1

@@ -198,7 +198,7 @@ def test_the_rank_with_an_unreadable_image_prints_the_error(folder):
     train += ["--schedule.augment.mixup", "0", "--schedule.augment.cutmix", "0"]  # a rank has one image
     for line in (
         [str(ROOT / "eval.py"), *model, *argv],
-        [str(ROOT / "train.py"), *model, *argv, *train, "--tensorboard", "false"],
+        [str(ROOT / "train.py"), *model, *argv, *train, "--loggers", "[]"],
     ):
         ended = ranks(*line)
         assert ended.returncode != 0

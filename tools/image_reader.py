@@ -16,7 +16,7 @@ from vil.runtime.files import read_bytes
 
 
 class ImageReader:
-    """Read a file as the input of a model: (C, image_size, image_size), float32, normalized.
+    """Read a file as the input of a model: (C, H, W), float32, normalized.
 
     `transform_options` of the evaluation transform are those stored with the weights, and may be empty;
     `model_path` is for messages.
@@ -29,7 +29,7 @@ class ImageReader:
         data = command_line.parse(EvalConfig, [], base_values={"data": dict(transform_options)}).config.data
         self.mean, self.std = data.mean, data.std
         self.mode: Mode = "RGB" if config.in_chans == 3 else "L"
-        self.transform = evaluation_transform(data, image_size=config.image_size, in_chans=config.in_chans)
+        self.transform = evaluation_transform(data, image_size=config.size, in_chans=config.in_chans)
 
     def __call__(self, path: str | Path) -> Tensor:
         """Return the image. Raise UnreadableImageError if it cannot be read."""

@@ -15,6 +15,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
     from vil.checkpoints.loading import create_model, load, load_released
     from vil.models import MultiScaleViT, list_models
 
@@ -56,6 +60,7 @@ class _RegisterWithTimm:
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
+            _load_checkpoints_in_timm()
             if "vil.models" not in sys.modules:  # else it is being imported: it is what imports timm
                 importlib.import_module("vil.models")
 
@@ -63,7 +68,29 @@ class _RegisterWithTimm:
         return spec
 
 
+def _load_checkpoints_in_timm() -> None:
+    """Have `checkpoint_path` of `timm.create_model` read runs and every format, for models of this project.
+
+    timm passes the path to its own `load_checkpoint` alone, which reads neither folders nor the moving
+    average of a run, and does not fit weights to the names of features_only.
+    """
+    factory: Any = importlib.import_module("timm.models._factory")
+    load_checkpoint = factory.load_checkpoint
+
+    def load(model: nn.Module, checkpoint_path: str | Path, *args: Any, **options: Any) -> Any:
+        from vil.models import MultiScaleViT
+
+        if args or options or not isinstance(getattr(model, "model", model), MultiScaleViT):
+            return load_checkpoint(model, checkpoint_path, *args, **options)
+        from vil.checkpoints.loading import load_into_timm_model
+
+        return load_into_timm_model(model, checkpoint_path)
+
+    factory.load_checkpoint = load
+
+
 if "timm" in sys.modules:
+    _load_checkpoints_in_timm()
     importlib.import_module("vil.models")
 else:
     sys.meta_path.insert(0, _RegisterWithTimm())

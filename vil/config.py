@@ -42,6 +42,10 @@ PositiveFraction = Annotated[float, Gt(0), Le(1)]
 AspectRatio = Annotated[float, Ge(1e-3), Le(1e3)]
 Seconds = Annotated[float, Gt(0), Le(1_000_000)]
 Side = Annotated[int, Ge(1), Le(MAX_SIDE)]
+ImageSize = Side | tuple[Side, Side]
+"""Height and width of images in pixels, or one number for square images."""
+Size = tuple[int, int]
+"""Height and width, in pixels or positions."""
 Width = Annotated[int, Ge(1), Le(MAX_WIDTH)]
 TokenCount = Annotated[int, Ge(0), Le(MAX_WIDTH)]
 
@@ -56,10 +60,21 @@ def _is_mixing_alpha(alpha: float) -> bool:
     return alpha == 0 or 1e-6 <= alpha <= 1e6
 
 
-def _is_resizing_plan(plan: list[tuple[float, int]]) -> bool:
-    """Rising fractions of the epochs, the first of them 0, each with a side in pixels."""
+def _is_resizing_plan(plan: list[tuple[float, int | Size]]) -> bool:
+    """Rising fractions of the epochs, the first of them 0, each with an image size in pixels."""
     fractions = [fraction for fraction, _ in plan]
     return fractions[:1] == [0] and all(a < b for a, b in itertools.pairwise(fractions))
+
+
+def as_size(image_size: int | Size) -> Size:
+    """Return (height, width) of an image size, which is one number for square images."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height, width
+
+
+def format_size(image_size: int | Size) -> str:
+    """Return an image size as text, e.g. 160×224."""
+    return "×".join(map(str, as_size(image_size)))
 
 
 MixingAlpha = Annotated[float, Predicate(_is_mixing_alpha)]
@@ -185,8 +200,8 @@ class ModelConfig:
 
     name: str = "vil_tiny"
     """A name from vil.list_models(), `vil` with a list of stages, or timm/<name> for any model of timm."""
-    image_size: Side = 224
-    """Height and width of the images, in pixels."""
+    image_size: ImageSize = 224
+    """Height and width of the images in pixels, e.g. [160, 224], or one number for square images."""
     num_classes: TokenCount | None = None
     """Classes of the head; null is the number of classes of the data."""
     in_chans: Width = 3
@@ -244,10 +259,21 @@ class ModelConfig:
     are for the command line alone."""
     init_from: str | None = None
     """Initial weights: a run's folder, a checkpoint, safetensors, or a published checkpoint. If no model is
-    named, its architecture is used. Position embeddings are resized to image_size; with another number of
-    classes the head is cut or reinitialized."""
+    named, its architecture is used. Position embeddings are resized to image_size; rows of the head are found
+    by the names of the classes, the others are new."""
     init_released_config: str | None = None
     """The configuration published with the checkpoint in init_from."""
+    new_head: bool = False
+    """Start with a new head, whatever the classes of the initial weights (init_from, or weights of timm)."""
+
+    def __post_init__(self) -> None:
+        height, width = as_size(self.image_size)
+        self.image_size = height if height == width else (height, width)
+
+    @property
+    def size(self) -> Size:
+        """Height and width of the images, in pixels."""
+        return as_size(self.image_size)
 
 
 @dataclass
@@ -259,7 +285,8 @@ class AugmentConfig:
     )
     """random_resized: Inception crop; pad_random: shift by up to `pad`; resize_random: short side, reflected
     padding, then crop (DeiT III); eval_resize_random: short side as in evaluation (image_size /
-    data.crop_pct), then crop, without padding; none: short side, center crop."""
+    data.crop_pct), then crop, without padding; none: short side, center crop. If image_size is not square,
+    the image is resized to cover it."""
     scale: Annotated[tuple[PositiveFraction, PositiveFraction], Predicate(_is_rising)] = (0.08, 1.0)
     """random_resized: smallest and largest area, as a fraction of the image."""
     ratio: Annotated[tuple[AspectRatio, AspectRatio], Predicate(_is_rising)] = (3 / 4, 4 / 3)
@@ -312,6 +339,9 @@ class ScheduleConfig:
     """Images per optimizer step, over all ranks and accumulation steps."""
     accumulation: Count = 1
     """Gradient accumulation: micro-batches per step and rank."""
+    trainable: Literal["all", "head", "attention"] = "all"
+    """Parameters to train: all, the classifier, or the attention modules and the classifier. The others are
+    frozen, in evaluation mode."""
     optimizer: str = "adamw"
     """A name known to timm.optim: adamw, sgd, lamb, lion, ..."""
     lr: Positive = 1e-3
@@ -354,17 +384,25 @@ class ScheduleConfig:
     """scheduler step: factor of a drop."""
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     """Cross-entropy over classes, or binary cross-entropy per class (DeiT III)."""
+    class_weights: Literal["none", "balanced"] | list[Positive] = "none"
+    """Weights of the classes in the loss: none; balanced: inversely proportional to their number of training
+    images; or a list with one number per class, in the order of the classes. Evaluation does not use them."""
     label_smoothing: Rate = 0.1
     """Probability mass spread over all classes."""
     ema_decay: Rate | None = None
     """Decay per step of the exponential moving average of the weights; null is off."""
     ema_warmup: bool = False
     """Start the average with a small decay that grows to ema_decay."""
+    patience: Count | None = None
+    """Early stopping: end the run after this many evaluations without a better one; null is off."""
+    best_metric: Literal["top1", "top5", "loss", "balanced_accuracy", "f1"] = "top1"
+    """Metric on the validation set that chooses the best evaluation; f1 is the macro average."""
     random_shift_until: Fraction = 0.75
     """Random shift ends after this fraction of the epochs: all eight neighbors are used from there on."""
-    progressive_resizing: Annotated[list[tuple[Rate, Side]], Predicate(_is_resizing_plan)] | None = None
-    """Progressive resizing: side of the training images in pixels from a fraction of the epochs on, e.g.
-    [[0, 160], [0.6, 224]]; null is image_size throughout. Evaluation always uses image_size."""
+    progressive_resizing: Annotated[list[tuple[Rate, ImageSize]], Predicate(_is_resizing_plan)] | None = None
+    """Progressive resizing: size of the training images in pixels from a fraction of the epochs on, e.g.
+    [[0, 160], [0.6, 224]] or [[0, [80, 112]], [0.6, [160, 224]]]; null is image_size throughout. Evaluation
+    always uses image_size."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Augmentation of the training images."""
 
@@ -408,11 +446,14 @@ class DataConfig:
     """Train on at most this many images of each class; null is all."""
     list_file: str | None = None
     """Train on the images named in this text file, one a line: paths below the split, or plain file names."""
+    balanced_sampling: bool = False
+    """Draw the training images such that all classes are equally frequent; an epoch keeps its length."""
     ffcv_order: Literal["random", "quasi_random"] = "random"
     """source ffcv: order of an epoch. quasi_random reads adjacent pages of the file together, for files
     larger than the memory."""
     crop_pct: Annotated[float, Ge(0.01), Le(1)] = 0.875
-    """Evaluation: image_size / crop_pct is the short side before the center crop."""
+    """Evaluation: image_size / crop_pct is the short side before the center crop, or, if image_size is not
+    square, the size that the image is resized to cover."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     """Evaluation: interpolation of that resize."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -473,8 +514,11 @@ class TrainConfig:
     attention_every: Count | None = 10
     """Epochs between two images of attention maps in TensorBoard, with one at the end; null is off. Not
     available for timm models."""
-    tensorboard: bool = True
-    """Write TensorBoard events."""
+    loggers: list[Literal["tensorboard", "csv", "wandb", "mlflow"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Logs in addition to metrics.jsonl: TensorBoard, metrics.csv, Weights & Biases and MLflow, the last two
+    if their packages are installed; [] is none."""
     progress: bool = True
     """Show progress bars on rank 0."""
 
@@ -529,5 +573,11 @@ RENAMED_OPTIONS = {
     "data.max_bad": "data.max_unreadable_fraction",
     "sets": "datasets",
     "which": "run_checkpoint",
+    "tensorboard": "loggers",
 }
-"""Names of options before version 0.2.0 -> current names; files with the old names are still read."""
+"""Names of options of earlier versions -> current names; files with the old names are still read."""
+
+RENAMED_VALUES: dict[str, dict[bool, list[str]]] = {
+    "tensorboard": {True: ["tensorboard"], False: []},
+}
+"""Earlier name -> its values -> the current values."""

@@ -24,7 +24,7 @@ from annotated_types import Ge, Gt, Le, Lt, Predicate
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from vil.config import RENAMED_OPTIONS, Tree, UserError
+from vil.config import RENAMED_OPTIONS, RENAMED_VALUES, Tree, UserError
 
 _logger = logging.getLogger(__name__)
 
@@ -67,6 +67,10 @@ TIMM_START_OPTIONS = frozenset(_TIMM_STARTS.split())
 command line; neither its continuation nor an evaluation needs them, so they are not stored."""
 
 
+INITIALIZATION = ("init_from", "init_released_config", "new_head")
+"""Options of a model section that only initialize a new model."""
+
+
 def timm_start_options(options: object) -> set[str]:
     """Return the members of `TIMM_START_OPTIONS` that a mapping of timm's options sets."""
     return {key for key in TIMM_START_OPTIONS if isinstance(options, Mapping) and options.get(key)}
@@ -74,7 +78,7 @@ def timm_start_options(options: object) -> set[str]:
 
 def without_start_options(model: Mapping[str, object]) -> Tree:
     """Return a model section, as a tree, without the options that only initialize a new model."""
-    kept = {key: value for key, value in model.items() if key not in ("init_from", "init_released_config")}
+    kept = {key: value for key, value in model.items() if key not in INITIALIZATION}
     return without_timm_start_options(kept)
 
 
@@ -222,7 +226,9 @@ def rename_options(tree: Mapping[str, object], origin: str = "", prefix: str = "
         new_key = RENAMED_OPTIONS.get(key)
         if new_key is not None and new_key.rpartition(".")[2] not in tree:
             if origin:
-                _logger.info("%s: %s is called %s since version 0.2.0", origin, key, new_key)
+                _logger.info("%s: %s is now called %s", origin, key, new_key)
+            if isinstance(value, bool):
+                value = RENAMED_VALUES.get(key, {}).get(value, value)
             name = new_key.rpartition(".")[2]
         renamed[name] = rename_options(value, origin, f"{key}.") if isinstance(value, Mapping) else value
     return renamed

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -80,3 +81,77 @@ def test_arguments_override_the_options_of_the_checkpoint(tmp_path: Path, drop_p
     block = model.stages[3].blocks[0]
     assert getattr(block.drop_path1, "drop_prob", 0.0) == drop_path
     assert all(torch.equal(value, state_dict[name]) for name, value in model.state_dict().items())
+
+
+def test_predictions_are_the_most_probable_classes(tmp_path: Path) -> None:
+    write_model(tmp_path / "x.safetensors", transform=TRANSFORM)
+    loaded = vil.load(tmp_path / "x.safetensors")
+    images = [random_image("RGB", (40, 60)), random_image("L", (50, 33)), random_image("RGBA", (64, 64))]
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
+    with torch.no_grad():
+        rows = loaded.model(torch.stack([loaded.transform(image) for image in images])).softmax(dim=1)
+    predictions = loaded.predict([images[0], str(tmp_path / "1.png"), tmp_path / "2.png"], batch_size=2)
+    for row, prediction in zip(rows, predictions, strict=True):
+        expected = sorted(zip("abc", row.tolist()), key=lambda pair: -pair[1])
+        assert [name for name, _ in prediction] == [name for name, _ in expected]
+        assert [value for _, value in prediction] == pytest.approx([value for _, value in expected], abs=1e-6)
+    assert [len(p) for p in loaded.predict(images, top=2)] == [2, 2, 2]
+    assert loaded.predict(images[0], top=1)[0] == loaded.predict([tmp_path / "0.png"], top=1)[0]
+    assert loaded.predict([]) == []
+
+
+def test_predictions_name_what_they_cannot_use(tmp_path: Path) -> None:
+    write_model(tmp_path / "x.safetensors")
+    loaded = vil.load(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"^top: expected a number from 1, got 0$"):
+        loaded.predict([], top=0)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/no\.png: cannot be read: No such file or directory$"):
+        loaded.predict(tmp_path / "no.png")
+    (tmp_path / "1.png").write_bytes(b"text")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/1\.png: cannot be read: cannot identify image file "):
+        loaded.predict(tmp_path / "1.png")
+
+
+def test_gray_images_of_16_bits_keep_their_upper_bits(tmp_path: Path) -> None:
+    write_model(tmp_path / "x.safetensors")
+    transform = vil.load(tmp_path / "x.safetensors").transform
+    deep = Image.fromarray(np.full((32, 32), 0x80FF, dtype=np.uint16))
+    assert torch.equal(transform(deep), transform(Image.new("L", (32, 32), 0x80)))
+
+
+@pytest.mark.parametrize("in_chans", [3, 1])
+def test_timm_resolves_the_transform_and_the_names_of_the_classes(tmp_path: Path, in_chans: int) -> None:
+    write_model(tmp_path / "x.safetensors", in_chans, TRANSFORM)
+    mean, std = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) if in_chans == 3 else ((0.2,), (0.5,))
+    for model in (vil.load(tmp_path / "x.safetensors").model,
+                  vil.create_model(None, checkpoint=tmp_path / "x.safetensors")):  # fmt: skip
+        data = timm.data.resolve_model_data_config(model)
+        assert data["mean"] == pytest.approx(mean)
+        assert data["std"] == pytest.approx(std)
+        assert (data["crop_pct"], data["interpolation"]) == (0.8, "bilinear")
+        assert data["input_size"] == (in_chans, 32, 32)
+        assert model.pretrained_cfg["label_names"] == ("a", "b", "c")
+        assert model.pretrained_cfg["num_classes"] == 3
+    fewer = vil.create_model(None, checkpoint=tmp_path / "x.safetensors", num_classes=2, image_size=(40, 48))
+    assert fewer.pretrained_cfg["label_names"] == ("a", "b")
+    assert timm.data.resolve_model_data_config(fewer)["input_size"] == (in_chans, 40, 48)
+
+
+def test_timm_models_of_a_run_have_its_transform_not_their_own(tmp_path: Path) -> None:
+    config = ModelConfig(name="timm/test_vit", image_size=64, num_classes=2)
+    state_dict = model_from_config(config).state_dict()
+    weights = Weights("x", "run", "raw", state_dict, config, transform=TRANSFORM, class_names=("a", "b"))
+    write_safetensors(tmp_path / "x.safetensors", weights)
+    model = vil.load(tmp_path / "x.safetensors").model
+    data = timm.data.resolve_model_data_config(model, use_test_size=True)
+    assert (data["input_size"], data["crop_pct"], data["mean"]) == ((3, 64, 64), 0.8, (0.1, 0.2, 0.3))
+    assert model.pretrained_cfg["label_names"] == ("a", "b")
+
+
+def test_published_checkpoints_have_the_transform_of_their_configuration() -> None:
+    case = RUN.parents[1] / "parity" / "vil_rpe_chunk"
+    model = vil.load_released(case / "config.yaml", case / "model_best.pth")
+    data = timm.data.resolve_model_data_config(model)
+    assert (data["input_size"], data["interpolation"]) == ((3, *model.img_size), "bicubic")
+    assert (model.pretrained_cfg["num_classes"], model.pretrained_cfg["label_names"]) == (10, None)

@@ -185,6 +185,27 @@ def test_subsets(folders):
 
 
 @needs_ffcv
+def test_balanced_sampling(folders):
+    batches = [
+        list(
+            load(
+                configured(folders, name, balanced_sampling=True), AugmentConfig(), batch_size=12
+            ).train.epoch(1)
+        )
+        for name in ("png", "raw")
+    ]
+    assert equal(*batches)
+
+
+def test_balanced_sampling_has_no_quasi_random_order(folders):
+    data = configured(folders, "raw", balanced_sampling=True, ffcv_order="quasi_random")
+    with pytest.raises(UserError) as refused:
+        load(data, AugmentConfig(), batch_size=4)
+    reason = "cannot be combined with data.ffcv_order quasi_random"
+    assert str(refused.value) == f"data.balanced_sampling: {reason}"
+
+
+@needs_ffcv
 def test_repeated_augmentation(folders):
     augment = AugmentConfig(repeated_augmentation=3)
     batches = [

@@ -367,3 +367,29 @@ def test_workers_end_with_the_trainer_even_if_a_file_blocks(init, tmp_path):
     for pid in left:
         os.kill(int(pid), signal.SIGKILL)
     assert left == []
+
+
+def test_balanced_sampling_draws_all_classes_equally_often(tmp_path):
+    for name, count in (("cat", 12), ("bear", 3), ("ant", 1)):
+        for number in range(count):
+            write_image(tmp_path / "train" / name / f"{number:02}.png", number, (8, 8))
+        write_image(tmp_path / "val" / name / "0.png", 0, (8, 8))
+    data = DataConfig(source="folder", root=str(tmp_path), workers=0)
+    options = {"batch_size": 6, "image_size": 8, "accumulation": 2}
+    plain = load(data, AugmentConfig(**NO_AUGMENT), **options)
+    assert plain.class_counts == [1, 3, 12]  # ant, bear, cat
+    loaders = load(dataclasses.replace(data, balanced_sampling=True), AugmentConfig(**NO_AUGMENT), **options)
+    assert loaders.class_counts == plain.class_counts
+    assert loaders.train.steps_per_epoch == plain.train.steps_per_epoch == 2
+    batches = list(loaders.train.epoch(0))
+    assert torch.cat([targets for _, targets in batches]).bincount().tolist() == [4, 4, 4]
+    assert equal(batches[2:], loaders.train.epoch(0, start=1))
+    with pytest.raises(UserError) as refused:
+        load(
+            dataclasses.replace(data, balanced_sampling=True),
+            AugmentConfig(**NO_AUGMENT),
+            class_weights="balanced",
+            **options,
+        )
+    reason = "schedule.class_weights balanced would correct the imbalance twice; use one of them"
+    assert str(refused.value) == f"data.balanced_sampling: {reason}"

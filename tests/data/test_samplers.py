@@ -2,11 +2,12 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.samplers import MicroBatches, replacement_indices, shuffled_indices
+from data.samplers import BalancedBatches, MicroBatches, replacement_indices, shuffled_indices
 from vil.config import UserError
 
 
@@ -116,3 +117,49 @@ def test_replacements_are_the_rest_of_the_epoch_then_its_beginning():
     for position in (0, 7, 19):
         rest = list(replacement_indices(5, 2, 20, order[position]))
         assert rest == order[position + 1 :] + order[:position]
+
+
+UNBALANCED = np.repeat([0, 1, 3], [40, 7, 3])
+"""Targets of 50 images; class 2 has none."""
+
+
+def drawn(epoch: int, start: int = 0, seed: int = 7, **options: int) -> list[tuple[int, int, int]]:
+    sampler = BalancedBatches(UNBALANCED, 12, options.pop("accumulation", 1), seed, *options.values())
+    sampler.set_epoch(epoch, start)
+    return [key for keys in sampler for key in keys]
+
+
+def test_balanced_classes_are_equally_frequent():
+    for epoch in range(4):
+        indices = [index for _, index, _ in drawn(epoch)]
+        assert len(indices) == 48  # as without balanced sampling
+        assert Counter(UNBALANCED[indices].tolist()) == {0: 16, 1: 16, 3: 16}
+    assert drawn(0) == drawn(0)
+    assert len({tuple(drawn(epoch, seed=seed)) for epoch in (0, 1) for seed in (7, 8)}) == 4
+    assert drawn(2, start=1) == drawn(2)[12:]
+
+
+def test_no_image_is_repeated_before_its_class_is_exhausted():
+    counts: Counter[int] = Counter()
+    for epoch in range(12):
+        counts.update(index for _, index, _ in drawn(epoch))
+        for label in (0, 1, 3):
+            of_class = [counts[index] for index in np.flatnonzero(label == UNBALANCED).tolist()]
+            assert max(of_class) - min(of_class) <= 1
+
+
+def test_ranks_divide_balanced_batches():
+    parts = [BalancedBatches(UNBALANCED, 12, 2, 7, 1, rank, 2) for rank in (0, 1)]
+    divided = sorted(key for part in parts for keys in part for key in keys)
+    assert divided == sorted(drawn(0))
+    assert [len(keys) for keys in parts[0]] == [3] * 8
+
+
+def test_views_of_balanced_images_share_a_batch():
+    sampler = BalancedBatches(UNBALANCED, 12, 1, 7, 3)
+    keys = [key for keys in sampler for key in keys]
+    assert len(keys) == 48
+    assert Counter(view for _, _, view in keys) == {0: 16, 1: 16, 2: 16}
+    classes = Counter(UNBALANCED[index] for _, index, view in keys if view == 0)
+    assert max(classes.values()) - min(classes.values()) <= 1
+    assert sampler.images(0, 0) == [index for _, index, _ in keys[:12]]

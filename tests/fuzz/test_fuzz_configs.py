@@ -100,7 +100,7 @@ def to_training(argv):
 def to_evaluation(argv):
     """Open the model and the data sets of a command line of eval.py."""
     line = command_line.ParsedArguments(EvalConfig, argv, prog="eval.py")
-    eval_program.open_job(None, line, line.resolve(), PROCESS)
+    eval_program.open_evaluation(None, line, line.resolve(), PROCESS)
 
 
 def use(kind, content):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from data import Loaders, Validation, build_loaders, build_validation
-from vil.config import AugmentConfig, DataConfig, EvalConfig, ModelConfig, ScheduleConfig, TrainConfig
+from vil.config import AugmentConfig, DataConfig, EvalConfig, ModelConfig, ScheduleConfig, Size, TrainConfig
 from vil.runtime.distributed import Process
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ def load(
     augment: AugmentConfig | None = None,
     *,
     batch_size: int,
-    image_size: int = 32,
+    image_size: int | Size = 32,
     in_chans: int = 3,
     seed: int = 0,
     channels_last: bool = False,
@@ -43,7 +43,7 @@ def load_validation(
     data: DataConfig,
     *,
     batch_size: int,
-    image_size: int = 32,
+    image_size: int | Size = 32,
     in_chans: int = 3,
     rank: int = 0,
     world_size: int = 1,

@@ -23,6 +23,14 @@ from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.signals import InterruptedEvaluation, InterruptedRun
 from vil.training import trainer
 
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "parts": {"accumulation": 4},
+    "clip": {"clip_grad": 0.1},
+    "weighted": {"class_weights": [1.0, 20.0, 0.1, 5.0]},
+    "weighted_parts": {"class_weights": [1.0, 20.0, 0.1, 5.0], "accumulation": 4},
+}
+
 
 def train(folder: Path, process: Process, model: nn.Module, **options: Any) -> nn.Module:
     config = make_config(folder, **options)
@@ -119,18 +127,17 @@ class Half(TinyModel):
         self.idle = nn.Linear(2, 2)
 
 
-def count_reductions(process: Process, folder: Path) -> int:
-    """Count the all-reduces of gradients in one step of four parts; the tiny model fits one bucket."""
-    calls = 0
+def reduced_numbers(process: Process, folder: Path, **options: Any) -> list[int]:
+    """Return the numbers in each all-reduce of gradients in one step of four parts: one bucket holds all."""
+    numbers = []
     original = DistributedDataParallel.__init__
 
     @functools.wraps(original)
-    def counting(self: DistributedDataParallel, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **options)
+    def counting(self: DistributedDataParallel, *arguments: Any, **keywords: Any) -> None:
+        original(self, *arguments, **keywords)
 
         def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-            nonlocal calls
-            calls += 1
+            numbers.append(bucket.buffer().numel())
             average = bucket.buffer().div_(process.world_size)
             return dist.all_reduce(average, async_op=True).get_future().then(lambda f: f.value()[0])
 
@@ -138,10 +145,10 @@ def count_reductions(process: Process, folder: Path) -> int:
 
     DistributedDataParallel.__init__ = counting  # type: ignore[method-assign]
     try:
-        train(folder, process, TinyModel(), accumulation=4, max_steps=1)
+        train(folder, process, TinyModel(), accumulation=4, max_steps=1, **options)
     finally:
         DistributedDataParallel.__init__ = original  # type: ignore[method-assign]
-    return calls
+    return numbers
 
 
 def fail_on_main() -> None:
@@ -165,8 +172,9 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with distributed.start("cpu") as process:
         found: dict[str, Any] = {"rank": process.rank, "world_size": process.world_size}
-        for name, options in (("plain", {}), ("parts", {"accumulation": 4}), ("clip", {"clip_grad": 0.1})):
+        for name, options in RUNS.items():
             train(folder / name, process, TinyModel(), **options)
+        train(folder / "head", process, TinyModel(norm=nn.BatchNorm2d), trainable="head")
         train(folder / "idle", process, Half())
         norm = train(folder / "norm", process, TinyModel(norm=nn.BatchNorm2d), ema_decay=0.5).norm
         found["running_mean"] = norm.running_mean.tolist()
@@ -180,7 +188,8 @@ def main(folder: Path) -> None:
         found["evaluation"] = end_evaluation(process)
         if process.world_size > 1:
             found["stop"] = stop(folder / "stop", process)
-        found["reductions"] = count_reductions(process, folder / "reductions")
+        found["reductions"] = reduced_numbers(process, folder / "reductions")
+        found["head_reductions"] = reduced_numbers(process, folder / "head_reductions", trainable="head")
         found["sum"] = distributed.all_reduce_sum(torch.tensor(process.rank + 1)).item()
         found["object"] = distributed.broadcast_object({"from": process.rank})
         found["main"] = call_on_main(lambda: process.rank)

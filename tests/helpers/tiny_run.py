@@ -74,6 +74,7 @@ class TinyLoaders:
     validation: list[tuple[torch.Tensor, torch.Tensor]]
     num_classes: int = CLASSES
     class_names: tuple[str, ...] = ("red", "green", "blue", "none")
+    class_counts: tuple[int, ...] = (STEPS * 8, STEPS * 4, STEPS * 2, STEPS * 2)
     train_images: int = STEPS * 16
 
 
@@ -103,7 +104,7 @@ def make_config(output: Path, **options: Any) -> TrainConfig:
     )
     other = {k: v for k, v in options.items() if k not in ScheduleConfig.__dataclass_fields__}
     model = other.pop("model", ModelConfig(image_size=SIZE, num_classes=CLASSES))
-    defaults = {"device": "cpu", "precision": "float32", "log_every": 1, "tensorboard": False}
+    defaults = {"device": "cpu", "precision": "float32", "log_every": 1, "loggers": []}
     return TrainConfig(model, schedule, output=str(output), **defaults | other)
 
 

@@ -104,6 +104,7 @@ ELSEWHERE = {
     "timm_options": "test_zoo.test_baselines_of_timm",
     "init_from": "read by train.py and eval.py",
     "init_released_config": "read by train.py",
+    "new_head": "test_weights.test_a_new_head",
 }
 """Options that do not configure `MultiScaleViT` -> their tests."""
 

@@ -1,5 +1,6 @@
 """The contract of timm's models, as tested by timm and used by detectors."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 import vil
+from vil.checkpoints.open import open_weights
 from vil.checkpoints.published_config import read_published_config
-from vil.config import UserError
+from vil.checkpoints.safetensors_file import write_safetensors
+from vil.checkpoints.weights import Weights
+from vil.config import ModelConfig, StageConfig, UserError
+from vil.models.zoo import model_from_config
 
 NAME = "vil_tiny"
 
@@ -108,6 +113,184 @@ def test_published_checkpoints_as_pretrained_weights():
     weights = torch.load(PUBLISHED / "model_best.pth", weights_only=True)
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({"net": {k: v for k, v in weights["net"].items() if "head" not in k}})
+
+
+STAGES = [
+    StageConfig(dim=8, heads=2, patch=4, window=3),
+    StageConfig(dim=16, heads=2, patch=2, attention="full"),
+    StageConfig(dim=24, heads=2, patch=2, attention="full", global_tokens=0),
+]
+CONFIG = ModelConfig(name="vil", image_size=32, num_classes=3, stages=STAGES)
+RUN = Path(__file__).parents[1] / "fixtures" / "version_0_1_0" / "run"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Write safetensors of a model with three stages."""
+    torch.manual_seed(0)
+    state_dict = model_from_config(CONFIG).state_dict()
+    weights = Weights("x", "run", "raw", state_dict, CONFIG, {}, {"crop_pct": 0.9}, ("a", "b", "c"))
+    write_safetensors(tmp_path / "x.safetensors", weights)
+    return tmp_path / "x.safetensors"
+
+
+@pytest.mark.parametrize("out_indices", [None, (0, 1), [-1]])
+def test_features_of_a_checkpoint(checkpoint, out_indices):
+    """The maps are those of the whole model, by timm.create_model and by vil.create_model."""
+    whole, x = vil.load(checkpoint).model, images(2, 32, 40)
+    expected = whole.forward_intermediates(x, None if out_indices is None else list(out_indices),
+                                           intermediates_only=True)  # fmt: skip
+    chosen = {} if out_indices is None else {"out_indices": out_indices}
+    by_timm = timm.create_model("vil", stages=STAGES, img_size=32, num_classes=9, features_only=True,
+                                checkpoint_path=checkpoint, **chosen).eval()  # fmt: skip
+    by_name = vil.create_model(None, checkpoint=checkpoint, features_only=True, **chosen).eval()
+    for model in (by_timm, by_name):
+        maps = model(x)
+        assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+        assert model.feature_info.channels() == [m.shape[1] for m in maps]
+        assert timm.data.resolve_model_data_config(model)["crop_pct"] == 0.9
+        assert "num_classes" not in model.pretrained_cfg
+
+
+def test_checkpoint_path_of_a_run():
+    """A folder or a file, with the weights that `vil.load` chooses, at another image size too."""
+    loaded = vil.load(RUN).model
+    stages, x = loaded.config.stages, images(2, 32, 32)
+    for path in (RUN, str(RUN / "checkpoints" / "best.pt")):
+        model = timm.create_model("vil", stages=stages, img_size=32, num_classes=10, checkpoint_path=path)
+        assert torch.equal(model.eval()(x), loaded(x))
+        assert model.pretrained_cfg["label_names"] == tuple("0123456789")
+    larger = timm.create_model("vil", stages=stages, img_size=48, num_classes=10, checkpoint_path=RUN).eval()
+    loaded.set_input_size(48)
+    torch.testing.assert_close(larger(images(1, 48, 48)), loaded(images(1, 48, 48)))
+    assert timm.data.resolve_model_data_config(larger)["input_size"] == (3, 48, 48)
+
+
+def test_published_weights_of_features_only():
+    model, expected = published_model(
+        features_only=True, checkpoint_path=str(PUBLISHED / "model_best.pth"), out_indices=(0,)
+    )
+    whole, _ = published_model(checkpoint_path=str(PUBLISHED / "model_best.pth"))
+    maps = whole.forward_intermediates(expected["input"], [0], intermediates_only=True)
+    assert torch.equal(model(expected["input"])[0], maps[0])
+
+
+def test_averaged_weights_of_a_checkpoint_of_timm_are_preferred_as_in_timm(tmp_path):
+    raw, averaged = (timm.create_model("vil", stages=STAGES, img_size=32, num_classes=3) for _ in range(2))
+    state = {"state_dict": raw.state_dict(), "state_dict_ema": averaged.state_dict()}
+    torch.save(state, tmp_path / "x.pth")
+    model = timm.create_model("vil", stages=STAGES, img_size=32, num_classes=3,
+                              checkpoint_path=str(tmp_path / "x.pth"))  # fmt: skip
+    assert torch.equal(model.head.weight, averaged.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"mask": "cyclic"}, "mask chunk, not cyclic"),
+        ({"neighbors": "self"}, "neighbors all, not self"),
+        ({"window": 2}, "stages[0].window 3, not 2"),
+        ({"global_pool": "token", "global_tokens": 1}, "pool avg, not cls"),
+    ],
+)
+def test_weights_of_a_model_that_computes_something_else_are_refused(checkpoint, options, reason):
+    """Their shapes fit, or would be resized to fit."""
+    hint = "give timm.create_model its options, or use vil.create_model(None, checkpoint=...)"
+    with pytest.raises(UserError) as caught:
+        timm.create_model("vil", stages=STAGES, img_size=32, num_classes=3, checkpoint_path=checkpoint,
+                          **options)  # fmt: skip
+    assert str(caught.value) == f"{checkpoint}: holds a model vil with {reason}; {hint}"
+
+
+def test_models_of_timm_read_checkpoints_as_before(tmp_path):
+    model = timm.create_model("test_vit", num_classes=3)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pth")
+    loaded = timm.create_model("test_vit", num_classes=3, checkpoint_path=str(tmp_path / "x.pth"))
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_vit"])
+def test_features_of_a_run_of_a_timm_model(tmp_path, name):
+    size = 64 if name == "resnet10t" else 160
+    config = ModelConfig(name=f"timm/{name}", image_size=size, num_classes=3)
+    torch.manual_seed(0)
+    whole = model_from_config(config).eval()
+    write_safetensors(tmp_path / "x.safetensors", Weights("x", "run", "raw", whole.state_dict(), config))
+    model = vil.create_model(None, checkpoint=tmp_path / "x.safetensors", features_only=True).eval()
+    x = images(1, size, size)
+    with torch.no_grad():
+        expected = whole.forward_intermediates(x, 3, intermediates_only=True)
+        assert torch.equal(model(x)[-1], expected[-1])
+
+
+def test_options_of_features():
+    model = vil.create_model("vil", stages=STAGES, image_size=32, features_only=True, out_indices=2)
+    assert model.feature_info.channels() == [16, 24]
+    with pytest.raises(UserError, match=r"^out_indices: requires features_only=True$"):
+        vil.create_model("vil", stages=STAGES, image_size=32, out_indices=2)
+    with pytest.raises(UserError, match=r"^out_indices: feature index 3 is out of range \(0 to 2\)$"):
+        vil.create_model("vil", stages=STAGES, image_size=32, features_only=True, out_indices=[3])
+    with pytest.raises(UserError, match=r"^new_head: requires a checkpoint$"):
+        vil.create_model("vil", stages=STAGES, image_size=32, new_head=True)
+
+
+def test_a_new_head_for_a_checkpoint(checkpoint):
+    whole = vil.load(checkpoint).model
+    model = vil.create_model(None, checkpoint=checkpoint, num_classes=7, new_head=True)
+    assert torch.equal(model.norm.weight, whole.norm.weight)
+    assert model.head.out_features == 7
+    assert model.pretrained_cfg["label_names"] is None
+    same = vil.create_model(None, checkpoint=checkpoint, new_head=True)
+    assert not torch.equal(same.head.weight, whole.head.weight)
+
+
+def test_a_flat_model_has_a_feature_level_per_block():
+    """As timm's ViTs do: the last three by default."""
+    model = timm.create_model("evit_tiny_patch16", img_size=64, blocks=(4,)).eval()
+    vit = timm.create_model("vit_tiny_patch16_224", depth=4, features_only=True)
+    assert [info["num_chs"] for info in model.feature_info] == [192] * 4
+    assert [info["reduction"] for info in model.feature_info] == [16] * 4
+    features = timm.create_model("evit_tiny_patch16", img_size=64, blocks=(4,), features_only=True).eval()
+    assert list(features.feature_info.out_indices) == list(vit.feature_info.out_indices) == [1, 2, 3]
+    x, outputs = images(), []
+    model.stages[0](x, None, outputs)
+    tokens, maps = model.forward_intermediates(x)
+    assert torch.equal(tokens, model.forward_features(x))
+    assert len(maps) == len(outputs) == 4
+    for feature_map, output in zip(maps, outputs):
+        assert torch.equal(feature_map, output[:, 1:].transpose(1, 2).unflatten(2, (4, 4)))
+    normed = model.forward_intermediates(x, [1, 3], norm=True, output_fmt="NLC", intermediates_only=True)
+    for level, feature_map in zip((1, 3), normed, strict=True):
+        assert torch.equal(feature_map, model.norm(outputs[level])[:, 1:])
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    assert len(model.stages[0].blocks) == 2
+    (last,) = model.forward_intermediates(x, [1], intermediates_only=True)
+    assert torch.equal(last, maps[1])
+
+
+def test_another_window(checkpoint):
+    """Tables are resized as for weights that are loaded into a model with this window."""
+    model = vil.load(checkpoint).model
+    model.set_input_size(window_size=2)
+    config = dataclasses.replace(CONFIG, window=2)
+    expected = model_from_config(config)
+    open_weights(checkpoint).load_into(expected)
+    x = images(2, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected.eval()(x))
+    assert model.stages[0].blocks[0].attn.bias_table.shape == (2, 7, 7)
+    assert (model.config.window, model.stages[0].config.window, model._model_args["window"]) == (2, 2, 2)
+    model.set_input_size((48, 40), window_size=4)
+    assert (model.img_size, model.stages[0].blocks[0].attn.window) == ((48, 40), 4)
+    again = timm.create_model("vil", num_classes=3, **model._model_args)
+    again.load_state_dict(model.state_dict())
+    with pytest.raises(UserError, match=r"^window: expected an integer from 1 to 1,000,000 or null, got 0$"):
+        model.set_input_size(window_size=0)
+    flat = timm.create_model("evit_tiny_patch16", img_size=32, blocks=(1,))
+    with pytest.raises(
+        UserError, match=r"^window_size: no stage of the model has vision_longformer attention$"
+    ):
+        flat.set_input_size(window_size=4)
 
 
 def test_forward_features_and_head_make_the_forward_pass():

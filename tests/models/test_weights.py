@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import vil
 from vil.checkpoints.loading import load_released
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.safetensors_file import write_safetensors
-from vil.checkpoints.weights import Weights, load_state_dict
+from vil.checkpoints.weights import Weights, load_state_dict, timm_weights
 from vil.config import ModelConfig, StageConfig, UserError
 from vil.models.state_dict import translate_state_dict
 from vil.models.zoo import model_from_config
@@ -30,7 +32,10 @@ CONFIG = ModelConfig(name="vil", image_size=32, num_classes=6, stages=STAGES, ma
 
 def random_weights(config: ModelConfig, seed: int = 1) -> Weights:
     torch.manual_seed(seed)
-    weights = {k: torch.randn(v.shape) for k, v in model_from_config(config).state_dict().items()}
+    weights = {
+        name: torch.randn(value.shape) if value.is_floating_point() else value
+        for name, value in model_from_config(config).state_dict().items()
+    }
     return Weights("x.pt", "run", "raw", weights, config)
 
 
@@ -100,15 +105,125 @@ def test_heads(caplog: pytest.LogCaptureFixture) -> None:
     assert "head.weight: (6, 16) → (4, 16), first rows kept" in caplog.text
     with pytest.raises(UserError, match=r"head\.weight is \(6, 16\), the model's \(9, 16\)"):
         file.build_model(num_classes=9)
-    more = model_from_config(dataclasses.replace(CONFIG, num_classes=9))
-    own = more.head.weight.clone()
-    with caplog.at_level("INFO", logger="vil"):
-        file.load_into(more, new_head=True)
-    assert torch.equal(more.head.weight, own)
-    assert torch.equal(more.norm.weight, file.state_dict["norm.weight"])
-    assert "head.weight: (6, 16) → (9, 16), reinitialized" in caplog.text
     none = file.build_model(num_classes=0)
     assert none(torch.randn(1, 3, 32, 32)).shape == (1, 16)
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def initialized(
+    file: Weights, names: Sequence[str], config: ModelConfig = CONFIG, **options: bool
+) -> tuple[nn.Module, nn.Module, str]:
+    """Return a model that starts from weights, the same model before, and the line on its head."""
+    config = dataclasses.replace(config, num_classes=options.pop("num_classes", len(names)))
+    torch.manual_seed(2)
+    model = model_from_config(config)
+    before = deepcopy(model)
+    return model, before, file.initialize(model, names, config.image_size, **options)
+
+
+def test_rows_of_the_head_are_found_by_the_names_of_the_classes() -> None:
+    names = ("ant", "bee", NFC, "dog", "eel", "fox")
+    file = dataclasses.replace(random_weights(CONFIG), class_names=names)
+    weight, bias = file.state_dict["head.weight"], file.state_dict["head.bias"]
+    model, before, line = initialized(file, ("fox", "gnu", NFD, "bee", "Ant", "hen"))
+    assert line == "head: 3 of 6 classes from the weights, 3 new"
+    for row, old in ((0, 5), (2, 2), (3, 1)):
+        assert torch.equal(model.head.weight[row], weight[old])
+        assert torch.equal(model.head.bias[row], bias[old])
+    new = [1, 4, 5]
+    assert torch.equal(model.head.weight[new], before.head.weight[new])
+    assert torch.equal(model.head.bias[new], before.head.bias[new])
+    assert torch.equal(model.norm.weight, file.state_dict["norm.weight"])
+    model, _, line = initialized(file, names[::-1])
+    assert line == "head: 6 of 6 classes from the weights"
+    assert torch.equal(model.head.weight, weight.flip(0))
+    model, before, line = initialized(file, ("bee", "fox"), num_classes=4)  # further rows have no class
+    assert line == "head: 2 of 2 classes from the weights"
+    assert torch.equal(model.head.weight[:2], weight[[1, 5]])
+    assert torch.equal(model.head.weight[2:], before.head.weight[2:])
+
+
+@pytest.mark.parametrize(
+    ("stored", "line"),
+    [
+        (("a", "b", "c", "d", "e", "f"), "head: new, 6 classes; the weights have none of them"),
+        (None, "head: new, 6 classes; the weights do not name their 6 classes"),
+    ],
+)
+def test_a_head_of_other_classes_is_new_even_if_it_fits(stored: tuple[str, ...] | None, line: str) -> None:
+    file = dataclasses.replace(random_weights(CONFIG), class_names=stored)
+    model, before, found = initialized(file, ("u", "v", "w", "x", "y", "z"))
+    assert found == line
+    assert torch.equal(model.head.weight, before.head.weight)
+    assert torch.equal(model.head.bias, before.head.bias)
+    assert torch.equal(model.norm.weight, file.state_dict["norm.weight"])
+
+
+def test_a_new_head() -> None:
+    names = ("a", "b", "c", "d", "e", "f")
+    file = dataclasses.replace(random_weights(CONFIG), class_names=names)
+    model, before, line = initialized(file, names, new_head=True)
+    assert line == "head: new, 6 classes (model.new_head)"
+    assert torch.equal(model.head.weight, before.head.weight)
+    without = {k: v for k, v in file.state_dict.items() if not k.startswith("head.")}
+    model, before, line = initialized(dataclasses.replace(file, state_dict=without), names)
+    assert line == "head: new, 6 classes; the weights have no head"
+    assert torch.equal(model.head.weight, before.head.weight)
+
+
+def test_a_thousand_rows_are_those_of_imagenet_if_the_classes_are_synsets() -> None:
+    file = random_weights(dataclasses.replace(CONFIG, num_classes=1000))
+    model, _, line = initialized(file, ("n01443537", "n01440764", "a goldfish"))  # rows 1 and 0
+    assert line == "head: 2 of 3 classes from the weights, 1 new"
+    assert torch.equal(model.head.weight[:2], file.state_dict["head.weight"][[1, 0]])
+    _, _, line = initialized(file, [f"class {index}" for index in range(1000)])
+    assert line == "head: new, 1000 classes; the weights have none of them"
+
+
+def test_both_heads_of_a_distilled_model_have_the_rows_of_the_classes() -> None:
+    config = ModelConfig(name="timm/deit_tiny_distilled_patch16_224", image_size=32, num_classes=3,
+                         timm_options={"depth": 1})  # fmt: skip
+    file = dataclasses.replace(random_weights(config), class_names=("a", "b", "c"))
+    model, before, line = initialized(file, ("c", "new"), config)
+    assert line == "head: 1 of 2 classes from the weights, 1 new"
+    for name in ("head", "head_dist"):
+        assert torch.equal(getattr(model, name).weight[0], file.state_dict[f"{name}.weight"][2])
+        assert torch.equal(getattr(model, name).bias[0], file.state_dict[f"{name}.bias"][2])
+        assert torch.equal(getattr(model, name).weight[1], getattr(before, name).weight[1])
+
+
+@pytest.mark.parametrize(("name", "head"), [("resnet10t", "fc"), ("test_convnext", "head.fc")])
+def test_rows_of_the_heads_of_timm_models(name: str, head: str) -> None:
+    config = ModelConfig(name=f"timm/{name}", image_size=32, num_classes=3)
+    file = dataclasses.replace(random_weights(config), class_names=("a", "b", "c"))
+    model, before, line = initialized(file, ("c", "new", "a"), config)
+    assert line == "head: 2 of 3 classes from the weights, 1 new"
+    layer, old = model.get_classifier(), before.get_classifier()
+    assert torch.equal(layer.weight[[0, 2]], file.state_dict[f"{head}.weight"][[2, 0]])
+    assert torch.equal(layer.weight[1], old.weight[1])
+
+
+def test_timm_weights_have_all_their_rows(tmp_path: Path) -> None:
+    source = timm.create_model("resnet10t", num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "x.pth")
+    options = {"checkpoint_path": str(tmp_path / "x.pth")}
+    config = ModelConfig(name="timm/resnet10t", num_classes=7, timm_options=options)
+    file = timm_weights(config)
+    assert torch.equal(file.state_dict["fc.weight"], source.fc.weight)
+    overlay = {
+        "pretrained": True,
+        "pretrained_cfg_overlay": {"file": str(tmp_path / "x.pth"), "num_classes": 7},
+    }
+    file = timm_weights(dataclasses.replace(config, num_classes=2, timm_options=overlay))
+    assert torch.equal(file.state_dict["fc.weight"], source.fc.weight)
+    assert timm_weights(dataclasses.replace(config, timm_options={"drop_rate": 0.1})) is None
+    wrong = dataclasses.replace(
+        config, timm_options={"pretrained": True, "pretrained_cfg_overlay": {"no": 1}}
+    )
+    with pytest.raises(UserError, match=r"^timm_options: timm cannot find the weights: .*'no'"):
+        timm_weights(wrong)
 
 
 def test_baselines_of_timm_at_another_size_and_number_of_classes() -> None:

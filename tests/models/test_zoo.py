@@ -145,7 +145,7 @@ def test_arguments_have_their_effect():
         (
             "vil_tiny",
             {"image_size": 10**9},
-            "image_size: expected an integer from 1 to 8,192, got 1000000000",
+            "image_size: expected an integer from 1 to 8,192 or a list of 2 integers from 1 to 8,192, got 1",
         ),
         ("evit_tiny_patch16", {"attention": "linformer"}, "attention: evit_tiny_patch16 has no sparse stage"),
         ("vil", {}, "stages: name: vil requires a list of stages, and a list of stages requires name: vil"),

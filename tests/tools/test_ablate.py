@@ -733,7 +733,7 @@ def test_interrupted_grid_continues_and_failed_cell_is_reported(folder, monkeypa
     (folder / "empty").mkdir()
     write_grid(
         "base: {model: configs/models/vil_32.yaml, model.blocks: [1, 1, 1], schedule.epochs: 1,\n"
-        "  device: cpu, schedule.max_steps: 2, schedule.batch_size: 8, data.workers: 0, tensorboard: false}\n"
+        "  device: cpu, schedule.max_steps: 2, schedule.batch_size: 8, data.workers: 0, loggers: []}\n"
         "factors:\n  what:\n    avg: null\n    cls: configs/ablations/pool_cls.yaml\n"
         "    none: {data.source: folder, data.root: empty}\n"
         "seeds: [0]\n"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import pytest
 import timm
 import torch
 from helpers import forked
+from PIL import Image
 from torch import nn
 
 import vil  # registers the models with timm
@@ -80,6 +85,13 @@ def test_onnx_export_computes_the_same_logits(checkpoint: Path, tmp_path: Path) 
         (logits,) = session.run(["logits"], {"images": x.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), model(x), atol=1e-4, rtol=0)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert {key: json.loads(value) for key, value in metadata.items()} == {
+        "class_names": list(NAMES), "image_size": list(images(model, 1).shape[2:]), "crop_pct": 0.9,
+        "interpolation": "bilinear", "mean": list(model.pretrained_cfg["mean"]),
+        "std": list(model.pretrained_cfg["std"]),
+    }  # fmt: skip
+    assert str(ROOT).encode() not in (tmp_path / "x.onnx").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.safetensors"]
 
 
@@ -95,11 +107,79 @@ def test_hub_folder_is_loaded_by_timm(checkpoint: Path, tmp_path: Path) -> None:
     assert max(data["std"]) == pytest.approx(0.6 if data["input_size"][0] == 3 else 0.4)
     content = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert content["label_names"] == list(NAMES)
-    assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == ["config.json", "model.safetensors"]
+    names = ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == names
+    assert loaded.pretrained_cfg["label_names"] == list(NAMES)
     timm.models.save_for_hf(loaded, str(tmp_path / "again"), safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(again(images(model, 2)), model(images(model, 2)))
+
+
+RUN = ROOT / "tests" / "fixtures" / "version_0_1_0" / "run"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return a run's folder with a private path as data root, and a summary."""
+    folder = tmp_path / "home" / "run"
+    shutil.copytree(RUN, folder)
+    state = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)
+    state["config"]["data"] |= {"source": "folder", "root": "/home/someone/my_photos/"}
+    torch.save(state, folder / "checkpoints" / "best.pt")
+    (folder / "checkpoints" / "best.pt.sha256").unlink(missing_ok=True)
+    (folder / "summary.json").write_text(json.dumps([{"top1": 43.25, "images": 1234}]))
+    return folder
+
+
+def test_a_model_card_says_what_the_model_is_and_no_path(run: Path, tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        program.main([str(run), str(tmp_path / "my_model"), "--format", "hf"])
+    finally:
+        os.umask(mask)
+    card = (tmp_path / "my_model" / "README.md").read_text()
+    model = vil.load(run).model
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    for line in (
+        "# my\\_model",
+        "| architecture | vil |",
+        "| data | my\\_photos (folder) |",
+        "| recipe | 2 epochs, batch size 64, adamw, learning rate 0.005, weight decay 0.05 |",
+        "| Top-1 | 43.25 % of 1,234 validation images |",
+        f"| parameters | {parameters:.2f} M |",
+        f"| FLOPs | {model.multiply_adds((32, 32)) / 1e9:.3f} G multiply-adds per image |",
+        "| classes | 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |",
+    ):
+        assert f"\n{line}\n" in card
+    for file in (tmp_path / "my_model").iterdir():
+        assert not [path for path in (b"someone", bytes(tmp_path), bytes(ROOT)) if path in file.read_bytes()]
+        assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_code_of_a_model_card_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program.main([str(run), str(tmp_path / "FOLDER"), "--format", "hf"])
+    Image.new("RGB", (40, 60), (200, 10, 10)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    code = (tmp_path / "FOLDER" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    ((expected, _),) = vil.load(run).predict(tmp_path / "photo.jpg", top=1)[0]
+    assert printed.getvalue() == f"{expected}\n"
+
+
+def test_a_damaged_summary_is_named(run: Path, tmp_path: Path) -> None:
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        program.main([str(run), str(tmp_path / "x"), "--format", "hf"])
+    assert str(caught.value) == f"{run / 'summary.json'}: not a result of train.py"
+    (run / "config.yaml").write_text("schedule: {epochs: none}")
+    with pytest.raises(UserError) as caught:
+        program.main([str(run), str(tmp_path / "x"), "--format", "hf"])
+    assert (
+        str(caught.value)
+        == f"{run / 'config.yaml'}: schedule.epochs: expected an integer of at least 1, got 'none'"
+    )
 
 
 def test_timm_saves_and_loads_models_of_this_project(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def trained(tmp_path_factory):
     """Train three steps on the digits."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     argv = ["--schedule.epochs", "1", "--schedule.batch_size", "479", "--schedule.warmup_epochs", "0",
-             "--data.workers", "0", "--log_every", "1", "--tensorboard", "false", "--progress", "false",
+             "--data.workers", "0", "--log_every", "1", "--loggers", "[]", "--progress", "false",
              "--device", "cpu", "--model.blocks", "1", "1", "1"]  # fmt: skip
     train.main(["--output", str(folder), *argv])
     return folder

@@ -58,7 +58,7 @@ def found(folder: Path, rank: int) -> dict:
     return json.loads((folder / f"rank{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("run", ["plain", "parts", "clip"])
+@pytest.mark.parametrize("run", [*several_ranks.RUNS, "head"])
 def test_two_ranks_train_as_one(worlds: dict[int, Path], run: str):
     one, two = (records(worlds[size] / run, "train") for size in (1, 2))
     assert len(one) == len(two) == 15
@@ -149,7 +149,20 @@ def test_a_rank_that_ends_an_evaluation_ends_it_for_all(worlds: dict[int, Path])
 
 def test_gradients_are_reduced_once_per_step(worlds: dict[int, Path]):
     """And once before the first step: see `distributed._rebuild_buckets`."""
-    assert [found(worlds[2], rank)["reductions"] for rank in (0, 1)] == [2, 2]
+    parameters = sum(p.numel() for p in several_ranks.TinyModel().parameters())
+    assert [found(worlds[2], rank)["reductions"] for rank in (0, 1)] == [[parameters] * 2] * 2
+
+
+def test_gradients_of_the_head_alone_are_reduced(worlds: dict[int, Path]):
+    head = 8 * 4 + 4
+    assert [found(worlds[2], rank)["head_reductions"] for rank in (0, 1)] == [[head] * 2] * 2
+
+
+def test_weighted_losses_do_not_depend_on_micro_batches(worlds: dict[int, Path]):
+    """They are normalized by the weights of the global batch."""
+    for size in (1, 2):
+        one, four = (records(worlds[size] / name, "train") for name in ("weighted", "weighted_parts"))
+        assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in four], abs=1e-4)
 
 
 def test_collectives(worlds: dict[int, Path]):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vil.config import ScheduleConfig
-from vil.training.loss import build_loss
+from vil.config import ScheduleConfig, UserError
+from vil.training.loss import build_loss, class_weights, image_weights
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])
 TARGETS = torch.tensor([0, 1])
@@ -30,3 +30,50 @@ def test_binary_cross_entropy_with_smoothing_keeps_targets_soft():
     assert torch.equal(loss(LOGITS, SOFT), F.binary_cross_entropy_with_logits(LOGITS, SOFT))
     smooth = 0.7 * F.one_hot(TARGETS, 3) + 0.1
     assert torch.allclose(loss(LOGITS, TARGETS), F.binary_cross_entropy_with_logits(LOGITS, smooth))
+
+
+WEIGHTS = torch.tensor([0.5, 3.0, 1.0])
+
+
+def normalized(loss, targets: torch.Tensor) -> float:
+    return (loss(LOGITS, targets) / image_weights(targets, WEIGHTS).mean()).item()
+
+
+def test_class_weights_are_those_of_torch():
+    for smoothing in (0.0, 0.1):
+        loss = build_loss(ScheduleConfig(label_smoothing=smoothing), WEIGHTS)
+        expected = F.cross_entropy(LOGITS, TARGETS, WEIGHTS, label_smoothing=smoothing)
+        assert normalized(loss, TARGETS) == pytest.approx(expected.item())
+
+
+def test_soft_targets_are_weighted_by_their_distribution():
+    loss = build_loss(ScheduleConfig(label_smoothing=0.1), WEIGHTS)
+    assert image_weights(SOFT, WEIGHTS).tolist() == pytest.approx([0.7 * 0.5 + 0.3 * 3.0, 3.0])
+    expected = -(SOFT * WEIGHTS * LOGITS.log_softmax(1)).sum() / (SOFT * WEIGHTS).sum()
+    assert normalized(loss, SOFT) == pytest.approx(expected.item())
+    one_hot = F.one_hot(TARGETS, 3).float()
+    hard = build_loss(ScheduleConfig(label_smoothing=0.0), WEIGHTS)
+    assert normalized(loss, one_hot) == pytest.approx(normalized(hard, TARGETS))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_binary_cross_entropy_weights_images(smoothing: float):
+    loss = build_loss(ScheduleConfig(loss="bce", label_smoothing=smoothing), WEIGHTS)
+    plain = build_loss(ScheduleConfig(loss="bce", label_smoothing=smoothing))
+    for targets in (TARGETS, SOFT):
+        weights = image_weights(targets, WEIGHTS)
+        each = torch.stack([plain(LOGITS[i : i + 1], targets[i : i + 1]) for i in range(2)])
+        assert normalized(loss, targets) == pytest.approx(((weights * each).sum() / weights.sum()).item())
+
+
+def test_balanced_weights_are_inverse_to_the_counts():
+    assert class_weights("none", [8, 4, 0], 3) is None
+    # 12 images in two classes; the third has none, the model one logit more.
+    assert class_weights("balanced", [8, 4, 0], 4) == [12 / (2 * 8), 12 / (2 * 4), 1.0, 1.0]
+    assert class_weights([1, 2.5, 3], [8, 4, 0], 4) == [1.0, 2.5, 3.0, 1.0]
+
+
+def test_a_list_of_another_length_is_refused():
+    with pytest.raises(UserError) as refused:
+        class_weights([1.0, 2.0], [8, 4, 0], 3)
+    assert str(refused.value) == "schedule.class_weights: 2 weights, the data has 3 classes"

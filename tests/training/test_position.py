@@ -41,3 +41,15 @@ def test_the_best_evaluation_is_kept():
     position = RunPosition(steps_per_epoch=2, last_step=4, step=2, best={"top1": 50.0})
     assert position.after_epoch().best == {"top1": 50.0}
     assert position.after_epoch({"top1": 60.0}).best == {"top1": 60.0}
+
+
+def test_a_run_stops_after_evaluations_without_improvement():
+    best = {"top1": 50.0, "epoch": 4}
+    options = {"steps_per_epoch": 3, "last_step": 300, "best": best, "eval_every": 2}
+    for patience, epoch in ((1, 6), (3, 10)):
+        for finished, is_stopped in ((epoch, True), (epoch - 1, False)):
+            step = 3 * finished
+            position = RunPosition(step=step, finished_step=step, patience=patience, **options)
+            assert position.is_stopped_early == position.is_finished == is_stopped
+    unlimited = RunPosition(step=290, finished_step=290, **options)
+    assert not unlimited.is_finished

@@ -65,7 +65,7 @@ def test_records_that_fsync_refuses_are_written_again(tmp_path: Path, monkeypatc
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys):
-    log = RunLog(None, make_config(tmp_path, tensorboard=True), 0, True)
+    log = RunLog(None, make_config(tmp_path, loggers=["tensorboard"]), 0, True)
     log.write("train", 1, 1, loss=0.5)
     log.tensorboard.add_batch(torch.zeros(2, 3, 4, 4), (0.5,) * 3, (0.5,) * 3)
     with log.progress_bar(1, 3, 0, 5) as bar:
@@ -86,7 +86,7 @@ def test_a_line_per_epoch(tmp_path: Path, capsys):
 
 def test_tensorboard_holds_no_step_twice(tmp_path: Path):
     def options(**more):
-        return make_config(tmp_path, tensorboard=True, ema_decay=0.9, **more)
+        return make_config(tmp_path, loggers=["tensorboard"], ema_decay=0.9, **more)
 
     run(options(max_steps=STEPS))
     state = load_last(tmp_path)
@@ -105,7 +105,7 @@ def test_tensorboard_holds_no_step_twice(tmp_path: Path):
 
 
 def test_options_and_metrics_are_in_tensorboards_table_of_hyperparameters(tmp_path: Path):
-    run(make_config(tmp_path, tensorboard=True, ema_decay=0.9, betas=(0.8, 0.9)))
+    run(make_config(tmp_path, loggers=["tensorboard"], ema_decay=0.9, betas=(0.8, 0.9)))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (started,) = (
         HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info
@@ -128,7 +128,7 @@ def test_options_and_metrics_are_in_tensorboards_table_of_hyperparameters(tmp_pa
 
 def test_learning_rates_of_groups_are_logged_if_they_differ(tmp_path: Path):
     for name, decay in (("same", None), ("differ", 0.5)):
-        run(make_config(tmp_path / name, tensorboard=True, layer_decay=decay, max_steps=2))
+        run(make_config(tmp_path / name, loggers=["tensorboard"], layer_decay=decay, max_steps=2))
         events = EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
         rates = [tag for tag in events.Tags()["scalars"] if tag.startswith("learning_rate/")]
         assert bool(rates) == (decay is not None)
@@ -140,21 +140,21 @@ def test_learning_rates_of_groups_are_logged_if_they_differ(tmp_path: Path):
 
 def test_attention_maps_are_added_every_few_epochs(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     image = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    run(make_config(tmp_path / "a", tensorboard=True, attention_every=2), draw_attention=lambda: image)
+    run(make_config(tmp_path / "a", loggers=["tensorboard"], attention_every=2), draw_attention=lambda: image)
     events = EventAccumulator(str(tmp_path / "a" / "tensorboard"), {"images": 0}).Reload()
     assert [image.step for image in events.Images("attention")] == [2 * STEPS, 3 * STEPS]
 
     def fail() -> torch.Tensor:
         raise RuntimeError("out of\nmemory")
 
-    run(make_config(tmp_path / "b", tensorboard=True, attention_every=2), draw_attention=fail)
+    run(make_config(tmp_path / "b", loggers=["tensorboard"], attention_every=2), draw_attention=fail)
     messages = [record.getMessage() for record in caplog.records]
     assert messages == ["warning: no image of attention: out of memory"] * 2
 
 
 def test_a_repeated_evaluation_is_shown_once(tmp_path: Path):
     """The run was killed after the evaluation was logged and before it was saved."""
-    config = make_config(tmp_path, tensorboard=True, max_steps=STEPS)
+    config = make_config(tmp_path, loggers=["tensorboard"], max_steps=STEPS)
     run(config)
     state = load_last(tmp_path) | {"finished_step": 0, "best": None}
     run(config, state=state)
@@ -168,7 +168,7 @@ def test_events_that_cannot_be_written_are_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ):
     """TensorBoard opens its file for every write: remove the folder in the middle of a run."""
-    log = RunLog(tmp_path, make_config(tmp_path, tensorboard=True), 0, True)
+    log = RunLog(tmp_path, make_config(tmp_path, loggers=["tensorboard"]), 0, True)
     log.write("train", 1, 1, loss=0.5)
     log.flush()
     (tmp_path / "tensorboard").rename(tmp_path / "gone")

@@ -20,7 +20,7 @@ LOG, FAILURE = "log.txt", "failure.txt"
 """Standard output of train.py, and the reason of the last failure."""
 
 IGNORED_OPTIONS = {
-    *("data.root", "data.workers", "data.download", "log_every", "tensorboard", "attention_every"),
+    *("data.root", "data.workers", "data.download", "log_every", "loggers", "attention_every"),
     *("save_every", "keep_checkpoints", "hang_timeout", "grace_period"),
 }
 """Options that do not change the result of a run."""
@@ -103,7 +103,7 @@ def completed_epochs(run: Run) -> int:
         with open_regular(run.folder / METRICS) as file:
             file.seek(max(0, file.seek(0, 2) - 4096))
             last = parse_json(file.read(4096).splitlines()[-1].decode("utf-8", "replace"))
-        return int(last["epoch"]) - (last["kind"] == "train")
+        return int(last["epoch"]) - (last["kind"] != "validation")
     except (OSError, ValueError, LookupError, TypeError):
         return 0
 

@@ -118,7 +118,7 @@ class TrainRun:
         small = ("--schedule.batch_size", "8", "--data.images_per_class", "8")
         argv = [
             *("--output", str(self.folder), "--device", options.device, "--schedule.max_steps", str(steps)),
-            *("--data.workers", "0", "--log_every", "1", "--tensorboard", "false", "--progress", "false"),
+            *("--data.workers", "0", "--log_every", "1", "--loggers", "[]", "--progress", "false"),
             *(small if options.is_small else ()),
             *arguments,
         ]
@@ -221,7 +221,7 @@ def cifar10(options: Options, report: Report) -> None:
         *("--schedule", f"{configs}/schedules/cifar10.yaml", "--data", f"{configs}/data/cifar10.yaml"),
         *("--data.source", source, "--data.root", str(root), "--data.workers", str(workers)),
         *("--schedule.epochs", str(epochs), "--schedule.warmup_epochs", "1"),
-        *("--tensorboard", "false", "--progress", "false"),
+        *("--loggers", "[]", "--progress", "false"),
     ]
     process = subprocess.Popen(command, cwd=ROOT)  # noqa: S603
     try:

@@ -8,14 +8,17 @@
 A published checkpoint needs --released-config config.yaml. The batch size of an export is dynamic, the image
 size that of the model. Exports to `onnx` and `torch` are compared with the model before they are written.
 
+`onnx` has class_names, mean, std, image_size, crop_pct and interpolation as metadata, in JSON.
 `safetensors` holds the weights under this project's names, and the model's configuration, the class names and
 the evaluation transform as metadata; `eval.py --checkpoint`, `train.py --model.init_from` and
 `vil.create_model(None, checkpoint=…)` read it. For `hf`, `import vil` has to precede
-`timm.create_model("local-dir:folder", pretrained=True)`; the folder can be uploaded to the Hugging Face hub.
+`timm.create_model("local-dir:folder", pretrained=True)`; the folder has a model card and can be uploaded to
+the Hugging Face hub.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -23,11 +26,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from tools.programs.model_card import model_card
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
@@ -38,7 +43,7 @@ from vil.runtime.files import move_output, refuse_input_as_output
 TOLERANCE = 1e-4
 """Largest difference between a logit of the model and of its export."""
 TESTED_BATCH_SIZES = (1, 8)
-HUB_FILES = ("config.json", "model.safetensors")
+HUB_FILES = ("config.json", "model.safetensors", "README.md")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,13 +64,21 @@ def main(argv: Sequence[str]) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-            temporary = Path(folder) / output.name
+            temporary = Path(folder) / "export" / output.name
+            temporary.parent.mkdir()
+            with (Path(folder) / "mode").open("x") as file:  # libraries write files that others cannot read
+                file_mode = os.fstat(file.fileno()).st_mode & 0o777
             FORMATS[arguments.format](model, weights, temporary)
+            if arguments.format == "hf":
+                card = model_card(model, weights, arguments.checkpoint, output.resolve().name)
+                (temporary / "README.md").write_text(card, encoding="utf-8")
             if temporary.is_dir():
                 output.mkdir(exist_ok=True)
                 for file in temporary.iterdir():
+                    file.chmod(file_mode)
                     os.replace(file, output / file.name)  # replaces a link instead of following it
             else:
+                temporary.chmod(file_mode)
                 move_output(temporary, output)
     except OSError as error:
         raise UserError(str(output), f"cannot be written: {error_reason(error)}") from None
@@ -102,8 +115,24 @@ def export_onnx(model: nn.Module, weights: Weights, path: Path) -> None:
             output_names=["logits"],
             verbose=False,
         )
+    _write_onnx_metadata(model, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     compare(model, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), weights)
+
+
+def _write_onnx_metadata(model: nn.Module, path: Path) -> None:
+    """Add what is needed to use the model, and remove the stack traces, which name files of this machine."""
+    import onnx
+
+    exported = onnx.load(path)
+    for nodes in (exported.graph.node, *(function.node for function in exported.functions)):
+        for node in nodes:
+            del node.metadata_props[:]
+    cfg: Any = model.pretrained_cfg
+    metadata = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+    metadata |= {"class_names": cfg["label_names"], "image_size": cfg["input_size"][1:]}
+    onnx.helper.set_model_props(exported, {key: json.dumps(value) for key, value in metadata.items()})
+    onnx.save(exported, path)
 
 
 def export_safetensors(model: nn.Module, weights: Weights, path: Path) -> None:
@@ -113,12 +142,14 @@ def export_safetensors(model: nn.Module, weights: Weights, path: Path) -> None:
 
 def export_hub(model: nn.Module, weights: Weights, path: Path) -> None:
     """Write a folder in timm's format for the Hugging Face hub: config.json and model.safetensors."""
-    transform = {"input_size": tuple(random_images(weights, 1).shape[1:]), **weights.transform}
-    model.pretrained_cfg = {**model.pretrained_cfg, **transform}  # type: ignore[dict-item, assignment]
+    cfg: Any = model.pretrained_cfg
+    names = cfg["label_names"]
+    without: Any = {**cfg, "label_names": None}  # they are at the root of config.json
+    model.pretrained_cfg = without
     timm.models.save_for_hf(
         model,
         str(path),
-        model_config={"label_names": list(weights.class_names)} if weights.class_names else None,
+        model_config={"label_names": list(names)} if names else None,
         model_args=dict(model._model_args),  # type: ignore[arg-type]
         safe_serialization=True,
     )
@@ -143,9 +174,9 @@ def _export_errors(weights: Weights) -> Iterator[None]:
 
 
 def random_images(weights: Weights, batch_size: int) -> Tensor:
-    """Return noise in the input shape of the model: (batch_size, in_chans, image_size, image_size)."""
+    """Return noise in the input shape of the model: (batch_size, in_chans, height, width)."""
     config, generator = weights.require_model(), torch.Generator().manual_seed(batch_size)
-    size = (batch_size, config.in_chans, config.image_size, config.image_size)
+    size = (batch_size, config.in_chans, *config.size)
     return torch.randn(size, generator=generator)
 
 

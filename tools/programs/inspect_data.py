@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import warnings
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ from data.sources.base import Source, shorten_list
 from data.workers import exit_with_parent, explain_shared_memory
 from tools.png import as_png
 from vil.command_line import ToolParser, bounded_int
-from vil.config import DataConfig, UserError, printable
+from vil.config import DataConfig, Size, UserError, as_size, format_size, printable
 from vil.runtime.files import check_writable, write_output
 
 HASH_BITS = 64
@@ -121,12 +121,12 @@ class Report:
         images: all images, split by split.
         class_names: names of the classes, by index.
         duplicates: pairs of similar images.
-        image_size: side of the model's images, in pixels.
+        image_size: (height, width) of the model's images in pixels, or one number for both.
     """
 
     images: list[ImageRecord]
     class_names: tuple[str, ...]
-    image_size: int
+    image_size: int | Size
     duplicates: list[DuplicatePair] = field(default_factory=list)
 
     @property
@@ -146,8 +146,9 @@ class Report:
         return list(dict.fromkeys(image.split for image in self.images))
 
     def smaller_images(self) -> list[ImageRecord]:
-        """Return the images whose short side is below the model's image size, the smallest first."""
-        small = [image for image in self.readable if min(image.width, image.height) < self.image_size]
+        """Return the images that do not cover the model's image size, the smallest first."""
+        height, width = as_size(self.image_size)
+        small = [image for image in self.readable if image.height < height or image.width < width]
         return sorted(small, key=lambda image: min(image.width, image.height))
 
 
@@ -187,8 +188,8 @@ def _parser() -> ToolParser:
     )
     splits_help += "images of the root itself"
     add("--splits", nargs="+", metavar="NAME", help=splits_help)
-    size_help = "of the model: smaller images are counted (default: 224)"
-    add("--image-size", type=bounded_int(1), default=224, metavar="PIXELS", help=size_help)
+    size_help = "PIXELS or HEIGHT,WIDTH of the model: smaller images are counted (default: 224)"
+    add("--image-size", type=_image_size, default=224, metavar="PIXELS", help=size_help)
     distance_help = f"largest number of differing bits of {HASH_BITS} (default: 4)"
     near = bounded_int(0, MAX_NEAR_DISTANCE)
     add("--near-distance", type=near, default=4, metavar="BITS", help=distance_help)
@@ -197,6 +198,13 @@ def _parser() -> ToolParser:
     add("--columns", type=bounded_int(1, 30), default=8, metavar="N", help="images per class of the sheet")
     add("--workers", type=bounded_int(0), default=workers, metavar="N", help="processes that read images")
     return parser
+
+
+def _image_size(text: str) -> int | Size:
+    sides = tuple(map(bounded_int(1), text.split(",")))
+    if len(sides) > 2:
+        raise ArgumentTypeError(f"expected PIXELS or HEIGHT,WIDTH, e.g. 160,224, got {text!r}")
+    return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
@@ -378,8 +386,9 @@ def as_text(report: Report) -> str:
     lines.append(f"{'modes':12}{_counted(_mode_name(x.mode) for x in readable)}")
     small = report.smaller_images()
     if small:
+        size = report.image_size if isinstance(report.image_size, int) else format_size(report.image_size)
         example = f"the smallest is {small[0]}, {small[0].width}×{small[0].height}"
-        lines.append(f"{'small':12}{len(small):,} images are smaller than {report.image_size}; {example}")
+        lines.append(f"{'small':12}{len(small):,} images are smaller than {size}; {example}")
     unreadable = [image for image in report.images if image.error is not None]
     if unreadable:
         lines.append(f"{'unreadable':12}{len(unreadable):,}")

@@ -95,7 +95,7 @@ def count_cost(run: Run) -> None:
         if config.num_classes is None:
             return
         with torch.device("meta"):
-            complexity = measure_complexity(model_from_config(config), config.image_size, config.in_chans)
+            complexity = measure_complexity(model_from_config(config), config.size, config.in_chans)
     except Exception:  # an untrusted configuration can fail in any way
         return
     run.counted = {"params": complexity.params, "flops": complexity.flops}

@@ -26,7 +26,7 @@ _logger = logging.getLogger("vil.report")
 
 @dataclass(frozen=True)
 class BestResult:
-    """Highest Top-1 of a run in percent, with the kind of weights and the epoch."""
+    """Top-1 of the best evaluation of a run in percent, with the kind of weights and the epoch."""
 
     top1: float
     weights: str
@@ -77,17 +77,21 @@ class Run:
 
     @property
     def best(self) -> BestResult | None:
-        """First evaluation with the highest Top-1, as train.py chooses the best checkpoint."""
+        """The first best evaluation by `schedule.best_metric`, as train.py chooses the best checkpoint."""
+        name = self.option("schedule", "best_metric", "top1")
+        metric = {"f1": "macro_f1"}.get(name, name) if isinstance(name, str) else "top1"
+        sign = -1 if metric == "loss" else 1
         results = [
-            BestResult(value, weights, record.get("epoch"))
+            (sign * value, BestResult(top1, weights, record.get("epoch")))
             for record in self.records.get("validation", [])
-            for weights, key in (("raw", "top1"), ("ema", "ema_top1"))
-            if (value := finite_number(record.get(key))) is not None
+            for weights, prefix in (("raw", ""), ("ema", "ema_"))
+            if (value := finite_number(record.get(f"{prefix}{metric}"))) is not None
+            and (top1 := finite_number(record.get(f"{prefix}top1"))) is not None
         ]
         top1 = finite_number(self.summary.get("top1"))
         if not results and top1 is not None:
             return BestResult(top1, str(self.summary.get("weights")), None)
-        return max(results, key=lambda result: result.top1, default=None)
+        return max(results, key=lambda result: result[0])[1] if results else None
 
     @property
     def progress(self) -> str:
@@ -107,6 +111,14 @@ class Run:
         """Images per second in training: the median over the log without its first record."""
         values = [value for _, value in self.points("train", "images_per_second")]
         return statistics.median(values[1:] or values) if values else None
+
+    @property
+    def model(self) -> str:
+        """Name of the model and, if it is known, its image size: vil_tiny, 224×224."""
+        name, size = str(self.option("model", "name", "?")), self.option("model", "image_size")
+        sides = size if isinstance(size, list) else [size] * 2
+        is_known = len(sides) == 2 and all(type(side) is int for side in sides)
+        return f"{name}, {sides[0]}×{sides[1]}" if is_known else name
 
     @property
     def data(self) -> str:

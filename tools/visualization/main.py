@@ -54,11 +54,12 @@ def main(argv: Sequence[str]) -> None:
         title = f"{Path(model_path).name or model_path}, {weights.kind} weights"
     if not isinstance(model, MultiScaleViT):
         raise UserError(model_path, f"only models of this project can be visualized, not {config.name}")
-    size = config.image_size
-    queries = arguments.query or [(size // 2, size // 2)]
+    height, width = config.size
+    queries = arguments.query or [(height // 2, width // 2)]
     for row, column in queries:
-        if max(row, column) >= size:
-            raise UserError("--query", f"{row},{column} is outside the model input of {size}×{size} pixels")
+        if row >= height or column >= width:
+            reason = f"{row},{column} is outside the model input of {height}×{width} pixels"
+            raise UserError("--query", reason)
     stages = sorted(set(arguments.stages or range(1, len(model.stages) + 1)))
     if stages[-1] > len(model.stages):
         raise UserError("--stages", f"expected numbers from 1 to {len(model.stages)}, got {stages}")

@@ -72,6 +72,9 @@ class Attention(nn.Module, ABC):
     def multiply_adds(self, size: tuple[int, int]) -> int:
         """Count the multiply-adds for one image with map `size`: projections, scores and weighted sums."""
 
+    def set_window(self, window: int) -> None:
+        """Set the side of a chunk of the local attention, and resize its bias table bilinearly."""
+
     def check_resize(self, size: tuple[int, int]) -> None:
         """Raise UserError if the module cannot be resized to a map of this size."""
 

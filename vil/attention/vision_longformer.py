@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vil.attention.full import resize_offsets
 from vil.attention.global_only import GlobalMemoryAttention
 from vil.attention.local import (
     Mask,
@@ -83,6 +84,14 @@ class VisionLongformerAttention(GlobalMemoryAttention):
         if self.mask == "exact" and neighbors != "all":
             raise ValueError("the exact mask is defined for all neighbors only")
         self.neighbors = neighbors
+
+    @torch.no_grad()
+    def set_window(self, window: int) -> None:
+        """See `Attention.set_window`; replaces the parameter of the bias table."""
+        self.window = window
+        if self.bias_table is not None:
+            side = 2 * window
+            self.bias_table = nn.Parameter(resize_offsets(self.bias_table, (side, side)))
 
     def check_device(self, device: torch.device) -> None:
         """See `Attention.check_device`."""

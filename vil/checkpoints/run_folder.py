@@ -21,7 +21,12 @@ import yaml
 
 from vil.checkpoints import checkpoint_files
 from vil.checkpoints.checkpoint_files import BEST, FOLDER, check_digest, newest_intact, step_files
-from vil.checkpoints.training_state import State, copy_training_state, read_training_state
+from vil.checkpoints.training_state import (
+    State,
+    copy_training_state,
+    evaluations_since_best,
+    read_training_state,
+)
 from vil.config import TrainConfig, UserError, errors_in_option
 from vil.runtime import files
 from vil.runtime.distributed import call_on_main
@@ -43,7 +48,10 @@ _logger = logging.getLogger(__name__)
 LOCK_TIMEOUT_S = 10.0
 """Time to wait for the lock: a process that was killed may still be ending."""
 
-_FIXED_OPTIONS = ("model", "data.source", "schedule.batch_size", "schedule.optimizer", "seed")
+_FIXED_OPTIONS = (
+    *("model", "data.source", "seed"),
+    *("schedule.batch_size", "schedule.optimizer", "schedule.trainable", "schedule.best_metric"),
+)
 """Sections and options that a continued run must not change."""
 
 UNTRACKED_OPTIONS = ("output", "resume", "progress", "data.download")
@@ -296,9 +304,17 @@ def finished_top1(folder: Path, state: State, config: TrainConfig) -> float | No
     """Return the final top-1 in percent if the run that `config` describes is finished, else None."""
     limit = config.schedule.max_steps
     is_trained = state["epoch"] >= config.schedule.epochs or (limit is not None and state["step"] >= limit)
-    if not is_trained:
+    if not is_trained and not _is_stopped_early(state, config):
         return None
     try:
         return float(files.parse_json(files.read_text(folder / SUMMARY, MAX_JSON_BYTES))[0]["top1"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
+
+
+def _is_stopped_early(state: State, config: TrainConfig) -> bool:
+    patience, best = config.schedule.patience, state["best"]
+    if patience is None or best is None or "steps_per_epoch" not in state:
+        return False
+    epoch = state["finished_step"] // state["steps_per_epoch"]
+    return evaluations_since_best(best, epoch, config.eval_every) >= patience

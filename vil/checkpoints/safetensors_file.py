@@ -13,6 +13,7 @@ from vil.checkpoints.training_state import WeightsKind
 from vil.checkpoints.weights import Weights
 from vil.config import UserError, error_reason
 from vil.runtime.files import open_regular, parse_json, write_output
+from vil.validation import without_start_options
 
 MAX_HEADER_BYTES = 1 << 23
 """Length of the header; 0.6 MB with 600 tensors and the names of 21,841 classes."""
@@ -65,10 +66,9 @@ def write_safetensors(path: str | Path, weights: Weights) -> None:
     `path` holds the old content or the new at every moment; its folder is created.
     """
     path = Path(path)
-    model = weights.model and dataclasses.replace(weights.model, init_from=None, init_released_config=None)
     metadata = {
         "format": "pt",
-        "model": json.dumps(model and dataclasses.asdict(model)),
+        "model": json.dumps(weights.model and without_start_options(dataclasses.asdict(weights.model))),
         "data": json.dumps(dict(weights.transform)),
         "class_names": json.dumps(weights.class_names),
         "weights": json.dumps(weights.kind),

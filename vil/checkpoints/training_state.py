@@ -9,7 +9,8 @@ in it can run:
                       function of the step
     finished_step     step of the last finished epoch, evaluation included
     watched           counts of skipped steps and recent losses (`vil.training`)
-    best              {"top1", "weights": "raw" | "ema", "epoch"} of the best evaluation, or None
+    best              {"top1", "weights": "raw" | "ema", "epoch"} of the best evaluation, or None; and
+                      "value" if another metric than top1 chooses it
     config            the resolved TrainConfig as nested mappings
     class_names       list of str
     train_images, steps_per_epoch     training images and optimizer steps per epoch (since version 0.1.1)
@@ -80,7 +81,8 @@ def _is_watched(value: object) -> bool:
 def _is_best(value: object) -> bool:
     return (
         _is_mapping(value)
-        and isinstance(value.get("top1"), int | float)
+        and all(isinstance(value.get(key, 0.0), int | float) for key in ("top1", "value"))
+        and "top1" in value
         and value.get("weights") in ("raw", "ema")
         and _is_count(value.get("epoch"))
     )
@@ -207,6 +209,11 @@ def select_weights(
         reason = "the checkpoint has no ema weights: its run had no schedule.ema_decay; use raw"
         raise UserError("weights", reason)
     return state["ema"], "ema"
+
+
+def evaluations_since_best(best: Mapping[str, Any], epoch: int, eval_every: int) -> int:
+    """Return the number of evaluations after the best one until the end of an epoch, counted from 1."""
+    return int(epoch // eval_every - best["epoch"] // eval_every)
 
 
 def library_versions() -> dict[str, str]:

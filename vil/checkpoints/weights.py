@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import logging
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from timm.data import ImageNetInfo
 from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor, nn
 
 from vil.checkpoints.training_state import WeightsKind
-from vil.config import EvalConfig, ModelConfig, UserError, error_reason, errors_in_file, errors_in_option
+from vil.config import (
+    EvalConfig,
+    ModelConfig,
+    Size,
+    UserError,
+    error_reason,
+    errors_in_file,
+    errors_in_option,
+    format_size,
+)
 from vil.models.limits import ModelTooLargeError, check_model_size
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.state_dict import translate_state_dict
-from vil.models.zoo import model_from_config
+from vil.models.zoo import model_from_config, pretrained_classes
 from vil.validation import STORED, check_plain, validate, without_start_options
 
 TRANSFORM_OPTIONS = ("crop_pct", "interpolation", "mean", "std")
@@ -94,7 +105,7 @@ class Weights:
             raise UserError(self.path, f"{NO_MODEL}: {option}" if option else NO_MODEL)
         return self.model
 
-    def build_model(self, image_size: int | None = None, num_classes: int | None = None) -> nn.Module:
+    def build_model(self, image_size: int | Size | None = None, num_classes: int | None = None) -> nn.Module:
         """Return the model of these weights, also of another size, with the weights loaded, in eval mode.
 
         Raises:
@@ -106,30 +117,55 @@ class Weights:
         if num_classes is not None:
             config = replace(config, num_classes=num_classes)
         model = self.empty_model(config)
-        self.load_into(model, config.image_size)
+        self.load_into(model, config.size)
+        self.describe(model, config.size, config.in_chans)
         return model.eval()
 
-    def empty_model(
-        self,
-        config: ModelConfig,
-        num_classes: int | None = None,
-        image_size: int | tuple[int, int] | None = None,
-    ) -> nn.Module:
+    def describe(self, model: nn.Module, image_size: Size, in_chans: int) -> None:
+        """Set `pretrained_cfg` of a model with these weights, which timm's `resolve_model_data_config` reads.
+
+        It holds the size of the images, the evaluation transform and the names of the classes. Without a
+        stored transform, that of the model's name is kept.
+
+        Args:
+            model: the model, with the weights loaded.
+            image_size: (height, width) of the images in pixels.
+            in_chans: channels of the images; mean and standard deviation of one channel are averages.
+
+        Raises:
+            UserError: an invalid transform.
+        """
+        cfg: dict[str, object] = {**getattr(model, "pretrained_cfg", {})}
+        for key in ("test_input_size", "test_crop_pct"):  # of other weights
+            cfg.pop(key, None)
+        if self.transform:
+            with errors_in_option(self.path):
+                data = validate(EvalConfig, {"data": dict(self.transform)}).data
+            cfg |= {"crop_mode": "center", **{key: getattr(data, key) for key in TRANSFORM_OPTIONS}}
+        for key in ("mean", "std"):
+            values: Any = cfg.get(key)
+            if in_chans == 1 and values:
+                cfg[key] = (sum(values) / len(values),)
+        num_classes = int(getattr(model, "num_classes", 0) or 0)
+        names = None if self.class_names is None else tuple(name_rows(self.class_names, num_classes))
+        cfg |= {"input_size": (in_chans, *image_size), "num_classes": num_classes, "label_names": names}
+        model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]
+
+    def empty_model(self, config: ModelConfig, num_classes: int | None = None) -> nn.Module:
         """Return a model for these weights, with random weights, not much larger than the file.
 
         Args:
             config: the model.
             num_classes: number of classes if neither `config` nor the head of the weights has one.
-            image_size: (height, width) of the images in pixels; None is the square of `config.image_size`.
 
         Raises:
             UserError: options that do not go together, or a model that is much larger than the weights.
         """
         num_classes = self._head_rows(config.name) or num_classes
         with self._size_limit() as max_bytes:
-            return model_from_config(config, num_classes, image_size, max_bytes)
+            return model_from_config(config, num_classes, max_bytes)
 
-    def load_into(self, model: nn.Module, image_size: int | None = None, new_head: bool = False) -> None:
+    def load_into(self, model: nn.Module, image_size: Size | None = None) -> None:
         """Load these weights into a model, strictly up to its image size, number of classes and channels.
 
         Embeddings and bias tables are resized bilinearly, without aligned corners (a timm model resizes its
@@ -138,15 +174,91 @@ class Weights:
 
         Args:
             model: the model, of any class.
-            image_size: side of the images that `model` is built for, in pixels; used for timm models only.
-            new_head: keep the head of `model` if the head of the weights does not fit.
+            image_size: (height, width) of the images that `model` is built for, in pixels; used for timm
+                models only.
 
         Raises:
             UserError: weights are missing, unexpected, or of another shape; the message names them.
         """
+        self._load(model, self._translate(model), image_size)
+
+    def initialize(
+        self,
+        model: nn.Module,
+        class_names: Sequence[str],
+        image_size: Size | None = None,
+        new_head: bool = False,
+    ) -> str:
+        """Load these weights into a model that is trained on other classes, and return a line on its head.
+
+        Rows of the head, and of each head of a distilled model, are found by the names of the classes,
+        compared in Unicode's normal form NFC. A head of 1,000 rows without stored names is ImageNet's, in the
+        order of the challenge. The other rows stay as they are in `model`. Everything else is `load_into`.
+
+        Args:
+            model: the model; its rows are new ones.
+            class_names: classes of the data, in the order of the rows; further rows have no class.
+            image_size: as in `load_into`.
+            new_head: use no row of the weights.
+
+        Raises:
+            UserError: as `load_into`, up to the head.
+        """
+        state_dict = self._translate(model)
+        layers = [name for name in _layers(model, "classifier", "head") if _has_weight(model, name)]
+        if not isinstance(model, MultiScaleViT) and not any(
+            f"{name}.weight" in state_dict for name in layers
+        ):
+            state_dict = _filter_by_timm(model, state_dict)
+        state_dict, line = self._match_head(model, layers, state_dict, class_names, new_head)
+        self._load(model, state_dict, image_size)
+        return line
+
+    def _match_head(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        state_dict: Mapping[str, Tensor],
+        class_names: Sequence[str],
+        new_head: bool,
+    ) -> tuple[dict[str, Tensor], str]:
+        """Return the state dict with rows by class in the head's `layers`, and the line of `initialize`."""
+        expected = model.state_dict()
+        head = {name: value for name, value in expected.items() if name.rpartition(".")[0] in layers}
+        given = {name: value for name, value in state_dict.items() if name.rpartition(".")[0] in layers}
+        result = {name: value for name, value in state_dict.items() if name not in given}
+        result |= {name: value.clone() for name, value in head.items()}
+        is_same_layer = given.keys() == head.keys() and all(
+            value.dim() == head[name].dim() and value.shape[1:] == head[name].shape[1:]
+            for name, value in given.items()
+        )
+        num_rows = min((len(value) for value in given.values() if value.dim()), default=0)
+        new = f"head: new, {len(class_names)} classes"
+        if new_head:
+            return result, f"{new} (model.new_head)"
+        if not num_rows:
+            return result, f"{new}; the weights have no head"
+        if not is_same_layer:
+            return result, f"{new}; the head of the weights has other layers"
+        trained = self.class_names or _imagenet_classes(num_rows)
+        if trained is None:
+            return result, f"{new}; the weights do not name their {num_rows:,} classes"
+        rows = {_nfc(name): row for row, name in reversed(list(enumerate(trained[:num_rows])))}
+        found = {index: rows[_nfc(name)] for index, name in enumerate(class_names) if _nfc(name) in rows}
+        if not found:
+            return result, f"{new}; the weights have none of them"
+        for name, value in given.items():
+            result[name][list(found)] = value[list(found.values())].to(result[name])
+        line = f"head: {len(found)} of {len(class_names)} classes from the weights"
+        rest = len(class_names) - len(found)
+        return result, f"{line}, {rest} new" if rest else line
+
+    def _translate(self, model: nn.Module) -> dict[str, Tensor]:
         with errors_in_file(self.path):
-            state_dict = translate_state_dict(model, self.state_dict)
-        state_dict = _adapt_head(model, state_dict, new_head)
+            return translate_state_dict(model, self.state_dict)
+
+    def _load(self, model: nn.Module, state_dict: dict[str, Tensor], image_size: Size | None) -> None:
+        state_dict = _adapt_head(model, state_dict)
         state_dict = _adapt_input_channels(model, state_dict)
         if not isinstance(model, MultiScaleViT) and _mismatches(model, state_dict):
             if self._load_at_stored_size(model, state_dict, image_size):
@@ -155,34 +267,36 @@ class Weights:
         load_state_dict(model, state_dict, self.path)
 
     def _load_at_stored_size(
-        self, model: nn.Module, state_dict: dict[str, Tensor], image_size: int | None
+        self, model: nn.Module, state_dict: dict[str, Tensor], image_size: Size | None
     ) -> bool:
         """Load weights of another image size into a timm model that can resize itself, if they fit then."""
-        stored_size = self.model.image_size if self.model is not None else image_size
-        if stored_size is None or stored_size == image_size or not hasattr(model, "set_input_size"):
+        if self.model is None or image_size is None or not hasattr(model, "set_input_size"):
+            return False
+        stored_size = self.model.size
+        if stored_size == image_size:
             return False
         set_input_size: Any = model.set_input_size
 
         def resize_on_meta() -> nn.Module:
             resized = deepcopy(model).to("meta")
-            resized.set_input_size((stored_size, stored_size))  # type: ignore[operator]
+            resized.set_input_size(stored_size)  # type: ignore[operator]
             return resized
 
         try:
             with self._size_limit() as max_bytes:
                 check_model_size(resize_on_meta, "image_size", max_bytes)
-            set_input_size((stored_size, stored_size))
+            set_input_size(stored_size)
         except UserError:
             raise
         except (RuntimeError, ValueError, AssertionError) as error:
-            reason = f"the model cannot be built for the stored image size of {stored_size} pixels"
+            reason = f"the model cannot be built for the stored image size, {format_size(stored_size)} pixels"
             raise UserError(self.path, f"{reason}: {error_reason(error)}") from None
         fits = not _mismatches(model, state_dict)
         if fits:
             load_state_dict(model, state_dict, self.path)
-            sizes = (stored_size, image_size)
+            sizes = map(format_size, (stored_size, image_size))
             _logger.info("%s: resized from %s to %s pixels by timm", type(model).__name__, *sizes)
-        set_input_size((image_size, image_size))
+        set_input_size(image_size)
         return fits
 
     @contextmanager
@@ -207,6 +321,30 @@ class Weights:
         cfg = get_pretrained_cfg(name.removeprefix("timm/"))
         weight = self.state_dict.get(f"{_as_list((cfg and cfg.classifier) or 'head')[0]}.weight")
         return len(weight) if weight is not None and weight.dim() else None
+
+
+def timm_options_start(config: ModelConfig) -> bool:
+    """Return True if the `timm_options` of a timm/<name> model load weights."""
+    options = config.timm_options or {}
+    return config.name.startswith("timm/") and bool(
+        options.get("pretrained") or options.get("checkpoint_path")
+    )
+
+
+def timm_weights(config: ModelConfig) -> Weights | None:
+    """Return the weights that the `timm_options` of a timm/<name> model load; None if they load none.
+
+    Raises:
+        UserError: options that timm cannot use.
+    """
+    if not timm_options_start(config):
+        return None
+    options = config.timm_options or {}
+    num_classes = config.num_classes
+    if not options.get("checkpoint_path"):  # whose head timm takes as it is
+        num_classes = pretrained_classes(config.name, options)
+    model = model_from_config(replace(config, num_classes=num_classes))
+    return Weights(config.name, "foreign", "raw", model.state_dict())
 
 
 def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
@@ -273,11 +411,32 @@ def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state_dict.items()}
 
 
-def _adapt_head(model: nn.Module, state_dict: Mapping[str, Tensor], new_head: bool) -> dict[str, Tensor]:
-    """Cut a head with more rows to its first ones; drop it for a model without one.
+def name_rows(class_names: Sequence[str] | None, count: int) -> list[str]:
+    """Return the names of the rows of a head; rows without a name have their number.
 
-    With `new_head`, a head that does not fit is replaced by the model's.
+    A head of 1,000 rows without names is ImageNet's, with WordNet ids.
     """
+    names = class_names or _imagenet_classes(count) or ()
+    return [*names[:count], *map(str, range(len(names), count))]
+
+
+def _has_weight(model: nn.Module, layer: str) -> bool:
+    return f"{layer}.weight" in model.state_dict()
+
+
+def _nfc(name: str) -> str:
+    """Return a name in Unicode's normal form NFC: file systems store different forms."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _imagenet_classes(count: int) -> tuple[str, ...] | None:
+    """Return the WordNet ids of ImageNet's classes, in the order of their rows, if it has this many."""
+    names = tuple(ImageNetInfo().label_names())
+    return names if count == len(names) else None
+
+
+def _adapt_head(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cut a head with more rows to its first ones; drop it for a model without one."""
     expected, result = model.state_dict(), dict(state_dict)
     for layer in _layers(model, "classifier", "head"):
         names = [f"{layer}.weight", f"{layer}.bias"]
@@ -291,8 +450,8 @@ def _adapt_head(model: nn.Module, state_dict: Mapping[str, Tensor], new_head: bo
         }
         if current and _shapes(adapted) == _shapes(current):
             change = "first rows kept"
-        elif new_head or not current:
-            change, adapted = "reinitialized" if current else "dropped", current
+        elif not current:
+            change, adapted = "dropped", {}
         else:
             continue
         for name in given.keys() | adapted.keys():
@@ -322,14 +481,22 @@ def _adapt_input_channels(model: nn.Module, state_dict: Mapping[str, Tensor]) ->
     return result
 
 
-def _translate_by_timm(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Translate other layouts and sizes by timm's `checkpoint_filter_fn`, if the result fits the model."""
+def _filter_by_timm(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the result of timm's `checkpoint_filter_fn` of a model; the state dict itself if it fails."""
     translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if translate is None:
-        return state_dict
+        return dict(state_dict)
     try:
         translated: dict[str, Tensor] = translate(dict(state_dict), model)
     except Exception:  # of any type, for weights of another model
+        return dict(state_dict)
+    return translated
+
+
+def _translate_by_timm(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Translate other layouts and sizes by timm's `checkpoint_filter_fn`, if the result fits the model."""
+    translated = _filter_by_timm(model, state_dict)
+    if translated.keys() == state_dict.keys() and _shapes(translated) == _shapes(state_dict):
         return state_dict
     if _mismatches(model, translated):
         return state_dict

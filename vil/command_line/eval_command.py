@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vil.command_line.resolution import ParsedArguments, ResolvedConfig
 from vil.config import EvalConfig, UserError
-from vil.validation import timm_start_options
+from vil.validation import INITIALIZATION, timm_start_options
 
 
 def resolve_eval_command(
@@ -27,7 +27,7 @@ def resolve_eval_command(
     for key in ("weights", "run_checkpoint"):
         if key in command.origins and not config.checkpoint:
             raise command.locate(UserError(key, "requires --checkpoint"))
-    for name in ("init_from", "init_released_config"):
+    for name in INITIALIZATION:
         key = f"model.{name}"
         if key in command.origins and getattr(config.model, name):
             raise command.locate(UserError(key, "is for training; evaluate weights with --checkpoint"))

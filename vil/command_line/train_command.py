@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vil.command_line.arguments import CONFIGS
 from vil.command_line.resolution import ParsedArguments, ResolvedConfig
 from vil.config import DataConfig, ModelConfig, TrainConfig, Tree, UserError, errors_in_option
 from vil.runtime.run_files import CONFIG
 from vil.runtime.yaml_files import read_yaml
-from vil.validation import as_tree, without_timm_start_options
-
-if TYPE_CHECKING:
-    from vil.checkpoints.weights import Weights
+from vil.validation import as_tree, without_start_options, without_timm_start_options
 
 DEMO_FILES = {
     "model": CONFIGS / "models" / "vil_32.yaml",
@@ -83,26 +79,12 @@ def stored_config(path: Path) -> Tree:
 
 def initial_model(model: ModelConfig) -> Tree:
     """Return the model section of the weights in `init_from`; the number of classes is set from the data."""
+    from vil.checkpoints.initialization import initial_weights
+
     weights = initial_weights(model)
     with errors_in_option("model.init_from"):
         stored = weights.require_model("model.init_released_config")
-    changes = {"num_classes": None, "init_from": None, "init_released_config": None}
-    return {**as_tree(stored), **changes}
-
-
-def initial_weights(model: ModelConfig) -> Weights:
-    """Read the weights that a model section starts from."""
-    from vil.checkpoints.open import open_weights
-    from vil.checkpoints.published_config import read_published_config
-
-    published = None
-    if model.init_released_config is not None:
-        with errors_in_option("model.init_released_config"):
-            published = read_published_config(model.init_released_config)
-    if model.init_from is None:
-        raise UserError("model.init_released_config", "requires model.init_from, the published checkpoint")
-    with errors_in_option("model.init_from"):
-        return open_weights(model.init_from, published)
+    return without_start_options({**as_tree(stored), "num_classes": None})
 
 
 def default_output(data: DataConfig) -> str:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vil.config import EvalConfig, Precision, Tree, error_reason
+from vil.config import EvalConfig, Precision, Size, Tree, as_size, error_reason
 from vil.evaluation.complexity import count_parameters, multiply_adds
 from vil.runtime.modes import mode
 from vil.runtime.precision import autocast, choose_precision
@@ -61,11 +61,11 @@ def measure_cost(model: nn.Module, config: EvalConfig, device: torch.device) -> 
     A measurement that fails is None, with a warning in the log.
 
     Args:
-        model: maps images (B, in_chans, image_size, image_size) to logits (B, classes).
+        model: maps images (B, in_chans, H, W) to logits (B, classes).
         config: the image size and channels, the precision of inference, and the images of a measured batch.
         device: device of the model.
     """
-    given: Tree = {"image_size": config.model.image_size, "in_chans": config.model.in_chans}
+    given: Tree = {"image_size": config.model.size, "in_chans": config.model.in_chans}
     train_precision = choose_precision(None, device)
     flops = _measure_or_warn("FLOPs", partial(multiply_adds, model, **given))
     given["device"] = device
@@ -112,7 +112,7 @@ class Memory:
 
 def measure_memory(
     model: nn.Module,
-    image_size: int,
+    image_size: int | Size,
     in_chans: int,
     *,
     device: torch.device,
@@ -126,8 +126,8 @@ def measure_memory(
     counted bytes that one more image adds, which do not depend on the batch size.
 
     Args:
-        model: maps images (B, in_chans, image_size, image_size), float32, to logits (B, classes).
-        image_size: side of the images in pixels.
+        model: maps images (B, in_chans, H, W), float32, to logits (B, classes).
+        image_size: (height, width) of the images in pixels, or one number for both.
         in_chans: channels of the images.
         device: device of the model.
         train_precision, eval_precision: precision of the forward pass in training and in inference.
@@ -137,7 +137,7 @@ def measure_memory(
     on_gpu = device.type == "cuda"
 
     def forward(batch_size: int, *, training: bool) -> torch.Tensor:
-        images = torch.zeros(batch_size, in_chans, image_size, image_size, device=device)
+        images = torch.zeros(batch_size, in_chans, *as_size(image_size), device=device)
         precision = train_precision if training else eval_precision
         with mode(model, training=training), torch.set_grad_enabled(training), autocast(precision, device):
             return model(images)
@@ -292,7 +292,7 @@ def _storages(tree: object) -> list[torch.UntypedStorage]:
 @torch.no_grad()
 def images_per_second(
     model: nn.Module,
-    image_size: int,
+    image_size: int | Size,
     in_chans: int,
     *,
     device: torch.device,
@@ -312,7 +312,7 @@ def images_per_second(
     """
 
     def measure(batch_size: int) -> float:
-        images = torch.zeros(batch_size, in_chans, image_size, image_size, device=device)
+        images = torch.zeros(batch_size, in_chans, *as_size(image_size), device=device)
 
         def time_batch() -> float:
             start = time.perf_counter()

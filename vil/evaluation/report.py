@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vil.config import EvalConfig, Tree
+from vil.config import EvalConfig, Size, Tree, format_size
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.cost import Cost, measure_cost
 from vil.evaluation.metrics import METRICS, ClassMetrics
@@ -62,8 +62,10 @@ class _Column:
     scale: float = 1
     is_in_table: bool = True
 
-    def text(self, value: str | float | None) -> str:
+    def text(self, value: str | float | Size | None) -> str:
         """Return the text of a value of JSON."""
+        if isinstance(value, list | tuple):
+            return format_size(value)
         if isinstance(value, int | float) and self.format:
             return format(value / self.scale, self.format)
         return "-" if value is None else str(value)
@@ -106,8 +108,8 @@ def evaluate_model(
     The cost is measured once, on rank 0 while the others wait.
 
     Args:
-        model: maps images (B, in_chans, image_size, image_size) to logits (B, classes); moved to the device
-            of the process, otherwise unchanged.
+        model: maps images (B, in_chans, H, W) to logits (B, classes); moved to the device of the process,
+            otherwise unchanged.
         datasets: emptied, so that the worker processes of one data set end before those of the next start.
             An empty list gives one result with the cost alone.
         config: name, image size and channels of the model; precision of the forward pass; images of a batch
@@ -229,6 +231,8 @@ def write_json(path: str | Path, results: Sequence[Result]) -> None:
 def write_csv(path: str | Path, results: Sequence[Result]) -> None:
     """Write one row per result, with the names and values of the JSON file; null is an empty field.
 
+    The image size of images that are not square is e.g. 160×224.
+
     The columns that tell the rows apart are the first ones.
 
     Raises:
@@ -236,7 +240,8 @@ def write_csv(path: str | Path, results: Sequence[Result]) -> None:
     """
     keys = dict.fromkeys([*_RESULT_KEYS, *(key for result in results for key in result)])
     columns = [key for key in keys if key not in ("per_class", *CONFUSION_KEYS)]
-    rows = [[_finite(result.get(key)) for key in columns] for result in results]
+    shown = [{**result, "image_size": _size_text(result.get("image_size"))} for result in results]
+    rows = [[_finite(result.get(key)) for key in columns] for result in shown]
     _write_rows(path, [columns, *rows], "csv")
 
 
@@ -271,6 +276,10 @@ def write_confusion_csv(path: str | Path, result: Result) -> None:
 
 def _write_rows(path: str | Path, rows: Sequence[Sequence[object]], option: str) -> None:
     write_output(Path(path), csv_text(rows).encode(errors="surrogateescape"), option)
+
+
+def _size_text(value: object) -> object:
+    return format_size((value[0], value[1])) if isinstance(value, tuple) else value
 
 
 def _finite(value: object) -> object:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vil.attention import Attention
 from vil.attention.maps import AttentionWeights
-from vil.models.stage import Size, Stage
+from vil.config import Size
+from vil.models.stage import Stage
 from vil.runtime.modes import mode
 
 Position = tuple[int, int]

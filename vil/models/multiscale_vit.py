@@ -12,9 +12,9 @@ from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vil.config import ModelConfig, StageConfig, Tree, UserError
+from vil.config import ModelConfig, Size, StageConfig, Tree, UserError
 from vil.models.attention_maps import AttentionMap, Queries, attention_maps, attention_rollout
-from vil.models.stage import LayerNorm, Size, Stage, map_sizes
+from vil.models.stage import LayerNorm, Stage, map_sizes
 from vil.validation import validate
 
 MAX_BLOCKS = 2000
@@ -32,8 +32,8 @@ class MultiScaleViT(nn.Module):
     Args:
         config: the options; `stages` and `num_classes` must be set, and options that `stages` replaces
             (`attention`, `blocks`, `position`, `window`, ...) are ignored: see `vil.models.zoo`.
-        image_size: (height, width) of the images in pixels; None is the square of `config.image_size`. Other
-            sizes work at run time, except with linformer attention.
+        image_size: (height, width) of the images in pixels; None is `config.image_size`. Other sizes work at
+            run time, except with linformer attention.
 
     Raises:
         UserError: options that do not go together; the location is the name in `ModelConfig`.
@@ -58,7 +58,7 @@ class MultiScaleViT(nn.Module):
         self._model_args: Tree = {}
         # Width of external global tokens; None if they would be dropped after the first stage.
         self.external_width = stages[0].dim if carries_globals or len(stages) == 1 else None
-        self.img_size = _as_pair(config.image_size if image_size is None else image_size)
+        self.img_size = config.size if image_size is None else _checked_size(image_size)
         self.in_chans = config.in_chans
         self.num_classes = config.num_classes
         self.num_features = self.head_hidden_size = stages[-1].dim
@@ -76,8 +76,12 @@ class MultiScaleViT(nn.Module):
                 raise UserError(f"stages[{index}].{error.location}", error.reason) from None
             channels = stage.dim
             reduction *= stage.patch
-            info = {"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{index}"}
-            self.feature_info.append(info)
+            names = [f"stages.{index}"]
+            if len(stages) == 1 and stage.blocks:  # flat, with one level per block
+                names = [f"stages.0.blocks.{block}" for block in range(stage.blocks)]
+            self.feature_info += [
+                {"num_chs": stage.dim, "reduction": reduction, "module": name} for name in names
+            ]
         self.stages = cast(list[Stage], nn.ModuleList(modules))  # typed as a list, for its elements
         self.norm: nn.Module = LayerNorm(channels)
         self.head_drop = nn.Dropout(config.head_dropout)
@@ -127,12 +131,12 @@ class MultiScaleViT(nn.Module):
         return_prefix_tokens: bool = False,
         global_tokens: Tensor | None = None,
     ) -> Any:
-        """Return the feature maps of the stages, as in timm.
+        """Return feature maps, as in timm: one level per stage, or per block of a model with one stage.
 
         Args:
             x: images (B, in_chans, height, width).
-            indices: stages to return: the last n for a number, all for None.
-            norm: apply the final norm to the last stage's map.
+            indices: levels to return: the last n for a number, all for None.
+            norm: apply the final norm to the last stage's maps.
             stop_early: skip the stages after the last requested one.
             output_fmt: `NCHW`, maps (B, C, H, W), or `NLC`, tokens (B, N, C).
             intermediates_only: return only the list.
@@ -145,13 +149,18 @@ class MultiScaleViT(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
         check_external_tokens(x, global_tokens, self.external_width)
-        requested, last = feature_take_indices(len(self.stages), indices)
+        requested, last = feature_take_indices(self.num_levels, indices)
         intermediates: list[Any] = []
         stages = self.stages[: last + 1] if stop_early else self.stages
+        level = 0
         for index, stage in enumerate(stages):
-            x, size = stage(x, global_tokens)
-            if index in requested:
-                tokens = self.norm(x) if norm and index == len(self.stages) - 1 else x
+            blocks: list[Tensor] = []
+            x, size = stage(x, global_tokens, blocks if self.is_flat else None)
+            for tokens in blocks or [x]:
+                level += 1
+                if level - 1 not in requested:
+                    continue
+                tokens = self.norm(tokens) if norm and index == len(self.stages) - 1 else tokens
                 local = stage.to_map(tokens, size).contiguous()
                 if output_fmt == "NLC":
                     local = local.flatten(2).transpose(1, 2)
@@ -206,9 +215,11 @@ class MultiScaleViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last requested intermediate. Return the requested indices."""
-        requested, last = feature_take_indices(len(self.stages), indices)
-        if last < len(self.stages) - 1:
+        """Remove what follows the last requested level, see `forward_intermediates`. Return the indices."""
+        requested, last = feature_take_indices(self.num_levels, indices)
+        if self.is_flat:
+            self.stages[0].blocks = self.stages[0].blocks[: last + 1]
+        elif last < len(self.stages) - 1:
             self.stages = self.stages[: last + 1]
             prune_norm = True  # the final norm has the width of the last stage
         if prune_norm:
@@ -230,20 +241,48 @@ class MultiScaleViT(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head.apply(_initialize).to(device=parameter.device, dtype=parameter.dtype)
 
-    def set_input_size(self, img_size: int | Size) -> None:
-        """Resize embeddings and bias tables for images of another size.
+    @property
+    def is_flat(self) -> bool:
+        """Return True for a model with one stage, whose levels of features are its blocks."""
+        return len(self.config.stages or ()) == 1 and len(self.stages[0].blocks) > 0
+
+    @property
+    def num_levels(self) -> int:
+        """Return the number of levels of `forward_intermediates`."""
+        return len(self.stages[0].blocks) if self.is_flat else len(self.stages)
+
+    def set_input_size(self, img_size: int | Size | None = None, window_size: int | None = None) -> None:
+        """Resize embeddings and bias tables for images of another size, or for another window.
+
+        Both are resized bilinearly, without aligned corners, as if weights were loaded into a model of that
+        size.
+
+        Args:
+            img_size: (height, width) of the images in pixels, or one number for both; None keeps the size.
+            window_size: side of a chunk of the local attention in every stage, in tokens; None keeps it.
 
         Raises:
-            UserError: the images are too small, or an attention has a fixed number of tokens; the model is
-                unchanged.
+            UserError: the images are too small, an attention has a fixed number of tokens, or no stage has
+                a window; the model is unchanged.
         """
-        sizes = map_sizes([stage.config for stage in self.stages], _as_pair(img_size))
+        image_size = self.img_size if img_size is None else _checked_size(img_size)
+        sizes = map_sizes([stage.config for stage in self.stages], image_size)
         for stage, size in zip(self.stages, sizes):
             for block in stage.blocks:
                 block.attn.check_resize(size)
+        if window_size is not None:
+            validate(ModelConfig, {"window": window_size})
+            if all(stage.config.attention != "vision_longformer" for stage in self.stages):
+                raise UserError("window_size", "no stage of the model has vision_longformer attention")
         for stage, size in zip(self.stages, sizes):
             stage.resize(size)
-        self.img_size = _as_pair(img_size)
+            if window_size is not None:
+                stage.set_window(window_size)
+        if window_size is not None:
+            stages = [dataclasses.replace(stage, window=window_size) for stage in self.config.stages or ()]
+            self.config = dataclasses.replace(self.config, stages=stages, window=window_size)
+            self._model_args = {**self._model_args, "window": window_size}
+        self.img_size = image_size
         self._model_args = {**self._model_args, "img_size": self.img_size}
         self._traits = {**getattr(self, "_traits", {}), "img_size": self.img_size}  # read by timm's exports
 
@@ -324,11 +363,8 @@ def check_external_tokens(x: Tensor, global_tokens: Tensor | None, width: int | 
         raise ValueError(f"global_tokens must be ({x.shape[0]}, any number, {width}), got {shape}")
 
 
-def _as_pair(image_size: int | Size) -> Size:
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    for side in (height, width):
-        validate(ModelConfig, {"image_size": side})
-    return int(height), int(width)
+def _checked_size(image_size: int | Size) -> Size:
+    return validate(ModelConfig, {"image_size": image_size}).size
 
 
 def _initialize(module: nn.Module) -> None:

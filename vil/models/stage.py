@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -18,11 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vil.attention import ATTENTIONS, Attention
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, Size, StageConfig, UserError
 from vil.models.position import AbsolutePosition
 
-Size = tuple[int, int]
-"""Height and width."""
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -111,13 +110,16 @@ class Stage(nn.Module):
         blocks = (Block(attention(stage, config, size), config, rate) for rate in drop_path)
         self.blocks = cast(list[Block], nn.ModuleList(blocks))  # typed as a list, for its elements
 
-    def forward(self, x: Tensor, global_tokens: Tensor | None = None) -> tuple[Tensor, Size]:
+    def forward(
+        self, x: Tensor, global_tokens: Tensor | None = None, outputs: list[Tensor] | None = None
+    ) -> tuple[Tensor, Size]:
         """Return the tokens (B, G+N, C), global ones first, and the size (H, W) of their map.
 
         Args:
             x: the input map (B, C', H', W').
             global_tokens: (B, G, C') of the previous stage, if this stage carries them; in the first stage
                 external tokens (B, G', C), placed after the learned ones.
+            outputs: a list to which the tokens after each block are appended.
         """
         x, size = self.patch_embed(x)
         parts = [x]
@@ -134,6 +136,8 @@ class Stage(nn.Module):
                 x = checkpoint(block, x, size, use_reentrant=False)
             else:
                 x = block(x, size)
+            if outputs is not None:
+                outputs.append(x)
         return x, size
 
     def resize(self, size: Size) -> None:
@@ -143,6 +147,12 @@ class Stage(nn.Module):
         if self.position is not None:
             self.position.resize(size)
         self.size = size
+
+    def set_window(self, window: int) -> None:
+        """Set the window of the local attention; its bias tables are resized."""
+        for block in self.blocks:
+            block.attn.set_window(window)
+        self.config = replace(self.config, window=window)
 
     def to_map(self, x: Tensor, size: Size) -> Tensor:
         """Fold the local tokens: (B, G+N, C) → (B, C, H, W)."""

@@ -18,6 +18,8 @@ from typing import Any, Literal
 import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._builder import pretrained_cfg_for_features
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -26,12 +28,15 @@ from vil.config import AttentionName, ModelConfig, StageConfig, Tree, UserError,
 from vil.models.limits import check_model_size
 from vil.models.multiscale_vit import MAX_BLOCKS, MultiScaleViT
 from vil.models.state_dict import has_published_names, translate_state_dict
-from vil.validation import TIMM_START_OPTIONS, timm_start_options, validate
+from vil.validation import INITIALIZATION, TIMM_START_OPTIONS, timm_start_options, validate
 
 MAX_REASON_LENGTH = 300
 """Characters of an error of timm that are shown."""
 MAX_TIMM_OPTION = 1_000_000
 """Largest number among the options of a timm model."""
+
+OutIndices = int | Sequence[int] | None
+"""Levels of features, as in timm."""
 
 _logger = logging.getLogger(__name__)
 
@@ -111,6 +116,7 @@ def create_model(
     """
     given = {
         "name": name,
+        "image_size": image_size,
         "num_classes": num_classes,
         "pool": None if pool == "avg" else pool,
         "attention": attention,
@@ -124,7 +130,7 @@ def create_model(
         "in_chans": in_chans,
         **options,
     }
-    return model_from_config(config_from_options(given), image_size=image_size)
+    return model_from_config(config_from_options(given))
 
 
 def config_from_options(options: Mapping[str, object]) -> ModelConfig:
@@ -141,7 +147,6 @@ def config_from_options(options: Mapping[str, object]) -> ModelConfig:
 def model_from_config(
     config: ModelConfig,
     num_classes: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
     max_bytes: int | None = None,
 ) -> nn.Module:
     """Create the model of a configuration, of the zoo, of stages, or of timm, with random weights.
@@ -151,7 +156,6 @@ def model_from_config(
     Args:
         config: the configuration.
         num_classes: number of classes if the configuration has none.
-        image_size: (height, width) of the images in pixels; None is the square of `config.image_size`.
         max_bytes: limit of the weights in bytes; None is the memory of this machine.
 
     Raises:
@@ -163,22 +167,22 @@ def model_from_config(
     if config.num_classes is None:
         raise UserError("num_classes", "is needed, as no data gives the number of classes")
     if config.name.startswith("timm/"):
-        return _timm_model(config, image_size or config.image_size, max_bytes)
+        return _timm_model(config, max_bytes)
     if config.timm_options is not None:
         raise UserError("timm_options", f"only for a timm/<name> model, not for {config.name}")
     config = dataclasses.replace(config, stages=resolve_stages(config))
 
     def build(**_: object) -> MultiScaleViT:  # timm passes its own names for what the configuration holds
-        return MultiScaleViT(config, image_size)
+        return MultiScaleViT(config)
 
     check_model_size(build, "name", max_bytes)
     return _build_with_timm(
         build,
         config.name,
-        num_stages=len(config.stages or ()),
+        _default_levels(config.stages or ()),
         num_classes=config.num_classes,
         in_chans=config.in_chans,
-        img_size=image_size or config.image_size,
+        img_size=config.image_size,
     )
 
 
@@ -262,13 +266,16 @@ def _zoo_stages(size: ModelSize) -> list[StageConfig]:
 
 _TIMM_OPTIONS = (
     *("name", "image_size", "num_classes", "in_chans", "drop_path", "pool", "timm_options"),
-    *("init_from", "init_released_config"),
+    *INITIALIZATION,
 )
 """Options of `ModelConfig` that a model of timm has."""
 
 
-def _timm_model(config: ModelConfig, image_size: int | tuple[int, int], max_bytes: int | None) -> nn.Module:
-    """Create a model of timm. Raise UserError for an option of `ModelConfig` that it does not have."""
+def _timm_model(config: ModelConfig, max_bytes: int | None = None, more: Tree | None = None) -> nn.Module:
+    """Create a model of timm, with `more` keyword arguments of `timm.create_model`.
+
+    Raises UserError for an option of `ModelConfig` that it does not have.
+    """
     name = config.name.removeprefix("timm/")
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=1)
@@ -291,10 +298,10 @@ def _timm_model(config: ModelConfig, image_size: int | tuple[int, int], max_byte
         _logger.info("%s: timm loads weights: %s", config.name, ", ".join(sorted(start_options)))
     try:
         if (timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).fixed_input_size:
-            arguments["img_size"] = image_size
+            arguments["img_size"] = config.image_size
         architecture = {key: value for key, value in arguments.items() if key not in TIMM_START_OPTIONS}
         check_model_size(lambda: timm.create_model(name, **architecture), "name", max_bytes)
-        return timm.create_model(name, **arguments)
+        return timm.create_model(name, **arguments | (more or {}))
     except UserError:
         raise
     except Exception as error:  # of any type: timm's models do not check their options
@@ -312,9 +319,15 @@ def _check_timm_numbers(options: Mapping[str, object]) -> None:
             raise UserError("timm_options", f"{key}: numbers must be from -{limit:,} to {limit:,}")
 
 
-def pretrained_classes(name: str) -> int:
-    """Return the number of classes of timm's weights for a timm/<name> model."""
-    return _pretrained_cfg(name).num_classes
+def pretrained_classes(name: str, options: Mapping[str, object] | None = None) -> int:
+    """Return the number of classes of timm's weights for a timm/<name> model with these `timm_options`."""
+    chosen: Any = {key: (options or {}).get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")}
+    try:
+        cfg = timm.models.resolve_pretrained_cfg(name.removeprefix("timm/"), **chosen)
+    except Exception as error:  # of any type: timm does not check the options
+        reason = error_reason(error, MAX_REASON_LENGTH)
+        raise UserError("timm_options", f"timm cannot find the weights: {reason}") from error
+    return cfg.num_classes
 
 
 def pretrained_transform(name: str) -> Tree:
@@ -343,7 +356,7 @@ _TIMM_ARGUMENTS = {
 }
 """timm's names of arguments -> ours."""
 _NOT_ARCHITECTURE = (
-    *("name", "timm_options", "init_from", "init_released_config"),
+    *("name", "timm_options", *INITIALIZATION),
     *("image_size", "num_classes", "in_chans", "pool"),  # timm saves these itself
     *("drop_path", "dropout", "position_dropout", "attention_dropout", "head_dropout"),
 )
@@ -354,28 +367,32 @@ def _model_from_timm(
 ) -> MultiScaleViT:
     """Create a model from timm's keyword arguments, and any options of `ModelConfig`."""
     options = {_TIMM_ARGUMENTS.get(key, key): value for key, value in arguments.items()}
-    image_size, pool = options.pop("image_size", None), options.pop("pool", None)
+    pool = options.pop("pool", None)
     options["pool"] = {"token": "cls", "avg": None, "": None}.get(pool, pool)
     if "proj_drop_rate" in arguments:  # in timm it does not include the embeddings
         options.setdefault("position_dropout", 0.0)
     config = config_from_options({"name": name, **options})
     config.stages = resolve_stages(config)
     with nullcontext() if device is None else torch.device(device):
-        model = MultiScaleViT(config, image_size)
+        model = MultiScaleViT(config)
     if pool == "":
         model.set_pool(pool)
     return model if dtype is None else model.to(dtype=dtype)
 
 
 def _build_with_timm(
-    build: Callable[..., MultiScaleViT], name: str, num_stages: int, pretrained: bool = False, **kwargs: Any
+    build: Callable[..., MultiScaleViT],
+    name: str,
+    levels: tuple[int, ...],
+    pretrained: bool = False,
+    **kwargs: Any,
 ) -> MultiScaleViT:
     """Build a model through timm, which adds its configuration, loads weights, and wraps for features_only.
 
     Args:
         build: called with the keyword arguments that timm does not use itself.
         name: registered name.
-        num_stages: number of feature maps.
+        levels: feature maps that features_only returns by default.
         pretrained, kwargs: see `timm.models.build_model_with_cfg`.
     """
 
@@ -390,11 +407,57 @@ def _build_with_timm(
         name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(num_stages)), "feature_cls": "getter"},
+        feature_cfg={"out_indices": levels, "feature_cls": "getter"},
         **kwargs,
     )
     model._model_args = getattr(model, "model", model)._model_args  # also on a wrapper of features_only
     return model
+
+
+def _default_levels(
+    stages: Sequence[StageConfig | Mapping[str, Any]], blocks: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Return the levels of features that features_only returns: all stages, or as many as timm's ViTs do.
+
+    A model with one stage has one level per block, of which these are the last three.
+    """
+    if len(stages) != 1:
+        return tuple(range(len(stages)))
+    stage = stages[0]
+    depth = stage.blocks if isinstance(stage, StageConfig) else stage.get("blocks", StageConfig.blocks)
+    count = max(1, blocks[0] if blocks else depth)
+    return tuple(range(max(0, count - 3), count))
+
+
+def to_features(model: nn.Module, config: ModelConfig, out_indices: OutIndices = None) -> nn.Module:
+    """Return a model that maps images to the feature maps of `model`, as timm's features_only does.
+
+    Args:
+        model: the model; one of this project is changed.
+        config: its configuration.
+        out_indices: levels, as in timm: a number for the last ones; None is timm's default, for models of
+            this project all stages, or the last three blocks of a model with one stage.
+
+    Raises:
+        UserError: levels that the model does not have, or a model of timm without feature maps.
+    """
+    cfg: Any = model.pretrained_cfg
+    try:
+        if isinstance(model, MultiScaleViT):
+            levels = _default_levels(model.config.stages or ()) if out_indices is None else out_indices
+            features = FeatureGetterNet(model, levels if isinstance(levels, int) else tuple(levels))
+            features._traits, features.in_chans = dict(getattr(model, "_traits", {})), model.in_chans  # type: ignore[assignment]
+            features.pretrained_cfg = features.default_cfg = pretrained_cfg_for_features(cfg)  # type: ignore[assignment]
+            return features
+        overlay = {**cfg, "state_dict": model.state_dict(), "custom_load": False, "label_offset": 0}
+        known = {field.name for field in dataclasses.fields(timm.models.PretrainedCfg)}
+        overlay = {key: value for key, value in overlay.items() if key in known}
+        more: Tree = {"features_only": True, "pretrained": True, "pretrained_cfg_overlay": overlay}
+        if out_indices is not None:
+            more["out_indices"] = out_indices
+        return _timm_model(config, more=more)
+    except AssertionError as error:
+        raise UserError("out_indices", error_reason(error)) from None
 
 
 def _architecture(config: ModelConfig) -> Tree:
@@ -441,8 +504,9 @@ default_cfgs = generate_default_cfgs(
 
 def _entrypoint(name: str) -> Callable[..., MultiScaleViT]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> MultiScaleViT:
-        num_stages = len(SIZES[name].stages if name in SIZES else kwargs.get("stages") or ())
-        return _build_with_timm(partial(_model_from_timm, name), name, num_stages, pretrained, **kwargs)
+        stages = _zoo_stages(SIZES[name]) if name in SIZES else kwargs.get("stages") or ()
+        levels = _default_levels(stages, kwargs.get("blocks"))
+        return _build_with_timm(partial(_model_from_timm, name), name, levels, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"Create {name} from timm's keyword arguments; see `vil.create_model`."

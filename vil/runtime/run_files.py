@@ -6,6 +6,10 @@ CONFIG = "config.yaml"
 """The resolved configuration."""
 METRICS = "metrics.jsonl"
 """One JSON object per logged step and per evaluation."""
+METRICS_CSV = "metrics.csv"
+"""The numbers of metrics.jsonl as a table."""
+TRACKERS = "trackers.json"
+"""Ids of the run at Weights & Biases and MLflow."""
 SUMMARY = "summary.json"
 """The final evaluation of the best weights, as eval.py --json writes it."""
 BAD_IMAGES = "bad_images.txt"
@@ -18,6 +22,10 @@ CHECKPOINTS = "checkpoints"
 """Folder of best.pt and step_….pt, each with its digest."""
 TENSORBOARD = "tensorboard"
 """Folder of the TensorBoard events."""
+WANDB = "wandb"
+"""Folder of Weights & Biases."""
+MLFLOW = "mlruns"
+"""Folder of MLflow, without a server."""
 
-FILES = (CONFIG, METRICS, SUMMARY, BAD_IMAGES, SPLIT, LOCK)
-FOLDERS = (CHECKPOINTS, TENSORBOARD)
+FILES = (CONFIG, METRICS, METRICS_CSV, TRACKERS, SUMMARY, BAD_IMAGES, SPLIT, LOCK)
+FOLDERS = (CHECKPOINTS, TENSORBOARD, WANDB, MLFLOW)

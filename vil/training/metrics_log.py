@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per logged step, evaluation and loss spike.
+"""metrics.jsonl: one JSON object per logged step, evaluation, loss spike and changed option.
 
 Each line is written at once. A line that a full disk refuses stays in memory, and is written before the next
 one. On resume, the lines of steps after the checkpoint are removed.
@@ -123,7 +123,8 @@ def cut_metrics(path: Path, step: int, is_evaluated: bool) -> list[Tree]:
         step: finished steps of the checkpoint that the run continues from.
         is_evaluated: False removes evaluations after `step` itself, which will be repeated.
     """
-    last_steps = {"validation": step if is_evaluated else step - 1}
+    # Options that a continued run changes are compared with those of the checkpoint, and written again.
+    last_steps = {"validation": step if is_evaluated else step - 1, "options": step - 1}
     kept = []
     try:
         for line in read_lines(path):

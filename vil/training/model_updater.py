@@ -10,11 +10,12 @@ from torch import nn
 
 from vil.checkpoints.training_state import State
 from vil.config import TrainConfig, UserError
-from vil.runtime.distributed import Process, average_over_ranks, data_parallel
+from vil.runtime.distributed import Process, all_reduce_sum, average_over_ranks, data_parallel
 from vil.runtime.precision import autocast, choose_precision, grad_scaler
-from vil.training.loss import build_loss
+from vil.training.loss import build_loss, image_weights
 from vil.training.non_finite import NonFiniteSkipper, batch_norm_buffers, loss_grad
 from vil.training.optimizer import build_optimizer, build_scheduler, clipped_parameters, load_optimizer_state
+from vil.training.trainable import PartialTraining
 
 
 class ModelUpdater:
@@ -25,12 +26,20 @@ class ModelUpdater:
         config: the resolved configuration.
         process: rank and device of this process.
         steps_per_epoch: optimizer steps of an epoch.
+        class_weights: weight of each logit in the loss; None for equal weights.
 
     Raises:
         UserError: an option does not fit the model or the device.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, process: Process, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        process: Process,
+        steps_per_epoch: int,
+        class_weights: list[float] | None = None,
+    ) -> None:
         schedule = config.schedule
         self._config, self._process = config, process
         self.precision = choose_precision(config.precision, process.device)
@@ -38,13 +47,22 @@ class ModelUpdater:
         self.model = model.to(process.device).to(memory_format=memory_format)
         if config.gradient_checkpointing:
             _enable_gradient_checkpointing(model)
+        self._part = PartialTraining(model, schedule.trainable)
+        self._part.set_training_mode()
         self._optimizer = build_optimizer(model, schedule)
         self._scheduler = build_scheduler(self._optimizer, schedule, steps_per_epoch)
         self._scaler = grad_scaler(self.precision, process.device)
-        self._loss = build_loss(schedule)
+        self._class_weights: torch.Tensor | None = None
+        if class_weights is not None:
+            self._class_weights = torch.tensor(class_weights, device=process.device)
+        self._weight = torch.zeros((), device=process.device)  # mean weight of the images of this rank
+        self._loss = build_loss(schedule, self._class_weights)
         self._skipper = NonFiniteSkipper(self._optimizer, model)
         self._clipped_parameters = clipped_parameters(model, schedule.clip_mode)
-        self._running_averages = [x for x in batch_norm_buffers(model) if x.is_floating_point()]
+        # Not those of frozen layers, which an average would round.
+        self._running_averages = [
+            x for x in batch_norm_buffers(model, training=True) if x.is_floating_point()
+        ]
         self.ema: ModelEmaV3 | None = None
         if schedule.ema_decay is not None:
             # Average the running statistics like weights; copy any other buffer (a random projection).
@@ -61,9 +79,9 @@ class ModelUpdater:
         """
         config, process = self._config, self._process
         if process.world_size > 1:
-            size = config.model.image_size
+            shape = (config.model.in_chans, *config.model.size)
             with autocast(self.precision, process.device):  # its passes compile kernels of this precision
-                self._network = data_parallel(self.model, process, (config.model.in_chans, size, size))
+                self._network = data_parallel(self.model, process, shape)
         if config.compile:
             # One graph for each size of the images, before and after random shift. Beyond its limit of
             # recompilations, PyTorch would run without the compiler.
@@ -72,9 +90,20 @@ class ModelUpdater:
             dynamo.recompile_limit = max(dynamo.recompile_limit, graphs)
             self._network = torch.compile(self._network, dynamic=False)  # type: ignore[assignment]
 
-    def begin_step(self, step: int) -> None:
-        """Set the learning rate of `step`, counted from 0."""
+    def set_training_mode(self) -> None:
+        """Set train mode, but evaluation mode for what `schedule.trainable` freezes."""
+        self._part.set_training_mode()
+
+    def unfreeze(self) -> None:
+        """Let the parameters that `schedule.trainable` froze require gradients again, after the run."""
+        self._part.restore()
+
+    def begin_step(self, step: int, learning_rate: float | None = None) -> None:
+        """Set the learning rate of `step`, counted from 0: that of the schedule, unless one is given."""
         self._scheduler.step_update(step)
+        if learning_rate is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         self._skipper.save_statistics()
 
     def accumulate(self, images: torch.Tensor, targets: torch.Tensor, part: int) -> torch.Tensor:
@@ -86,13 +115,15 @@ class ModelUpdater:
             part: index of the micro-batch in the step.
 
         Returns:
-            The share of the micro-batch in the loss of this rank, a scalar.
+            The share of the micro-batch in the loss of this rank, a scalar; `update` normalizes it.
         """
         parts = self._config.schedule.accumulation
         with self._gradient_sync(is_last=part == parts - 1):
             with autocast(self.precision, self._process.device):
                 loss = self._loss(self._network(images), targets) / parts
             self._scaler.scale(loss).backward(loss_grad(loss))
+        if self._class_weights is not None:
+            self._weight += image_weights(targets, self._class_weights).mean() / parts
         return loss.detach()
 
     def _gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
@@ -101,18 +132,21 @@ class ModelUpdater:
             return nullcontext()
         return self._network.no_sync()  # type: ignore[operator]
 
-    def update(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, step: int, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Clip the gradients, step the optimizer unless they are not finite, and average the weights.
 
         Args:
             step: of the run, counted from 0.
+            loss: sum of the shares of the micro-batches of this rank, a scalar.
 
         Returns:
-            The norm of the gradient before clipping, and True if it is finite: scalars on the device, equal
-            on all ranks.
+            The normalized loss of this rank, the norm of the gradient before clipping, and True if it is
+            finite: scalars on the device. Norm and flag are equal on all ranks.
         """
         schedule = self._config.schedule
         self._scaler.unscale_(self._optimizer)
+        if self._class_weights is not None:
+            loss = self._normalize(loss)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         is_finite = norm.isfinite()
         if schedule.clip_grad is not None and schedule.clip_mode == "norm":
@@ -125,7 +159,16 @@ class ModelUpdater:
         self._optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model, step=step + 1)
-        return norm, is_finite
+        return loss, norm, is_finite
+
+    def _normalize(self, loss: torch.Tensor) -> torch.Tensor:
+        """Divide the gradients and the loss by the mean weight of the images of the global batch."""
+        mean_weight = all_reduce_sum(self._weight) / self._process.world_size
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(mean_weight)
+        self._weight = torch.zeros_like(mean_weight)
+        return loss / mean_weight
 
     def learning_rates(self) -> list[float]:
         """Return the learning rate of each parameter group."""

@@ -6,10 +6,13 @@ import torch
 from torch import nn
 
 
-def batch_norm_buffers(model: nn.Module) -> list[torch.Tensor]:
-    """Return the running statistics of `model`, the counters of batches included."""
+def batch_norm_buffers(model: nn.Module, training: bool | None = None) -> list[torch.Tensor]:
+    """Return the running statistics of `model`, the counters of batches included.
+
+    `training` selects the layers in train or in evaluation mode; None selects all.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return [buffer for norm in norms for buffer in norm.buffers()]
+    return [b for norm in norms if training in (None, norm.training) for b in norm.buffers()]
 
 
 def loss_grad(loss: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 
 from vil.checkpoints.training_state import State
 from vil.config import ScheduleConfig, Tree, UserError
+from vil.training.trainable import classifiers
 
 _FUSED = ("adam", "adamw", "sgd", "momentum")
 """timm's names of PyTorch optimizers whose fused versions can skip a step on the device."""
@@ -186,11 +187,8 @@ def undecayed_parameters(model: nn.Module, decay_biases: bool) -> set[str]:
 
 
 def _head_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters of the model's classifier (timm's `get_classifier`), if it has one."""
-    classifier = getattr(model, "get_classifier", None)
-    head = classifier() if classifier else None
-    heads = head if isinstance(head, tuple) else (head,)  # two for distilled models
-    return {parameter for part in heads if isinstance(part, nn.Module) for parameter in part.parameters()}
+    """Return the parameters of the model's classifier, if it has one."""
+    return {parameter for head in classifiers(model) for parameter in head.parameters()}
 
 
 def clipped_parameters(model: nn.Module, mode: str) -> list[nn.Parameter]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from vil.checkpoints.training_state import evaluations_since_best
 from vil.config import Tree
 
 
@@ -17,7 +18,10 @@ class RunPosition:
         last_step: number of steps of the whole run.
         step: finished optimizer steps.
         finished_step: value of `step` when an epoch was last finished.
-        best: `top1` in percent, `weights` (raw or ema) and `epoch` of the best evaluation; None before any.
+        best: `top1` in percent, `weights` (raw or ema), `epoch` and, if it is chosen by another metric than
+            top1, its `value`, of the best evaluation; None before any.
+        eval_every: epochs between two evaluations.
+        patience: evaluations without a better one after which the run ends; None for no limit.
     """
 
     steps_per_epoch: int
@@ -25,6 +29,8 @@ class RunPosition:
     step: int = 0
     finished_step: int = 0
     best: Tree | None = None
+    eval_every: int = 1
+    patience: int | None = None
 
     @property
     def epoch(self) -> int:
@@ -45,7 +51,15 @@ class RunPosition:
     @property
     def is_finished(self) -> bool:
         """True if no epoch remains."""
-        return self.finished_step >= self.last_step
+        return self.finished_step >= self.last_step or self.is_stopped_early
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """True if the last `patience` evaluations were not better than an earlier one."""
+        if self.patience is None or self.best is None:
+            return False
+        epoch = self.finished_step // self.steps_per_epoch
+        return evaluations_since_best(self.best, epoch, self.eval_every) >= self.patience
 
     @property
     def needs_final_evaluation(self) -> bool:

@@ -1,19 +1,34 @@
-"""The log of a run: metrics.jsonl, TensorBoard, console lines and a progress bar."""
+"""The log of a run: metrics.jsonl, other logs of the same numbers, console lines and a progress bar."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from vil.config import TrainConfig, UserError, error_reason
+from vil.config import TrainConfig, Tree, UserError, error_reason
 from vil.runtime.console import print_line
-from vil.runtime.run_files import METRICS, TENSORBOARD
+from vil.runtime.run_files import METRICS, METRICS_CSV, TENSORBOARD
+from vil.training.csv_log import CsvLog, is_number_record
+from vil.training.experiment_trackers import MlflowLog, Tracker, WandbLog
 from vil.training.metrics_log import MetricsLog
 from vil.training.tensorboard_log import TensorBoardLog
+
+
+class RecordLog(Protocol):
+    """A log that copies the numbers of metrics.jsonl."""
+
+    def add_record(self, record: Tree) -> None:
+        """Log the numbers of a record."""
+
+    def flush(self) -> None:
+        """Write all records."""
+
+    def close(self) -> None:
+        """Close the log."""
 
 
 class RunLog:
@@ -25,19 +40,26 @@ class RunLog:
         step, is_evaluated: as for `cut_metrics`.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or a logger cannot be started.
     """
 
     def __init__(self, folder: Path | None, config: TrainConfig, step: int, is_evaluated: bool) -> None:
         self.metrics: MetricsLog | None = None
         self.tensorboard = TensorBoardLog(None)
+        self._copies: list[RecordLog] = []
         self.shows_progress = folder is not None and config.progress and sys.stderr.isatty()
         if folder is None:
             return
         try:
             self.metrics = MetricsLog(folder / METRICS, step, is_evaluated)
-            if config.tensorboard:
+            if "tensorboard" in config.loggers:
                 self._open_tensorboard(folder, config, step, is_evaluated)
+            if "csv" in config.loggers:
+                self._copies.append(CsvLog(folder / METRICS_CSV, self.metrics.records))
+            if "wandb" in config.loggers:
+                self._copies.append(WandbLog(folder, config))
+            if "mlflow" in config.loggers:
+                self._copies.append(MlflowLog(folder, config))
         except OSError as error:
             reason = f"the log cannot be written to {error.filename or folder}: {error_reason(error)}"
             raise UserError("output", reason) from None
@@ -47,19 +69,27 @@ class RunLog:
         # Events have no kind: an evaluation that is removed is purged with the training step before it.
         first_step = step + 1 if is_evaluated else step
         self.tensorboard = TensorBoardLog(folder / TENSORBOARD, first_step)
+        self._copies.append(self.tensorboard)
         for record in self.metrics.records:
-            if record["step"] >= first_step:
+            if record["step"] >= first_step and is_number_record(record):
                 self.tensorboard.add_record(record)
         self.tensorboard.add_hparams(config)
         if step == 0:
             self.tensorboard.add_config(config)
 
     def write(self, kind: str, step: int, epoch: int, **values: float | int | list[str] | None) -> None:
-        """Write a record to metrics.jsonl, and its numbers to TensorBoard; `epoch` counts from 1."""
+        """Write a record to metrics.jsonl, and its numbers to the other logs; `epoch` counts from 1."""
         if self.metrics is not None:
             record = {"kind": kind, "step": step, "epoch": epoch, **values, "time": round(time.time(), 3)}
             self.metrics.write(record)
-            self.tensorboard.add_record(record)
+            for log in self._copies:
+                log.add_record(record)
+
+    def write_changed_option(self, step: int, epoch: int, option: str, old: object, new: object) -> None:
+        """Write a record of an option that a continued run changes; `epoch` counts from 1."""
+        if self.metrics is not None:
+            values = {"step": step, "epoch": epoch, "option": option, "old": old, "new": new}
+            self.metrics.write({"kind": "options", **values, "time": round(time.time(), 3)})
 
     def flush(self) -> None:
         """Write all records to the disk.
@@ -69,11 +99,13 @@ class RunLog:
         """
         if self.metrics is not None:
             self.metrics.flush()
-            self.tensorboard.flush()
+            for log in self._copies:
+                log.flush()
 
     def finish(self) -> str | None:
         """Flush at the end of a run; return one line if records cannot be written."""
-        self.tensorboard.flush()
+        for log in self._copies:
+            log.flush()
         return self.metrics.finish() if self.metrics is not None else None
 
     def progress_bar(self, epoch: int, epochs: int, start: int, steps: int) -> tqdm[Any]:
@@ -86,8 +118,11 @@ class RunLog:
         if self.metrics is not None:
             print_line(line)
 
-    def close(self) -> None:
-        """Close all files."""
+    def close(self, is_finished: bool = False) -> None:
+        """Close all files; `is_finished` is True at the end of the run."""
         if self.metrics is not None:
             self.metrics.close()
-        self.tensorboard.close()
+        for log in self._copies:
+            if isinstance(log, Tracker):
+                log.is_finished = is_finished
+            log.close()

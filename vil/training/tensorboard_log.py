@@ -74,7 +74,7 @@ class TensorBoardLog:
         """Add the numbers of a record of metrics.jsonl as scalars."""
         for key, value in record.items():
             if key not in ("kind", "step", "epoch", "time") and isinstance(value, int | float):
-                self._add_scalar(_tag(record["kind"], key), value, record["step"])
+                self._add_scalar(record_tag(record["kind"], key), value, record["step"])
 
     def add_best(self, step: int, top1: float) -> None:
         """Add the best Top-1 so far, in percent, of raw or averaged weights."""
@@ -143,7 +143,7 @@ def _silence_writer_thread() -> None:
     threading.excepthook = excepthook
 
 
-def _tag(kind: str, key: str) -> str:
+def record_tag(kind: str, key: str) -> str:
     """Return the tag of a value: section (train, validation, ema, spikes or system) and name."""
     if key in TIMING_FIELDS:
         return f"system/{'evaluation_seconds' if key == 'seconds' else key}"

@@ -20,15 +20,17 @@ import torch
 from torch import nn
 
 from vil.checkpoints import checkpoint_files
-from vil.checkpoints.run_folder import begin_run, check_class_names, check_train_images
+from vil.checkpoints.run_folder import begin_run, check_class_names, check_train_images, differences
 from vil.checkpoints.training_state import State, library_versions
 from vil.checkpoints.writer import CheckpointWriter, check_disk_space
 from vil.config import TrainConfig, Tree, UserError, one_line
 from vil.evaluation.accuracy import evaluate
+from vil.evaluation.metrics import METRICS
 from vil.runtime.distributed import Process, all_reduce_sum, call_on_main, lost_rank_reason
 from vil.runtime.seeding import seed_generators
 from vil.runtime.signals import InterruptedEvaluation, InterruptedRun, SignalHandler
 from vil.runtime.watchdog import Watchdog
+from vil.training.loss import class_weights
 from vil.training.loss_monitor import LossMonitor, StepReport
 from vil.training.model_updater import ModelUpdater
 from vil.training.position import RunPosition
@@ -67,6 +69,10 @@ class Loaders(Protocol):
     @property
     def class_names(self) -> Sequence[str]:
         """Names of the classes, in the order of the logits."""
+
+    @property
+    def class_counts(self) -> Sequence[int]:
+        """Number of training images of each class, over all ranks."""
 
     @property
     def train_images(self) -> int:
@@ -145,10 +151,24 @@ def fit(
         raise TrainingError(message) from error
     finally:
         trainer.writer.close()
-        trainer.log.close()
+        trainer.log.close(trainer.position.is_finished)
+        trainer.updater.unfreeze()
     best = trainer.position.best
     assert best is not None
     return Summary(trainer.position.step, best, time.perf_counter() - start)
+
+
+def best_metric_key(name: str) -> str:
+    """Return the key in `METRICS` of `schedule.best_metric`."""
+    return {"f1": "macro_f1"}.get(name, name)
+
+
+def check_patience(config: TrainConfig, steps_per_epoch: int, last_step: int) -> None:
+    """Raise UserError if `schedule.patience` is set and no evaluation precedes the end of the run."""
+    first = config.eval_every * steps_per_epoch
+    if config.schedule.patience is not None and first >= last_step:
+        reason = f"the first evaluation, after {config.eval_every} epochs, would be the last one"
+        raise UserError("schedule.patience", f"{reason}; evaluate more often by eval_every")
 
 
 def lost_worker_reason(error: BaseException) -> str | None:
@@ -179,20 +199,30 @@ class Trainer:
         self.mix, self.draw_attention = mix, draw_attention
         self.folder = Path(config.output or ".")
         steps_per_epoch = loaders.train.steps_per_epoch
+        num_logits = config.model.num_classes or len(loaders.class_names)
         total_steps = config.schedule.epochs * steps_per_epoch
         last_step = min(total_steps, config.schedule.max_steps or total_steps)
-        self.position = RunPosition(steps_per_epoch, last_step)
-        self.updater = ModelUpdater(model, config, process, steps_per_epoch)
+        self.best_key = best_metric_key(config.schedule.best_metric)
+        check_patience(config, steps_per_epoch, last_step)
+        self.position = RunPosition(
+            steps_per_epoch, last_step, eval_every=config.eval_every, patience=config.schedule.patience
+        )
+        weights = class_weights(config.schedule.class_weights, loaders.class_counts, num_logits)
+        self.updater = ModelUpdater(model, config, process, steps_per_epoch, weights)
         limits = (config.max_skipped_steps, config.spike_threshold)
         self.loss_monitor = LossMonitor(process.device, process.world_size, *limits)
+        changed_options: list[tuple[str, object, object]] = []
         if state is not None:
+            changed_options = differences(state["config"], config)
             self.restore(state)
         has_ema = self.updater.ema is not None
         keep = config.keep_checkpoints
         call_on_main(lambda: check_disk_space(self.folder, model.state_dict(), has_ema, keep))
         self.updater.wrap_network()
-        log_folder = self.folder if process.is_main else None
-        self.log = RunLog(log_folder, config, self.position.step, self.position.is_evaluated)
+        self.log = RunLog(None, config, 0, True)
+        call_on_main(self.open_log)
+        for changed in changed_options:
+            self.log.write_changed_option(self.position.step, self.position.epoch_number, *changed)
         self.writer = CheckpointWriter(self.folder, keep, prepare=self.log.flush)
         self.signals = SignalHandler()
         timeouts = (config.hang_timeout, config.grace_period)
@@ -201,6 +231,10 @@ class Trainer:
         self.epoch_losses: list[float] = []
         self.epoch_start = time.perf_counter()
         self.has_warned_input_bound = False
+
+    def open_log(self) -> None:
+        """Open the files of the log, on rank 0."""
+        self.log = RunLog(self.folder, self.config, self.position.step, self.position.is_evaluated)
 
     # --- Training -------------------------------------------------------------------------------------------
 
@@ -216,7 +250,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train to the end of the current epoch, or to the last step of the run."""
         epoch, start = divmod(self.position.step, self.position.steps_per_epoch)
-        self.model.train()
+        self.updater.set_training_mode()
         self.set_neighbors(epoch)
         self.epoch_losses, self.epoch_start = [], time.perf_counter()
         batches = iter(self.loaders.train.epoch(epoch, start))
@@ -243,7 +277,7 @@ class Trainer:
             self.watchdog.report_progress(f"computing step {step + 1}")
             loss += self.accumulate(images, targets, part)
         # Nothing in a step waits for the device, unless it is logged.
-        grad_norm, is_finite = self.updater.update(step)
+        loss, grad_norm, is_finite = self.updater.update(step, loss)
         self.position = self.position.after_step()
         is_full = self.loss_monitor.add(self.position.step, loss, is_finite)
         self.timer.end_step()
@@ -325,8 +359,8 @@ class Trainer:
         self.warn_if_input_bound()
         self.check_weights()
         every = self.config.attention_every
-        if self.draw_attention is not None and every is not None and (epoch % every == 0 or is_last):
-            self.log.tensorboard.add_image("attention", self.draw_attention, self.position.step)
+        if every is not None and (epoch % every == 0 or is_last):
+            self.draw_attention_maps()
         if epoch % self.config.eval_every == 0 or is_last:
             results = self.evaluate_and_save()
             line += f"   Top-1 {results['top1']:.2f} %"
@@ -336,16 +370,31 @@ class Trainer:
             self.position = self.position.after_epoch()
             self.save(is_best=False)
         self.log.print_line(f"{line}   lr {self.learning_rate():.2e}   {seconds:.1f} s")
+        if self.position.is_stopped_early:
+            metric, patience = self.config.schedule.best_metric, self.config.schedule.patience
+            self.log.print_line(f"early stopping: no better {metric} in {patience} evaluations")
+            if every is not None and epoch % every and not is_last:
+                self.draw_attention_maps()
+
+    def draw_attention_maps(self) -> None:
+        """Add an image of attention maps to the log."""
+        if self.draw_attention is not None:
+            self.log.tensorboard.add_image("attention", self.draw_attention, self.position.step)
 
     def evaluate_and_save(self) -> Tree:
         """Evaluate and save, as best.pt too if no earlier evaluation is as good."""
         results = self.evaluate()
-        raw, ema = results["top1"], results.get("ema_top1", -1.0)
+        key, sign = self.best_key, 1 if METRICS[self.best_key].higher_is_better else -1
+        kinds = {"raw": ""} | ({"ema": "ema_"} if self.updater.ema is not None else {})
+        # The first of equal ones: raw weights, an earlier epoch.
+        weights = max(kinds, key=lambda kind: sign * results[f"{kinds[kind]}{key}"])
+        value, top1 = (results[f"{kinds[weights]}{name}"] for name in (key, "top1"))
         best = self.position.best
-        is_best = best is None or max(raw, ema) > best["top1"]
+        is_best = best is None or sign * value > sign * best["value" if "value" in best else "top1"]
         if best is None or is_best:
-            weights = "ema" if ema > raw else "raw"
-            best = {"top1": max(raw, ema), "weights": weights, "epoch": self.position.epoch_number}
+            best = {"top1": top1, "weights": weights, "epoch": self.position.epoch_number}
+            if key != "top1":
+                best["value"] = value
         self.log.tensorboard.add_best(self.position.step, best["top1"])
         self.position = self.position.after_epoch(best)
         self.save(is_best)
@@ -377,7 +426,8 @@ class Trainer:
             self.interrupt(self.signals.stop or signal.SIGTERM)
         if not math.isfinite(result.values["loss"]):
             self.fail(self.position.step, f"the validation loss is {result.values['loss']}")
-        return {**result.logged(prefix), "images": result.images, "unreadable": result.unreadable}
+        best = {f"{prefix}{self.best_key}": result.values[self.best_key]}
+        return {**result.logged(prefix), **best, "images": result.images, "unreadable": result.unreadable}
 
     def must_stop_evaluation(self) -> bool:
         """Report progress after a batch; return True if this process received a signal."""

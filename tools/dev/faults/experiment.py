@@ -35,7 +35,7 @@ log_every: 1
 save_every: {SAVE_EVERY}
 device: cpu
 precision: float32
-tensorboard: false
+loggers: []
 progress: false
 """
 

@@ -269,7 +269,7 @@ def _fail_storage(
     line, the checkpoints are unchanged, and it continues from them later.
     """
     before = checks.folder_digests(run.folder)
-    job = run.start("--tensorboard=true")
+    job = run.start("--loggers=tensorboard")
     job.wait_for_step(1)
     restore = inject()
     try:

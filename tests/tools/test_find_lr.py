@@ -1,0 +1,112 @@
+"""The learning-rate range test."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tools.programs import find_lr
+from tools.programs.find_lr import Point, main, range_test, suggest
+from vil.command_line import resolve_train_command
+from vil.config import UserError
+from vil.runtime.distributed import Process
+
+CPU = Process(0, 0, 1, torch.device("cpu"))
+TINY = (
+    *("--data.source", "digits", "--data.images_per_class", "8", "--data.workers", "0", "--device", "cpu"),
+    *("--schedule.batch_size", "16", "--model.image_size", "16", "--progress", "false"),
+)
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+def test_a_test_writes_its_files_and_nothing_else(tmp_path: Path, capsys):
+    files = ("--json", "out/lr.json", "--curve", "out/lr.png")
+    main(["--steps", "30", "--min-lr", "1e-5", "--max-lr", "0.05", *files, *TINY, "--output", "run"])
+    result = json.loads(Path("out/lr.json").read_text())
+    rates = [point["lr"] for point in result["points"]]
+    assert rates == pytest.approx(np.geomspace(1e-5, 0.05, 30)[: len(rates)].tolist())
+    assert all(np.isfinite(point["loss"]) for point in result["points"])
+    assert not result["diverged"]
+    assert 1e-5 < result["suggestion"] < 0.05
+    expected = f"suggested: --schedule.lr {result['suggestion']:.1e}; no divergence up to 5.0e-02\n"
+    assert capsys.readouterr().out == expected
+    assert Image.open("out/lr.png").format == "PNG"
+    assert [path.name for path in Path().iterdir()] == ["out"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["lr.json", "lr.png"]
+
+
+def test_a_test_ends_when_the_loss_diverges(capsys):
+    options = ("--steps", "60", "--min-lr", "1", "--max-lr", "1e6", "--schedule.optimizer", "momentum")
+    main([*options, *TINY])
+    assert "diverged at " in capsys.readouterr().out
+
+
+def test_the_rates_are_those_of_the_schedule(monkeypatch: pytest.MonkeyPatch):
+    """Scaled from lr_batch_size to the batch size, and by the layer decay."""
+    used = []
+    original = find_lr.ModelUpdater.update
+
+    def update(self, step, loss):
+        used.append(max(self.learning_rates()))
+        return original(self, step, loss)
+
+    monkeypatch.setattr(find_lr.ModelUpdater, "update", update)
+    config = resolve_train_command([*TINY, "--schedule.lr_batch_size", "32"]).config
+    config.schedule.layer_decay = 0.5
+    config.schedule.accumulation = 2
+    points = range_test(config, CPU, [1e-4, 1e-3])
+    assert [point.lr for point in points] == [1e-4, 1e-3]
+    assert used == pytest.approx([1e-4 / 2, 1e-3 / 2])
+
+
+def test_equal_tests_have_equal_losses():
+    def test() -> list[Point]:
+        return range_test(resolve_train_command(TINY).config, CPU, [1e-4, 1e-3, 1e-2])
+
+    assert test() == test()
+
+
+def test_the_suggestion_is_where_the_loss_falls_fastest():
+    losses = [2.0, 1.95, 1.5, 1.0, 0.9, 3.0, 0.95]
+    points = [Point(10.0**index, loss, loss) for index, loss in enumerate(losses)]
+    assert suggest(points) == 100.0
+    assert suggest(points[4:6]) is None
+
+
+def test_a_loss_that_does_not_fall_gives_no_suggestion(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(find_lr, "range_test", lambda *_: [Point(0.1, 1.0, 1.0), Point(1.0, 2.0, 2.0)])
+    main(["--steps", "10", *TINY])
+    assert capsys.readouterr().out == "no suggestion: the loss does not fall; diverged at 1.0e+00\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--min-lr", "1"], "command line: --min-lr: expected less than --max-lr 1, got 1"),
+        (["--max-lr", "nan"], "command line: argument --max-lr: expected a number above 0, got 'nan'"),
+        (
+            ["--steps", "3"],
+            "command line: argument --steps: expected an integer from 10 to 1000000, got '3'",
+        ),
+        (["--curve", "."], "--curve: . cannot be written: Is a directory"),
+    ],
+)
+def test_refused_arguments(argv: list[str], message: str):
+    with pytest.raises(UserError) as refused:
+        main([*argv, *TINY])
+    assert str(refused.value) == message
+
+
+def test_options_of_training_are_checked():
+    with pytest.raises(UserError, match=r"^command line: --schedule.lrr: unknown option"):
+        main([*TINY, "--schedule.lrr", "1"])
+    with pytest.raises(UserError, match=r"^command line: schedule.batch_size: 99999 is more than "):
+        main([*TINY, "--schedule.batch_size", "99999"])

@@ -1,0 +1,128 @@
+"""The best evaluation, by any metric, and early stopping: exact when a run is continued."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_run import STEPS, load_last, make_config, run
+
+from vil.checkpoints import checkpoint_files, run_folder
+from vil.checkpoints.training_state import read_training_state
+from vil.config import UserError
+from vil.evaluation.accuracy import EvaluationResult
+from vil.training import trainer
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that sets the results of the evaluations to come."""
+
+    def set_figures(**values: list[float]) -> None:
+        results: Iterator[EvaluationResult] = iter(
+            [EvaluationResult(dict(zip(values, row)), images=30) for row in zip(*values.values())]
+        )
+        monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: next(results))
+
+    return set_figures
+
+
+def test_the_smallest_loss_is_the_best(tmp_path: Path, figures):
+    figures(top1=[50.0, 70.0, 60.0], top5=[90.0, 80.0, 85.0], loss=[1.0, 0.9, 0.8])
+    summary = run(make_config(tmp_path, best_metric="loss"))
+    assert summary.best == {"top1": 60.0, "weights": "raw", "epoch": 3, "value": 0.8}
+    best = read_training_state(tmp_path / checkpoint_files.BEST)
+    assert (best["step"], best["best"]) == (3 * STEPS, summary.best)
+
+
+def test_the_first_of_equal_evaluations_is_the_best(tmp_path: Path, figures):
+    figures(top1=[50.0, 60.0] * 2, top5=[70.0] * 4, loss=[1.0] * 4)  # raw and average of two epochs
+    summary = run(make_config(tmp_path, best_metric="top5", epochs=2, ema_decay=0.5))
+    assert summary.best == {"top1": 50.0, "weights": "raw", "epoch": 1, "value": 70.0}
+
+
+def test_a_metric_that_chooses_the_best_is_logged(tmp_path: Path):
+    run(make_config(tmp_path, best_metric="top5", epochs=1))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "top5" in records[-1]
+
+
+def test_a_run_ends_after_evaluations_without_improvement(tmp_path: Path, figures, capsys):
+    figures(top1=[50.0, 60.0, 60.0, 59.0, 99.0], loss=[1.0] * 5)
+    config = make_config(tmp_path, epochs=9, patience=2)
+    summary = run(config)
+    assert (summary.step, summary.best["epoch"]) == (4 * STEPS, 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("epoch   4/9 ")
+    assert lines[-1] == "early stopping: no better top1 in 2 evaluations"
+    again = run(config, state=load_last(tmp_path))  # no evaluation is left
+    assert again.step == 4 * STEPS
+    state = load_last(tmp_path)
+    assert run_folder.finished_top1(tmp_path, state, config) is None  # no summary yet
+    (tmp_path / run_folder.SUMMARY).write_text('[{"top1": 60.0}]')
+    assert run_folder.finished_top1(tmp_path, state, config) == 60.0
+    longer = make_config(tmp_path, epochs=9, patience=3)
+    assert run_folder.finished_top1(tmp_path, state, longer) is None
+
+
+def test_a_longer_patience_continues_a_run_that_stopped(tmp_path: Path, figures):
+    figures(top1=[50.0, 40.0, 40.0], loss=[1.0] * 3)
+    assert run(make_config(tmp_path, epochs=9, patience=1)).step == 2 * STEPS
+    longer = make_config(tmp_path, epochs=9, patience=2)
+    assert run(longer, state=load_last(tmp_path)).step == 3 * STEPS
+
+
+@pytest.mark.parametrize("max_steps", [7, 15])
+def test_an_interrupted_run_stops_at_the_same_step(tmp_path: Path, max_steps: int):
+    """A tiny learning rate: the accuracy never changes."""
+    options = {"epochs": 9, "patience": 2, "lr": 1e-9, "eval_every": 2}
+    whole = run(make_config(tmp_path / "whole", **options))
+    assert whole.step == 6 * STEPS
+    run(make_config(tmp_path / "part", **options, max_steps=11))
+    for limit in (11 + max_steps, 9 * STEPS):
+        part = run(
+            make_config(tmp_path / "part", **options, max_steps=limit), state=load_last(tmp_path / "part")
+        )
+    assert part.step == whole.step
+    weights = [load_last(tmp_path / name)["model"] for name in ("whole", "part")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_attention_is_drawn_at_the_end_of_a_run_that_stops(tmp_path: Path):
+    drawn = []
+
+    def draw() -> torch.Tensor:
+        drawn.append(1)
+        return torch.zeros(3, 4, 4, dtype=torch.uint8)
+
+    options = {"epochs": 9, "patience": 1, "lr": 1e-9, "loggers": ["tensorboard"], "attention_every": 5}
+    assert run(make_config(tmp_path, **options), draw_attention=draw).step == 2 * STEPS
+    assert len(drawn) == 1
+
+
+@pytest.mark.parametrize("options", [{"eval_every": 4}, {"eval_every": 3}, {"eval_every": 2, "max_steps": 9}])
+def test_patience_without_evaluations_is_refused(tmp_path: Path, options: dict[str, int]):
+    with pytest.raises(UserError) as refused:
+        run(make_config(tmp_path, patience=1, **options))
+    reason = f"the first evaluation, after {options['eval_every']} epochs, would be the last one"
+    assert str(refused.value) == f"schedule.patience: {reason}; evaluate more often by eval_every"
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_a_continued_run_keeps_its_metric(tmp_path: Path):
+    run(make_config(tmp_path, max_steps=2))
+    with pytest.raises(UserError) as refused:
+        run_folder.open_run(tmp_path, make_config(tmp_path, max_steps=2, best_metric="loss"))
+    reason = f"the run in {tmp_path} has top1, not loss; name another output or keep its value"
+    assert str(refused.value) == f"schedule.best_metric: {reason}"
+
+
+@pytest.mark.parametrize(("name", "key"), [("balanced_accuracy", "balanced_accuracy"), ("f1", "macro_f1")])
+def test_metrics_by_class_choose_the_best(tmp_path: Path, name: str, key: str):
+    summary = run(make_config(tmp_path, best_metric=name))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    values = [record[key] for record in records if record["kind"] == "validation"]
+    assert summary.best["value"] == max(values)
+    assert summary.best["epoch"] == values.index(max(values)) + 1

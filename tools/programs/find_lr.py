@@ -1,0 +1,233 @@
+"""Find a learning rate: train some steps while the rate rises exponentially (learning-rate range test).
+
+    python tools/find_lr.py --data.source folder --data.root photos --data.val_fraction 0.2 --curve lr.png
+    python tools/find_lr.py --data configs/data/digits.yaml --steps 200 --max-lr 0.1 --json lr.json
+
+All other arguments are those of train.py. The rates are values of schedule.lr; warm-up, schedule and moving
+average are off. The test ends early when the smoothed loss is four times its minimum or not finite. The
+suggested rate is the one at which the smoothed loss falls fastest; rates shortly before the minimum work for
+many models, too. The folder of the run is neither created nor touched.
+
+Source: Smith, Cyclical Learning Rates for Training Neural Networks, https://arxiv.org/abs/1506.01186,
+section 3.3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import Loaders, Mixing, build_loaders
+from tools.png import as_png
+from vil.checkpoints.initialization import initialize_model
+from vil.command_line import ToolParser, bounded_int, resolve_train_command
+from vil.config import (
+    COMMAND_LINE,
+    TrainConfig,
+    UserError,
+    errors_in_section,
+)
+from vil.models.zoo import check_device, model_from_config
+from vil.runtime import distributed
+from vil.runtime.distributed import Process, all_reduce_sum
+from vil.runtime.files import check_writable, write_output
+from vil.runtime.precision import choose_precision, set_deterministic
+from vil.runtime.seeding import seed_generators
+from vil.training.loss import class_weights
+from vil.training.model_updater import ModelUpdater
+from vil.training.optimizer import peak_learning_rate
+
+SMOOTHING = 0.9
+"""Decay of the moving average of the loss."""
+DIVERGENCE = 4.0
+"""The test ends when the smoothed loss is this multiple of its minimum."""
+MIN_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Point:
+    """The loss of one step, and the smoothed loss, at a learning rate."""
+
+    lr: float
+    loss: float
+    smoothed: float
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the test, print the suggested learning rate and write the files."""
+    parser = _parser()
+    arguments, others = parser.parse_known_args(argv)
+    if arguments.min_lr >= arguments.max_lr:
+        reason = f"expected less than --max-lr {arguments.max_lr:g}, got {arguments.min_lr:g}"
+        raise UserError("--min-lr", reason, COMMAND_LINE)
+    for option in ("curve", "json"):
+        if path := getattr(arguments, option):
+            check_writable(path, f"--{option}")
+    command = resolve_train_command(others)
+    try:
+        with distributed.start(command.config.device) as process:
+            rates = np.geomspace(arguments.min_lr, arguments.max_lr, arguments.steps).tolist()
+            points = range_test(command.config, process, rates)
+            if not process.is_main:
+                return
+    except UserError as error:
+        raise command.locate(error) from error
+    suggestion, has_diverged = suggest(points), len(points) < len(rates)
+    if arguments.json:
+        result = {"suggestion": suggestion, "diverged": has_diverged, "points": list(map(asdict, points))}
+        write_output(arguments.json, json.dumps(result, indent=2) + "\n", "--json")
+    if arguments.curve:
+        write_output(arguments.curve, draw(points, suggestion), "--curve")
+    end = f"diverged at {points[-1].lr:.1e}" if has_diverged else f"no divergence up to {rates[-1]:.1e}"
+    if suggestion is None:
+        print(f"no suggestion: the loss does not fall; {end}")
+    else:
+        print(f"suggested: --schedule.lr {suggestion:.1e}; {end}")
+
+
+def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) -> list[Point]:
+    """Train one step at each learning rate; return a point for each until the loss diverges.
+
+    Args:
+        config: of train.py; changed.
+        process: this process.
+        rates: values of `schedule.lr`, rising.
+
+    Raises:
+        UserError: an option, a file or the data cannot be used.
+    """
+    config.output, schedule = None, config.schedule
+    schedule.ema_decay = None
+    config.precision = choose_precision(config.precision, process.device)
+    set_deterministic(config.deterministic)
+    loaders, model, mix = _build(config, process)
+    num_logits = config.model.num_classes or len(loaders.class_names)
+    weights = class_weights(schedule.class_weights, loaders.class_counts, num_logits)
+    updater = ModelUpdater(model, config, process, loaders.train.steps_per_epoch, weights)
+    updater.wrap_network()
+    updater.set_training_mode()
+    factor = peak_learning_rate(schedule) / schedule.lr
+    batches = _batches(loaders)
+    points: list[Point] = []
+    average = 0.0
+    for step, rate in enumerate(
+        tqdm(rates, desc="learning rates", unit="step", leave=False, disable=_bar_is_off(config, process))
+    ):
+        updater.begin_step(step, rate * factor)
+        share = torch.zeros((), device=process.device)
+        for part in range(schedule.accumulation):
+            epoch, (images, targets) = next(batches)
+            images, targets = mix(images, targets, step=step, rank=process.rank, part=part, epoch=epoch)
+            seed_generators(config.seed, "forward", step, process.rank, part)
+            share += updater.accumulate(images, targets, part)
+        share, _, is_finite = updater.update(step, share)
+        loss = float(all_reduce_sum(share)) / process.world_size
+        if not (math.isfinite(loss) and is_finite):
+            break
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        points.append(Point(rate, loss, average / (1 - SMOOTHING ** (step + 1))))
+        best = min(point.smoothed for point in points)
+        if step >= MIN_STEPS and points[-1].smoothed > DIVERGENCE * best:
+            break
+    if not points:
+        raise UserError("--min-lr", "the loss of the first step is not finite", COMMAND_LINE)
+    return points
+
+
+def suggest(points: Sequence[Point]) -> float | None:
+    """Return the learning rate at which the smoothed loss falls fastest; None if it does not fall.
+
+    The first tenth, where the average is over few losses, is left out.
+    """
+    first = len(points) // 10
+    smoothed = np.array([point.smoothed for point in points[first:]])
+    falling = smoothed[: int(smoothed.argmin()) + 1]
+    if len(falling) < 2:
+        return None
+    return points[first + int(np.gradient(falling).argmin())].lr
+
+
+def draw(points: Sequence[Point], suggestion: float | None) -> bytes:
+    """Return the curve of the losses as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    rates = [point.lr for point in points]
+    axes.plot(rates, [point.loss for point in points], color="0.75", label="loss of the step")
+    axes.plot(rates, [point.smoothed for point in points], color="C0", label="smoothed")
+    if suggestion is not None:
+        axes.axvline(suggestion, color="C1", linestyle="--", label=f"suggested: {suggestion:.1e}")
+    axes.set(xscale="log", xlabel="schedule.lr", ylabel="training loss")
+    smoothed = [point.smoothed for point in points]
+    axes.set_ylim(0, 1.1 * max(smoothed[0], min(max(smoothed), 2 * smoothed[0])))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return as_png(figure)
+
+
+def _build(config: TrainConfig, process: Process) -> tuple[Loaders, torch.nn.Module, Mixing]:
+    """Build what train.py builds for a new run."""
+    loaders = build_loaders(config, process)
+    if config.model.num_classes is None:
+        config.model.num_classes = len(loaders.class_names)
+    elif config.model.num_classes < len(loaders.class_names):
+        reason = f"the data has {len(loaders.class_names)} classes, got {config.model.num_classes}"
+        raise UserError("model.num_classes", reason)
+    seed_generators(config.seed, "weights")
+    with errors_in_section("model"):
+        model = model_from_config(config.model)
+        check_device(model, process.device)
+    initialize_model(model, config.model, loaders.class_names)
+    schedule = config.schedule
+    return (
+        loaders,
+        model,
+        Mixing(schedule.augment, config.model.num_classes, schedule.label_smoothing, config.seed),
+    )
+
+
+def _batches(loaders: Loaders) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield (epoch, batch) without end."""
+    for epoch in itertools.count():
+        for batch in loaders.train.epoch(epoch):
+            yield epoch, batch
+
+
+def _bar_is_off(config: TrainConfig, process: Process) -> bool | None:
+    """Return True for no progress bar, None for one in a terminal only."""
+    return None if config.progress and process.is_main else True
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return rate
+
+
+def _parser() -> ToolParser:
+    parser = ToolParser(
+        prog="find_lr.py",
+        usage="%(prog)s [OPTION ...] [OPTION OF train.py ...]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=bounded_int(MIN_STEPS, 1_000_000), default=100, help="default: 100")
+    parser.add_argument("--min-lr", type=_rate, default=1e-6, help="first learning rate (default: 1e-6)")
+    parser.add_argument("--max-lr", type=_rate, default=1.0, help="last learning rate (default: 1)")
+    parser.add_argument("--curve", type=Path, metavar="PNG", help="draw the losses")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the losses and the suggestion")
+    return parser

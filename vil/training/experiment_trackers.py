@@ -1,0 +1,212 @@
+"""Weights & Biases and MLflow, by their own libraries. A failure after the start never ends the training.
+
+Both write into the run's folder unless their own settings (`wandb login`, `WANDB_MODE`,
+`MLFLOW_TRACKING_URI`) name a server. A continued run continues the same run there, whose id is in
+trackers.json.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vil.config import TrainConfig, Tree, UserError, error_reason
+from vil.runtime.files import parse_json, read_text, refuse_link, write_durably
+from vil.runtime.run_files import MLFLOW, TRACKERS, WANDB
+from vil.training.tensorboard_log import record_tag
+from vil.validation import flatten, stored_tree
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow or mlflow-skinny"}
+"""Logger -> the package that it needs."""
+PROJECT = "vil"
+"""Project of W&B, unless WANDB_PROJECT is set, and experiment of MLflow, unless MLFLOW_EXPERIMENT_NAME is."""
+
+_MAX_PARAM_LENGTH = 500
+_logger = logging.getLogger(__name__)
+
+
+def check_loggers(loggers: Sequence[str]) -> None:
+    """Raise UserError if a logger needs a package that is not installed."""
+    for name in loggers:
+        spec = importlib.util.find_spec(name) if name in PACKAGES else None
+        if name in PACKAGES and (spec is None or spec.origin is None):  # or a folder of this name
+            raise UserError("loggers", f"{name} needs the package {PACKAGES[name]}, which is not installed")
+
+
+class Tracker:
+    """A log of numbers that stops with one warning when its library fails.
+
+    Attributes:
+        is_finished: True if the run is at its end when the log is closed.
+    """
+
+    name: Literal["wandb", "mlflow"]
+
+    def __init__(self) -> None:
+        self._is_open = True
+        self.is_finished = False
+
+    def add_record(self, record: Tree) -> None:
+        """Log the numbers of a record of metrics.jsonl."""
+        values = _numbers(record)
+        self._call(lambda: self._log(values, record["step"]))
+
+    def flush(self) -> None:
+        """Do nothing: the libraries write in the background."""
+
+    def close(self) -> None:
+        """Mark the run as ended and wait until everything is written."""
+        self._call(self._finish)
+        self._is_open = False
+
+    def _log(self, values: Mapping[str, float], step: int) -> None:
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        raise NotImplementedError
+
+    def _call(self, action: Callable[[], object]) -> None:
+        if not self._is_open:
+            return
+        try:
+            action()
+        except Exception as error:  # of any type: a server that is gone, a full disk
+            self._is_open = False
+            _logger.warning("warning: %s: %s; no more is logged there", self.name, error_reason(error))
+
+
+class WandbLog(Tracker):
+    """Log to Weights & Biases, by default into the folder `wandb` of the run.
+
+    Raises:
+        UserError: W&B cannot be started, as without a login.
+        OSError: the folder cannot be written.
+    """
+
+    name: Literal["wandb"] = "wandb"
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        super().__init__()
+        import wandb
+
+        refuse_link(folder / WANDB)
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                name=folder.absolute().name,
+                id=_tracker_id(folder, self.name, lambda: uuid.uuid4().hex[:12]),
+                resume="allow",
+                dir=str(folder),
+                config=flatten(stored_tree(config)),
+                allow_val_change=True,
+                settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+            )
+        except (wandb.Error, RuntimeError, ValueError) as error:
+            raise UserError("loggers", f"wandb: {error_reason(error)}") from error
+
+    def _log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def _finish(self) -> None:
+        self._run.finish(exit_code=0 if self.is_finished else 1)
+
+
+class MlflowLog(Tracker):
+    """Log to MLflow: to MLFLOW_TRACKING_URI, else into the folder `mlruns` of the run.
+
+    A number that the run logged before it was interrupted is not logged twice.
+
+    Raises:
+        UserError: MLflow cannot be reached.
+        OSError: the folder cannot be written.
+    """
+
+    name: Literal["mlflow"] = "mlflow"
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        super().__init__()
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        refuse_link(folder / MLFLOW)
+        # MLflow's releases from 3.7 on refuse folders without this.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / MLFLOW).absolute().as_uri()
+        experiment_name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        try:
+            self._client = MlflowClient(tracking_uri=uri)
+
+            def create() -> str:
+                found = self._client.get_experiment_by_name(experiment_name)
+                experiment = found.experiment_id if found else self._client.create_experiment(experiment_name)
+                run = self._client.create_run(experiment, run_name=folder.absolute().name)
+                self._add_options(run.info.run_id, config)
+                return str(run.info.run_id)
+
+            self._id = _tracker_id(folder, self.name, create)
+            self._client.update_run(self._id, status="RUNNING")
+            keys = self._client.get_run(self._id).data.metrics
+            self._last_steps = {
+                key: max(metric.step for metric in self._client.get_metric_history(self._id, key))
+                for key in keys
+            }
+        except MlflowException as error:
+            raise UserError("loggers", f"mlflow: {error_reason(error)}") from error
+
+    def _add_options(self, run_id: str, config: TrainConfig) -> None:
+        from mlflow.entities import Param
+
+        values = flatten(stored_tree(config)).items()
+        params = [Param(key, json.dumps(value)[:_MAX_PARAM_LENGTH]) for key, value in values]
+        for first in range(0, len(params), 100):  # the most that a request may have
+            self._client.log_batch(run_id, params=params[first : first + 100])
+
+    def _log(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics: list[Metric] = [
+            Metric(key, value, now, step)
+            for key, value in values.items()
+            if step > self._last_steps.get(key, -1)
+        ]
+        self._client.log_batch(self._id, metrics=metrics)
+
+    def _finish(self) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if self.is_finished else "KILLED")
+
+
+def _numbers(record: Tree) -> dict[str, float]:
+    """Return the numbers of a record of metrics.jsonl by tag, as in TensorBoard."""
+    return {
+        record_tag(record["kind"], key): float(value)
+        for key, value in record.items()
+        if key not in ("kind", "step", "epoch", "time") and isinstance(value, int | float)
+    }
+
+
+def _tracker_id(folder: Path, name: str, create: Callable[[], str]) -> str:
+    """Return the id of the run at a tracker, stored in the run's folder; create it for a new run."""
+    path = folder / TRACKERS
+    try:
+        stored = parse_json(read_text(path, 10_000))
+    except (OSError, ValueError):
+        stored = {}
+    stored = stored if isinstance(stored, dict) else {}
+    found = stored.get(name)
+    if isinstance(found, str) and re.fullmatch(r"[0-9a-zA-Z]{8,64}", found):
+        return found
+    new = create()
+    write_durably(path, json.dumps({**stored, name: new}) + "\n")
+    return new
