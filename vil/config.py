@@ -518,7 +518,7 @@ class TrainConfig:
         default_factory=lambda: ["tensorboard"]
     )
     """Logs in addition to metrics.jsonl: TensorBoard, metrics.csv, Weights & Biases and MLflow, the last two
-    if their packages are installed; [] is none."""
+    if their packages are installed, and from the command line alone; [] is none."""
     progress: bool = True
     """Show progress bars on rank 0."""
 

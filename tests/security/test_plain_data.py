@@ -35,6 +35,7 @@ from tools.report_page import main as report
 from tools.visualization import main as visualize
 from vil import command_line
 from vil.checkpoints import checkpoint_files
+from vil.command_line import resolve_train_command
 from vil.config import DataConfig, EvalConfig, TrainConfig, UserError
 from vil.validation import TIMM_NUMBER_OPTIONS, TIMM_START_OPTIONS, TIMM_TEXT_OPTIONS
 
@@ -386,6 +387,10 @@ def test_the_command_line_may_load_weights(monkeypatch, capsys):
             "data: {download: true}\n",
             "strange.yaml: data.download: a file cannot set this option; use --",
         ),
+        (
+            "loggers: [csv, wandb]\n",
+            "strange.yaml: loggers: a file cannot set this option; use --loggers on the command line",
+        ),
     ],
 )
 def test_a_file_cannot_set_outputs_or_start_downloads(monkeypatch, capsys, content, message):
@@ -395,6 +400,14 @@ def test_a_file_cannot_set_outputs_or_start_downloads(monkeypatch, capsys, conte
     assert (status, message in error) == (2, True)
     assert not Path("../elsewhere").exists()
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("stored", "used"), [(["mlflow"], ["tensorboard"]), (["csv"], ["csv"])])
+def test_a_stored_configuration_starts_no_tracker(stored, used):
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text(yaml.safe_dump({"loggers": stored}))
+    assert resolve_train_command(["--output", "run"]).config.loggers == used
+    assert resolve_train_command(["--output", "run", "--loggers", "mlflow"]).config.loggers == ["mlflow"]
 
 
 @pytest.mark.parametrize("source", ["torch/cifar10", "hfds/stranger/images"])

@@ -27,6 +27,12 @@ from vil.validation import STORED, TypeHint, as_tree, field_types, rename_option
 
 Config = TypeVar("Config")
 
+
+def _stays_on_this_machine(loggers: object) -> bool:
+    names = loggers if isinstance(loggers, list) else [loggers]
+    return not {"wandb", "mlflow"} & set(map(str, names))
+
+
 COMMAND_LINE_KEYS: dict[str, Callable[[object], bool]] = {
     "output": lambda value: value is None,
     "json": lambda value: value is None,
@@ -34,8 +40,9 @@ COMMAND_LINE_KEYS: dict[str, Callable[[object], bool]] = {
     "per_class_csv": lambda value: value is None,
     "confusion_csv": lambda value: value is None,
     "data.download": lambda value: value is False,
+    "loggers": _stays_on_this_machine,
 }
-"""Options that name an output or start a download, and the values of them that a file may contain."""
+"""Options that name an output or use the network, and the values of them that a file may contain."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +147,11 @@ class ParsedArguments(Generic[Config]):
                 continue
             *sections, name = key.split(".")
             section = functools.reduce(lambda inner, part: inner[part], sections, tree)
+            if may_be_in_file(section[name]):
+                continue
             if origin == base_origin and base_values is not None:
                 del section[name], origins[key]
-            elif not may_be_in_file(section[name]):
+            else:
                 reason = f"a file cannot set this option; use --{key} on the command line, or delete it there"
                 raise UserError(key, reason, origin)
         typed = [key for key, origin in origins.items() if origin == COMMAND_LINE]
