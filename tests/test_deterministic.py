@@ -62,7 +62,6 @@ def test_two_identical_runs_and_evaluations(tmp_path: Path, monkeypatch: pytest.
         assert torch.are_deterministic_algorithms_enabled()
         set_deterministic(False)
         argv = [word for word in ARGV if word not in ("--loggers", "--log_every", "1", "[]")]
-        argv.insert(argv.index("--progress") + 1, "false")
         eval_program.main([*argv, "--checkpoint", "run", "--json", "out.json"])
         assert torch.are_deterministic_algorithms_enabled()
     one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"

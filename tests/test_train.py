@@ -87,7 +87,7 @@ def test_a_run_of_relative_paths_continues_and_is_evaluated_from_another_folder(
         )
     options = ["--data.source", "folder", "--data.root", "photos", "--data.workers", "0", "--device", "cpu",
                "--model", VIL_32, "--model.blocks", "1", "1", "1", "--schedule.batch_size", "2", "--progress",
-               "false", "--tensorboard", "false", "--schedule.warmup_epochs", "0"]  # fmt: skip
+               "false", "--loggers", "[]", "--schedule.warmup_epochs", "0"]  # fmt: skip
     program.main([*options, "--schedule.epochs", "1", "--output", "run"])
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
