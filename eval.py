@@ -59,7 +59,6 @@ from vil.runtime import console, distributed
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.files import check_writable, is_stream, refuse_input_as_output
 from vil.runtime.precision import choose_precision, set_deterministic
-from vil.runtime.run_files import CHECKPOINTS, SPLIT
 from vil.runtime.seeding import seed_generators
 from vil.validation import as_tree, timm_start_options
 
@@ -229,7 +228,10 @@ def resolve_over_stored(args: ParsedArguments[EvalConfig], stored: StoredModel) 
     weights overrides a file of --data, which describes images, but not the options of the command line.
     """
     command = args.resolve()
-    data = with_run_split(stored.weights) if stored.weights else {}
+    data = stored.weights.data_with_split() if stored.weights else {}
+    held_out = ("val_fraction", "val_seed", "val_list")
+    if any(f"data.{key}" in command.origins for key in held_out):
+        data = {key: value for key, value in data.items() if key not in held_out}
     base: Tree = {"data": {**data, **stored.transform}, "model": {}}
     if stored.model is not None:
         is_renamed = "model.name" in command.origins
@@ -243,18 +245,6 @@ def resolve_over_stored(args: ParsedArguments[EvalConfig], stored: StoredModel) 
             _logger.info("data.%s: %s, required by the weights, overrides %s", key, value, origin)
         args = args.with_values({f"data.{key}": value}, file_origin(str(stored.origin)))
     return args.resolve(base_values=base, base_origin=str(stored.origin))
-
-
-def with_run_split(weights: Weights) -> Tree:
-    """Return the data section of a checkpoint; of a run that held out images, with the list of these images.
-
-    The list holds also if images were added to the data set since.
-    """
-    data, checkpoints = dict(weights.data), Path(weights.path).parent
-    split = checkpoints.parent / SPLIT
-    if data.get("val_fraction") is not None and checkpoints.name == CHECKPOINTS and split.is_file():
-        data |= {"val_fraction": None, "val_list": str(split)}
-    return data
 
 
 def open_datasets(commands: Sequence[ResolvedConfig[EvalConfig]], process: Process) -> list[Validation]:

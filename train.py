@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from data import Loaders, Mixing, build_loaders, dataset_name
+from data import Loaders, Mixing, build_loaders, dataset_name, record_split
 from vil.checkpoints import checkpoint_files, run_folder
 from vil.checkpoints.initialization import initialize_model
 from vil.checkpoints.training_state import State, read_training_state, select_weights
@@ -105,6 +105,8 @@ def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConf
             return
         announce(process, state, config)
     loaders, model, mix = build(config, process, is_new=state is None)
+    if state is None:
+        call_on_main(lambda: record_split(loaders, config))
     for line in describe_run(config, loaders, model, process, command):
         print_on_main(process, line)
     with errors_of_one_rank():
@@ -137,7 +139,7 @@ def build(config: TrainConfig, process: Process, is_new: bool) -> tuple[Loaders,
     A new run loads its initial weights, if the configuration has any.
     """
     schedule = config.schedule
-    loaders = build_loaders(config, process)
+    loaders = build_loaders(config, process, is_new)
     num_classes = len(loaders.class_names)
     if config.model.num_classes is None:
         config.model.num_classes = num_classes
@@ -172,6 +174,8 @@ def describe_run(
     schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     length = f"{schedule.epochs} epochs of {loaders.train.steps_per_epoch} × {schedule.batch_size} images"
+    if schedule.max_steps is not None:
+        length += f", at most {schedule.max_steps} steps"
     devices = f"{process.world_size} × {process.device.type}, {config.precision}"
     return [
         f"data: {len(loaders.class_names)} classes, {loaders.train_images:,} training and "

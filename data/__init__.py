@@ -38,6 +38,7 @@ __all__ = [
     "build_validation",
     "class_folder_options",
     "dataset_name",
+    "record_split",
 ]
 
 
@@ -58,6 +59,7 @@ class Loaders:
     Attributes:
         class_counts: training images of each class, over all ranks.
         train_images: training images, over all ranks.
+        validation_source: the validation images.
     """
 
     train: MicroBatchLoader | ProgressiveResizingLoader
@@ -65,13 +67,14 @@ class Loaders:
     class_names: tuple[str, ...]
     class_counts: list[int]
     train_images: int
+    validation_source: Source
 
 
-def build_loaders(config: TrainConfig, process: Process) -> Loaders:
+def build_loaders(config: TrainConfig, process: Process, is_new: bool = True) -> Loaders:
     """Open both splits of a data set and build their loaders.
 
     Unreadable images are listed in the folder `config.output`. Validation batches have the size of a
-    micro-batch.
+    micro-batch. A run that continues (not `is_new`) keeps the validation images that it has held out.
 
     Raises:
         UserError: the options do not fit one another or the data set, or a file is missing or invalid.
@@ -79,8 +82,8 @@ def build_loaders(config: TrainConfig, process: Process) -> Loaders:
     data, schedule, model = config.data, config.schedule, config.model
     folder = None if config.output is None else Path(config.output)
     stored_split = None
-    if has_held_out_images(data) and folder is not None:  # other machines may not see rank 0's folder
-        stored_split = call_on_main(lambda: read_split(folder))
+    if has_held_out_images(data) and folder is not None and not is_new:
+        stored_split = call_on_main(lambda: read_split(folder, data))  # others may not see rank 0's folder
     source = select_subset(open_source(data, "train", model.in_chans, stored_split), data)
     micro_batches = build_micro_batches(config, source, process)
     if is_mixing_enabled(schedule.augment):
@@ -93,8 +96,6 @@ def build_loaders(config: TrainConfig, process: Process) -> Loaders:
     )
     if validation.class_names != source.class_names:
         raise UserError("data.val_split", _class_difference(source.class_names, validation.class_names))
-    if has_held_out_images(data) and folder is not None and stored_split is None:
-        call_on_main(lambda: write_split(folder, validation.source))
     unreadable_images = UnreadableImages(len(source), data.max_unreadable_fraction, folder)
     loader_class = FFCVTrainLoader if uses_ffcv(config, source, process) else TrainLoader
 
@@ -112,7 +113,14 @@ def build_loaders(config: TrainConfig, process: Process) -> Loaders:
         validation.class_names,
         np.bincount(source.targets, minlength=len(source.class_names)).tolist(),
         len(source),
+        validation.source,
     )
+
+
+def record_split(loaders: Loaders, config: TrainConfig) -> None:
+    """Write the names of the images that a new run holds out to split.txt in its folder, if there are any."""
+    if has_held_out_images(config.data) and config.output is not None:
+        write_split(Path(config.output), loaders.validation_source, config.data)
 
 
 def build_validation(

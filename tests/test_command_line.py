@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vil.command_line import parse
+from vil.command_line import parse, resolve_train_command
 from vil.config import EvalConfig, StageConfig, TrainConfig, UserError, errors_in_section
 
 ROOT = Path(__file__).parents[1]
@@ -253,3 +253,20 @@ def test_suggestions_for_unknown_options(monkeypatch, argv, message):
     with pytest.raises(UserError) as error:
         parse(TrainConfig, argv)
     assert str(error.value) == message
+
+
+def test_the_origins_of_a_section_name_the_defaults():
+    command = resolve_train_command(
+        ["--config", "configs/ablations/pool_cls.yaml", "--model.drop_path", "0.1"]
+    )
+    assert command.describe_origin("model") == (
+        "configs/models/vil_32.yaml, the default; configs/ablations/pool_cls.yaml; command line"
+    )
+
+
+def test_an_open_range_is_described_with_both_ends():
+    with pytest.raises(UserError) as error:
+        resolve_train_command(["--data.val_fraction", "1"])
+    assert str(error.value) == (
+        "command line: data.val_fraction: expected a number between 0 and 1, both excluded or null, got 1"
+    )

@@ -281,6 +281,8 @@ def _range_name(bounds: Sequence[TypeHint]) -> str:
     low, above, high, below = (texts.get(kind) for kind in (Ge, Gt, Le, Lt))
     if low and (high or below):
         return f" from {low} to {high or f'below {below}'}"
+    if above and below:
+        return f" between {above} and {below}, both excluded"
     if above:
         return f" above {above}, up to {high}" if high else f" above {above}"
     return f" of at least {low}" if low else ""

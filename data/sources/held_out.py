@@ -7,6 +7,7 @@ on the run nor on the machine, and a larger fraction includes the images of a sm
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from data.decoding import Mode
-from data.sources.base import Source, Split, shorten_list
+from data.sources.base import Source, Split, held_out_option, shorten_list
+from data.sources.class_paths import SPLIT_NAMES
 from data.sources.subsets import ImageList, Subset, image_names, unwrap_subset
 from vil.config import DataConfig, UserError
 from vil.runtime.files import write_durably
@@ -46,6 +48,9 @@ def open_held_out(
         raise UserError("data.val_list", "cannot be combined with data.val_fraction")
     name = source_class.unsplit_name(data)
     source = source_class.open(replace(data, train_split=name, val_split=name), "train", mode)
+    if splits := [name for name in source.class_names if name.lower() in SPLIT_NAMES]:
+        reason = f"folders named like splits beside the classes: {shorten_list(splits)}; expected "
+        raise UserError("data.root", f"{data.root}: {reason}{data.train_split}/<class>/<images>")
     if stored is None and data.val_list is not None:
         stored = ImageList.read(data.val_list, "data.val_list")
     held_out = draw_validation_images(source, data) if stored is None else stored.find(source)
@@ -75,7 +80,8 @@ def draw_validation_images(source: Source, data: DataConfig) -> np.ndarray:
         raise UserError("data.val_fraction", reason)
     by_class: list[list[tuple[bytes, int]]] = [[] for _ in sizes]
     for index, (name, target) in enumerate(zip(names, source.targets.tolist())):
-        key = f"{data.val_seed}\0{source.class_names[target]}\0{name}".encode(errors="surrogateescape")
+        text = f"{data.val_seed}\0{source.class_names[target]}\0{name}"
+        key = unicodedata.normalize("NFC", text).encode(errors="surrogateescape")  # the same on every machine
         by_class[target].append((blake2b(key, digest_size=8).digest(), index))
     held_out: list[int] = []
     for ranked, size in zip(by_class, sizes.tolist()):
@@ -84,17 +90,17 @@ def draw_validation_images(source: Source, data: DataConfig) -> np.ndarray:
     return np.array(sorted(held_out), dtype=np.int64)
 
 
-def read_split(folder: Path) -> ImageList | None:
+def read_split(folder: Path, data: DataConfig) -> ImageList | None:
     """Return the held-out images of the run in a folder; None if it has not recorded any.
 
     Raises:
         UserError: split.txt cannot be read.
     """
     path = folder / SPLIT
-    return ImageList.read(str(path), "data.val_fraction") if path.exists() else None
+    return ImageList.read(str(path), held_out_option(data)) if path.exists() else None
 
 
-def write_split(folder: Path, validation: Source) -> None:
+def write_split(folder: Path, validation: Source, data: DataConfig) -> None:
     """Write the names of the held-out images to split.txt in a run's folder, one per line.
 
     The file is one that `data.val_list` reads.
@@ -107,7 +113,7 @@ def write_split(folder: Path, validation: Source) -> None:
     names = [all_names[index] for index in indices]
     if broken := [name for name in names if "\n" in name or name != name.strip()]:
         reason = f"the name {broken[0]!r} cannot be written to a list of images"
-        raise UserError("data.val_fraction", reason)
+        raise UserError(held_out_option(data), reason)
     try:
         content = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
         write_durably(folder / SPLIT, content)

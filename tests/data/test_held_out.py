@@ -1,6 +1,7 @@
 """Validation images that are held out of the training split: `data.val_fraction` and `data.val_list`."""
 
 import tarfile
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pytest
 from helpers.loading import load
 from helpers.sample_images import write_image
 
+from data import record_split
 from data.sources import dataset_name, open_source
-from vil.config import DataConfig, UserError
+from tools.programs.write_ffcv import WriteOptions, describe
+from vil.checkpoints.weights import Weights
+from vil.config import DataConfig, TrainConfig, UserError
 
 CLASSES = {"große Katze": 10, "猫 two": 5, "plain": 2}
 
@@ -157,17 +161,21 @@ def test_a_list_names_the_validation_images(root, tmp_path):
     assert str(error.value) == f"data.val_list: {path}: names all images; none are left for training"
 
 
+def start(data, run, is_new=True):
+    """Open the data of a run as train.py does; return the pixels of the validation images."""
+    loaders = load(data, batch_size=2, output=run, is_new=is_new)
+    if is_new:
+        record_split(loaders, TrainConfig(data=data, output=str(run)))
+    return {image.tobytes() for images, _ in loaders.validation for image in images.numpy()}
+
+
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_a_run_records_its_split_and_keeps_it(kind, root, tmp_path):
     folder = root if kind == "folder" else pack(root, kind, tmp_path / kind)
     run = tmp_path / "run"
     run.mkdir()
-
-    def validation_images():
-        loaders = load(config(folder, kind, workers=0), batch_size=2, output=run)
-        return {image.tobytes() for images, _ in loaders.validation for image in images.numpy()}
-
-    first = validation_images()
+    data = config(folder, kind, workers=0)
+    first = start(data, run)
     split = (run / "split.txt").read_text()
     assert len(split.splitlines()) == 4
     if kind == "folder":
@@ -175,15 +183,73 @@ def test_a_run_records_its_split_and_keeps_it(kind, root, tmp_path):
         for number in range(100, 130):  # of which some would be drawn before the old ones
             write_image(root / "plain" / f"{number}.png", number)
         assert len(names(config(root), "val")) > 4
-    assert validation_images() == first
+    assert start(data, run, is_new=False) == first
     assert (run / "split.txt").read_text() == split
     as_list = config(folder, kind, val_fraction=None, val_list=str(run / "split.txt"))
     assert len(open_source(as_list, "val", 3)) == 4
+
+
+def test_a_new_run_ignores_the_split_of_a_failed_start(root, tmp_path):
+    start(config(root, workers=0), tmp_path)
+    assert len((tmp_path / "split.txt").read_text().splitlines()) == 4
+    start(config(root, val_fraction=0.5, workers=0), tmp_path)
+    assert set((tmp_path / "split.txt").read_text().splitlines()) == names(
+        config(root, val_fraction=0.5), "val"
+    )
+
+
+def test_names_in_another_normal_form_are_the_same(root, tmp_path):
+    """macOS may unpack an archive with names in form NFD."""
+    val = names(config(root), "val")
+    (tmp_path / "list.txt").write_text("".join(f"{unicodedata.normalize('NFD', name)}\n" for name in val))
+    for path in [*root.glob("*/*"), *root.glob("*")]:
+        path.rename(path.with_name(unicodedata.normalize("NFD", path.name)))
+    moved = names(config(root), "val")
+    assert {unicodedata.normalize("NFC", name) for name in moved} == val
+    as_list = config(root, val_fraction=None, val_list=str(tmp_path / "list.txt"))
+    assert names(as_list, "val") == moved
+
+
+def test_a_test_folder_beside_the_classes_is_not_a_class(root):
+    write_image(root / "Test" / "plain" / "0.png", 0)
+    write_image(root / "Test" / "plain" / "1.png", 0)
+    with pytest.raises(UserError) as error:
+        open_source(config(root), "train", 3)
+    assert str(error.value) == (
+        f"data.root: {root}: folders named like splits beside the classes: Test; "
+        "expected train/<class>/<images>"
+    )
 
 
 def test_a_name_with_a_line_break_is_rejected(root, tmp_path):
     for number in range(8):
         write_image(root / "plain" / f"x\n{number}.png", number)
     with pytest.raises(UserError, match="cannot be written to a list of images"):
-        load(config(root, val_fraction=0.9, workers=0), batch_size=2, output=tmp_path)
+        start(config(root, val_fraction=0.9, workers=0), tmp_path)
     assert not Path(tmp_path, "split.txt").exists()
+
+
+def test_evaluation_and_report_use_the_images_of_the_run(tmp_path, monkeypatch):
+    path = tmp_path / "run" / "checkpoints" / "best.pt"
+    path.parent.mkdir(parents=True)
+    monkeypatch.chdir(path.parent)
+    for stored in ({"val_fraction": 0.2, "val_list": None}, {"val_fraction": None, "val_list": "mine.txt"}):
+        for name in ("best.pt", str(path)):
+            weights = Weights(name, "run", "raw", {}, data={"source": "folder", **stored})
+            (tmp_path / "run" / "split.txt").unlink(missing_ok=True)
+            assert weights.data_with_split() == weights.data
+            (tmp_path / "run" / "split.txt").write_text("a/0.png\n")
+            assert weights.data_with_split() == {
+                "source": "folder",
+                "val_fraction": None,
+                "val_list": str(tmp_path / "run" / "split.txt"),
+            }
+
+
+def test_files_of_ffcv_of_another_division_are_not_taken_for_this_one(root):
+    options = WriteOptions(Path("out"), None, 0.0, 90, False)
+    descriptions = [
+        describe(data, options, "train", open_source(data, "train", 3))
+        for data in (config(root), config(root, val_seed=1), config(root))
+    ]
+    assert descriptions[0] == descriptions[2] != descriptions[1]

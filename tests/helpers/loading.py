@@ -25,6 +25,7 @@ def load(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device = CPU,
+    is_new: bool = True,
     **schedule: Any,
 ) -> Loaders:
     """Return the loaders of a run; further options are those of its schedule."""
@@ -36,7 +37,7 @@ def load(
         seed=seed,
         channels_last=channels_last,
     )
-    return build_loaders(config, Process(rank, rank, world_size, device))
+    return build_loaders(config, Process(rank, rank, world_size, device), is_new)
 
 
 def load_validation(

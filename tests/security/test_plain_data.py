@@ -402,7 +402,9 @@ def test_a_file_cannot_set_outputs_or_start_downloads(monkeypatch, capsys, conte
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(("stored", "used"), [(["mlflow"], ["tensorboard"]), (["csv"], ["csv"])])
+@pytest.mark.parametrize(
+    ("stored", "used"), [(["mlflow"], []), (["csv", "wandb"], ["csv"]), (["csv"], ["csv"])]
+)
 def test_a_stored_configuration_starts_no_tracker(stored, used):
     Path("run").mkdir()
     Path("run/config.yaml").write_text(yaml.safe_dump({"loggers": stored}))

@@ -131,7 +131,7 @@ class Report:
 
     @property
     def readable(self) -> list[ImageRecord]:
-        """The images that can be read."""
+        """Images that can be read."""
         return [image for image in self.images if image.error is None]
 
     def images_per_class(self, split: str) -> Counter[str]:
@@ -142,7 +142,7 @@ class Report:
 
     @property
     def splits(self) -> list[str]:
-        """The inspected splits."""
+        """Names of the inspected splits."""
         return list(dict.fromkeys(image.split for image in self.images))
 
     def smaller_images(self) -> list[ImageRecord]:

@@ -12,6 +12,7 @@ Existing files with the same options are kept, so that the same command continue
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ from data.ffcv_loader import import_ffcv
 from data.sources import Source, open_source
 from data.sources.base import Split, shorten_list
 from data.sources.ffcv import description_file
+from data.sources.held_out import has_held_out_images
 from data.unreadable_images import max_unreadable_images
 from vil.command_line import ToolParser, bounded_int, parse
 from vil.config import DataConfig, UserError, error_reason
@@ -214,7 +216,14 @@ def describe(data: DataConfig, options: WriteOptions, split: Split, source: Sour
         "split": data.train_split if split == "train" else data.val_split,
         **{key: getattr(options, key) for key in ("max_resolution", "jpeg_share", "jpeg_quality")},
         "unreadable": [],
+        **({"held_out": _digest(source)} if has_held_out_images(data) else {}),
     }
+
+
+def _digest(source: Source) -> str:
+    """Return a digest of the names of the images: which ones are held out is not seen in their number."""
+    names = "\0".join(source.name(index) for index in range(len(source)))
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
 def check_existing(path: Path, description: dict[str, Any]) -> None:

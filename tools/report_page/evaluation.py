@@ -49,7 +49,7 @@ def evaluate_run(
     model_config = weights.require_model()
     model, device = weights.build_model(), process.device
     check_device(model, device)
-    data = {**weights.data, **weights.transform, "real_labels": None}
+    data = {**weights.data_with_split(), **weights.transform, "real_labels": None}
     stored = {"model": as_tree(model_config), "data": data, "batch_size": batch_size}
     argv = [] if root is None else [f"--data.root={root}"]
     config = command_line.parse(EvalConfig, argv, base_values=stored).config

@@ -49,7 +49,7 @@ LOCK_TIMEOUT_S = 10.0
 """Time to wait for the lock: a process that was killed may still be ending."""
 
 _FIXED_OPTIONS = (
-    *("model", "data.source", "seed"),
+    *("model", "data.source", "data.val_fraction", "data.val_seed", "data.val_list", "seed"),
     *("schedule.batch_size", "schedule.optimizer", "schedule.trainable", "schedule.best_metric"),
 )
 """Sections and options that a continued run must not change."""

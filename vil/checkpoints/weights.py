@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from timm.data import ImageNetInfo
@@ -30,6 +31,7 @@ from vil.models.limits import ModelTooLargeError, check_model_size
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.state_dict import translate_state_dict
 from vil.models.zoo import model_from_config, pretrained_classes
+from vil.runtime.run_files import CHECKPOINTS, SPLIT
 from vil.validation import STORED, check_plain, validate, without_start_options
 
 TRANSFORM_OPTIONS = ("crop_pct", "interpolation", "mean", "std")
@@ -99,6 +101,18 @@ class Weights:
         names = None if class_names is None else tuple(class_names)
         return cls("", format, kind, state_dict, config, options, transform, names)
 
+    def data_with_split(self) -> dict[str, object]:
+        """Return `data`; of a run that held out images for validation, with the list of these images.
+
+        The list holds also if images were added to the data set since.
+        """
+        data, checkpoints = dict(self.data), Path(self.path).absolute().parent
+        split = checkpoints.parent / SPLIT
+        has_held_out = data.get("val_fraction") is not None or data.get("val_list") is not None
+        if has_held_out and checkpoints.name == CHECKPOINTS and split.is_file():
+            data |= {"val_fraction": None, "val_list": str(split)}
+        return data
+
     def require_model(self, option: str = "") -> ModelConfig:
         """Return the model of the weights, or raise UserError with the option that can describe it."""
         if self.model is None:
@@ -136,7 +150,7 @@ class Weights:
             UserError: an invalid transform.
         """
         cfg: dict[str, object] = {**getattr(model, "pretrained_cfg", {})}
-        for key in ("test_input_size", "test_crop_pct"):  # of other weights
+        for key in ("test_input_size", "test_crop_pct", "license", "tag"):  # of other weights
             cfg.pop(key, None)
         if self.transform:
             with errors_in_option(self.path):

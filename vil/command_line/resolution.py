@@ -53,11 +53,13 @@ class ResolvedConfig(Generic[Config]):
         config: the configuration.
         origins: key → the file that set it, or `COMMAND_LINE`; keys with their default are absent.
         assigned: the keys that the command line itself assigns, `""` for --config.
+        defaults: files that are used because the command line names none for their sections.
     """
 
     config: Config
     origins: Mapping[str, str]
     assigned: frozenset[str] = frozenset()
+    defaults: frozenset[str] = frozenset()
 
     def sets(self, section: str) -> bool:
         """Return True if anything sets `section` or an option in it."""
@@ -68,7 +70,7 @@ class ResolvedConfig(Generic[Config]):
         found = dict.fromkeys(origin for key, origin in self.origins.items() if key.startswith(f"{section}."))
         names = []
         for origin in found:
-            is_default = origin.startswith(str(CONFIGS)) and section not in self.assigned
+            is_default = origin in self.defaults
             name = origin if origin == COMMAND_LINE else os.path.relpath(origin)
             if origin.startswith(f"{CONFIGS}{os.sep}"):
                 name = os.path.relpath(origin, CONFIGS.parent)
@@ -149,7 +151,10 @@ class ParsedArguments(Generic[Config]):
             section = functools.reduce(lambda inner, part: inner[part], sections, tree)
             if may_be_in_file(section[name]):
                 continue
-            if origin == base_origin and base_values is not None:
+            is_stored, value = origin == base_origin and base_values is not None, section[name]
+            if is_stored and key == "loggers" and isinstance(value, list):
+                section[name] = [logger for logger in value if _stays_on_this_machine(logger)]
+            elif is_stored:
                 del section[name], origins[key]
             else:
                 reason = f"a file cannot set this option; use --{key} on the command line, or delete it there"
@@ -159,7 +164,8 @@ class ParsedArguments(Generic[Config]):
             config = validate(self._config_class, tree, typed)
         except UserError as error:
             raise _locate(error, origins) from None
-        return ResolvedConfig(config, origins, frozenset(a.key for a in self.assignments))
+        assigned = frozenset(a.key for a in self.assignments)
+        return ResolvedConfig(config, origins, assigned, frozenset(a.origin for a in files))
 
     def finish(self, command: ResolvedConfig[Config]) -> None:
         """Print the configuration and exit with status 0 if the command line has --print_config."""
