@@ -76,7 +76,7 @@ def train(command: ResolvedConfig[TrainConfig]) -> None:
             # Rank 0's folder is used: other machines may not see it, or have another run under this name.
             config = call_on_main(lambda: command.config)
             call_on_main(lambda: check_output(command))
-            check_loggers(config.loggers)
+            call_on_main(lambda: check_loggers(config.loggers))  # only rank 0 writes logs
             config.precision = choose_precision(config.precision, process.device)
             set_deterministic(config.deterministic)
             with run_folder.lock_run_folder(Path(config.output or "")):

@@ -29,9 +29,6 @@ try:
 except ImportError:  # no wheel for this machine: Pillow decodes everything
     simplejpeg = None
 
-MAX_ENCODED_BYTES = 1 << 29
-"""Largest encoded image: 134 megapixels of RGB, uncompressed."""
-
 MAX_DECODED_BYTES = 1_600_000_000
 """Peak memory of decoding one image."""
 

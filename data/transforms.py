@@ -28,6 +28,7 @@ from torchvision.transforms import InterpolationMode
 from data.decoding import EncodedImage, covering_scale
 from data.to_device import ErasingPlan, NormalizeAndErase, collate_erasing
 from vil.config import MAX_SIDE, AugmentConfig, DataConfig, Size, UserError, as_size
+from vil.runtime.images import limit_aspect_ratio
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width of a crop, in pixels."""
@@ -35,10 +36,6 @@ ImageOperation = Callable[[Image.Image], Image.Image]
 
 TRIVIAL_AUGMENT = "trivial"
 """The policy of torchvision's TrivialAugmentWide; all others are timm's."""
-
-MAX_ASPECT_RATIO = 64
-"""Longer images are center-cropped to it before a resize of the short side, which would otherwise take
-gigabytes for an image of one row, of which a crop keeps a millionth."""
 
 
 @dataclass(eq=False)
@@ -203,11 +200,7 @@ class WholeImageCrop:
 
     def __call__(self, encoded: EncodedImage) -> np.ndarray:
         """Return the crop, (H, W[, 3]) uint8."""
-        image = encoded.to_pil()
-        max_side = MAX_ASPECT_RATIO * min(image.size)
-        if max(image.size) > max_side:
-            size = [min(max_side, image.height), min(max_side, image.width)]
-            image = transforms.functional.center_crop(image, size)
+        image = limit_aspect_ratio(encoded.to_pil())
         for step in self.steps:
             image = step(image)
         return np.asarray(image)

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from data.decoding import MAX_ENCODED_BYTES, EncodedImage, Mode, decoding_errors
+from data.decoding import EncodedImage, Mode, decoding_errors
 from data.transforms import evaluation_transform
 from vil import command_line
 from vil.config import EvalConfig, ModelConfig, UserError
 from vil.runtime.files import read_bytes
+from vil.runtime.images import MAX_ENCODED_BYTES
 
 
 class ImageReader:

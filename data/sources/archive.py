@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.decoding import MAX_ENCODED_BYTES, EncodedImage, Mode
+from data.decoding import EncodedImage, Mode
 from data.sources.base import Source, validation_path
 from vil.config import DataConfig, UserError, error_reason
+from vil.runtime.images import MAX_ENCODED_BYTES
 
 PLAIN, ENCRYPTED = -1, -2
 """Kinds of a member in addition to the compression types of `zipfile`."""

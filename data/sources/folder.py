@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.decoding import MAX_ENCODED_BYTES, EncodedImage, Mode, image_extensions
+from data.decoding import EncodedImage, Mode, image_extensions
 from data.image_files import SkippedFiles, find_files, is_metadata
 from data.sources.base import (
     Source,
@@ -24,6 +24,7 @@ from data.sources.base import (
 from data.sources.class_paths import VALIDATION_NAMES
 from vil.config import DataConfig, Tree, UserError, error_reason
 from vil.runtime.files import read_bytes
+from vil.runtime.images import MAX_ENCODED_BYTES
 
 
 class ImageFolder(Source):

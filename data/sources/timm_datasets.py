@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from timm.data import create_dataset
 
-from data.decoding import MAX_ENCODED_BYTES, EncodedImage, Mode
+from data.decoding import EncodedImage, Mode
 from data.sources.base import Source, Split, root_folder, split_name
 from vil.config import DataConfig, UserError, error_reason
 from vil.runtime.files import open_for_appending
+from vil.runtime.images import MAX_ENCODED_BYTES
 
 # timm returns other images for a misspelled split instead of an error. These data sets of torchvision treat
 # every name but train and training as the test set ...

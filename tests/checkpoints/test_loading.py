@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,8 +111,54 @@ def test_predictions_name_what_they_cannot_use(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^{tmp_path}/no\.png: cannot be read: No such file or directory$"):
         loaded.predict(tmp_path / "no.png")
     (tmp_path / "1.png").write_bytes(b"text")
-    with pytest.raises(UserError, match=rf"^{tmp_path}/1\.png: cannot be read: cannot identify image file "):
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/1\.png: cannot be read: not an image of a supported format$"
+    ):
         loaded.predict(tmp_path / "1.png")
+
+
+@pytest.mark.parametrize("images", [None, b"x", 3, {"x": 1}, iter(()), [None], [b"x"], ["x.png", 3]])
+def test_other_types_of_images_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("x.png")
+    write_model(tmp_path / "x.safetensors")
+    with pytest.raises(
+        UserError, match=r"^images: expected an image of Pillow or the path of an image file,"
+    ):
+        vil.load(tmp_path / "x.safetensors").predict(images)
+
+
+def test_an_image_of_floats_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "x.safetensors")
+    reason = "cannot be used: its pixels are floats, of no defined range; expected 8 or 16 unsigned bits"
+    with pytest.raises(UserError, match=rf"^images: <PIL\.Image\.Image .* mode=F .*> {reason}$"):
+        vil.load(tmp_path / "x.safetensors").predict(Image.new("F", (8, 8)))
+
+
+def test_a_pipe_is_refused_and_does_not_block(tmp_path: Path) -> None:
+    write_model(tmp_path / "x.safetensors")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/pipe\.png: cannot be read: is not a regular file$"):
+        vil.load(tmp_path / "x.safetensors").predict(tmp_path / "pipe.png")
+
+
+def test_a_row_of_pixels_is_not_resized_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "x.safetensors")
+    resized = []
+    original = Image.Image.resize
+
+    def resize(self: Image.Image, size: tuple[int, int], *args: Any, **kwargs: Any) -> Image.Image:
+        resized.append(tuple(size))
+        assert max(size) < 10_000
+        return original(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    image = random_image("RGB", (3000, 1))
+    found = vil.load(tmp_path / "x.safetensors").transform(image)
+    assert resized
+    assert torch.equal(found, evaluation_transform(DataConfig(), image_size=32, in_chans=3)(image))
 
 
 def test_gray_images_of_16_bits_keep_their_upper_bits(tmp_path: Path) -> None:

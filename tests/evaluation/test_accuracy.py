@@ -27,7 +27,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from vil.config import UserError
 from vil.evaluation.accuracy import EvaluationResult, evaluate
-from vil.evaluation.metrics import ClassMetrics
+from vil.evaluation.metrics import MAX_CONFUSION_CLASSES, ClassMetrics
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -309,3 +309,14 @@ def test_any_number_of_ranks_counts_each_image_once(tmp_path: Path) -> None:
         assert sum(map(sum, found[0]["confusion"])) == images
     errors = [path.read_text() for path in tmp_path.glob("*.error")]
     assert errors == ["model.num_classes: the model has 12 classes, the data has 13"] * 3
+
+
+def test_a_confusion_matrix_of_too_many_classes_is_refused():
+    classes, device = MAX_CONFUSION_CLASSES + 1, torch.device("cpu")
+    batches = [(torch.eye(classes)[:2], torch.tensor([0, 1]))]
+    options: dict[str, Any] = {"device": device, "precision": "float32", "num_classes": classes}
+    assert evaluate(nn.Identity(), batches, **options).values["top1"] == 100
+    with pytest.raises(UserError) as refused:
+        evaluate(nn.Identity(), batches, has_confusion=True, **options)
+    reason = "the data has 4,001 classes; a matrix of at most 4,000 is counted"
+    assert str(refused.value) == f"confusion_csv: {reason}"

@@ -234,6 +234,13 @@ def test_options_of_features():
         vil.create_model("vil", stages=STAGES, image_size=32, new_head=True)
 
 
+@pytest.mark.parametrize("name", ["resnet10t", "test_vit", "test_efficientnet"])
+def test_levels_that_a_model_of_timm_lacks(name):
+    reason = rf"^out_indices: timm/{name} lacks one of the levels \(0, 17\)$"
+    with pytest.raises(UserError, match=reason):
+        vil.create_model(f"timm/{name}", 160, features_only=True, out_indices=(0, 17))
+
+
 def test_a_new_head_for_a_checkpoint(checkpoint):
     whole = vil.load(checkpoint).model
     model = vil.create_model(None, checkpoint=checkpoint, num_classes=7, new_head=True)

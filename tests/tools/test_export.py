@@ -168,8 +168,9 @@ def test_the_code_of_a_model_card_runs(run: Path, tmp_path: Path, monkeypatch: p
     assert printed.getvalue() == f"{expected}\n"
 
 
-def test_a_damaged_summary_is_named(run: Path, tmp_path: Path) -> None:
-    (run / "summary.json").write_text("{}")
+@pytest.mark.parametrize("summary", ["{}", '[{"top1": 1, "images": 1e999}]'])
+def test_a_damaged_summary_is_named(run: Path, tmp_path: Path, summary: str) -> None:
+    (run / "summary.json").write_text(summary)
     with pytest.raises(UserError) as caught:
         program.main([str(run), str(tmp_path / "x"), "--format", "hf"])
     assert str(caught.value) == f"{run / 'summary.json'}: not a result of train.py"
@@ -244,3 +245,17 @@ def test_export_errors_have_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         program.main(["x.safetensors", str(tmp_path / "out"), "--format", form])
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_code_of_a_model_card_without_class_names_prints_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state_dict = model_from_config(VIL).state_dict()
+    write_safetensors(tmp_path / "x.safetensors", Weights("x", "run", "raw", state_dict, VIL))
+    program.main([str(tmp_path / "x.safetensors"), str(tmp_path / "FOLDER"), "--format", "hf"])
+    Image.new("RGB", (40, 60), (200, 10, 10)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    code = (tmp_path / "FOLDER" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    assert printed.getvalue() in {f"{index}\n" for index in range(5)}

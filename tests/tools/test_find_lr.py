@@ -1,6 +1,7 @@
 """The learning-rate range test."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +111,33 @@ def test_options_of_training_are_checked():
         main([*TINY, "--schedule.lrr", "1"])
     with pytest.raises(UserError, match=r"^command line: schedule.batch_size: 99999 is more than "):
         main([*TINY, "--schedule.batch_size", "99999"])
+
+
+def skip_steps(monkeypatch: pytest.MonkeyPatch, skipped: set[int]) -> None:
+    """Report the gradient of these steps as not finite."""
+    original = find_lr.ModelUpdater.update
+
+    def update(self, step, loss):
+        loss, norm, is_finite = original(self, step, loss)
+        return loss, norm, is_finite & (step not in skipped)
+
+    monkeypatch.setattr(find_lr.ModelUpdater, "update", update)
+
+
+@pytest.mark.parametrize(
+    ("precision", "skipped", "points"),
+    [("float16", {0, 1, 3}, 6), ("float16", {2, 3, 4}, 2), ("float16", {0, 1, 2}, 0), ("float32", {2}, 2)],
+)
+def test_steps_that_the_scaling_of_float16_skips_are_no_divergence(
+    monkeypatch: pytest.MonkeyPatch, precision: str, skipped: set[int], points: int
+):
+    skip_steps(monkeypatch, skipped)
+    monkeypatch.setattr(find_lr, "choose_precision", lambda *_: precision)
+    monkeypatch.setattr("vil.training.model_updater.autocast", lambda *_: nullcontext())
+    config = resolve_train_command([*TINY, "--max_skipped_steps", "2"]).config
+    rates = np.geomspace(1e-5, 1e-4, 6).tolist()
+    if points:
+        assert [point.lr for point in range_test(config, CPU, rates)] == rates[:points]
+        return
+    with pytest.raises(UserError, match="--min-lr: the loss or the gradient of the first steps is not"):
+        range_test(config, CPU, rates)

@@ -1,9 +1,12 @@
 """The logs that copy metrics.jsonl, continued runs, and records of changed options."""
 
 import csv
+import gc
 import importlib.util
 import json
 import logging
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,9 @@ from helpers.tiny_run import STEPS, load_last, make_config, run
 import train as train_program
 from vil.command_line.resolution import parse
 from vil.config import TrainConfig, UserError
-from vil.training import csv_log
+from vil.training import csv_log, metrics_log, run_log
 from vil.training.csv_log import CsvLog
-from vil.training.experiment_trackers import check_loggers
+from vil.training.experiment_trackers import _options, check_loggers
 from vil.training.run_log import RunLog
 
 DIGITS = ("--device", "cpu", "--data.source", "digits")
@@ -149,6 +152,8 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch):
     content = b"".join(path.read_bytes() for path in written)
     for text in (b"train/loss", b"validation/top1", b"schedule.lr", b"cats"):
         assert text in content
+    for path in [*written, *folder.glob("wandb/offline-run-*/files/wandb-metadata.json")]:
+        assert b"--output" not in path.read_bytes()
 
 
 @needs_mlflow
@@ -202,3 +207,52 @@ def test_an_id_that_is_a_path_is_replaced(tmp_path: Path, monkeypatch):
     (tmp_path / "trackers.json").write_text('{"mlflow": "../../elsewhere"}')
     RunLog(tmp_path, make_config(tmp_path, loggers=["mlflow"]), 0, True).close()
     assert json.loads((tmp_path / "trackers.json").read_text())["mlflow"].isalnum()
+
+
+def test_the_packages_are_needed_on_rank_0_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "wandb" else original(n))
+    called = []
+
+    def call_on_main(function: Callable[[], object]) -> object:
+        """Run as on another rank, which gets the first result, the configuration, from rank 0."""
+        called.append(function)
+        return function() if len(called) == 1 else None
+
+    monkeypatch.setattr(train_program, "call_on_main", call_on_main)
+    trained = []
+    monkeypatch.setattr(train_program, "run", lambda *_: trained.append(True))
+    train_program.main(["--loggers", "wandb", "--output", str(tmp_path / "run"), *DIGITS])
+    assert trained == [True]
+
+
+def test_records_of_a_continued_run_do_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Records(list[Any]):
+        """A list that can be referenced weakly."""
+
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "epoch": 1, "loss": 2.5}\n')
+    original, references = metrics_log.cut_metrics, []
+
+    def cut_metrics(*arguments: Any) -> Records:
+        records = Records(original(*arguments))
+        references.append(weakref.ref(records))
+        return records
+
+    for module in (metrics_log, run_log):
+        monkeypatch.setattr(module, "cut_metrics", cut_metrics)
+    log = RunLog(tmp_path, make_config(tmp_path, loggers=["csv", "tensorboard"]), 1, True)
+    gc.collect()
+    assert [reference() for reference in references] == [None]
+    assert len(rows(tmp_path)) == 1
+    log.close()
+
+
+def test_trackers_get_base_names(tmp_path: Path):
+    config = make_config(tmp_path / "cats", loggers=["mlflow"])
+    config.data.root, config.data.val_list = str(tmp_path / "someone" / "photos") + "/", "../lists/val.txt"
+    config.model.init_from, config.model.timm_options = "../private/x.pt", {"file": str(tmp_path / "y.pt")}
+    found = _options(config)
+    assert (found["output"], found["data.root"], found["data.val_list"]) == ("cats", "photos", "val.txt")
+    assert (found["model.init_from"], found["model.timm_options"]) == ("x.pt", {"file": "y.pt"})
+    assert (found["data.source"], found["data.list_file"]) == (config.data.source, None)
+    assert found["model.name"] == config.model.name

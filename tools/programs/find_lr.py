@@ -4,7 +4,8 @@
     python tools/find_lr.py --data configs/data/digits.yaml --steps 200 --max-lr 0.1 --json lr.json
 
 All other arguments are those of train.py. The rates are values of schedule.lr; warm-up, schedule and moving
-average are off. The test ends early when the smoothed loss is four times its minimum or not finite. The
+average are off. The test ends early when the smoothed loss is four times its minimum or not finite. In
+float16, steps that the scaling of the loss skips do not end it, up to max_skipped_steps in a row. The
 suggested rate is the one at which the smoothed loss falls fastest; rates shortly before the minimum work for
 many models, too. The folder of the run is neither created nor touched.
 
@@ -119,6 +120,7 @@ def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) ->
     batches = _batches(loaders)
     points: list[Point] = []
     average = 0.0
+    skipped, max_skipped = 0, config.max_skipped_steps if config.precision == "float16" else 0
     for step, rate in enumerate(
         tqdm(rates, desc="learning rates", unit="step", leave=False, disable=_bar_is_off(config, process))
     ):
@@ -131,7 +133,9 @@ def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) ->
             share += updater.accumulate(images, targets, part)
         share, _, is_finite = updater.update(step, share)
         loss = float(all_reduce_sum(share)) / process.world_size
-        if not (math.isfinite(loss) and is_finite):
+        skipped = 0 if is_finite else skipped + 1
+        if not math.isfinite(loss) or skipped > max_skipped:
+            del points[step + 1 - skipped :]  # the skipped steps before this one had already diverged
             break
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
         points.append(Point(rate, loss, average / (1 - SMOOTHING ** (step + 1))))
@@ -139,7 +143,7 @@ def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) ->
         if step >= MIN_STEPS and points[-1].smoothed > DIVERGENCE * best:
             break
     if not points:
-        raise UserError("--min-lr", "the loss of the first step is not finite", COMMAND_LINE)
+        raise UserError("--min-lr", "the loss or the gradient of the first steps is not finite", COMMAND_LINE)
     return points
 
 

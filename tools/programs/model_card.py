@@ -48,6 +48,8 @@ def model_card(model: nn.Module, weights: Weights, checkpoint: str | Path, name:
     table = "".join(f"| {key} | {_cell(value)} |\n" for key, value in rows)
     is_registered = not config.name.startswith("timm/")
     mode = "L" if config.in_chans == 1 else "RGB"
+    index = "probabilities.argmax().item()"
+    found = f'model.pretrained_cfg["label_names"][{index}]' if weights.class_names else index
     return (
         f"{_FRONT_MATTER}\n# {_cell(name)}\n\n| | |\n|---|---|\n{table}\n"
         "The image size, mean, standard deviation, crop and interpolation are those of `pretrained_cfg` in "
@@ -58,7 +60,7 @@ def model_card(model: nn.Module, weights: Weights, checkpoint: str | Path, name:
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
         f'image = transform(Image.open("photo.jpg").convert("{mode}"))[None]\n'
         "probabilities = model(image).softmax(dim=1)[0]\n"
-        'print(model.pretrained_cfg["label_names"][probabilities.argmax()])\n```\n'
+        f"print({found})\n```\n"
     )
 
 
@@ -83,7 +85,7 @@ def _training(folder: Path) -> Iterator[tuple[str, str]]:
         try:
             result = parse_json(read_text(folder / SUMMARY, MAX_JSON_BYTES))[0]
             top1, images = float(result["top1"]), int(result["images"])
-        except (OSError, ValueError, TypeError, KeyError, IndexError):
+        except (OSError, ValueError, TypeError, KeyError, IndexError, OverflowError):
             raise UserError(str(folder / SUMMARY), "not a result of train.py") from None
         yield "Top-1", f"{top1:.2f} % of {images:,} validation images"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from timm.models._builder import pretrained_cfg_for_features
 from timm.models._features import FeatureGetterNet
@@ -33,11 +34,14 @@ from vil.config import (
 )
 from vil.models import zoo
 from vil.models.multiscale_vit import MultiScaleViT
-from vil.runtime.images import convert_image, supported_formats
+from vil.runtime.files import read_bytes
+from vil.runtime.images import MAX_ENCODED_BYTES, convert_image, limit_aspect_ratio, supported_formats
 from vil.validation import validate
 
 ImageInput = Image.Image | str | Path
 """An image of Pillow, or the path of an image file."""
+
+_IMAGE_TYPES = "an image of Pillow or the path of an image file"
 
 
 class LoadedModel(NamedTuple):
@@ -69,13 +73,15 @@ class LoadedModel(NamedTuple):
             first. Without `class_names`, 1,000 classes have ImageNet's WordNet ids, others their number.
 
         Raises:
-            UserError: a file is not a readable image, or a number is below 1.
+            UserError: an image cannot be read or is of another type, or a number is below 1.
         """
         for name, number in (("top", top), ("batch_size", batch_size)):
             if number < 1:
                 raise UserError(name, f"expected a number from 1, got {number}")
         if isinstance(images, str | Path | Image.Image):
             images = [images]
+        if isinstance(images, bytes | bytearray | memoryview) or not isinstance(images, Sequence):
+            raise UserError("images", f"expected {_IMAGE_TYPES}, or a sequence, got {type(images).__name__}")
         parameter = next(self.model.parameters())
         predictions: list[list[tuple[str, float]]] = []
         for start in range(0, len(images), batch_size):
@@ -90,11 +96,20 @@ class LoadedModel(NamedTuple):
     def _read(self, image: ImageInput) -> Tensor:
         """Return an image as the model's input (C, H, W)."""
         if isinstance(image, Image.Image):
-            return self.transform(image)
+            try:
+                return self.transform(image)
+            except Exception as error:  # as of a file that is decoded only now
+                raise UserError("images", f"{image!r} cannot be used: {error_reason(error)}") from error
+        if not isinstance(image, str | Path):
+            raise UserError("images", f"expected {_IMAGE_TYPES}, got {type(image).__name__}")
         try:
-            with warnings.catch_warnings(), Image.open(image, formats=supported_formats()) as opened:
+            content = read_bytes(image, MAX_ENCODED_BYTES)
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                return self.transform(opened)
+                with Image.open(io.BytesIO(content), formats=supported_formats()) as opened:
+                    return self.transform(opened)
+        except UnidentifiedImageError:
+            raise UserError(str(image), "cannot be read: not an image of a supported format") from None
         except Exception as error:  # decoders raise any type for damaged files
             raise UserError(str(image), f"cannot be read: {error_reason(error)}") from error
 
@@ -118,7 +133,8 @@ def evaluation_transform(
 ) -> Callable[[Image.Image], Tensor]:
     """Return timm's evaluation transform, from a PIL image to (in_chans, height, width), float32.
 
-    The image is resized to cover image_size / crop_pct. Images are converted to RGB, or to grayscale for one
+    The image is resized to cover image_size / crop_pct; of one longer than `MAX_ASPECT_RATIO` only the center
+    is used. Images are converted to RGB, or to grayscale for one
     channel, with mean and standard deviation averaged over red, green and blue.
     """
     mean, std = data.mean, data.std
@@ -130,7 +146,7 @@ def evaluation_transform(
     transform = create_transform(
         as_size(image_size), crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std
     )
-    return transforms.Compose([convert, transform])
+    return transforms.Compose([convert, limit_aspect_ratio, transform])
 
 
 def load_released(

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vil.config import Precision, UserError
-from vil.evaluation.metrics import METRICS, ClassMetrics, EvaluatedBatch, count_classes, count_confusions
+from vil.evaluation.metrics import (
+    MAX_CONFUSION_CLASSES,
+    METRICS,
+    ClassMetrics,
+    EvaluatedBatch,
+    count_classes,
+    count_confusions,
+)
 from vil.runtime.distributed import all_reduce_sum
 from vil.runtime.modes import mode
 from vil.runtime.precision import autocast
@@ -77,8 +84,14 @@ def evaluate(
 
     Raises:
         InterruptedEvaluation: on every rank, if `should_stop` returned True on any.
-        UserError: no rank has an image, or the model has fewer classes than the data.
+        UserError: no rank has an image, the model has fewer classes than the data, or the data has more than
+            `MAX_CONFUSION_CLASSES` for a confusion matrix.
     """
+    if has_confusion and (num_classes or 0) > MAX_CONFUSION_CLASSES:
+        reason = (
+            f"the data has {num_classes:,} classes; a matrix of at most {MAX_CONFUSION_CLASSES:,} is counted"
+        )
+        raise UserError("confusion_csv", reason)
     num_logits = max(logit_indices) + 1 if logit_indices else num_classes
     indices = None if logit_indices is None else torch.tensor(logit_indices, device=device)
     classes = num_classes or 0

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CALIBRATION_BINS = 15
+MAX_CONFUSION_CLASSES = 4000
+"""Classes of the largest confusion matrix; its 128 MB are allocated for each batch."""
 
 
 @dataclass(frozen=True)

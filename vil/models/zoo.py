@@ -305,6 +305,10 @@ def _timm_model(config: ModelConfig, max_bytes: int | None = None, more: Tree | 
     except UserError:
         raise
     except Exception as error:  # of any type: timm's models do not check their options
+        if more and "out_indices" in more and isinstance(error, AssertionError | LookupError):
+            raise UserError(
+                "out_indices", f"{config.name} lacks one of the levels {more['out_indices']}"
+            ) from error
         reason = error_reason(error, MAX_REASON_LENGTH)
         raise UserError("timm_options", f"timm cannot create {name}: {reason}") from error
 

@@ -19,6 +19,13 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000"
 """Formats that are read, whatever the file's name. Others that Pillow reads are not safe: PostScript runs a
 program."""
 
+MAX_ENCODED_BYTES = 1 << 29
+"""Largest encoded image: 134 megapixels of RGB, uncompressed."""
+
+MAX_ASPECT_RATIO = 64
+"""Longer images are center-cropped to it before a resize of the short side, which would otherwise take
+gigabytes for an image of one row, of which a crop keeps a millionth."""
+
 
 def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return the colors of normalized images.
@@ -57,6 +64,16 @@ def convert_image(image: Image.Image, mode: Mode) -> Image.Image:
         elif image.mode == "LAB":
             image = image.convert("RGB")  # the only mode that Pillow converts it to
         return image.convert(mode)
+
+
+def limit_aspect_ratio(image: Image.Image) -> Image.Image:
+    """Return the center of an image that is longer than `MAX_ASPECT_RATIO`; return others unchanged."""
+    max_side = MAX_ASPECT_RATIO * min(image.size)
+    if max(image.size) <= max_side:
+        return image
+    width, height = (min(max_side, side) for side in image.size)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 8

@@ -1,8 +1,8 @@
 """Weights & Biases and MLflow, by their own libraries. A failure after the start never ends the training.
 
 Both write into the run's folder unless their own settings (`wandb login`, `WANDB_MODE`,
-`MLFLOW_TRACKING_URI`) name a server. A continued run continues the same run there, whose id is in
-trackers.json.
+`MLFLOW_TRACKING_URI`) name a server. Of paths they get the base names. A continued run continues the same run
+there, whose id is in trackers.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vil.config import TrainConfig, Tree, UserError, error_reason
 from vil.runtime.files import parse_json, read_text, refuse_link, write_durably
 from vil.runtime.run_files import MLFLOW, TRACKERS, WANDB
 from vil.training.tensorboard_log import record_tag
-from vil.validation import flatten, stored_tree
+from vil.validation import PATH_OPTIONS, flatten, stored_tree
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -108,9 +108,11 @@ class WandbLog(Tracker):
                 id=_tracker_id(folder, self.name, lambda: uuid.uuid4().hex[:12]),
                 resume="allow",
                 dir=str(folder),
-                config=flatten(stored_tree(config)),
+                config=_options(config),
                 allow_val_change=True,
-                settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+                settings=wandb.Settings(
+                    console="off", silent=True, disable_git=True, save_code=False, x_disable_meta=True
+                ),
             )
         except (wandb.Error, RuntimeError, ValueError) as error:
             raise UserError("loggers", f"wandb: {error_reason(error)}") from error
@@ -167,7 +169,7 @@ class MlflowLog(Tracker):
     def _add_options(self, run_id: str, config: TrainConfig) -> None:
         from mlflow.entities import Param
 
-        values = flatten(stored_tree(config)).items()
+        values = _options(config).items()
         params = [Param(key, json.dumps(value)[:_MAX_PARAM_LENGTH]) for key, value in values]
         for first in range(0, len(params), 100):  # the most that a request may have
             self._client.log_batch(run_id, params=params[first : first + 100])
@@ -185,6 +187,26 @@ class MlflowLog(Tracker):
 
     def _finish(self) -> None:
         self._client.set_terminated(self._id, "FINISHED" if self.is_finished else "KILLED")
+
+
+_PATHS = ("output", "model.init_from", "model.init_released_config", *(f"data.{o}" for o in PATH_OPTIONS))
+"""Options that name a folder or a file."""
+
+
+def _options(config: TrainConfig) -> Tree:
+    """Return the options of a run by dotted key, with the base names of paths."""
+    return {key: _base_names(value, key in _PATHS) for key, value in flatten(stored_tree(config)).items()}
+
+
+def _base_names(value: object, is_path: bool) -> object:
+    """Replace paths, and in any other option absolute paths, by their base names."""
+    if isinstance(value, Mapping):
+        return {key: _base_names(item, is_path) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_base_names(item, is_path) for item in value]
+    if isinstance(value, str) and (is_path or os.path.isabs(os.path.expanduser(value))):
+        return os.path.basename(os.path.abspath(os.path.expanduser(value)))
+    return value
 
 
 def _numbers(record: Tree) -> dict[str, float]:

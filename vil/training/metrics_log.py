@@ -33,16 +33,14 @@ class MetricsLog:
     """Append records to metrics.jsonl durably.
 
     Args:
-        path, step, is_evaluated: as for `cut_metrics`.
+        path: the file, after `cut_metrics`.
 
     Raises:
-        OSError: the file cannot be read or written.
+        OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, step: int, is_evaluated: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self.records = cut_metrics(path, step, is_evaluated)
-        """Records of the run until `step`."""
         # Without a buffer, the number of bytes that a full disk accepts is known exactly.
         self._file = os.fdopen(open_for_appending(path), "ab", buffering=0)
         self._synced_bytes = self._file.tell()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from vil.runtime.console import print_line
 from vil.runtime.run_files import METRICS, METRICS_CSV, TENSORBOARD
 from vil.training.csv_log import CsvLog, is_number_record
 from vil.training.experiment_trackers import MlflowLog, Tracker, WandbLog
-from vil.training.metrics_log import MetricsLog
+from vil.training.metrics_log import MetricsLog, cut_metrics
 from vil.training.tensorboard_log import TensorBoardLog
 
 
@@ -51,11 +52,12 @@ class RunLog:
         if folder is None:
             return
         try:
-            self.metrics = MetricsLog(folder / METRICS, step, is_evaluated)
+            records = cut_metrics(folder / METRICS, step, is_evaluated)
+            self.metrics = MetricsLog(folder / METRICS)
             if "tensorboard" in config.loggers:
-                self._open_tensorboard(folder, config, step, is_evaluated)
+                self._open_tensorboard(folder, config, records, step, is_evaluated)
             if "csv" in config.loggers:
-                self._copies.append(CsvLog(folder / METRICS_CSV, self.metrics.records))
+                self._copies.append(CsvLog(folder / METRICS_CSV, records))
             if "wandb" in config.loggers:
                 self._copies.append(WandbLog(folder, config))
             if "mlflow" in config.loggers:
@@ -64,13 +66,14 @@ class RunLog:
             reason = f"the log cannot be written to {error.filename or folder}: {error_reason(error)}"
             raise UserError("output", reason) from None
 
-    def _open_tensorboard(self, folder: Path, config: TrainConfig, step: int, is_evaluated: bool) -> None:
-        assert self.metrics is not None
+    def _open_tensorboard(
+        self, folder: Path, config: TrainConfig, records: Sequence[Tree], step: int, is_evaluated: bool
+    ) -> None:
         # Events have no kind: an evaluation that is removed is purged with the training step before it.
         first_step = step + 1 if is_evaluated else step
         self.tensorboard = TensorBoardLog(folder / TENSORBOARD, first_step)
         self._copies.append(self.tensorboard)
-        for record in self.metrics.records:
+        for record in records:
             if record["step"] >= first_step and is_number_record(record):
                 self.tensorboard.add_record(record)
         self.tensorboard.add_hparams(config)
