@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 from data.loaders import EvaluationImages, Sample
 from data.sources import Source
 from vil.config import UserError, error_reason
+from vil.evaluation.classes import imagenet_classes
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\b")
@@ -85,7 +85,7 @@ def image_number(source: Source, index: int, count: int) -> int:
 
 def _imagenet_targets(source: Source) -> Sequence[int]:
     """Return the target in `source` of each class of ImageNet, -1 for a missing class."""
-    names = tuple(ImageNetInfo().label_names())
+    names = imagenet_classes()
     targets = {name: target for target, name in enumerate(source.class_names)}
     if set(targets) <= set(names):
         return [targets.get(name, -1) for name in names]

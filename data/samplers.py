@@ -135,6 +135,8 @@ class BalancedBatches(MicroBatches):
         for number, images in enumerate(self._classes):
             # Class c has drawn ⌊(n + c) / classes⌋ of the first n images, which sum to n.
             first, last = ((count * e + number) // classes for e in (epoch, epoch + 1))
+            if first == last:  # fewer draws than classes
+                continue
             rounds = range(first // len(images), -(-last // len(images)))
             shuffled = [self._permutation(images, number, index) for index in rounds]
             drawn.append(np.concatenate(shuffled)[first - rounds.start * len(images) :][: last - first])

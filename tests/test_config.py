@@ -93,6 +93,7 @@ def test_a_number_outside_its_range_is_refused(key, value):
     assert reason(key, value).endswith(f", got {value}")
 
 
+CLASS_WEIGHTS = "expected one of none, balanced or a list of numbers from 1e-06 to 1,000,000"
 IMAGE_SIZE = "an integer from 1 to 8,192 or a list of 2 integers from 1 to 8,192"
 
 
@@ -112,6 +113,8 @@ IMAGE_SIZE = "an integer from 1 to 8,192 or a list of 2 integers from 1 to 8,192
             "expected a list of 2 numbers above 0, up to 1, in rising order, got [0.9, 0.1]",
         ),
         ("schedule.augment.mixup", 1e-9, "expected a number, from 1e-6 to 1e6, or 0 for off, got 1e-09"),
+        ("schedule.class_weights", [1.0, 1e-7], f"{CLASS_WEIGHTS}, got [1.0, 1e-07]"),
+        ("schedule.class_weights", [1.0, 2e6], f"{CLASS_WEIGHTS}, got [1.0, 2000000.0]"),
         ("hang_timeout", 2e6, "expected a number above 0, up to 1,000,000, got 2000000.0"),
         ("data.std", [0.1, 0.0, 0.1], "expected a list of 3 numbers above 0, got [0.1, 0.0, 0.1]"),
         ("data.mean", [float("inf"), 0.0, 0.1], "expected a list of 3 numbers, got [inf, 0.0, 0.1]"),

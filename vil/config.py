@@ -40,6 +40,7 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 Rate = Annotated[float, Ge(0), Lt(1)]
 PositiveFraction = Annotated[float, Gt(0), Le(1)]
 AspectRatio = Annotated[float, Ge(1e-3), Le(1e3)]
+ClassWeight = Annotated[float, Ge(1e-6), Le(1_000_000)]
 Seconds = Annotated[float, Gt(0), Le(1_000_000)]
 Side = Annotated[int, Ge(1), Le(MAX_SIDE)]
 ImageSize = Side | tuple[Side, Side]
@@ -384,7 +385,7 @@ class ScheduleConfig:
     """scheduler step: factor of a drop."""
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     """Cross-entropy over classes, or binary cross-entropy per class (DeiT III)."""
-    class_weights: Literal["none", "balanced"] | list[Positive] = "none"
+    class_weights: Literal["none", "balanced"] | list[ClassWeight] = "none"
     """Weights of the classes in the loss: none; balanced: inversely proportional to their number of training
     images; or a list with one number per class, in the order of the classes. Evaluation does not use them."""
     label_smoothing: Rate = 0.1

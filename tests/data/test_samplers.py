@@ -163,3 +163,11 @@ def test_views_of_balanced_images_share_a_batch():
     classes = Counter(UNBALANCED[index] for _, index, view in keys if view == 0)
     assert max(classes.values()) - min(classes.values()) <= 1
     assert sampler.images(0, 0) == [index for _, index, _ in keys[:12]]
+
+
+def test_fewer_draws_than_classes():
+    """Every class is drawn once before any is drawn twice, over two epochs of 64 images."""
+    sampler = BalancedBatches(np.arange(101), 64, 1, 0)
+    drawn = [sampler.order(epoch)[0] for epoch in (0, 1)]
+    assert [len(set(indices.tolist())) for indices in drawn] == [64, 64]
+    assert set(np.concatenate(drawn).tolist()) == set(range(101))

@@ -18,6 +18,7 @@ from vil.checkpoints.open import open_weights
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights, load_state_dict, timm_weights
 from vil.config import ModelConfig, StageConfig, UserError
+from vil.evaluation.classes import imagenet_classes
 from vil.models.state_dict import translate_state_dict
 from vil.models.zoo import model_from_config
 
@@ -180,6 +181,38 @@ def test_a_thousand_rows_are_those_of_imagenet_if_the_classes_are_synsets() -> N
     assert torch.equal(model.head.weight[:2], file.state_dict["head.weight"][[1, 0]])
     _, _, line = initialized(file, [f"class {index}" for index in range(1000)])
     assert line == "head: new, 1000 classes; the weights have none of them"
+
+
+def test_numbers_are_no_names() -> None:
+    numbers, letters = tuple("012345"), tuple("abcdef")
+    weights_line = "head: new, 6 classes; the weights do not name their 6 classes"
+    data_line = "head: new, 6 classes; the data does not name its 6 classes"
+    for stored, names, expected in (
+        (numbers, numbers, weights_line),
+        (("00", *numbers[1:]), letters, weights_line),
+        (letters, numbers, data_line),
+        ((*letters[1:], "5"), numbers, data_line),
+    ):
+        file = dataclasses.replace(random_weights(CONFIG), class_names=stored)
+        model, before, line = initialized(file, names)
+        assert line == expected
+        assert torch.equal(model.head.weight, before.head.weight)
+
+
+@pytest.mark.parametrize("stored", [None, "numbers", "synsets"])
+def test_numbers_of_imagenets_classes_are_their_indices(stored: str | None) -> None:
+    numbers = sorted(map(str, range(1000)))  # 0, 1, 10, 100, ...
+    names = {None: None, "numbers": tuple(numbers), "synsets": imagenet_classes()}[stored]
+    file = dataclasses.replace(
+        random_weights(dataclasses.replace(CONFIG, num_classes=1000)), class_names=names
+    )
+    weight = file.state_dict["head.weight"]
+    model, _, line = initialized(file, numbers)
+    assert line == "head: 1000 of 1000 classes from the weights"
+    order = list(range(1000)) if stored == "numbers" else [int(name) for name in numbers]
+    assert torch.equal(model.head.weight, weight[order])
+    _, _, line = initialized(file, numbers[:10])
+    assert line == "head: new, 10 classes; the data does not name its 10 classes"
 
 
 def test_both_heads_of_a_distilled_model_have_the_rows_of_the_classes() -> None:

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_run import STEPS, load_last, make_config, run
+from helpers.tiny_run import SIZE, STEPS, TinyModel, load_last, make_config, run
 
 from vil.checkpoints import checkpoint_files, run_folder
-from vil.checkpoints.training_state import read_training_state
-from vil.config import UserError
+from vil.checkpoints.training_state import evaluations_since_best, read_training_state
+from vil.config import ModelConfig, UserError
 from vil.evaluation.accuracy import EvaluationResult
 from vil.training import trainer
+
+EIGHT_CLASSES = ModelConfig(image_size=SIZE, num_classes=8)
+"""For top5, which is always 100 % with the four classes of the tiny run."""
 
 
 @pytest.fixture
@@ -39,12 +42,14 @@ def test_the_smallest_loss_is_the_best(tmp_path: Path, figures):
 
 def test_the_first_of_equal_evaluations_is_the_best(tmp_path: Path, figures):
     figures(top1=[50.0, 60.0] * 2, top5=[70.0] * 4, loss=[1.0] * 4)  # raw and average of two epochs
-    summary = run(make_config(tmp_path, best_metric="top5", epochs=2, ema_decay=0.5))
+    summary = run(make_config(tmp_path, best_metric="top5", epochs=2, ema_decay=0.5, model=EIGHT_CLASSES))
     assert summary.best == {"top1": 50.0, "weights": "raw", "epoch": 1, "value": 70.0}
 
 
 def test_a_metric_that_chooses_the_best_is_logged(tmp_path: Path):
-    run(make_config(tmp_path, best_metric="top5", epochs=1))
+    model = TinyModel()
+    model.head = torch.nn.Linear(8, 8)
+    run(make_config(tmp_path, best_metric="top5", epochs=1, model=EIGHT_CLASSES), model)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert "top5" in records[-1]
 
@@ -74,6 +79,29 @@ def test_a_longer_patience_continues_a_run_that_stopped(tmp_path: Path, figures)
     assert run(longer, state=load_last(tmp_path)).step == 3 * STEPS
 
 
+def test_more_frequent_evaluations_do_not_count_epochs_without_one(tmp_path: Path, figures):
+    figures(top1=[50.0, 40.0, 40.0, 40.0], loss=[1.0] * 4)
+    run(make_config(tmp_path, epochs=9, patience=3, eval_every=3, max_steps=6 * STEPS))
+    state = load_last(tmp_path)
+    assert state["evaluations_since_best"] == 1
+    often = make_config(tmp_path, epochs=9, patience=3, eval_every=1)
+    (tmp_path / run_folder.SUMMARY).write_text('[{"top1": 50.0}]')
+    assert run_folder.finished_top1(tmp_path, state, often) is None
+    assert run(often, state=state).step == 8 * STEPS
+
+
+def test_a_checkpoint_of_an_older_version_counts_by_epochs(tmp_path: Path, figures):
+    figures(top1=[50.0, 40.0], loss=[1.0] * 2)
+    config = make_config(tmp_path, epochs=9, patience=2, eval_every=2, max_steps=4 * STEPS)
+    run(config)
+    state = load_last(tmp_path)
+    del state["evaluations_since_best"]
+    assert evaluations_since_best(state, 2) == 1
+    assert evaluations_since_best({**state, "best": None}, 2) == 0
+    del state["train_images"], state["steps_per_epoch"]  # version 0.1.0
+    assert evaluations_since_best(state, 2) == 0
+
+
 @pytest.mark.parametrize("max_steps", [7, 15])
 def test_an_interrupted_run_stops_at_the_same_step(tmp_path: Path, max_steps: int):
     """A tiny learning rate: the accuracy never changes."""
@@ -100,6 +128,16 @@ def test_the_attention_is_drawn_at_the_end_of_a_run_that_stops(tmp_path: Path):
     options = {"epochs": 9, "patience": 1, "lr": 1e-9, "loggers": ["tensorboard"], "attention_every": 5}
     assert run(make_config(tmp_path, **options), draw_attention=draw).step == 2 * STEPS
     assert len(drawn) == 1
+
+
+@pytest.mark.parametrize("classes", [4, 5])
+def test_top5_of_five_classes_or_fewer_is_refused(tmp_path: Path, classes: int):
+    model = ModelConfig(image_size=SIZE, num_classes=classes)
+    with pytest.raises(UserError) as refused:
+        run(make_config(tmp_path, best_metric="top5", model=model))
+    reason = f"top5 is always 100 % with {classes} classes; use top1"
+    assert str(refused.value) == f"schedule.best_metric: {reason}"
+    assert not (tmp_path / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("options", [{"eval_every": 4}, {"eval_every": 3}, {"eval_every": 2, "max_steps": 9}])

@@ -80,6 +80,41 @@ def test_a_table_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, mon
     assert len(rows(tmp_path)) == 1
 
 
+def test_negative_numbers_stay_numbers_in_a_table_with_new_columns(tmp_path: Path):
+    log = CsvLog(tmp_path / "metrics.csv", [])
+    log.add_record({"kind": "train", "step": 1, "epoch": 1, "gain": -0.1, "count": -3})
+    log.add_record({"kind": "validation", "step": 2, "epoch": 1, "top1": 50.0})
+    log.close()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "kind,step,epoch,gain,count,top1",
+        "train,1,1,-0.1,-3,",
+        "validation,2,1,,,50.0",
+    ]
+
+
+@pytest.mark.parametrize("damage", [b"\xff,1,1,2.5\n", b"train,1,1,2.5,7,8\n"])
+def test_a_damaged_row_stays_in_the_table(tmp_path: Path, damage: bytes):
+    log = CsvLog(tmp_path / "metrics.csv", [{"kind": "train", "step": 1, "epoch": 1, "loss": 2.5}])
+    with (tmp_path / "metrics.csv").open("ab") as file:
+        file.write(damage)
+    log.add_record({"kind": "validation", "step": 2, "epoch": 1, "top1": 50.0})
+    log.close()
+    assert [row["top1"] for row in rows(tmp_path)] == ["", "", "50.0"]
+    assert all(row.keys() == {"kind", "step", "epoch", "loss", "top1"} for row in rows(tmp_path))
+
+
+def test_a_table_that_is_no_csv_does_not_end_the_run(tmp_path: Path, caplog):
+    path = tmp_path / "metrics.csv"
+    log = CsvLog(path, [])
+    with path.open("ab") as file:
+        file.write(b"train,1\r2,3\n")
+    for step in (2, 3):
+        log.add_record({"kind": "validation", "step": step, "epoch": 1, "top1": 50.0})
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"warning: {path} cannot be written: new-line character seen")
+    assert caplog.messages[0].endswith("; no more is written")
+
+
 def test_the_table_is_not_written_through_links(tmp_path: Path):
     outside = Outside(tmp_path / "outside")
     (tmp_path / "run").mkdir()

@@ -51,6 +51,8 @@ def test_soft_targets_are_weighted_by_their_distribution():
     assert image_weights(SOFT, WEIGHTS).tolist() == pytest.approx([0.7 * 0.5 + 0.3 * 3.0, 3.0])
     expected = -(SOFT * WEIGHTS * LOGITS.log_softmax(1)).sum() / (SOFT * WEIGHTS).sum()
     assert normalized(loss, SOFT) == pytest.approx(expected.item())
+    by_number_of_images = F.cross_entropy(LOGITS, SOFT, WEIGHTS)
+    assert loss(LOGITS, SOFT).item() == pytest.approx(by_number_of_images.item())
     one_hot = F.one_hot(TARGETS, 3).float()
     hard = build_loss(ScheduleConfig(label_smoothing=0.0), WEIGHTS)
     assert normalized(loss, one_hot) == pytest.approx(normalized(hard, TARGETS))
@@ -64,6 +66,20 @@ def test_binary_cross_entropy_weights_images(smoothing: float):
         weights = image_weights(targets, WEIGHTS)
         each = torch.stack([plain(LOGITS[i : i + 1], targets[i : i + 1]) for i in range(2)])
         assert normalized(loss, targets) == pytest.approx(((weights * each).sum() / weights.sum()).item())
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "bce"])
+def test_class_weights_keep_32_bits_in_autocast(name: str):
+    weights = torch.tensor([1.001, 3.003, 1.0])  # bfloat16 rounds to 1, 3 and 1
+    loss = build_loss(ScheduleConfig(loss=name, label_smoothing=0.0), weights)
+    logits = LOGITS.bfloat16()
+    for targets in (TARGETS, SOFT, SOFT.bfloat16()):
+        exact = targets.float() if targets.is_floating_point() else targets
+        expected, expected_weights = loss(logits.float(), exact), image_weights(exact, weights)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert image_weights(targets, weights).dtype == torch.float32
+            torch.testing.assert_close(image_weights(targets, weights), expected_weights)
+            torch.testing.assert_close(loss(logits, targets), expected)
 
 
 def test_balanced_weights_are_inverse_to_the_counts():

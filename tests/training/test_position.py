@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from vil.training.position import RunPosition
 
 
@@ -7,7 +9,7 @@ def test_an_epoch_is_trained_then_finished():
     while not position.is_finished:
         states.append((position.step, position.epoch, position.epoch_number, position.is_epoch_trained))
         if position.is_epoch_trained:
-            position = position.after_epoch({"top1": 50.0})
+            position = position.after_epoch({"top1": 50.0, "epoch": 1})
         else:
             position = position.after_step()
     assert states == [
@@ -28,7 +30,7 @@ def test_a_run_cut_short_before_any_evaluation_needs_one():
     position = RunPosition(steps_per_epoch=2, last_step=2, step=2, finished_step=2)
     assert position.needs_final_evaluation
     assert not position.is_evaluated  # its record is removed from the log, and written again
-    assert position.after_epoch({"top1": 50.0}).is_evaluated
+    assert position.after_epoch({"top1": 50.0, "epoch": 1}).is_evaluated
 
 
 def test_an_interrupted_evaluation_is_repeated():
@@ -38,18 +40,27 @@ def test_an_interrupted_evaluation_is_repeated():
 
 
 def test_the_best_evaluation_is_kept():
-    position = RunPosition(steps_per_epoch=2, last_step=4, step=2, best={"top1": 50.0})
-    assert position.after_epoch().best == {"top1": 50.0}
-    assert position.after_epoch({"top1": 60.0}).best == {"top1": 60.0}
+    position = RunPosition(steps_per_epoch=2, last_step=4, step=2, best={"top1": 50.0, "epoch": 1})
+    assert position.after_epoch().best == {"top1": 50.0, "epoch": 1}
+    assert position.after_epoch({"top1": 60.0, "epoch": 1}).best["top1"] == 60.0
 
 
 def test_a_run_stops_after_evaluations_without_improvement():
     best = {"top1": 50.0, "epoch": 4}
     options = {"steps_per_epoch": 3, "last_step": 300, "best": best, "eval_every": 2}
-    for patience, epoch in ((1, 6), (3, 10)):
-        for finished, is_stopped in ((epoch, True), (epoch - 1, False)):
-            step = 3 * finished
-            position = RunPosition(step=step, finished_step=step, patience=patience, **options)
-            assert position.is_stopped_early == position.is_finished == is_stopped
-    unlimited = RunPosition(step=290, finished_step=290, **options)
+    for patience, last_epoch in ((1, 6), (3, 10)):
+        position = RunPosition(step=12, finished_step=12, patience=patience, **options)
+        for epoch in range(5, last_epoch + 1):
+            assert not position.is_stopped_early
+            position = replace(position, step=3 * epoch).after_epoch()
+        assert position.is_stopped_early
+        assert position.is_finished
+    unlimited = RunPosition(step=290, finished_step=290, evaluations_since_best=90, **options)
     assert not unlimited.is_finished
+
+
+def test_an_evaluation_within_an_interval_does_not_count():
+    best = {"top1": 50.0, "epoch": 2}
+    position = RunPosition(3, 7, step=7, finished_step=6, best=best, evaluations_since_best=1, eval_every=2)
+    assert position.after_epoch(best).evaluations_since_best == 1
+    assert position.after_epoch({"top1": 60.0, "epoch": 3}).evaluations_since_best == 0

@@ -25,6 +25,7 @@ from vil.checkpoints.training_state import (
     State,
     copy_training_state,
     evaluations_since_best,
+    is_stopped_early,
     read_training_state,
 )
 from vil.config import TrainConfig, UserError, errors_in_option
@@ -225,7 +226,7 @@ def _restore_best(folder: Path, state: State) -> None:
             break
         _logger.warning("%s; restored from %s", problem, path)
         return
-    state["best"] = None
+    state["best"], state["evaluations_since_best"] = None, 0
     _logger.warning("%s; the best of the remaining evaluations replaces it", problem)
 
 
@@ -304,17 +305,10 @@ def finished_top1(folder: Path, state: State, config: TrainConfig) -> float | No
     """Return the final top-1 in percent if the run that `config` describes is finished, else None."""
     limit = config.schedule.max_steps
     is_trained = state["epoch"] >= config.schedule.epochs or (limit is not None and state["step"] >= limit)
-    if not is_trained and not _is_stopped_early(state, config):
+    evaluations = evaluations_since_best(state, config.eval_every)
+    if not is_trained and not is_stopped_early(evaluations, config.schedule.patience):
         return None
     try:
         return float(files.parse_json(files.read_text(folder / SUMMARY, MAX_JSON_BYTES))[0]["top1"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
-
-
-def _is_stopped_early(state: State, config: TrainConfig) -> bool:
-    patience, best = config.schedule.patience, state["best"]
-    if patience is None or best is None or "steps_per_epoch" not in state:
-        return False
-    epoch = state["finished_step"] // state["steps_per_epoch"]
-    return evaluations_since_best(best, epoch, config.eval_every) >= patience

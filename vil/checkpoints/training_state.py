@@ -11,6 +11,7 @@ in it can run:
     watched           counts of skipped steps and recent losses (`vil.training`)
     best              {"top1", "weights": "raw" | "ema", "epoch"} of the best evaluation, or None; and
                       "value" if another metric than top1 chooses it
+    evaluations_since_best            due evaluations after the best one (since version 0.2.0)
     config            the resolved TrainConfig as nested mappings
     class_names       list of str
     train_images, steps_per_epoch     training images and optimizer steps per epoch (since version 0.1.1)
@@ -107,8 +108,9 @@ _SCHEMA: dict[str, tuple[Callable[[object], bool], str]] = {
 _OPTIONAL_SCHEMA: dict[str, tuple[Callable[[object], bool], str]] = {
     "train_images": _COUNT,
     "steps_per_epoch": (lambda x: _is_count(x) and x != 0, "an integer of at least 1"),
+    "evaluations_since_best": _COUNT,
 }
-"""The same for keys that checkpoints of version 0.1.0 lack."""
+"""The same for keys that checkpoints of older versions lack."""
 
 
 class _DigestWriter(io.RawIOBase):
@@ -186,7 +188,7 @@ def read_training_state(path: str | Path, digest_required: bool = False) -> Stat
     state = dict(content) if isinstance(content, Mapping) else {}
     if missing := [key for key in _SCHEMA if key not in state]:
         raise UserError(str(path), f"not a checkpoint of train.py: lacks {', '.join(missing)}")
-    if len(_OPTIONAL_SCHEMA.keys() & state.keys()) == 1:
+    if ("train_images" in state) != ("steps_per_epoch" in state):
         raise UserError(str(path), "damaged: has only one of train_images and steps_per_epoch")
     for key, (is_valid, expected) in {**_SCHEMA, **_OPTIONAL_SCHEMA}.items():
         if key in state and not is_valid(state[key]):
@@ -211,9 +213,23 @@ def select_weights(
     return state["ema"], "ema"
 
 
-def evaluations_since_best(best: Mapping[str, Any], epoch: int, eval_every: int) -> int:
-    """Return the number of evaluations after the best one until the end of an epoch, counted from 1."""
-    return int(epoch // eval_every - best["epoch"] // eval_every)
+def evaluations_since_best(state: Mapping[str, Any], eval_every: int) -> int:
+    """Return the number of evaluations after the best one, 0 before any.
+
+    For a checkpoint of an older version, which does not store it, it is computed from the epochs as if
+    `eval_every` had never changed.
+    """
+    if "evaluations_since_best" in state:
+        return int(state["evaluations_since_best"])
+    if state["best"] is None or "steps_per_epoch" not in state:
+        return 0
+    epoch = state["finished_step"] // state["steps_per_epoch"]
+    return max(0, int(epoch // eval_every - state["best"]["epoch"] // eval_every))
+
+
+def is_stopped_early(evaluations: int, patience: int | None) -> bool:
+    """Return True if a run ends after this number of evaluations since the best one."""
+    return patience is not None and evaluations >= patience
 
 
 def library_versions() -> dict[str, str]:

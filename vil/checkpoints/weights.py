@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from timm.data import ImageNetInfo
 from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -27,6 +25,7 @@ from vil.config import (
     errors_in_option,
     format_size,
 )
+from vil.evaluation.classes import find_rows, imagenet_classes
 from vil.models.limits import ModelTooLargeError, check_model_size
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.state_dict import translate_state_dict
@@ -206,8 +205,8 @@ class Weights:
         """Load these weights into a model that is trained on other classes, and return a line on its head.
 
         Rows of the head, and of each head of a distilled model, are found by the names of the classes,
-        compared in Unicode's normal form NFC. A head of 1,000 rows without stored names is ImageNet's, in the
-        order of the challenge. The other rows stay as they are in `model`. Everything else is `load_into`.
+        as `vil.evaluation.classes.find_rows` compares them. The other rows stay as they are in `model`.
+        Everything else is `load_into`.
 
         Args:
             model: the model; its rows are new ones.
@@ -254,13 +253,9 @@ class Weights:
             return result, f"{new}; the weights have no head"
         if not is_same_layer:
             return result, f"{new}; the head of the weights has other layers"
-        trained = self.class_names or _imagenet_classes(num_rows)
-        if trained is None:
-            return result, f"{new}; the weights do not name their {num_rows:,} classes"
-        rows = {_nfc(name): row for row, name in reversed(list(enumerate(trained[:num_rows])))}
-        found = {index: rows[_nfc(name)] for index, name in enumerate(class_names) if _nfc(name) in rows}
+        found, reason = find_rows(class_names, self.class_names or None, num_rows)
         if not found:
-            return result, f"{new}; the weights have none of them"
+            return result, f"{new}; {reason}"
         for name, value in given.items():
             result[name][list(found)] = value[list(found.values())].to(result[name])
         line = f"head: {len(found)} of {len(class_names)} classes from the weights"
@@ -430,23 +425,13 @@ def name_rows(class_names: Sequence[str] | None, count: int) -> list[str]:
 
     A head of 1,000 rows without names is ImageNet's, with WordNet ids.
     """
-    names = class_names or _imagenet_classes(count) or ()
+    imagenet = imagenet_classes()
+    names = class_names or (imagenet if count == len(imagenet) else ())
     return [*names[:count], *map(str, range(len(names), count))]
 
 
 def _has_weight(model: nn.Module, layer: str) -> bool:
     return f"{layer}.weight" in model.state_dict()
-
-
-def _nfc(name: str) -> str:
-    """Return a name in Unicode's normal form NFC: file systems store different forms."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _imagenet_classes(count: int) -> tuple[str, ...] | None:
-    """Return the WordNet ids of ImageNet's classes, in the order of their rows, if it has this many."""
-    names = tuple(ImageNetInfo().label_names())
-    return names if count == len(names) else None
 
 
 def _adapt_head(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

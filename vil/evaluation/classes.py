@@ -20,6 +20,39 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(ImageNetInfo().label_names())
 
 
+def find_rows(
+    names: Sequence[str], trained_names: Sequence[str] | None, num_rows: int
+) -> tuple[dict[int, int], str]:
+    """Find the rows of a head for classes to train on, by name.
+
+    Numbers are no names: class 3 of one data set has nothing in common with class 3 of another. Except for
+    ImageNet: a head of 1,000 rows without names is ImageNet's, in the order of the challenge, and the numbers
+    0 to 999 are the indices of ImageNet's classes.
+
+    Args:
+        names: classes of the data, in the order of its targets.
+        trained_names: classes of the weights, in the order of the rows; None if unknown.
+        num_rows: number of rows.
+
+    Returns:
+        Index in `names` → row, for classes that have one, and the reason if no class has.
+    """
+    imagenet = imagenet_classes()
+    if trained_names is None and num_rows == len(imagenet):
+        trained_names = imagenet
+    trained = _imagenet_names(list(map(normal_form, (trained_names or ())[:num_rows])))
+    if not trained or _are_all_digits(trained):
+        return {}, f"the weights do not name their {num_rows:,} classes"
+    names = list(map(normal_form, names))
+    if set(trained) == set(imagenet):
+        names = _imagenet_names(names)
+    if _are_all_digits(names):
+        return {}, f"the data does not name its {len(names):,} classes"
+    rows = {name: row for row, name in reversed(list(enumerate(trained)))}
+    found = {index: rows[name] for index, name in enumerate(names) if name in rows}
+    return found, "" if found else "the weights have none of them"
+
+
 def match_classes(
     names: Sequence[str],
     trained_names: Sequence[str] | None,
@@ -89,9 +122,14 @@ def _unknown_classes(names: Sequence[str], unknown: Sequence[str], trained_names
     return f"{reason}, {known} of {len(names)} are{hint}"
 
 
+def normal_form(name: str) -> str:
+    """Return a name in Unicode's normal form NFC: file systems store different forms."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _normalize(names: Sequence[str], owner: str) -> tuple[str, ...]:
     """Return names in NFC. Raise UserError if two of them become equal."""
-    normalized = tuple(unicodedata.normalize("NFC", name) for name in names)
+    normalized = tuple(map(normal_form, names))
     if len(set(normalized)) < len(normalized):
         duplicate = next(name for index, name in enumerate(normalized) if name in normalized[:index])
         raise UserError("data.source", f"{owner} two classes named {duplicate!r}")
@@ -110,3 +148,14 @@ def _match_by_position(names: Sequence[str], num_logits: int | None) -> list[int
 def _are_numbers(names: Sequence[str], count: int) -> bool:
     """Return True if every name is a number below `count`, without leading zeros."""
     return set(names) <= set(map(str, range(count)))
+
+
+def _are_all_digits(names: Sequence[str]) -> bool:
+    return all(name.isascii() and name.isdigit() for name in names)
+
+
+def _imagenet_names(names: list[str]) -> list[str]:
+    """Return the WordNet ids of names that are the numbers 0 to 999, in any order; others as they are."""
+    imagenet = imagenet_classes()
+    is_numbered = len(names) == len(imagenet) == len(set(names)) and _are_numbers(names, len(imagenet))
+    return [imagenet[int(name)] for name in names] if is_numbered else names

@@ -50,9 +50,8 @@ class CsvLog:
             if row.keys() <= set(self._columns):
                 os.write(self._file, self._text([row]).encode())
             else:
-                reader = csv.DictReader(io.StringIO(read_text(self._path, MAX_TEXT_BYTES)))
-                self._rewrite([*reader, row])
-        except OSError as error:
+                self._rewrite([*self._read_rows(), row])
+        except (OSError, csv.Error) as error:
             self.close()
             reason = error_reason(error)
             _logger.warning("warning: %s cannot be written: %s; no more is written", self._path, reason)
@@ -66,6 +65,12 @@ class CsvLog:
             with suppress(OSError):
                 os.close(self._file)
             self._file = None
+
+    def _read_rows(self) -> list[Tree]:
+        """Return the rows of the file, with numbers as numbers; bytes that are not UTF-8 are replaced."""
+        reader = csv.DictReader(io.StringIO(read_text(self._path, MAX_TEXT_BYTES, errors="replace")))
+        # Cells beyond the columns have the key None.
+        return [{key: _parse(cell) for key, cell in row.items() if key is not None} for row in reader]
 
     def _rewrite(self, rows: Sequence[Mapping[str, object]]) -> None:
         self.close()
@@ -84,3 +89,11 @@ def is_number_record(record: Tree) -> bool:
 
 def _cells(record: Tree) -> Tree:
     return {k: v for k, v in record.items() if k == "kind" or isinstance(v, int | float)}
+
+
+def _parse(cell: str | None) -> float | str | None:
+    """Return a cell as a number if it is one: `csv_text` marks a text that begins with a minus sign."""
+    for number_type in (int, float):
+        with suppress(TypeError, ValueError):
+            return number_type(cell)  # type: ignore[arg-type]
+    return cell

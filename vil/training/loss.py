@@ -30,8 +30,12 @@ class CrossEntropy(nn.Module):
         smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing
         if self.class_weights is None:
             return F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        weights = self.class_weights.to(logits)
-        losses = F.cross_entropy(logits, targets, weights, label_smoothing=smoothing, reduction="none")
+        if targets.is_floating_point():
+            targets = targets.float()
+        weights = self.class_weights.float()  # as in `image_weights`, also if the logits have 16 bits
+        losses = F.cross_entropy(
+            logits.float(), targets, weights, label_smoothing=smoothing, reduction="none"
+        )
         return losses.mean()
 
 
@@ -70,14 +74,18 @@ def build_loss(schedule: ScheduleConfig, class_weights: torch.Tensor | None = No
 def image_weights(targets: torch.Tensor, class_weights: torch.Tensor) -> torch.Tensor:
     """Return the weight of each image, (B,): of its class, or the mean under its soft target.
 
-    A weighted loss is normalized by the sum of these weights over the global batch, as in
-    `torch.nn.CrossEntropyLoss`; `vil.training.model_updater` divides by it once all micro-batches are known.
+    A weighted loss is normalized by the sum of these weights over the global batch;
+    `vil.training.model_updater` divides by it once all micro-batches are known. `torch.nn.CrossEntropyLoss`
+    does so for class indices only, and divides by the number of images for soft targets.
 
     Args:
         targets: (B,) class indices, or (B, classes) probabilities.
         class_weights: (classes,).
     """
-    return targets @ class_weights.to(targets) if targets.is_floating_point() else class_weights[targets]
+    class_weights = class_weights.float()
+    if not targets.is_floating_point():
+        return class_weights[targets]
+    return (targets.float() * class_weights).sum(dim=1)  # autocast computes `@` in 16 bits
 
 
 def class_weights(

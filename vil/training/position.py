@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from vil.checkpoints.training_state import evaluations_since_best
+from vil.checkpoints.training_state import is_stopped_early
 from vil.config import Tree
 
 
@@ -20,6 +20,7 @@ class RunPosition:
         finished_step: value of `step` when an epoch was last finished.
         best: `top1` in percent, `weights` (raw or ema), `epoch` and, if it is chosen by another metric than
             top1, its `value`, of the best evaluation; None before any.
+        evaluations_since_best: evaluations after the best one, without one that `max_steps` alone causes.
         eval_every: epochs between two evaluations.
         patience: evaluations without a better one after which the run ends; None for no limit.
     """
@@ -29,6 +30,7 @@ class RunPosition:
     step: int = 0
     finished_step: int = 0
     best: Tree | None = None
+    evaluations_since_best: int = 0
     eval_every: int = 1
     patience: int | None = None
 
@@ -56,10 +58,7 @@ class RunPosition:
     @property
     def is_stopped_early(self) -> bool:
         """True if the last `patience` evaluations were not better than an earlier one."""
-        if self.patience is None or self.best is None:
-            return False
-        epoch = self.finished_step // self.steps_per_epoch
-        return evaluations_since_best(self.best, epoch, self.eval_every) >= self.patience
+        return is_stopped_early(self.evaluations_since_best, self.patience)
 
     @property
     def needs_final_evaluation(self) -> bool:
@@ -76,5 +75,15 @@ class RunPosition:
         return replace(self, step=self.step + 1)
 
     def after_epoch(self, best: Tree | None = None) -> RunPosition:
-        """Return the position after the epoch is finished, with `best` as a new best evaluation."""
-        return replace(self, finished_step=self.step, best=best or self.best)
+        """Return the position after the epoch is finished, with `best` as its best evaluation, if evaluated.
+
+        The count of evaluations since the best one leaves out a last evaluation between two due ones, so that
+        a run whose `max_steps` is raised ends at the same epoch as one that was never cut short.
+        """
+        best, evaluations = best or self.best, self.evaluations_since_best
+        is_due = self.step % (self.eval_every * self.steps_per_epoch) == 0
+        if best is not None and best != self.best:
+            evaluations = 0
+        elif best is not None and is_due and self.epoch > best["epoch"]:
+            evaluations += 1
+        return replace(self, finished_step=self.step, best=best, evaluations_since_best=evaluations)

@@ -21,7 +21,7 @@ from torch import nn
 
 from vil.checkpoints import checkpoint_files
 from vil.checkpoints.run_folder import begin_run, check_class_names, check_train_images, differences
-from vil.checkpoints.training_state import State, library_versions
+from vil.checkpoints.training_state import State, evaluations_since_best, library_versions
 from vil.checkpoints.writer import CheckpointWriter, check_disk_space
 from vil.config import TrainConfig, Tree, UserError, one_line
 from vil.evaluation.accuracy import evaluate
@@ -171,6 +171,12 @@ def check_patience(config: TrainConfig, steps_per_epoch: int, last_step: int) ->
         raise UserError("schedule.patience", f"{reason}; evaluate more often by eval_every")
 
 
+def check_best_metric(config: TrainConfig, num_logits: int) -> None:
+    """Raise UserError if `schedule.best_metric` is equal for all weights of a model."""
+    if config.schedule.best_metric == "top5" and num_logits <= 5:
+        raise UserError("schedule.best_metric", f"top5 is always 100 % with {num_logits} classes; use top1")
+
+
 def lost_worker_reason(error: BaseException) -> str | None:
     """Return one line if PyTorch raised `error` because a data worker was killed; else None.
 
@@ -204,6 +210,7 @@ class Trainer:
         last_step = min(total_steps, config.schedule.max_steps or total_steps)
         self.best_key = best_metric_key(config.schedule.best_metric)
         check_patience(config, steps_per_epoch, last_step)
+        check_best_metric(config, num_logits)
         self.position = RunPosition(
             steps_per_epoch, last_step, eval_every=config.eval_every, patience=config.schedule.patience
         )
@@ -516,6 +523,7 @@ class Trainer:
             "epoch": position.epoch,
             "watched": self.loss_monitor.state_dict(),
             "best": position.best,
+            "evaluations_since_best": position.evaluations_since_best,
             "config": stored_tree(self.config),
             "class_names": list(self.loaders.class_names),
             "train_images": self.loaders.train_images,
@@ -539,7 +547,9 @@ class Trainer:
             raise UserError("output", f"the checkpoint in {self.folder} does not fit: {reason}") from error
         self.loss_monitor.load_state_dict(state["watched"])
         stored = {key: state[key] for key in ("step", "finished_step", "best")}
-        self.position = dataclasses.replace(self.position, **stored)
+        sizes = {"steps_per_epoch": steps_per_epoch}  # version 0.1.0 stores none
+        evaluations = evaluations_since_best({**sizes, **state}, self.config.eval_every)
+        self.position = dataclasses.replace(self.position, evaluations_since_best=evaluations, **stored)
         state.clear()
 
     def finish_files(self) -> None:
