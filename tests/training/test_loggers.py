@@ -192,6 +192,18 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch):
 
 
 @needs_mlflow
+def test_links_in_the_mlflow_store_are_refused(tmp_path: Path):
+    RunLog(tmp_path, make_config(tmp_path, loggers=["mlflow"]), 0, True).close()
+    (metrics,) = (tmp_path / "mlruns").rglob("metrics")
+    metrics.rmdir()
+    (tmp_path / "outside").mkdir()
+    metrics.symlink_to(tmp_path / "outside")
+    with pytest.raises((OSError, UserError), match="is a symbolic link, which is not followed"):
+        RunLog(tmp_path, make_config(tmp_path, loggers=["mlflow"]), 0, True)
+    assert not list((tmp_path / "outside").iterdir())
+
+
+@needs_mlflow
 def test_mlflow_file_store(tmp_path: Path, monkeypatch):
     from mlflow.tracking import MlflowClient
 

@@ -141,7 +141,8 @@ class MlflowLog(Tracker):
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
-        refuse_link(folder / MLFLOW)
+        for path in (folder / MLFLOW, *(folder / MLFLOW).rglob("*")):  # MLflow would append to their targets
+            refuse_link(path)
         # MLflow's releases from 3.7 on refuse folders without this.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / MLFLOW).absolute().as_uri()
