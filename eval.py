@@ -51,11 +51,11 @@ from vil.config import (
     errors_in_section,
 )
 from vil.evaluation import report
-from vil.evaluation.classes import match_classes
 from vil.evaluation.corruptions import add_corruption_summaries, list_datasets
 from vil.evaluation.report import EvaluationDataset, evaluate_model
 from vil.models.zoo import check_device, model_from_config, pretrained_classes, pretrained_transform
 from vil.runtime import console, distributed
+from vil.runtime.class_names import match_classes
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.files import check_writable, is_stream, refuse_input_as_output
 from vil.runtime.precision import choose_precision, set_deterministic

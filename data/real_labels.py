@@ -16,7 +16,7 @@ from torch import Tensor
 from data.loaders import EvaluationImages, Sample
 from data.sources import Source
 from vil.config import UserError, error_reason
-from vil.evaluation.classes import imagenet_classes
+from vil.runtime.class_names import imagenet_classes
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\b")

@@ -27,8 +27,8 @@ from vil.checkpoints.training_state import read_training_state
 from vil.config import DataConfig, EvalConfig, ModelConfig
 from vil.evaluation import report
 from vil.evaluation.accuracy import evaluate
-from vil.evaluation.classes import imagenet_classes
 from vil.evaluation.cost import Cost
+from vil.runtime.class_names import imagenet_classes
 from vil.runtime.distributed import Process
 
 ROOT = Path(__file__).parents[1]

@@ -18,9 +18,9 @@ from vil.checkpoints.open import open_weights
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights, load_state_dict, timm_weights
 from vil.config import ModelConfig, StageConfig, UserError
-from vil.evaluation.classes import imagenet_classes
 from vil.models.state_dict import translate_state_dict
 from vil.models.zoo import model_from_config
+from vil.runtime.class_names import imagenet_classes
 
 PARITY = sorted(filter(Path.is_dir, (Path(__file__).parents[1] / "fixtures" / "parity").iterdir()))
 STAGES = [

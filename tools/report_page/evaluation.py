@@ -17,10 +17,10 @@ from vil import command_line
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.weights import stored_model_config
 from vil.config import EvalConfig
-from vil.evaluation.classes import match_classes
 from vil.evaluation.complexity import measure_complexity
 from vil.evaluation.predictions import Mistake, Predictions, predict
 from vil.models.zoo import check_device, model_from_config
+from vil.runtime.class_names import match_classes
 from vil.runtime.distributed import Process
 from vil.runtime.images import denormalize
 from vil.runtime.precision import choose_precision

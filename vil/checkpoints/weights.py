@@ -25,11 +25,11 @@ from vil.config import (
     errors_in_option,
     format_size,
 )
-from vil.evaluation.classes import find_rows, imagenet_classes
 from vil.models.limits import ModelTooLargeError, check_model_size
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.state_dict import translate_state_dict
 from vil.models.zoo import model_from_config, pretrained_classes
+from vil.runtime.class_names import find_rows, imagenet_classes
 from vil.runtime.run_files import CHECKPOINTS, SPLIT
 from vil.validation import STORED, check_plain, validate, without_start_options
 
@@ -205,7 +205,7 @@ class Weights:
         """Load these weights into a model that is trained on other classes, and return a line on its head.
 
         Rows of the head, and of each head of a distilled model, are found by the names of the classes,
-        as `vil.evaluation.classes.find_rows` compares them. The other rows stay as they are in `model`.
+        as `vil.runtime.class_names.find_rows` compares them. The other rows stay as they are in `model`.
         Everything else is `load_into`.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vil.config import UserError
-from vil.evaluation.classes import imagenet_classes, match_classes
+from vil.runtime.class_names import imagenet_classes, match_classes
 
 WNIDS = imagenet_classes()
 HINT = "--match_classes position takes class k for row k"
