@@ -40,6 +40,7 @@ from data.workers import exit_with_parent, explain_shared_memory
 from tools.png import as_png
 from vil.command_line import ToolParser, bounded_int
 from vil.config import DataConfig, Size, UserError, as_size, format_size, printable
+from vil.runtime.console import print_line
 from vil.runtime.files import check_writable, write_output
 
 HASH_BITS = 64
@@ -171,7 +172,8 @@ def main(argv: Sequence[str]) -> None:
         write_output(arguments.json, json.dumps(as_json(report), indent=1) + "\n", "--json")
     if arguments.sheet is not None:
         write_output(arguments.sheet, contact_sheet(sources, arguments.columns), "--sheet")
-    print(as_text(report), flush=True)
+    for line in as_text(report).splitlines():
+        print_line(line)  # also into a pipe that is closed, as of head
     if len(report.readable) < len(images):
         raise SystemExit(1)
 
