@@ -75,8 +75,13 @@ def test_paths_of_a_run_are_stored_absolute(folder, monkeypatch):
     config.data.list_file = f"{folder}/list.txt"
     assert run_folder.differences(yaml.safe_load((folder / "config.yaml").read_text()), config) == [changed]
     monkeypatch.setenv("HOME", "/home/someone")
-    home = with_absolute_paths({"data": {"root": "~/photos", "val_list": "", "real_labels": None}})
-    assert home == {"data": {"root": "/home/someone/photos", "val_list": "", "real_labels": None}}
+    home = with_absolute_paths(
+        {"data": {"root": "~/photos", "val_list": "", "real_labels": None}, "model": {"init_from": "runs/x"}}
+    )
+    assert home == {
+        "data": {"root": "/home/someone/photos", "val_list": "", "real_labels": None},
+        "model": {"init_from": f"{folder}/elsewhere/runs/x"},
+    }
 
 
 def test_a_run_of_relative_paths_continues_and_is_evaluated_from_another_folder(folder, monkeypatch):

@@ -59,8 +59,11 @@ TIMM_TEXT_OPTIONS = frozenset(_TIMM_TEXTS.split())
 """Keyword arguments of timm's model classes that a file may set: numbers and flags; and those that may also
 be the short name of a layer or a variant. None of them downloads, opens a file or names a path."""
 
-PATH_OPTIONS = ("root", "list_file", "val_list", "real_labels")
-"""Options of the section data that name a folder or a file."""
+PATH_OPTIONS = {
+    "data": ("root", "list_file", "val_list", "real_labels"),
+    "model": ("init_from", "init_released_config"),
+}
+"""Options that name a folder or a file to read, by section."""
 _TIMM_STARTS = "cache_dir checkpoint_path pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict"
 TIMM_START_OPTIONS = frozenset(_TIMM_STARTS.split())
 """Keyword arguments of `timm.create_model` that initialize a new model. A run is started with them from the
@@ -108,12 +111,14 @@ def with_absolute_paths(tree: Tree) -> Tree:
 
     The run can then be continued and evaluated from any folder.
     """
-    data = tree.get("data")
-    if not isinstance(data, Mapping):
-        return tree
-    paths = {key: data[key] for key in PATH_OPTIONS if isinstance(data.get(key), str) and data[key]}
-    absolute = {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
-    return {**tree, "data": {**data, **absolute}}
+    sections = {}
+    for name, options in PATH_OPTIONS.items():
+        section = tree.get(name)
+        if isinstance(section, Mapping):
+            paths = {key: path for key in options if isinstance(path := section.get(key), str) and path}
+            absolute = {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
+            sections[name] = {**section, **absolute}
+    return {**tree, **sections}
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> Tree:

@@ -190,7 +190,7 @@ class MlflowLog(Tracker):
         self._client.set_terminated(self._id, "FINISHED" if self.is_finished else "KILLED")
 
 
-_PATHS = ("output", "model.init_from", "model.init_released_config", *(f"data.{o}" for o in PATH_OPTIONS))
+_PATHS = ("output", *(f"{name}.{option}" for name, options in PATH_OPTIONS.items() for option in options))
 """Options that name a folder or a file."""
 
 
