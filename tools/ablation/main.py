@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         for line in ("", *output.markdown(grid, results, command).splitlines(), ""):
             print_line(line)
         output.write_results(grid, results, command)
-        print(f"{grid.folder}: results.md, results.csv, results.json, results.png")
+        print_line(f"{grid.folder}: results.md, results.csv, results.json, results.png")
         if arguments.markdown:
             output.insert_into_page(arguments.markdown, grid, results, command)
         has_failures |= any(result.failures for result in results)
@@ -66,7 +66,7 @@ def run_unfinished(runs: Sequence[Run], jobs: int | None) -> None:
     unfinished = [run for run in runs if read_status(run).metrics is None]
     gpus = visible_gpus() if any(run.cell.config.device != "cpu" for run in unfinished) else []
     jobs = jobs or max(1, len(gpus))
-    print(f"{len(runs)} runs, {len(runs) - len(unfinished)} finished; running {jobs} at a time")
+    print_line(f"{len(runs)} runs, {len(runs) - len(unfinished)} finished; running {jobs} at a time")
     progress = Progress(unfinished)
     try:
         execute(unfinished, jobs, gpus, progress)

@@ -13,7 +13,7 @@ from tools.benchmarks.output import write_csv
 from tools.benchmarks.timing import describe_machine
 from vil.command_line import ToolParser, bounded_int
 from vil.config import Precision
-from vil.runtime import distributed
+from vil.runtime import console, distributed
 from vil.runtime.files import check_writable, write_output
 from vil.runtime.precision import choose_precision
 
@@ -58,7 +58,7 @@ def benchmark(argv: Sequence[str]) -> None:
         write_csv(arguments.csv, results)
     if arguments.markdown:
         write_output(Path(arguments.markdown), text + "\n", "--markdown")
-    print(text)
+    console.write(text + "\n")
     if results.has_failed:
         raise SystemExit(1)
 

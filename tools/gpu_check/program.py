@@ -21,6 +21,7 @@ from tools.gpu_check.report import Outcome, summary_table
 from tools.gpu_check.runner import Options, RunningSection, Section
 from vil.command_line import ToolParser, bounded_int
 from vil.config import COMMAND_LINE, UserError
+from vil.runtime import console
 
 DESCRIPTION = """Check that everything of this project computes correctly on a GPU, and how fast.
 
@@ -74,7 +75,7 @@ def check_gpu(argv: Sequence[str]) -> None:
         images, cifar10, seed = arguments.images, arguments.cifar10, arguments.seed
         options = Options(arguments.device, folder.resolve(), images, cifar10, seed=seed)
         outcomes = _run_sections(arguments, options, output)
-    print(f"\n{arguments.json}: all measurements\n\n{summary_table(outcomes)}")
+    console.write(f"\n{arguments.json}: all measurements\n\n{summary_table(outcomes)}\n")
     if any(outcome.status in ("failed", "timed out") for outcome in outcomes):
         raise SystemExit(1)
 
@@ -102,7 +103,7 @@ def _run_sections(arguments: Namespace, options: Options, output: TextIO) -> lis
         outcomes[outcome.section] = outcome
         print(outcome.as_json(), file=output, flush=True)
         reason = f": {outcome.reason}" if outcome.reason else ""
-        print(f"{outcome.section}: {outcome.status}, {outcome.seconds:.0f} s{reason}", flush=True)
+        console.print_line(f"{outcome.section}: {outcome.status}, {outcome.seconds:.0f} s{reason}")
 
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs the finally clause
     try:

@@ -38,6 +38,7 @@ from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
 from vil.command_line import ToolParser
 from vil.config import UserError, error_reason
+from vil.runtime.console import print_line
 from vil.runtime.files import move_output, refuse_input_as_output
 
 TOLERANCE = 1e-4
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
                 move_output(temporary, output)
     except OSError as error:
         raise UserError(str(output), f"cannot be written: {error_reason(error)}") from None
-    print(f"{output}: {arguments.format}, {weights.kind} weights")
+    print_line(f"{output}: {arguments.format}, {weights.kind} weights")
 
 
 def export_torch(model: nn.Module, weights: Weights, path: Path) -> None:

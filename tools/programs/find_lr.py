@@ -39,6 +39,7 @@ from vil.config import (
 )
 from vil.models.zoo import check_device, model_from_config
 from vil.runtime import distributed
+from vil.runtime.console import print_line
 from vil.runtime.distributed import Process, all_reduce_sum
 from vil.runtime.files import check_writable, write_output
 from vil.runtime.precision import choose_precision, set_deterministic
@@ -90,9 +91,9 @@ def main(argv: Sequence[str]) -> None:
         write_output(arguments.curve, draw(points, suggestion), "--curve")
     end = f"diverged at {points[-1].lr:.1e}" if has_diverged else f"no divergence up to {rates[-1]:.1e}"
     if suggestion is None:
-        print(f"no suggestion: the loss does not fall; {end}")
+        print_line(f"no suggestion: the loss does not fall; {end}")
     else:
-        print(f"suggested: --schedule.lr {suggestion:.1e}; {end}")
+        print_line(f"suggested: --schedule.lr {suggestion:.1e}; {end}")
 
 
 def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) -> list[Point]:

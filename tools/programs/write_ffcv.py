@@ -37,6 +37,7 @@ from data.sources.held_out import has_held_out_images
 from data.unreadable_images import max_unreadable_images
 from vil.command_line import ToolParser, bounded_int, parse
 from vil.config import DataConfig, UserError, error_reason
+from vil.runtime.console import print_line
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text, write_durably
 
 MIN_PAGE_BYTES, MAX_PAGE_BYTES = 8 << 20, 1 << 31
@@ -194,7 +195,7 @@ def write_split(data: DataConfig, options: WriteOptions, split: Split) -> None:
             write_durably(description_file(path), json.dumps(description, indent=1) + "\n")
             os.replace(partial, path)
     megabytes, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
-    print(f"{path}: {len(indices)} images, {megabytes:.1f} MB, {seconds:.0f} s")
+    print_line(f"{path}: {len(indices)} images, {megabytes:.1f} MB, {seconds:.0f} s")
 
 
 @contextmanager
@@ -233,7 +234,7 @@ def check_existing(path: Path, description: dict[str, Any]) -> None:
         if {**existing, "unreadable": []} == description:
             images = description["images"] - len(existing["unreadable"])
             if len(Beton(path)) == images:
-                print(f"{path}: {images} images, exists already")
+                print_line(f"{path}: {images} images, exists already")
                 return
     reason = f"{path} exists and was written with other options; remove it, or name another folder"
     raise UserError("--output", reason)

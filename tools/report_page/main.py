@@ -21,6 +21,7 @@ from tools.report_page.runs import Run, open_runs
 from vil.command_line import ToolParser, bounded_int, out_of_memory
 from vil.config import UserError, one_line
 from vil.runtime import distributed
+from vil.runtime.console import print_line
 from vil.runtime.distributed import Process
 from vil.runtime.files import check_writable, refuse_input_as_output, write_output
 from vil.training.trainer import lost_worker_reason
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     names = ", ".join(run.name for run in runs[:4]) + (", …" if len(runs) > 4 else "")
     write_output(output, render(runs, results, arguments.title or names), "--output")
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    print(f"{output}: {count}, {output.stat().st_size / 1e6:.1f} MB")
+    print_line(f"{output}: {count}, {output.stat().st_size / 1e6:.1f} MB")
 
 
 def _evaluate(run: Run, arguments: Namespace, process: Process) -> Evaluation | str:
@@ -65,5 +66,5 @@ def _evaluate(run: Run, arguments: Namespace, process: Process) -> Evaluation | 
         if known_reason is None:
             raise
         reason = known_reason
-    print(f"{run.name} is not evaluated: {reason}")
+    print_line(f"{run.name} is not evaluated: {reason}")
     return reason

@@ -29,6 +29,7 @@ from vil.command_line import ToolParser, bounded_int
 from vil.config import COMMAND_LINE, EvalConfig, ModelConfig, UserError, errors_in_section
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import model_from_config
+from vil.runtime.console import print_line
 from vil.runtime.files import refuse_input_as_output, write_output
 from vil.runtime.images import denormalize
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
         path = arguments.output / f"{name}.png"
         refuse_input_as_output(path, inputs, "--output")
         write_output(path, as_png(figure, dpi=100), "--output")
-        print(path, flush=True)
+        print_line(str(path))
 
 
 def build_untrained(path: str) -> tuple[torch.nn.Module, ModelConfig]:
@@ -105,10 +106,10 @@ def draw_figures(
         stage, name = model.stages[number - 1], f"stage{number}"
         blocks = maps[number - 1][blocks_shown]
         if not blocks:
-            print(f"stage {number}: no blocks")
+            print_line(f"stage {number}: no blocks")
             continue
         if not blocks[0].from_queries.has_positions:
-            print(f"stage {number}: keys of {stage.config.attention} have no position on the map")
+            print_line(f"stage {number}: keys of {stage.config.attention} have no position on the map")
             continue
         for index, pixel in enumerate(queries):
             yield f"{name}_query_{pixel[0]}_{pixel[1]}", figures.query_figure(canvas, blocks, index, pixel)
@@ -118,7 +119,7 @@ def draw_figures(
         if rollout is not None:
             yield f"{name}_rollout", figures.rollout_figure(canvas, rollout, queries)
         else:
-            print(f"stage {number}: no rollout, because keys of {stage.config.attention} are not tokens")
+            print_line(f"stage {number}: no rollout, because keys of {stage.config.attention} are not tokens")
         attentions = [*enumerate(block.attn for block in stage.blocks)][blocks_shown]
         bias = figures.bias_figure(canvas.title.partition(": ")[0], number - 1, attentions)
         if bias is not None:

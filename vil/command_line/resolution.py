@@ -23,6 +23,7 @@ from vil.command_line.arguments import (
     read_section,
 )
 from vil.config import COMMAND_LINE, Tree, UserError
+from vil.runtime import console
 from vil.validation import STORED, TypeHint, as_tree, field_types, rename_options, shown, type_name, validate
 
 Config = TypeVar("Config")
@@ -174,7 +175,7 @@ class ParsedArguments(Generic[Config]):
         tree = as_tree(command.config)
         if self.print_config == "skip_default":
             tree = _without_defaults(tree, as_tree(self._config_class()))
-        print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+        console.write(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
         raise SystemExit(0)
 
 

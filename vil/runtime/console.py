@@ -13,7 +13,7 @@ from vil.config import printable
 
 def print_line(line: str, stream: TextIO | None = None) -> None:
     """Print one line, escaped if necessary; ignore a stream that is closed, or on a full disk."""
-    _write(f"{printable(line)}\n", stream or sys.stdout)
+    write(f"{printable(line)}\n", stream)
 
 
 def width() -> int | None:
@@ -27,15 +27,16 @@ def width() -> int | None:
 def flush_streams() -> None:
     """Flush both standard streams; discard what cannot be written, so that the exit status stays the same."""
     for stream in (sys.stdout, sys.stderr):
-        _write("", stream)
+        write("", stream)
 
 
-def _write(text: str, stream: TextIO) -> None:
-    """Write and flush a text; if that fails, discard all further output to the stream.
+def write(text: str, stream: TextIO | None = None) -> None:
+    """Write and flush a text; if that fails (a full disk, a closed pipe), discard all further output.
 
     Text that stayed in the buffer would raise again wherever the stream is flushed, as multiprocessing does
     before it starts a process.
     """
+    stream = stream or sys.stdout
     try:
         stream.write(text)
         stream.flush()
