@@ -18,7 +18,7 @@ import re
 import types
 import typing
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, Predicate
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -28,7 +28,10 @@ from vil.config import RENAMED_OPTIONS, RENAMED_VALUES, Tree, UserError
 
 _logger = logging.getLogger(__name__)
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 TypeHint = Any
 """A class, or a special form of typing as `int | None`."""
 
@@ -94,13 +97,13 @@ def without_timm_start_options(model: Mapping[str, object]) -> Tree:
     return {**model, "timm_options": kept or None}
 
 
-def as_tree(config: Any) -> Tree:
+def as_tree(config: DataclassInstance) -> Tree:
     """Return a configuration as nested mappings, lists and scalars, as YAML and JSON have them."""
     tree: Tree = json.loads(json.dumps(dataclasses.asdict(config)))
     return tree
 
 
-def stored_tree(config: object) -> Tree:
+def stored_tree(config: DataclassInstance) -> Tree:
     """Return a configuration as a run stores it: `with_absolute_paths`, without `TIMM_START_OPTIONS`."""
     tree = with_absolute_paths(as_tree(config))
     return {**tree, "model": without_timm_start_options(tree["model"])}
@@ -363,11 +366,11 @@ def _first_other_value(tree: object) -> tuple[str, str]:
     return "", "contains values of an unsupported type"
 
 
-def _timm_options(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, object]]]:
+def _timm_options(config: DataclassInstance, prefix: str = "") -> Iterator[tuple[str, Mapping[str, object]]]:
     """Yield every option `timm_options` that is set, with its dotted key."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name == "timm_options" and value is not None:
             yield f"{prefix}{field.name}", value
-        elif dataclasses.is_dataclass(value):
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from _timm_options(value, f"{prefix}{field.name}.")

@@ -20,6 +20,7 @@ import yaml
 from helpers import forked
 from PIL import Image
 
+import train
 from tools.ablation import grid as grids
 from tools.ablation import main as program
 from tools.ablation import output, run_status, scheduler
@@ -216,7 +217,11 @@ def test_provided_grids_name_their_command_and_resolve(path, monkeypatch):
     assert len(grid.cells) == math.prod(map(len, yaml.safe_load(path.read_text())["factors"].values()))
     assert len(grid.seeds) == 3
     assert len({cell.argv for cell in grid.cells}) == len(grid.cells)
-    check_model(resolve_train_command(grid.cells[-1].argv).config)
+    argv = grid.cells[-1].argv
+    for start in (text.partition("=")[2] for text in argv if text.startswith("--model.init_from=")):
+        # The run that the header of the file trains.
+        train.main(["--output", start, "--schedule.max_steps", "1", "--device", "cpu", "--progress", "false"])
+    check_model(resolve_train_command(argv).config)
 
 
 # --- Run folders --------------------------------------------------------------------------------------------

@@ -36,11 +36,11 @@ from torch import Tensor
 
 from vil.checkpoints.checkpoint_files import check_digest, read_digests, write_digest
 from vil.checkpoints.pickle_file import read_pickle
-from vil.config import UserError
+from vil.config import Tree, UserError
 from vil.runtime.files import open_regular, replacing
 from vil.validation import check_plain
 
-State = dict[str, Any]
+State = Tree
 """A state dict, or the content of a checkpoint."""
 WeightsKind = Literal["raw", "ema"]
 """Weights as the optimizer left them, or their exponential moving average."""

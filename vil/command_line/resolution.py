@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic
 
 import yaml
 
@@ -24,9 +24,17 @@ from vil.command_line.arguments import (
 )
 from vil.config import COMMAND_LINE, Tree, UserError
 from vil.runtime import console
-from vil.validation import STORED, TypeHint, as_tree, field_types, rename_options, shown, type_name, validate
-
-Config = TypeVar("Config")
+from vil.validation import (
+    STORED,
+    Config,
+    TypeHint,
+    as_tree,
+    field_types,
+    rename_options,
+    shown,
+    type_name,
+    validate,
+)
 
 
 def _stays_on_this_machine(loggers: object) -> bool:

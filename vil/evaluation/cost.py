@@ -258,7 +258,7 @@ class _LiveBytes(TorchDispatchMode):
             self._track(tensor.untyped_storage(), is_constant=True)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # the signature of TorchDispatchMode
         result = func(*args, **(kwargs or {}))
         inputs = [id(storage) for storage in _storages((args, kwargs))]

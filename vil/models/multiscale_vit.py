@@ -150,7 +150,7 @@ class MultiScaleViT(nn.Module):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
         check_external_tokens(x, global_tokens, self.external_width)
         requested, last = feature_take_indices(self.num_levels, indices)
-        intermediates: list[Any] = []
+        intermediates: list[Tensor | tuple[Tensor, Tensor]] = []
         stages = self.stages[: last + 1] if stop_early else self.stages
         level = 0
         for index, stage in enumerate(stages):

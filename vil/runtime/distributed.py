@@ -216,12 +216,16 @@ def data_parallel(
     probe(images).sum().backward()
     has_unused = any(p.grad is None for p in probe.parameters() if p.requires_grad)
     del probe
-    options: dict[str, Any] = {"device_ids": [process.device]} if process.device.type == "cuda" else {}
+    device_ids = [process.device] if process.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     # PyTorch 2.15 renames the option and warns about the old name.
-    options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+    sync_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     network = DistributedDataParallel(
-        model, gradient_as_bucket_view=True, find_unused_parameters=has_unused, **options
+        model,
+        device_ids,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=has_unused,
+        **sync_buffers,  # type: ignore[arg-type]
     )
     _rebuild_buckets(network, images)
     return network

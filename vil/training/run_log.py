@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NoReturn, Protocol
 
 from tqdm import tqdm
 
@@ -111,7 +111,7 @@ class RunLog:
             log.flush()
         return self.metrics.finish() if self.metrics is not None else None
 
-    def progress_bar(self, epoch: int, epochs: int, start: int, steps: int) -> tqdm[Any]:
+    def progress_bar(self, epoch: int, epochs: int, start: int, steps: int) -> tqdm[NoReturn]:
         """Return a progress bar over the steps of an epoch, disabled without a terminal."""
         title, is_hidden = f"epoch {epoch}/{epochs}", not self.shows_progress
         return tqdm(desc=title, initial=start, total=steps, unit="step", leave=False, disable=is_hidden)
