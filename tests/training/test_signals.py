@@ -65,6 +65,14 @@ def test_an_interrupted_evaluation_is_repeated(tmp_path: Path, whole: Path):
     assert records(tmp_path) == records(whole)
 
 
+def test_a_repeated_last_evaluation_saves_the_same_optimizer(tmp_path: Path, whole: Path):
+    with pytest.raises(InterruptedRun, match="saved after step 15"):
+        run(make_config(tmp_path), Signalled({3: signal.SIGTERM}, in_training=False))
+    run(make_config(tmp_path), TinyModel(dropout=0.2), state=load_last(tmp_path))
+    groups, expected = (load_last(folder)["optimizer"]["param_groups"] for folder in (tmp_path, whole))
+    assert groups == expected  # with the learning rate of the last step
+
+
 def test_an_evaluation_that_was_logged_but_not_saved_is_logged_once(tmp_path: Path, whole: Path):
     """Killed after the evaluation was logged and before it was saved."""
     with pytest.raises(InterruptedRun):

@@ -191,6 +191,8 @@ class ModelUpdater:
         """
         self.model.load_state_dict(state["model"])
         load_optimizer_state(self._optimizer, state["optimizer"])
+        if state["step"]:
+            self._scheduler.step_update(state["step"] - 1)  # for a checkpoint that no further step precedes
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"] or state["model"])
         if state["scaler"]:

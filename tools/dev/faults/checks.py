@@ -21,10 +21,17 @@ SUMMARY_KEYS = ("top1", "top5", "loss", "images", "params")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl without fields of time; an incomplete last line is left out."""
+    """Return the records of metrics.jsonl without fields of time.
+
+    An incomplete last line is left out, and changed options, which scenarios change between calls.
+    """
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
     records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{key: record[key] for key in record if key not in TIMING_FIELDS} for record in records]
+    return [
+        {key: record[key] for key in record if key not in TIMING_FIELDS}
+        for record in records
+        if record["kind"] != "options"
+    ]
 
 
 def logged_steps(folder: Path) -> list[int]:
