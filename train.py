@@ -59,6 +59,7 @@ from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.modes import mode
 from vil.runtime.precision import choose_precision, set_deterministic
 from vil.runtime.seeding import seed_generators
+from vil.training.distillation import build_teacher, describe_teacher
 from vil.training.experiment_trackers import check_loggers
 from vil.training.trainer import Summary, fit
 from vil.validation import as_tree, without_timm_start_options
@@ -105,13 +106,18 @@ def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConf
             return
         announce(process, state, config)
     loaders, model, mix = build(config, process, is_new=state is None)
+    teacher = build_teacher(config, loaders.class_names, process)
     if state is None:
         call_on_main(lambda: record_split(loaders, config))
     for line in describe_run(config, loaders, model, process, command):
         print_on_main(process, line)
+    if teacher is not None:
+        print_on_main(process, describe_teacher(teacher, config.schedule))
     with errors_of_one_rank():
-        draw_attention = attention_drawer(model, loaders, config)
-        summary = fit(model, loaders, config, process, mix=mix, state=state, draw_attention=draw_attention)
+        draw = attention_drawer(model, loaders, config)
+        summary = fit(
+            model, loaders, config, process, mix=mix, state=state, draw_attention=draw, teacher=teacher
+        )
         report(model, loaders, summary, config, process)
 
 

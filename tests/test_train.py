@@ -65,6 +65,9 @@ def test_paths_of_a_run_are_stored_absolute(folder, monkeypatch):
     stored = yaml.safe_load((folder / "config.yaml").read_text())["data"]
     assert (stored["root"], stored["list_file"]) == (f"{folder}/photos", f"{folder}/list.txt")
     assert stored["val_list"] is None
+    of_timm = {"teacher": "timm/resnet10t", "teacher_weights": "pretrained"}
+    assert with_absolute_paths({"schedule": of_timm}) == {"schedule": of_timm}
+    assert with_absolute_paths({"schedule": {"teacher": "old"}})["schedule"]["teacher"] == f"{folder}/old"
     older = stored_tree(config) | {"data": {**stored, "root": "photos", "list_file": "list.txt"}}
     assert run_folder.differences(stored_tree(config), config) == []
     assert run_folder.differences(older, config) == []

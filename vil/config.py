@@ -208,7 +208,8 @@ class ModelConfig:
     in_chans: Width = 3
     """Channels of the images: 3 (RGB) or 1 (grayscale)."""
     pool: Literal["avg", "cls"] | None = None
-    """Input of the head: the mean over all tokens or the first global token; null is avg."""
+    """Input of the head: the mean over all tokens (but the distillation token) or the first global token;
+    null is avg."""
     attention: AttentionName | list[AttentionName] | None = None
     """Attention of the sparse stages, or a list with one name per stage."""
     blocks: tuple[TokenCount, ...] | None = None
@@ -224,6 +225,9 @@ class ModelConfig:
     """Local attention: side of a chunk in every stage, in tokens."""
     global_tokens: TokenCount | list[TokenCount] | None = None
     """Global tokens of every stage, or a list with one number per stage."""
+    distillation_token: bool = False
+    """A further global token of the last stage with a head of its own, which learns from a teacher
+    (schedule.distillation); in evaluation the logits are the mean of both heads."""
     stage_globals: Literal["discard", "carry"] = "discard"
     """Global tokens between stages: discarded, or projected to the width of the next stage."""
     share_global_projection: bool = True
@@ -390,6 +394,19 @@ class ScheduleConfig:
     images; or a list with one number per class, in the order of the classes. Evaluation does not use them."""
     label_smoothing: Rate = 0.1
     """Probability mass spread over all classes."""
+    distillation: Literal["none", "soft", "hard"] = "none"
+    """Learn from a teacher, too (DeiT): its probabilities (soft), or its most probable class (hard)."""
+    teacher: str | None = None
+    """The teacher: a run's folder, a checkpoint, safetensors, a published checkpoint, or timm/<name>."""
+    teacher_weights: str | None = None
+    """Weights of a teacher timm/<name>: a file, or `pretrained` to download them, for the command line
+    alone."""
+    teacher_released_config: str | None = None
+    """The configuration published with the checkpoint in teacher."""
+    distillation_alpha: Fraction = 0.5
+    """Weight of the teacher's part of the loss; that of the labels has 1 - distillation_alpha."""
+    distillation_temperature: Annotated[float, Ge(0.01), Le(1000)] = 1.0
+    """distillation soft: temperature of both distributions."""
     ema_decay: Rate | None = None
     """Decay per step of the exponential moving average of the weights; null is off."""
     ema_warmup: bool = False

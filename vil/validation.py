@@ -62,11 +62,15 @@ TIMM_TEXT_OPTIONS = frozenset(_TIMM_TEXTS.split())
 """Keyword arguments of timm's model classes that a file may set: numbers and flags; and those that may also
 be the short name of a layer or a variant. None of them downloads, opens a file or names a path."""
 
+TIMM_PREFIX, PRETRAINED = "timm/", "pretrained"
+"""Beginning of the name of a model of timm, and the weights of a teacher that timm downloads."""
 PATH_OPTIONS = {
     "data": ("root", "list_file", "val_list", "real_labels"),
     "model": ("init_from", "init_released_config"),
+    "schedule": ("teacher", "teacher_weights", "teacher_released_config"),
 }
-"""Options that name a folder or a file to read, by section."""
+"""Options that name a folder or a file to read, by section; a teacher may be `TIMM_PREFIX`<name> instead, and
+its weights `PRETRAINED`."""
 _TIMM_STARTS = "cache_dir checkpoint_path pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict"
 TIMM_START_OPTIONS = frozenset(_TIMM_STARTS.split())
 """Keyword arguments of `timm.create_model` that initialize a new model. A run is started with them from the
@@ -110,7 +114,7 @@ def stored_tree(config: DataclassInstance) -> Tree:
 
 
 def with_absolute_paths(tree: Tree) -> Tree:
-    """Return a copy of a configuration in which the paths of `PATH_OPTIONS` are absolute.
+    """Return a copy of a configuration with absolute paths in `PATH_OPTIONS`.
 
     The run can then be continued and evaluated from any folder.
     """
@@ -119,9 +123,15 @@ def with_absolute_paths(tree: Tree) -> Tree:
         section = tree.get(name)
         if isinstance(section, Mapping):
             paths = {key: path for key in options if isinstance(path := section.get(key), str) and path}
+            if name == "schedule":
+                paths = {key: path for key, path in paths.items() if not _is_from_timm(path)}
             absolute = {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
             sections[name] = {**section, **absolute}
     return {**tree, **sections}
+
+
+def _is_from_timm(teacher: str) -> bool:
+    return teacher.startswith(TIMM_PREFIX) or teacher == PRETRAINED
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> Tree:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers.tiny_run import STEPS, TinyModel, load_last, make_config, make_loaders
+from helpers.tiny_run import STEPS, TinyModel, TwoHeads, load_last, make_config, make_loaders, make_teacher
 from vil.checkpoints.checkpoint_files import step_files
 from vil.checkpoints.writer import CheckpointWriter
 from vil.config import UserError
@@ -29,6 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "clip": {"clip_grad": 0.1},
     "weighted": {"class_weights": [1.0, 20.0, 0.1, 5.0]},
     "weighted_parts": {"class_weights": [1.0, 20.0, 0.1, 5.0], "accumulation": 4},
+    "distilled": {"distillation": "soft", "accumulation": 2, "class_weights": [1.0, 20.0, 0.1, 5.0]},
 }
 
 
@@ -39,7 +40,8 @@ def train(folder: Path, process: Process, model: nn.Module, **options: Any) -> n
     schedule = config.schedule
     loaders = make_loaders(schedule.batch_size, schedule.accumulation, process.rank, process.world_size)
     state = call_on_main(lambda: load_last(folder) if step_files(folder) else None)
-    trainer.fit(model, loaders, config, process, state=state)
+    teacher = None if schedule.distillation == "none" else make_teacher()
+    trainer.fit(model, loaders, config, process, state=state, teacher=teacher)
     return model
 
 
@@ -176,6 +178,7 @@ def main(folder: Path) -> None:
             train(folder / name, process, TinyModel(), **options)
         train(folder / "head", process, TinyModel(norm=nn.BatchNorm2d), trainable="head")
         train(folder / "idle", process, Half())
+        train(folder / "token", process, TwoHeads(), distillation="hard")
         norm = train(folder / "norm", process, TinyModel(norm=nn.BatchNorm2d), ema_decay=0.5).norm
         found["running_mean"] = norm.running_mean.tolist()
         for name, steps in (("full", [15]), ("continued", [7, 12, 15])):

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from vil.checkpoints.checkpoint_files import step_files
+from vil.checkpoints.teacher import TrainedTeacher
 from vil.checkpoints.training_state import read_training_state
-from vil.config import ModelConfig, ScheduleConfig, TrainConfig
+from vil.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
 from vil.runtime.distributed import Process
+from vil.training.distillation import Teacher
 from vil.training.trainer import Summary, fit
 
 CLASSES, SIZE, STEPS = 4, 8, 5
@@ -47,6 +49,49 @@ class TinyModel(nn.Module):
 
     def set_neighbors(self, neighbors: str) -> None:
         self.neighbors.append(neighbors)
+
+
+class TwoHeads(TinyModel):
+    """The tiny model with a distillation head, as timm's distilled models have it."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.head_dist = nn.Linear(8, CLASSES)
+        self.distilled_training = False
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.dropout(self.norm(self.stem(x) + self.position).relu()).mean((2, 3))
+        outputs = self.head(x), self.head_dist(x)
+        return outputs if self.distilled_training and self.training else sum(outputs) / 2
+
+    def get_classifier(self) -> Any:
+        return self.head, self.head_dist
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        self.distilled_training = enable
+
+
+def make_teacher(seed: int = 1, class_names: tuple[str, ...] | None = None) -> Teacher:
+    """Return a teacher of another normalization, whose images have twice the size."""
+    model = TinyModel(dropout=0.5)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    model.position.data = torch.randn(8, 2 * SIZE // 4, 2 * SIZE // 4, generator=generator)
+    names = class_names or make_loaders().class_names
+    trained = TrainedTeacher(
+        model.eval().requires_grad_(False),
+        name="tiny",
+        image_size=(2 * SIZE, 2 * SIZE),
+        in_chans=3,
+        mean=(0.4, 0.5, 0.6),
+        std=(0.3, 0.2, 0.1),
+        class_names=names,
+        num_classes=len(names),
+        digest=f"seed {seed}",
+    )
+    device = torch.device("cpu")
+    return Teacher(trained, DataConfig.mean, DataConfig.std, make_loaders().class_names, device)
 
 
 class TinyTrainLoader:

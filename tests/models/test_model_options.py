@@ -65,6 +65,7 @@ MODEL_OPTIONS = {
     "neighbors": ("random", lambda model: attention(model, 0).neighbors, "all", "random"),
     "window": (2, lambda model: attention(model, 0).bias_table.shape[1:], (11, 11), (7, 7)),
     "global_tokens": (2, lambda model: [s.num_global_tokens for s in model.stages], [1, 1, 1, 3], [2] * 4),
+    "distillation_token": (True, lambda model: model.stages[3].dist_token is not None, False, True),
     "stage_globals": ("carry", lambda model: model.stages[1].carry is not None, False, True),
     "share_global_projection": (
         False, lambda model: hasattr(attention(model, 0), "global_query"), False, True,

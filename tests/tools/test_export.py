@@ -35,6 +35,7 @@ PARITY = ROOT / "tests" / "fixtures" / "parity"
 VIL = ModelConfig(name="vil", image_size=32, num_classes=5, stages=STAGES, in_chans=1, mask="cyclic",
                   pool="cls", share_global_projection=False, norm_embed=False, drop_path=0.1)  # fmt: skip
 ZOO = ModelConfig(name="vil_tiny_3stage", image_size=64, num_classes=5, blocks=(1, 1, 1), pool="cls",
+                  distillation_token=True,
                   attention=["linformer", "spatial_reduction", "performer"], projected_tokens=9, reduction=2,
                   random_features=8, share_key_value_projection=False)  # fmt: skip
 TIMM = ModelConfig(name="timm/vit_tiny_patch16_224", image_size=32, num_classes=5, timm_options={"depth": 1})

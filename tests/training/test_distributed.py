@@ -58,7 +58,7 @@ def found(folder: Path, rank: int) -> dict:
     return json.loads((folder / f"rank{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("run", [*several_ranks.RUNS, "head"])
+@pytest.mark.parametrize("run", [*several_ranks.RUNS, "head", "token"])
 def test_two_ranks_train_as_one(worlds: dict[int, Path], run: str):
     one, two = (records(worlds[size] / run, "train") for size in (1, 2))
     assert len(one) == len(two) == 15

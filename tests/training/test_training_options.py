@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_run import CLASSES, SIZE, TinyModel, load_last, make_config, run
+from helpers.tiny_run import CLASSES, SIZE, TinyModel, load_last, make_config, make_teacher, run
 
 from vil.checkpoints.checkpoint_files import step_files
 from vil.config import ModelConfig, ScheduleConfig, TrainConfig
@@ -47,6 +47,9 @@ SCHEDULE: dict[str, tuple[Any, Options, str]] = {
     "loss": ("bce", {}, "losses"),
     "class_weights": ("balanced", {}, "losses"),
     "label_smoothing": (0.3, {}, "losses"),
+    "distillation": ("hard", {}, "losses"),
+    "distillation_alpha": (0.9, {"distillation": "hard"}, "losses"),
+    "distillation_temperature": (2.0, {"distillation": "soft"}, "losses"),
     "ema_decay": (0.5, {}, "ema"),
     "ema_warmup": (True, {"ema_decay": 0.9}, "ema"),
     "patience": (1, {"epochs": 3, "lr": 1e-9}, "epochs"),
@@ -75,7 +78,10 @@ TRAIN: dict[str, tuple[Any, Options, str]] = {
     "progress": (False, {}, "progress_bars"),
 }
 
-TESTED_ELSEWHERE = {"model", "schedule", "data", "augment", "output", "resume", "device", "deterministic"}
+TESTED_ELSEWHERE = {
+    *("model", "schedule", "data", "augment", "output", "resume", "device", "deterministic"),
+    *("teacher", "teacher_weights", "teacher_released_config"),
+}
 """Sections, and options that train.py reads."""
 
 COUNTERS = ("attention_images", "compiled", "progress_bars")
@@ -127,7 +133,8 @@ def effects(folder: Path, options: Options) -> Options:
         patch.setattr("vil.evaluation.accuracy.tqdm", lambda batches, **_: batches)
         config = make_config(folder, **{"epochs": 1, "warmup_epochs": 0.4} | options)
         with torch._dynamo.config.patch(recompile_limit=8):
-            run(config, model, draw_attention=lambda: count("attention_images", draw))
+            teacher = None if config.schedule.distillation == "none" else make_teacher()
+            run(config, model, draw_attention=lambda: count("attention_images", draw), teacher=teacher)
             found["recompile_limit"] = torch._dynamo.config.recompile_limit
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]

@@ -44,6 +44,7 @@ from vil.runtime.distributed import Process, all_reduce_sum
 from vil.runtime.files import check_writable, write_output
 from vil.runtime.precision import choose_precision, set_deterministic
 from vil.runtime.seeding import seed_generators
+from vil.training.distillation import build_teacher
 from vil.training.loss import class_weights
 from vil.training.model_updater import ModelUpdater
 from vil.training.optimizer import peak_learning_rate
@@ -114,7 +115,8 @@ def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) ->
     loaders, model, mix = _build(config, process)
     num_logits = config.model.num_classes or len(loaders.class_names)
     weights = class_weights(schedule.class_weights, loaders.class_counts, num_logits)
-    updater = ModelUpdater(model, config, process, loaders.train.steps_per_epoch, weights)
+    teacher = build_teacher(config, loaders.class_names, process)
+    updater = ModelUpdater(model, config, process, loaders.train.steps_per_epoch, weights, teacher)
     updater.wrap_network()
     updater.set_training_mode()
     factor = peak_learning_rate(schedule) / schedule.lr

@@ -282,6 +282,14 @@ def check_train_images(
         raise UserError(key, f"the run in {folder} was trained on {trained_on}; {reason}")
 
 
+def check_teacher(folder: Path, state: State, digest: str | None) -> None:
+    """Raise UserError if the run in `folder` learned from a teacher with other weights than `digest`."""
+    stored = state.get("teacher_digest")
+    if None not in (stored, digest) and stored != digest:
+        reason = "has other weights than the teacher of the run in"
+        raise UserError("schedule.teacher", f"{reason} {folder}; restore them, or name another output")
+
+
 def write_config(folder: Path, config: TrainConfig) -> None:
     """Write the resolved configuration to config.yaml, for --config. Raise OSError if that fails."""
     content = with_absolute_paths(as_tree(dataclasses.replace(config, resume="auto")))

@@ -14,6 +14,7 @@ in it can run:
     evaluations_since_best            due evaluations after the best one (since version 0.2.0)
     config            the resolved TrainConfig as nested mappings
     class_names       list of str
+    teacher_digest    of the teacher (`vil.checkpoints.teacher`), or None (since version 0.3.0)
     train_images, steps_per_epoch     training images and optimizer steps per epoch (since version 0.1.1)
     versions          {"python", "torch", "timm"}
 """
@@ -109,6 +110,7 @@ _OPTIONAL_SCHEMA: dict[str, tuple[Callable[[object], bool], str]] = {
     "train_images": _COUNT,
     "steps_per_epoch": (lambda x: _is_count(x) and x != 0, "an integer of at least 1"),
     "evaluations_since_best": _COUNT,
+    "teacher_digest": (lambda x: x is None or isinstance(x, str), "a text, or None"),
 }
 """The same for keys that checkpoints of older versions lack."""
 

@@ -45,6 +45,9 @@ MAX_GROWTH, MAX_EXTRA_BYTES = 4, 256_000_000
 MAX_NAMED_WEIGHTS = 3
 """Weights of each kind that an error names; it counts the others."""
 
+_HEADS = ("head", "head_dist")
+"""Heads of a model without a configuration of timm; a distilled one has both."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -218,7 +221,7 @@ class Weights:
             UserError: as `load_into`, up to the head.
         """
         state_dict = self._translate(model)
-        layers = [name for name in _layers(model, "classifier", "head") if _has_weight(model, name)]
+        layers = [name for name in _layers(model, "classifier", _HEADS) if _has_weight(model, name)]
         if not isinstance(model, MultiScaleViT) and not any(
             f"{name}.weight" in state_dict for name in layers
         ):
@@ -437,7 +440,7 @@ def _has_weight(model: nn.Module, layer: str) -> bool:
 def _adapt_head(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cut a head with more rows to its first ones; drop it for a model without one."""
     expected, result = model.state_dict(), dict(state_dict)
-    for layer in _layers(model, "classifier", "head"):
+    for layer in _layers(model, "classifier", _HEADS):
         names = [f"{layer}.weight", f"{layer}.bias"]
         current = {name: expected[name] for name in names if name in expected}
         given = {name: state_dict[name] for name in names if name in state_dict}

@@ -25,6 +25,7 @@ from vil.command_line.arguments import (
 from vil.config import COMMAND_LINE, Tree, UserError
 from vil.runtime import console
 from vil.validation import (
+    PRETRAINED,
     STORED,
     Config,
     TypeHint,
@@ -49,6 +50,7 @@ COMMAND_LINE_KEYS: dict[str, Callable[[object], bool]] = {
     "per_class_csv": lambda value: value is None,
     "confusion_csv": lambda value: value is None,
     "data.download": lambda value: value is False,
+    "schedule.teacher_weights": lambda value: value != PRETRAINED,
     "loggers": _stays_on_this_machine,
 }
 """Options that name an output or use the network, and the values of them that a file may contain."""

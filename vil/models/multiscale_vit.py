@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, cast
 
+import torch
 from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ class MultiScaleViT(nn.Module):
     Between stages the local tokens are folded back to a map, and the global ones are dropped, or projected to
     the next width (`stage_globals`). After the last stage: LayerNorm, then the mean over all tokens, global
     ones included (`avg`), or the first global token (`cls`), then one linear layer.
+
+    With `distillation_token` the last stage has one more global token, after its others, which `avg` leaves
+    out. It has a head of its own, `head_dist` (DeiT, Touvron et al., 2021, section 4). The logits are the
+    mean of both heads, or, in training after `set_distilled_training`, a pair: of `head` and of `head_dist`.
 
     Args:
         config: the options; `stages` and `num_classes` must be set, and options that `stages` replaces
@@ -68,8 +73,12 @@ class MultiScaleViT(nn.Module):
         channels, reduction = config.in_chans, 1
         for index, (stage, size) in enumerate(zip(stages, map_sizes(stages, self.img_size))):
             drop_path, rates = rates[: stage.blocks], rates[stage.blocks :]
+            has_dist_token = config.distillation_token and index == len(stages) - 1
+            if has_dist_token:
+                stage = dataclasses.replace(stage, global_tokens=stage.global_tokens + 1)
+            carries = carries_globals and index > 0
             try:
-                modules.append(Stage(stage, config, channels, size, drop_path, carries_globals and index > 0))
+                modules.append(Stage(stage, config, channels, size, drop_path, carries, has_dist_token))
             except UserError as error:
                 if error.location not in _STAGE_OPTIONS:  # an option of the model
                     raise
@@ -86,11 +95,16 @@ class MultiScaleViT(nn.Module):
         self.norm: nn.Module = LayerNorm(channels)
         self.head_drop = nn.Dropout(config.head_dropout)
         self.set_pool(config.pool or "avg")
-        self.head = nn.Linear(channels, self.num_classes) if self.num_classes > 0 else nn.Identity()
+        self.head = self._new_head()
+        self.head_dist = self._new_head() if config.distillation_token else None
+        self.distilled_training = False
         self.apply(_initialize)
 
-    def forward(self, x: Tensor, global_tokens: Tensor | None = None) -> Tensor:
-        """Return the logits (B, num_classes) of images (B, in_chans, H, W); see `forward_features`."""
+    def forward(self, x: Tensor, global_tokens: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the logits (B, num_classes) of images (B, in_chans, H, W); see `forward_features`.
+
+        In distilled training, return those of the head and of `head_dist`; see `set_distilled_training`.
+        """
         return self.forward_head(self.forward_features(x, global_tokens))
 
     def forward_features(self, x: Tensor, global_tokens: Tensor | None = None) -> Tensor:
@@ -111,14 +125,33 @@ class MultiScaleViT(nn.Module):
                 x, global_tokens = self._between_stages(stage, x, size)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits (B, num_classes) of tokens (B, G+N, C), or with `pre_logits` pooled features."""
-        if self.global_pool == "avg":
-            x = x.mean(dim=1)
-        elif self.global_pool == "cls":
-            x = x[:, 0]
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the logits (B, num_classes) of tokens (B, G+N, C), or with `pre_logits` pooled features.
+
+        With a distillation token, the features are the mean of the pooled ones and the token, as in timm.
+        """
+        if self.head_dist is None or not self.global_pool:
+            x = self.head_drop(self._pool(x))
+            return x if pre_logits else self.head(x)
+        index = self.stages[-1].num_class_tokens
+        x_dist = self.head_drop(x[:, index])  # (B, C)
+        x = self.head_drop(self._pool(torch.cat([x[:, :index], x[:, index + 1 :]], dim=1)))
+        if pre_logits:
+            return (x + x_dist) / 2
+        x, x_dist = self.head(x), self.head_dist(x_dist)
+        if self.distilled_training and self.training:
+            return x, x_dist
+        return (x + x_dist) / 2
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Let the model return the logits of both heads in train mode; timm's name.
+
+        Raises:
+            UserError: the model has no distillation token.
+        """
+        if self.head_dist is None:
+            raise UserError("distillation_token", "the model has none, and so only one head")
+        self.distilled_training = enable
 
     def forward_intermediates(
         self,
@@ -228,18 +261,21 @@ class MultiScaleViT(nn.Module):
             self.reset_classifier(0, "")
         return requested
 
-    def get_classifier(self) -> nn.Module:
-        """Return the linear layer of the head."""
-        return self.head
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """Return the linear layer of the head; with a distillation token, that of `head_dist` too."""
+        return self.head if self.head_dist is None else (self.head, self.head_dist)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one for `num_classes` classes (0: none); change the pooling if given."""
+        """Replace each head by a new one for `num_classes` classes (0: none); change the pooling if given."""
         self.num_classes = num_classes
         if global_pool is not None:
             self.set_pool(global_pool)
         parameter = next(self.parameters())
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.head.apply(_initialize).to(device=parameter.device, dtype=parameter.dtype)
+        self.head = self._new_head()
+        if self.head_dist is not None:
+            self.head_dist = self._new_head()
+        for head in filter(None, (self.head, self.head_dist)):
+            head.apply(_initialize).to(device=parameter.device, dtype=parameter.dtype)
 
     @property
     def is_flat(self) -> bool:
@@ -305,7 +341,7 @@ class MultiScaleViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters without weight decay: global tokens, embeddings and bias tables."""
-        kinds = (".global_tokens", ".bias_table", ".position.", ".global_bias.")
+        kinds = (".global_tokens", ".dist_token", ".bias_table", ".position.", ".global_bias.")
         return {name for name, _ in self.named_parameters() if any(kind in name for kind in kinds)}
 
     def group_matcher(self, coarse: bool = False) -> Tree:
@@ -316,9 +352,9 @@ class MultiScaleViT(nn.Module):
                 "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))],
             }
         return {
-            "stem": r"^stages\.0\.(?:patch_embed|global_tokens|position)",
+            "stem": r"^stages\.0\.(?:patch_embed|global_tokens|dist_token|position)",
             "blocks": [
-                (r"^stages\.(\d+)\.(?:patch_embed|global_tokens|position)", (-1,)),
+                (r"^stages\.(\d+)\.(?:patch_embed|global_tokens|dist_token|position)", (-1,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^norm", (99999,)),
             ],
@@ -334,16 +370,28 @@ class MultiScaleViT(nn.Module):
         for stage, map_size in zip(self.stages, map_sizes(configs, size or self.img_size)):
             total += stage.multiply_adds(channels, map_size)
             channels = stage.config.dim
-        return total + channels * self.num_classes
+        num_heads = 1 if self.head_dist is None else 2
+        return total + num_heads * channels * self.num_classes
 
     def set_pool(self, pool: str) -> None:
         """Set the pooling: `avg`, `cls` (timm's `token` is the same), or empty for none."""
         pool = "cls" if pool == "token" else pool
         if pool not in ("avg", "cls", ""):
             raise UserError("pool", f"must be avg or cls, got {pool!r}")
-        if pool == "cls" and not self.stages[-1].num_global_tokens:
+        if pool == "cls" and not self.stages[-1].num_class_tokens:
             raise UserError("pool", "cls needs a global token in the last stage, which has none")
+        if not pool and self.config.distillation_token and self.num_classes:
+            raise UserError("pool", "the heads of a model with a distillation token need avg or cls")
         self.global_pool = pool
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Return the features (B, C) of tokens (B, T, C); without pooling, the tokens."""
+        if self.global_pool == "avg":
+            return x.mean(dim=1)
+        return x[:, 0] if self.global_pool == "cls" else x
+
+    def _new_head(self) -> nn.Module:
+        return nn.Linear(self.num_features, self.num_classes) if self.num_classes > 0 else nn.Identity()
 
     def _between_stages(self, stage: Stage, x: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
         """Return the input map of the next stage and, if they are carried, its global tokens."""

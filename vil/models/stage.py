@@ -76,6 +76,7 @@ class Stage(nn.Module):
         size: (H, W) of the map after the patch embedding.
         drop_path: one rate per block.
         carries_globals: project the global tokens of the previous stage, in place of learned ones.
+        has_dist_token: the last of the stage's global tokens is a distillation token, learned in any case.
 
     Raises:
         UserError: options that do not go together.
@@ -89,6 +90,7 @@ class Stage(nn.Module):
         size: Size,
         drop_path: Sequence[float],
         carries_globals: bool = False,
+        has_dist_token: bool = False,
     ) -> None:
         super().__init__()
         attention = ATTENTIONS[stage.attention]
@@ -99,8 +101,12 @@ class Stage(nn.Module):
         self.patch_embed = PatchEmbed(in_chans, stage.dim, stage.patch, config.norm_embed)
         self.carry = nn.Linear(in_chans, stage.dim) if carries_globals else None
         self.global_tokens: nn.Parameter | None = None
-        if stage.global_tokens and not carries_globals:
-            self.global_tokens = nn.Parameter(torch.empty(1, stage.global_tokens, stage.dim))
+        self.dist_token: nn.Parameter | None = None
+        if has_dist_token:
+            self.dist_token = nn.Parameter(torch.empty(1, 1, stage.dim))
+            nn.init.trunc_normal_(self.dist_token, std=0.02)
+        if self.num_class_tokens and not carries_globals:
+            self.global_tokens = nn.Parameter(torch.empty(1, self.num_class_tokens, stage.dim))
             nn.init.trunc_normal_(self.global_tokens, std=0.02)
         self.position: AbsolutePosition | None = None
         if not attention.uses_relative_position(stage):
@@ -127,6 +133,11 @@ class Stage(nn.Module):
             parts.insert(0, global_tokens if self.carry is None else self.carry(global_tokens))
         if self.global_tokens is not None:
             parts.insert(0, self.global_tokens.expand(x.shape[0], -1, -1))
+        if self.dist_token is not None:
+            # After the class tokens, learned or carried, and before external tokens.
+            prefix = torch.cat([part.to(x.dtype) for part in parts], dim=1)
+            count = self.num_class_tokens
+            parts = [prefix[:, :count], self.dist_token.expand(x.shape[0], -1, -1), prefix[:, count:]]
         x = torch.cat([part.to(x.dtype) for part in parts], dim=1)
         if self.position is not None:
             x = self.position(x, size)
@@ -158,6 +169,11 @@ class Stage(nn.Module):
         """Fold the local tokens: (B, G+N, C) → (B, C, H, W)."""
         return x[:, -size[0] * size[1] :].transpose(1, 2).unflatten(2, size)
 
+    @property
+    def num_class_tokens(self) -> int:
+        """Return the number of global tokens, learned or carried, without the distillation token."""
+        return self.num_global_tokens - (self.dist_token is not None)
+
     def to_globals(self, x: Tensor, size: Size) -> Tensor:
         """Select the global tokens: (B, G+N, C) → (B, G, C)."""
         return x[:, : -size[0] * size[1]]
@@ -168,7 +184,7 @@ class Stage(nn.Module):
         tokens = self.num_global_tokens + num_locals
         total = num_locals * self.patch_embed.patch**2 * in_chans * self.config.dim
         if self.carry is not None:
-            total += self.num_global_tokens * in_chans * self.config.dim
+            total += self.num_class_tokens * in_chans * self.config.dim
         for block in self.blocks:
             total += block.attn.multiply_adds(size)
             total += 2 * tokens * self.config.dim * block.mlp_width

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vil.attention import Attention
-from vil.config import AttentionName, ModelConfig, StageConfig, Tree, UserError, error_reason
+from vil.config import AttentionName, ModelConfig, Size, StageConfig, Tree, UserError, error_reason
 from vil.models.limits import check_model_size
 from vil.models.multiscale_vit import MAX_BLOCKS, MultiScaleViT
 from vil.models.state_dict import has_published_names, translate_state_dict
@@ -183,6 +183,7 @@ def model_from_config(
         num_classes=config.num_classes,
         in_chans=config.in_chans,
         img_size=config.image_size,
+        distillation_token=config.distillation_token,
     )
 
 
@@ -343,6 +344,12 @@ def pretrained_transform(name: str) -> Tree:
     return transform
 
 
+def pretrained_image_size(name: str) -> Size:
+    """Return the size of the images of timm's weights for a timm/<name> model: (height, width) in pixels."""
+    height, width = _pretrained_cfg(name).input_size[-2:]
+    return height, width
+
+
 def _pretrained_cfg(name: str) -> timm.models.PretrainedCfg:
     return timm.models.get_pretrained_cfg(name.removeprefix("timm/")) or timm.models.PretrainedCfg()
 
@@ -399,6 +406,10 @@ def _build_with_timm(
         levels: feature maps that features_only returns by default.
         pretrained, kwargs: see `timm.models.build_model_with_cfg`.
     """
+
+    if kwargs.get("distillation_token"):
+        overlay = kwargs.get("pretrained_cfg_overlay") or {}
+        kwargs["pretrained_cfg_overlay"] = {"classifier": ("head", "head_dist"), **overlay}
 
     def build_and_hook(**arguments: Any) -> MultiScaleViT:
         model = build(**arguments)

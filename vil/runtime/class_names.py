@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo
 
 from vil.config import UserError
 
-_HINT = "--match_classes position takes class k for row k"
+_HINT = "; --match_classes position takes class k for row k"
 
 
 @cache
@@ -58,6 +58,7 @@ def match_classes(
     trained_names: Sequence[str] | None,
     num_logits: int | None,
     by_position: bool = False,
+    hint: str = _HINT,
 ) -> list[int] | None:
     """Return the index of each class's logit, found by the names of the classes.
 
@@ -71,6 +72,7 @@ def match_classes(
             classes is then assumed to be one of ImageNet if any of `names` is a class of ImageNet.
         num_logits: number of logits.
         by_position: match class k with logit k if names cannot be used.
+        hint: end of an error that `by_position` may avoid.
 
     Returns:
         One index per name; None if the targets are the indices.
@@ -89,7 +91,7 @@ def match_classes(
         if _are_numbers(names, num_logits):
             numbers = [int(name) for name in names]
             return None if numbers == list(range(num_logits)) else numbers
-        reason = f"no class names to find the row of the head for {names[0]!r}; {_HINT}"
+        reason = f"no class names to find the row of the head for {names[0]!r}{hint}"
         raise UserError("data.source", reason)
     trained_names = _normalize(trained_names, "the checkpoint was trained on")
     if names == trained_names:
@@ -104,22 +106,24 @@ def match_classes(
     if unknown and by_position and not moved:
         return _match_by_position(names, len(trained_names))
     if unknown:
-        raise UserError("data.source", _unknown_classes(names, unknown, trained_names))
+        raise UserError("data.source", _unknown_classes(names, unknown, trained_names, hint))
     data, trained = names[moved[0]], trained_names[moved[0]]
     reason = f"class {moved[0]} is {data!r} in the data, {trained!r} in the checkpoint"
     raise UserError("data.source", f"the classes are in another order: {reason}")
 
 
-def _unknown_classes(names: Sequence[str], unknown: Sequence[str], trained_names: Sequence[str]) -> str:
+def _unknown_classes(
+    names: Sequence[str], unknown: Sequence[str], trained_names: Sequence[str], hint: str
+) -> str:
     """Return the reason why a data set with unknown classes is refused."""
     if len(unknown) == len(names):
         reason = f"the checkpoint was trained on none of its classes ({names[0]!r}, ...)"
-        return f"{reason} but on {trained_names[0]!r}, ...; {_HINT}"
+        return f"{reason} but on {trained_names[0]!r}, ...{hint}"
     close = difflib.get_close_matches(unknown[0], trained_names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    suggestion = f"; did you mean {close[0]!r}?" if close else ""
     known = len(names) - len(unknown)
     reason = f"class {unknown[0]!r} is not among the {len(trained_names)} that the checkpoint was trained on"
-    return f"{reason}, {known} of {len(names)} are{hint}"
+    return f"{reason}, {known} of {len(names)} are{suggestion}"
 
 
 def normal_form(name: str) -> str:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from vil.config import UserError, one_line
 from vil.runtime.rendezvous import create_store
@@ -213,7 +214,7 @@ def data_parallel(
     """
     images = torch.zeros(2, *image_shape, device=process.device)
     probe = copy.deepcopy(model).train()
-    probe(images).sum().backward()
+    _sum_of_outputs(probe(images)).backward()
     has_unused = any(p.grad is None for p in probe.parameters() if p.requires_grad)
     del probe
     device_ids = [process.device] if process.device.type == "cuda" else None
@@ -231,6 +232,11 @@ def data_parallel(
     return network
 
 
+def _sum_of_outputs(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return the sum of the logits of a model, or of each of its heads."""
+    return torch.stack([output.sum() for output in tree_leaves(outputs)]).sum()
+
+
 def _rebuild_buckets(network: DistributedDataParallel, images: torch.Tensor) -> None:
     """Run one backward pass, after which DDP rebuilds its buckets in the order of the gradients.
 
@@ -239,7 +245,7 @@ def _rebuild_buckets(network: DistributedDataParallel, images: torch.Tensor) -> 
     """
     buffers = [buffer.clone() for buffer in network.module.buffers()]
     network.train()
-    network(images).sum().backward()
+    _sum_of_outputs(network(images)).backward()
     network.zero_grad(set_to_none=True)
     for buffer, before in zip(network.module.buffers(), buffers):
         buffer.copy_(before)

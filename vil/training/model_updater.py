@@ -12,6 +12,7 @@ from vil.checkpoints.training_state import State
 from vil.config import TrainConfig, UserError
 from vil.runtime.distributed import Process, all_reduce_sum, average_over_ranks, data_parallel
 from vil.runtime.precision import autocast, choose_precision, grad_scaler
+from vil.training.distillation import DistillationLoss, Teacher, set_distilled_training
 from vil.training.loss import build_loss, image_weights
 from vil.training.non_finite import NonFiniteSkipper, batch_norm_buffers, loss_grad
 from vil.training.optimizer import build_optimizer, build_scheduler, clipped_parameters, load_optimizer_state
@@ -27,6 +28,7 @@ class ModelUpdater:
         process: rank and device of this process.
         steps_per_epoch: optimizer steps of an epoch.
         class_weights: weight of each logit in the loss; None for equal weights.
+        teacher: the teacher of `schedule.distillation`.
 
     Raises:
         UserError: an option does not fit the model or the device.
@@ -39,6 +41,7 @@ class ModelUpdater:
         process: Process,
         steps_per_epoch: int,
         class_weights: list[float] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         schedule = config.schedule
         self._config, self._process = config, process
@@ -57,6 +60,12 @@ class ModelUpdater:
             self._class_weights = torch.tensor(class_weights, device=process.device)
         self._weight = torch.zeros((), device=process.device)  # mean weight of the images of this rank
         self._loss = build_loss(schedule, self._class_weights)
+        self._teacher = teacher
+        if teacher is not None:
+            self._loss = DistillationLoss(self._loss, schedule, self._class_weights)
+            set_distilled_training(model, True)
+        elif schedule.distillation != "none":
+            raise UserError("schedule.distillation", f"{schedule.distillation} needs a teacher")
         self._skipper = NonFiniteSkipper(self._optimizer, model)
         self._clipped_parameters = clipped_parameters(model, schedule.clip_mode)
         # Not those of frozen layers, which an average would round.
@@ -86,6 +95,9 @@ class ModelUpdater:
             # One graph for each size of the images, before and after random shift. Beyond its limit of
             # recompilations, PyTorch would run without the compiler.
             graphs = 2 * (1 + len(config.schedule.progressive_resizing or []))
+            if self._teacher is not None:
+                self._teacher.compile()
+                graphs += 1
             dynamo = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, graphs)
             self._network = torch.compile(self._network, dynamic=False)  # type: ignore[assignment]
@@ -95,8 +107,12 @@ class ModelUpdater:
         self._part.set_training_mode()
 
     def unfreeze(self) -> None:
-        """Let the parameters that `schedule.trainable` froze require gradients again, after the run."""
+        """Let the parameters that `schedule.trainable` froze require gradients again, after the run.
+
+        A model with a distillation head returns the mean of its heads again.
+        """
         self._part.restore()
+        set_distilled_training(self.model, False)
 
     def begin_step(self, step: int, learning_rate: float | None = None) -> None:
         """Set the learning rate of `step`, counted from 0: that of the schedule, unless one is given."""
@@ -120,7 +136,8 @@ class ModelUpdater:
         parts = self._config.schedule.accumulation
         with self._gradient_sync(is_last=part == parts - 1):
             with autocast(self.precision, self._process.device):
-                loss = self._loss(self._network(images), targets) / parts
+                from_teacher = () if self._teacher is None else (self._teacher(images),)
+                loss = self._loss(self._network(images), targets, *from_teacher) / parts
             self._scaler.scale(loss).backward(loss_grad(loss))
         if self._class_weights is not None:
             self._weight += image_weights(targets, self._class_weights).mean() / parts

@@ -20,7 +20,13 @@ import torch
 from torch import nn
 
 from vil.checkpoints import checkpoint_files
-from vil.checkpoints.run_folder import begin_run, check_class_names, check_train_images, differences
+from vil.checkpoints.run_folder import (
+    begin_run,
+    check_class_names,
+    check_teacher,
+    check_train_images,
+    differences,
+)
 from vil.checkpoints.training_state import State, evaluations_since_best, library_versions
 from vil.checkpoints.writer import CheckpointWriter, check_disk_space
 from vil.config import TrainConfig, Tree, UserError, one_line
@@ -30,6 +36,7 @@ from vil.runtime.distributed import Process, all_reduce_sum, call_on_main, lost_
 from vil.runtime.seeding import seed_generators
 from vil.runtime.signals import InterruptedEvaluation, InterruptedRun, SignalHandler
 from vil.runtime.watchdog import Watchdog
+from vil.training.distillation import Teacher
 from vil.training.loss import class_weights
 from vil.training.loss_monitor import LossMonitor, StepReport
 from vil.training.model_updater import ModelUpdater
@@ -112,6 +119,7 @@ def fit(
     mix: Mix | None = None,
     state: State | None = None,
     draw_attention: Callable[[], torch.Tensor] | None = None,
+    teacher: Teacher | None = None,
 ) -> Summary:
     """Train `model` from the beginning or from a checkpoint.
 
@@ -123,6 +131,7 @@ def fit(
         mix: mixup and cutmix.
         state: the checkpoint to continue from (`vil.checkpoints.training_state`); emptied.
         draw_attention: returns an image of attention maps for the log, (3, H, W) uint8.
+        teacher: the teacher of `schedule.distillation`.
 
     Raises:
         UserError: before the first step, for an option that does not fit the model or the device.
@@ -131,7 +140,7 @@ def fit(
             written.
     """
     start = time.perf_counter()
-    trainer = Trainer(model, loaders, config, process, mix, state, draw_attention)
+    trainer = Trainer(model, loaders, config, process, mix, state, draw_attention, teacher)
     try:
         # Only now that everything fits: a folder with a config.yaml holds a run.
         call_on_main(lambda: begin_run(trainer.folder, config))
@@ -200,9 +209,10 @@ class Trainer:
         mix: Mix | None,
         state: State | None,
         draw_attention: Callable[[], torch.Tensor] | None,
+        teacher: Teacher | None,
     ) -> None:
         self.model, self.loaders, self.config, self.process = model, loaders, config, process
-        self.mix, self.draw_attention = mix, draw_attention
+        self.mix, self.draw_attention, self.teacher = mix, draw_attention, teacher
         self.folder = Path(config.output or ".")
         steps_per_epoch = loaders.train.steps_per_epoch
         num_logits = config.model.num_classes or len(loaders.class_names)
@@ -215,7 +225,7 @@ class Trainer:
             steps_per_epoch, last_step, eval_every=config.eval_every, patience=config.schedule.patience
         )
         weights = class_weights(config.schedule.class_weights, loaders.class_counts, num_logits)
-        self.updater = ModelUpdater(model, config, process, steps_per_epoch, weights)
+        self.updater = ModelUpdater(model, config, process, steps_per_epoch, weights, teacher)
         limits = (config.max_skipped_steps, config.spike_threshold)
         self.loss_monitor = LossMonitor(process.device, process.world_size, *limits)
         changed_options: list[tuple[str, object, object]] = []
@@ -526,10 +536,15 @@ class Trainer:
             "evaluations_since_best": position.evaluations_since_best,
             "config": stored_tree(self.config),
             "class_names": list(self.loaders.class_names),
+            "teacher_digest": self.teacher_digest(),
             "train_images": self.loaders.train_images,
             "steps_per_epoch": position.steps_per_epoch,
             "versions": library_versions(),
         }
+
+    def teacher_digest(self) -> str | None:
+        """Return the digest of the teacher, None without one."""
+        return None if self.teacher is None else self.teacher.trained.digest
 
     def restore(self, state: State) -> None:
         """Continue from a checkpoint, and empty `state`: its tensors are copied.
@@ -540,6 +555,7 @@ class Trainer:
         check_class_names(self.folder, self.config, state["class_names"], self.loaders.class_names)
         steps_per_epoch = self.position.steps_per_epoch
         check_train_images(self.folder, self.config, state, self.loaders.train_images, steps_per_epoch)
+        check_teacher(self.folder, state, self.teacher_digest())
         try:
             self.updater.load_state_dict(state)
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
