@@ -29,38 +29,29 @@ if __name__ == "__main__":  # before the slow import of PyTorch, for a fast --he
     ARGUMENTS = run_program(resolve_eval_command, sys.argv[1:])
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from data import NotImageNetError, Validation, build_validation, class_folder_options, dataset_name
-from vil.checkpoints.open import open_weights
-from vil.checkpoints.published_config import read_published_config
-from vil.checkpoints.weights import Weights
 from vil.command_line import errors_of_one_rank, file_origin
+from vil.command_line.stored_model import StoredModel, read_stored, resolve_over_stored
 from vil.config import (
-    COMMAND_LINE,
     EvalConfig,
-    ModelConfig,
-    Tree,
     UserError,
     errors_in_option,
-    errors_in_section,
 )
 from vil.evaluation import report
 from vil.evaluation.corruptions import add_corruption_summaries, list_datasets
 from vil.evaluation.report import EvaluationDataset, evaluate_model
-from vil.models.zoo import check_device, model_from_config, pretrained_classes, pretrained_transform
 from vil.runtime import console, distributed
 from vil.runtime.class_names import match_classes
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.files import check_writable, is_stream, refuse_input_as_output
 from vil.runtime.precision import choose_precision, set_deterministic
-from vil.runtime.seeding import seed_generators
-from vil.validation import as_tree, timm_start_options
 
 _logger = logging.getLogger("vil.eval")
 
@@ -70,25 +61,6 @@ CLASS_OUTPUTS = ("per_class_csv", "confusion_csv")
 """Those that need images."""
 IMAGENET_CLASSES = 1000
 """Classes of a model if neither data nor weights nor configuration determine them."""
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """The weights to evaluate, and the configuration that comes with them.
-
-    Attributes:
-        origin: file of the configuration, for messages.
-        weights: weights of a checkpoint; None for weights of timm and untrained ones.
-        kind: `raw`, `ema`, `timm` or `untrained`.
-        model: stored model section; None if the command line describes the model.
-        transform: options of the evaluation transform that are stored with the weights.
-    """
-
-    origin: str | None
-    weights: Weights | None
-    kind: str
-    model: ModelConfig | None
-    transform: Mapping[str, object]
 
 
 def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConfig]) -> None:
@@ -167,7 +139,8 @@ def open_evaluation(
     if is_stored and not config.complexity:
         _logger.info("evaluating on %s, the data of %s", dataset_name(config.data), path)
     validations = [] if config.complexity else open_datasets(commands, process)
-    model = build_model(stored, config, validations, process)
+    num_classes = len(validations[0].class_names) if validations else IMAGENET_CLASSES
+    model = stored.build_model(config.model, num_classes, process.device)
     datasets = match_datasets(stored, config, validations, model)
     source = None
     if stored.weights is not None:
@@ -175,28 +148,6 @@ def open_evaluation(
         with errors_in_option("checkpoint"):
             stored.weights.load_into(model, config.model.size)
     return partial(evaluate_model, model, datasets, config, process, checkpoint=source, weights=stored.kind)
-
-
-def read_stored(path: str | None, command: ResolvedConfig[EvalConfig]) -> StoredModel:
-    """Open a checkpoint; without a path, describe the weights of timm or untrained weights."""
-    config, published = command.config, None
-    if config.released_config is not None:
-        with errors_in_option("released_config"):
-            published = read_published_config(config.released_config)
-    name = config.model.name
-    if path is None:
-        kind = "timm" if timm_start_options(config.model.timm_options) else "untrained"
-        model, transform = (published.model, published.transform) if published else (None, {})
-        if kind == "timm" and name.startswith("timm/"):
-            transform = pretrained_transform(name)
-        return StoredModel(config.released_config, None, kind, model, transform)
-    with errors_in_option("checkpoint"):
-        weights = open_weights(path, published, config.run_checkpoint, config.weights)
-        if "model.name" not in command.origins:
-            weights.require_model("--released_config")
-    is_timm = weights.model is None and name.startswith("timm/")
-    stored_transform = pretrained_transform(name) if is_timm else weights.transform
-    return StoredModel(path, weights, weights.kind, weights.model, stored_transform)
 
 
 def split_datasets(
@@ -221,32 +172,6 @@ def split_datasets(
     return args_per_dataset
 
 
-def resolve_over_stored(args: ParsedArguments[EvalConfig], stored: StoredModel) -> ResolvedConfig[EvalConfig]:
-    """Resolve the arguments over the configuration that comes with the weights.
-
-    If the arguments name a model, only the number of classes of the stored one is kept. The transform of the
-    weights overrides a file of --data, which describes images, but not the options of the command line.
-    """
-    command = args.resolve()
-    data = stored.weights.data_with_split() if stored.weights else {}
-    held_out = ("val_fraction", "val_seed", "val_list")
-    if any(f"data.{key}" in command.origins for key in held_out):
-        data = {key: value for key, value in data.items() if key not in held_out}
-    base: Tree = {"data": {**data, **stored.transform}, "model": {}}
-    if stored.model is not None:
-        is_renamed = "model.name" in command.origins
-        base["model"] = {"num_classes": stored.model.num_classes} if is_renamed else as_tree(stored.model)
-    given = as_tree(command.config.data)
-    for key, value in stored.transform.items():
-        origin = command.origins.get(f"data.{key}", COMMAND_LINE)
-        if origin == COMMAND_LINE:
-            continue
-        if (list(value) if isinstance(value, tuple) else value) != given[key]:
-            _logger.info("data.%s: %s, required by the weights, overrides %s", key, value, origin)
-        args = args.with_values({f"data.{key}": value}, file_origin(str(stored.origin)))
-    return args.resolve(base_values=base, base_origin=str(stored.origin))
-
-
 def open_datasets(commands: Sequence[ResolvedConfig[EvalConfig]], process: Process) -> list[Validation]:
     """Open the images of every data set.
 
@@ -256,30 +181,14 @@ def open_datasets(commands: Sequence[ResolvedConfig[EvalConfig]], process: Proce
     for command in commands:
         config = command.config
         try:
-            validations.append(build_validation(config, process))
+            validations.append(build_validation(config, process, config.channels_last))
         except NotImageNetError:
             num_foreign += 1
             if num_foreign == len(commands):
                 raise
             config = replace(config, data=replace(config.data, real_labels=None))
-            validations.append(build_validation(config, process))
+            validations.append(build_validation(config, process, config.channels_last))
     return validations
-
-
-def build_model(
-    stored: StoredModel, config: EvalConfig, validations: Sequence[Validation], process: Process
-) -> nn.Module:
-    """Build the model, whose weights are those of timm, or the same random ones on every rank."""
-    num_classes = len(validations[0].class_names) if validations else IMAGENET_CLASSES
-    if stored.kind == "timm":
-        with errors_in_section("model"):
-            num_classes = pretrained_classes(config.model.name, config.model.timm_options)
-    seed_generators(0, "weights")
-    build = stored.weights.empty_model if stored.weights else model_from_config
-    with errors_in_section("model"):
-        model = build(config.model, num_classes)
-        check_device(model, process.device)
-    return model
 
 
 def match_datasets(

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from data import Loaders, Mixing, build_loaders, dataset_name, record_split
+from data import Loaders, Mixing, build_loaders, dataset_name, open_eval_sets, record_split
 from vil.checkpoints import checkpoint_files, run_folder
 from vil.checkpoints.initialization import initialize_model
 from vil.checkpoints.training_state import State, read_training_state, select_weights
@@ -107,6 +107,10 @@ def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConf
         announce(process, state, config)
     loaders, model, mix = build(config, process, is_new=state is None)
     teacher = build_teacher(config, loaders.class_names, process)
+    eval_sets = [
+        EvaluationDataset(found.name, found.loader, found.class_names, indices)
+        for found, indices in open_eval_sets(config, loaders.class_names, process)
+    ]
     if state is None:
         call_on_main(lambda: record_split(loaders, config))
     for line in describe_run(config, loaders, model, process, command):
@@ -116,7 +120,15 @@ def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConf
     with errors_of_one_rank():
         draw = attention_drawer(model, loaders, config)
         summary = fit(
-            model, loaders, config, process, mix=mix, state=state, draw_attention=draw, teacher=teacher
+            model,
+            loaders,
+            config,
+            process,
+            mix=mix,
+            state=state,
+            draw_attention=draw,
+            teacher=teacher,
+            eval_sets=eval_sets,
         )
         report(model, loaders, summary, config, process)
 

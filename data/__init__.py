@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from data.eval_sets import errors_in_set, eval_set_data, match_eval_set, set_names
 from data.ffcv_loader import FFCVTrainLoader, build_micro_batches, uses_ffcv
 from data.loaders import (
     EvaluationImages,
@@ -23,10 +25,10 @@ from data.sources import Source, dataset_name, open_source
 from data.sources.folder import class_folder_options
 from data.sources.held_out import has_held_out_images, read_split, write_split
 from data.sources.subsets import ImageList, select_subset
-from data.transforms import evaluation_transform, train_transform
+from data.transforms import augmented_evaluation_transform, evaluation_transform, train_transform
 from data.unreadable_images import UnreadableImages
 from data.workers import limit_workers
-from vil.config import EvalConfig, Size, TrainConfig, UserError
+from vil.config import EvalConfig, Size, TrainConfig, UserError, errors_in_option
 from vil.runtime.distributed import Process, call_on_main
 
 __all__ = [
@@ -35,9 +37,12 @@ __all__ = [
     "NotImageNetError",
     "Validation",
     "build_loaders",
+    "build_training_images",
     "build_validation",
+    "check_same_classes",
     "class_folder_options",
     "dataset_name",
+    "open_eval_sets",
     "record_split",
 ]
 
@@ -94,8 +99,7 @@ def build_loaders(config: TrainConfig, process: Process, is_new: bool = True) ->
         channels_last=config.channels_last,
         stored_split=stored_split,
     )
-    if validation.class_names != source.class_names:
-        raise UserError("data.val_split", _class_difference(source.class_names, validation.class_names))
+    check_same_classes(source.class_names, validation.class_names)
     unreadable_images = UnreadableImages(len(source), data.max_unreadable_fraction, folder)
     loader_class = FFCVTrainLoader if uses_ffcv(config, source, process) else TrainLoader
 
@@ -128,6 +132,7 @@ def build_validation(
     process: Process,
     channels_last: bool = False,
     stored_split: ImageList | None = None,
+    keeps_workers: bool = True,
 ) -> Validation:
     """Open the validation split alone and build its loader; the training split is not needed.
 
@@ -136,23 +141,79 @@ def build_validation(
         process: this process.
         channels_last: convert the images to channels-last order.
         stored_split: validation images of a run that continues, if they are held out of the training split.
+        keeps_workers: the processes that load images wait for the next pass after one.
 
     Raises:
         NotImageNetError: the images are not those of `data.real_labels`.
     """
+    source = open_source(config.data, "val", config.model.in_chans, stored_split)
+    return _evaluation_images(config, source, process, channels_last, keeps_workers)
+
+
+def build_training_images(config: EvalConfig, process: Process) -> Validation:
+    """Open the training split with the evaluation transform, without augmentation, in its order.
+
+    The options of `data` that select training images apply; the arguments are those of `build_validation`.
+    """
+    source = select_subset(open_source(config.data, "train", config.model.in_chans), config.data)
+    data = replace(config.data, real_labels=None)
+    return _evaluation_images(replace(config, data=data), source, process, False, True)
+
+
+def _evaluation_images(
+    config: EvalConfig, source: Source, process: Process, channels_last: bool, keeps_workers: bool
+) -> Validation:
+    """Return the images of a source with the evaluation transform, and their loader."""
     data, model = config.data, config.model
-    transform = evaluation_transform(data, image_size=model.size, in_chans=model.in_chans)
-    source = open_source(data, "val", model.in_chans, stored_split)
+    if config.tta == "none" and config.tta_scales == [1.0]:
+        transform = evaluation_transform(data, image_size=model.size, in_chans=model.in_chans)
+    else:
+        transform = augmented_evaluation_transform(config)
     images = EvaluationImages(source, transform)
     if data.real_labels is not None:
         images = RealLabelImages(images, data.real_labels)
-    options = LoaderOptions(limit_workers(data.workers), process.device, channels_last)
+    options = LoaderOptions(limit_workers(data.workers), process.device, channels_last, keeps_workers)
     loader = ValidationLoader(images, config.batch_size, options, process, data.unreadable_images)
     return Validation(dataset_name(data), loader, source.class_names, source)
 
 
-def _class_difference(train: tuple[str, ...], validation: tuple[str, ...]) -> str:
+def open_eval_sets(
+    config: TrainConfig, class_names: Sequence[str], process: Process
+) -> list[tuple[Validation, list[int] | None]]:
+    """Open the data sets of `config.eval_sets` with the transform of the run.
+
+    Args:
+        config: the resolved configuration.
+        class_names: classes of the run, in the order of the logits.
+        process: this process.
+
+    Returns:
+        Each set, with a name that differs from the others', and the index of each class's logit, as of
+        `match_classes`.
+
+    Raises:
+        UserError: a set cannot be opened, or has classes that the run lacks.
+    """
+    schedule = config.schedule
+    batch_size = schedule.batch_size // (process.world_size * schedule.accumulation)
+    opened = []
+    for path, name in zip(config.eval_sets, set_names(config.eval_sets)):
+        with errors_in_option("eval_sets"), errors_in_set(path):
+            data = eval_set_data(path, config.data)
+            eval_config = EvalConfig(model=config.model, data=data, batch_size=batch_size)
+            found = build_validation(eval_config, process, config.channels_last, keeps_workers=False)
+            indices = match_eval_set(found.class_names, class_names, config.model.num_classes)
+        opened.append((replace(found, name=name), indices))
+    return opened
+
+
+def check_same_classes(train: tuple[str, ...], validation: tuple[str, ...]) -> None:
+    """Raise UserError if both splits of a data set have other classes, or in another order."""
+    if train == validation:
+        return
     index = next((i for i, pair in enumerate(zip(train, validation)) if pair[0] != pair[1]), None)
     if index is None:
-        return f"it has {len(validation)} classes, the training split has {len(train)}"
-    return f"its class {index} is {validation[index]!r}, but {train[index]!r} in the training split"
+        reason = f"it has {len(validation)} classes, the training split has {len(train)}"
+    else:
+        reason = f"its class {index} is {validation[index]!r}, but {train[index]!r} in the training split"
+    raise UserError("data.val_split", reason)

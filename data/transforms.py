@@ -27,8 +27,17 @@ from torchvision.transforms import InterpolationMode
 
 from data.decoding import EncodedImage, covering_scale
 from data.to_device import ErasingPlan, NormalizeAndErase, collate_erasing
-from vil.config import MAX_SIDE, AugmentConfig, DataConfig, Size, UserError, as_size
-from vil.runtime.images import limit_aspect_ratio
+from vil.config import (
+    MAX_SIDE,
+    AugmentConfig,
+    DataConfig,
+    EvalConfig,
+    Size,
+    UserError,
+    as_size,
+    check_border_color,
+)
+from vil.runtime.images import MAX_ASPECT_RATIO, limit_aspect_ratio, max_aspect_ratio
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width of a crop, in pixels."""
@@ -197,13 +206,36 @@ class WholeImageCrop:
     """A crop that decodes the whole image and applies steps of torchvision or timm to it."""
 
     steps: Sequence[ImageOperation]
+    max_aspect_ratio: int = MAX_ASPECT_RATIO
 
     def __call__(self, encoded: EncodedImage) -> np.ndarray:
         """Return the crop, (H, W[, 3]) uint8."""
-        image = limit_aspect_ratio(encoded.to_pil())
+        image = limit_aspect_ratio(encoded.to_pil(), self.max_aspect_ratio)
         for step in self.steps:
             image = step(image)
         return np.asarray(image)
+
+
+@dataclass(frozen=True)
+class StackedCrops:
+    """Crops of one image, one after the other along the channels.
+
+    Attributes:
+        resizes: resizes of the whole image, one per scale.
+        crop: a resized image → one crop, or several.
+        max_aspect_ratio: limit of the aspect ratio of the image.
+    """
+
+    resizes: Sequence[ImageOperation]
+    crop: Callable[[Image.Image], Image.Image | tuple[Image.Image, ...]]
+    max_aspect_ratio: int
+
+    def __call__(self, encoded: EncodedImage) -> np.ndarray:
+        """Return the crops, (H, W, crops * C) uint8, those of the first scale first."""
+        image = limit_aspect_ratio(encoded.to_pil(), self.max_aspect_ratio)
+        crops = [self.crop(resize_image(image)) for resize_image in self.resizes]
+        flat = [crop for group in crops for crop in (group if isinstance(group, tuple) else (group,))]
+        return np.dstack([np.asarray(crop) for crop in flat])
 
 
 def train_transform(
@@ -236,14 +268,55 @@ def train_transform(
 
 
 def evaluation_transform(data: DataConfig, *, image_size: int | Size, in_chans: int) -> Transform:
-    """Build the transform of evaluation images: resize to cover the size, center crop, normalization."""
+    """Build the transform of evaluation images: resize and crop by `data.crop_mode`, normalization."""
     size = as_size(image_size)
-    _check_resized_size(data, size)
     mean, std = channel_statistics(data, in_chans)
-    steps = create_transform(
-        size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std
-    ).transforms
-    return Transform(WholeImageCrop(steps[:2]), mean, std)  # resize and center crop
+    steps = _evaluation_steps(data, size, mean, data.crop_pct)
+    return Transform(WholeImageCrop(steps, max_aspect_ratio(data.crop_mode, size)), mean, std)
+
+
+def augmented_evaluation_transform(config: EvalConfig) -> Transform:
+    """Build the transform for test-time augmentation by `config.tta` and `config.tta_scales`.
+
+    Pixels are (crops * in_chans, H, W): the crops of `StackedCrops`, without mirror images, which the model
+    computes (`vil.evaluation.tta`). The center crop at scale 1 is that of `evaluation_transform`.
+
+    Raises:
+        UserError: a crop would be larger than the image.
+    """
+    data, size, in_chans = config.data, config.model.size, config.model.in_chans
+    mean, std = channel_statistics(data, in_chans)
+    has_corners = config.tta in ("five_crop", "ten_crop")
+    if has_corners and data.crop_mode == "border":
+        raise UserError("tta", f"{config.tta} requires data.crop_mode center or squash, got border")
+    crop: Callable[[Image.Image], Image.Image | tuple[Image.Image, ...]] = transforms.FiveCrop(size)
+    resizes = []
+    for scale in config.tta_scales:
+        if scale < data.crop_pct:
+            reason = f"{scale:g} is less than data.crop_pct, {data.crop_pct:g}: the crop would be larger than"
+            raise UserError("tta_scales", f"{reason} the image")
+        if max(size) * scale / data.crop_pct > MAX_SIDE:
+            reason = f"image_size * {scale:g} / crop_pct is more than {MAX_SIDE:,} pixels"
+            raise UserError("tta_scales", reason)
+        resize_image, center_crop = _evaluation_steps(data, size, mean, data.crop_pct / scale)
+        resizes.append(resize_image)
+        crop = crop if has_corners else center_crop  # the same at every scale
+    stacked = StackedCrops(resizes, crop, max_aspect_ratio(data.crop_mode, size))
+    num_crops = len(resizes) * (5 if has_corners else 1)
+    return Transform(stacked, tuple(mean) * num_crops, tuple(std) * num_crops)
+
+
+def _evaluation_steps(
+    data: DataConfig, size: Size, mean: tuple[float, ...], crop_pct: float
+) -> Sequence[ImageOperation]:
+    """Return timm's resize and crop of evaluation images."""
+    _check_resized_size(data, size)
+    check_border_color(data)
+    transform = create_transform(
+        size, crop_pct=crop_pct, crop_mode=data.crop_mode, interpolation=data.interpolation, mean=mean
+    )
+    steps: Sequence[ImageOperation] = transform.transforms[:2]
+    return steps
 
 
 def channel_statistics(data: DataConfig, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, Predicate
+from annotated_types import Ge, Gt, Le, Lt, MinLen, Predicate
 
 Tree = dict[str, Any]
 """Plain values by name: the mappings, lists and scalars of a YAML or JSON file."""
@@ -472,6 +472,9 @@ class DataConfig:
     crop_pct: Annotated[float, Ge(0.01), Le(1)] = 0.875
     """Evaluation: image_size / crop_pct is the short side before the center crop, or, if image_size is not
     square, the size that the image is resized to cover."""
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    """Evaluation, as in timm: center covers that size and crops the center; squash resizes both sides to it,
+    whatever the aspect ratio; border fits the whole image into it and pads with the mean color."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     """Evaluation: interpolation of that resize."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -481,6 +484,18 @@ class DataConfig:
     real_labels: str | None = None
     """Evaluation on ImageNet's validation images: the file real.json of their reassessed labels (ReaL,
     https://github.com/google-research/reassessed-imagenet), for the metric real_top1."""
+
+
+TRANSFORM_OPTIONS = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
+"""Options of the data section that define the evaluation transform; they are stored with the weights."""
+
+
+def check_border_color(data: DataConfig) -> None:
+    """Raise UserError if images are padded with a mean that is no color."""
+    if data.crop_mode == "border" and not all(0 <= value <= 1 for value in data.mean):
+        values = ", ".join(f"{value:g}" for value in data.mean)
+        reason = f"border pads with the color data.mean, which must be from 0 to 1, got {values}"
+        raise UserError("data.crop_mode", reason)
 
 
 @dataclass
@@ -539,6 +554,9 @@ class TrainConfig:
     if their packages are installed, and from the command line alone; [] is none."""
     progress: bool = True
     """Show progress bars on rank 0."""
+    eval_sets: list[str] = field(default_factory=list)
+    """Further data sets to evaluate on with the validation set, as eval.py's datasets: folders of class
+    folders, or YAML files of the section data. They are logged, and never choose the best checkpoint."""
 
 
 @dataclass
@@ -565,7 +583,15 @@ class EvalConfig:
     """Match the classes of the data with the rows of the head by name, or by position (class k is row k) if
     the checkpoint has no class names."""
     batch_size: Count = 128
-    """Images per forward pass and rank."""
+    """Images per forward pass and rank; halved while the GPU's memory does not suffice."""
+    tta: Literal["none", "hflip", "five_crop", "ten_crop"] = "none"
+    """Test-time augmentation: mean logits of the image and its mirror image, of the center and the four
+    corners, or of these five and their mirror images."""
+    tta_scales: Annotated[list[Annotated[float, Ge(0.1), Le(10)]], MinLen(1)] = field(
+        default_factory=lambda: [1.0]
+    )
+    """Test-time augmentation: mean logits over these factors on the size before the crop, image_size /
+    data.crop_pct."""
     json: str | None = None
     """Write the results to this JSON file, with precision, recall and F1 of each class."""
     csv: str | None = None
@@ -578,6 +604,10 @@ class EvalConfig:
     """auto, cpu or cuda."""
     precision: Precision = "float32"
     """Precision of the forward pass."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Keep images and convolution weights in channels-last order."""
     deterministic: bool = False
     """Use deterministic algorithms only."""
     progress: bool = True

@@ -114,20 +114,26 @@ def stored_tree(config: DataclassInstance) -> Tree:
 
 
 def with_absolute_paths(tree: Tree) -> Tree:
-    """Return a copy of a configuration with absolute paths in `PATH_OPTIONS`.
+    """Return a copy of a configuration in which the paths of `PATH_OPTIONS` and `eval_sets` are absolute.
 
     The run can then be continued and evaluated from any folder.
     """
-    sections = {}
+    changed: Tree = {}
     for name, options in PATH_OPTIONS.items():
         section = tree.get(name)
         if isinstance(section, Mapping):
             paths = {key: path for key in options if isinstance(path := section.get(key), str) and path}
             if name == "schedule":
                 paths = {key: path for key, path in paths.items() if not _is_from_timm(path)}
-            absolute = {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
-            sections[name] = {**section, **absolute}
-    return {**tree, **sections}
+            changed[name] = {**section, **{key: _absolute(path) for key, path in paths.items()}}
+    eval_sets = tree.get("eval_sets")
+    if isinstance(eval_sets, list):
+        changed["eval_sets"] = [_absolute(path) for path in eval_sets if isinstance(path, str)]
+    return {**tree, **changed}
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _is_from_timm(teacher: str) -> bool:

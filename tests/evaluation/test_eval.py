@@ -18,6 +18,8 @@ import torch
 from helpers import forked
 from PIL import Image
 from torch import nn
+from torchvision import transforms
+from torchvision.transforms.functional import to_tensor
 
 import eval as program
 from data import build_validation
@@ -278,6 +280,39 @@ def test_data_with_other_classes(run: Path, tmp_path: Path) -> None:
     reordered = make_run(tmp_path / "reordered", class_names=list("1023456789"))
     reason = "the classes are in another order: class 0 is '0' in the data, '1' in the checkpoint"
     assert error_of(["--checkpoint", str(reordered)]).endswith(f"data.source: digits: {reason}")
+
+
+def test_test_time_augmentation(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--checkpoint", str(run), "--data.crop_pct", "0.8"]
+    (plain,) = results(argv, tmp_path)
+    views = ["--tta", "ten_crop", "--tta_scales", "1.0", "1.1"]
+    (found,) = results([*argv, *views, "--csv", str(tmp_path / "x.csv")], tmp_path)
+    assert (found["images"], found["views"], found["tta"]) == (360, 20, "ten_crop, scales 1 1.1")
+    assert found["flops"] == 20 * plain["flops"]
+    assert found["loss"] != plain["loss"]
+    assert next(csv.DictReader((tmp_path / "x.csv").open()))["views"] == "20"
+    # Computed from the images, view by view.
+    model = model_from_config(MODEL)
+    model.load_state_dict(weights(2))
+    model.eval()
+    source, logits = Digits("val", "RGB"), torch.zeros(360, 10, dtype=torch.float64)
+    for scale in (1.0, 1.1):
+        side = int(32 / (0.8 / scale))
+        digits = [
+            source.load(index)[0].resize((side, side), Image.Resampling.BICUBIC) for index in range(360)
+        ]
+        crops = [transforms.TenCrop(32)(digit) for digit in digits]
+        for view in range(10):
+            pixels = torch.stack([to_tensor(views_of_one[view]) for views_of_one in crops])
+            with torch.no_grad():
+                logits += model((pixels - 0.3) / 0.4).double() / 20
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(source.targets))
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    message = "tta_scales: 0.7 is less than data.crop_pct, 0.8: the crop would be larger than the image"
+    assert error_of([*argv, "--tta_scales", "0.7"]) == message
+    assert error_of([*argv, "--tta_scales", "[]"]).startswith(
+        "tta_scales: expected a list of numbers from 0.1"
+    )
 
 
 def save_digits(root: Path, classes: str) -> Path:

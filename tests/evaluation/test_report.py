@@ -60,7 +60,9 @@ def cost_alone() -> Result:
 
 def test_fields_of_a_result(result: Result) -> None:
     assert set(result) >= CONTRACT
-    assert [key for key, value in result.items() if value is None] == ["real_top1", "classes"]
+    assert [key for key, value in result.items() if value is None] == [
+        *("real_top1", "classes", "tta", "views")
+    ]
     assert (result["images"], result["unreadable"], result["params"], result["flops"]) == (20, 0, 130, 120)
     assert result["train_memory_mb"] == pytest.approx((12 * 4 + 10 * 4 + 8) / 1e6)  # image, softmax, target
     assert result["eval_memory_mb"] == pytest.approx((12 + 10) * 4 / 1e6)

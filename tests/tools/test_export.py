@@ -89,6 +89,7 @@ def test_onnx_export_computes_the_same_logits(checkpoint: Path, tmp_path: Path) 
     metadata = session.get_modelmeta().custom_metadata_map
     assert {key: json.loads(value) for key, value in metadata.items()} == {
         "class_names": list(NAMES), "image_size": list(images(model, 1).shape[2:]), "crop_pct": 0.9,
+        "crop_mode": "center",
         "interpolation": "bilinear", "mean": list(model.pretrained_cfg["mean"]),
         "std": list(model.pretrained_cfg["std"]),
     }  # fmt: skip

@@ -79,7 +79,7 @@ TRAIN: dict[str, tuple[Any, Options, str]] = {
 }
 
 TESTED_ELSEWHERE = {
-    *("model", "schedule", "data", "augment", "output", "resume", "device", "deterministic"),
+    *("model", "schedule", "data", "augment", "output", "resume", "device", "deterministic", "eval_sets"),
     *("teacher", "teacher_weights", "teacher_released_config"),
 }
 """Sections, and options that train.py reads."""

@@ -8,7 +8,7 @@
 A published checkpoint needs --released-config config.yaml. The batch size of an export is dynamic, the image
 size that of the model. Exports to `onnx` and `torch` are compared with the model before they are written.
 
-`onnx` has class_names, mean, std, image_size, crop_pct and interpolation as metadata, in JSON.
+`onnx` has class_names, mean, std, image_size, crop_pct, crop_mode and interpolation as metadata, in JSON.
 `safetensors` holds the weights under this project's names, and the model's configuration, the class names and
 the evaluation transform as metadata; `eval.py --checkpoint`, `train.py --model.init_from` and
 `vil.create_model(None, checkpoint=…)` read it. For `hf`, `import vil` has to precede
@@ -130,7 +130,7 @@ def _write_onnx_metadata(model: nn.Module, path: Path) -> None:
         for node in nodes:
             del node.metadata_props[:]
     cfg: Any = model.pretrained_cfg
-    metadata = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+    metadata = {key: cfg[key] for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
     metadata |= {"class_names": cfg["label_names"], "image_size": cfg["input_size"][1:]}
     onnx.helper.set_model_props(exported, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.save(exported, path)

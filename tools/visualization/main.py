@@ -128,7 +128,7 @@ def draw_figures(
 
 def _parser() -> ToolParser:
     parser = ToolParser(prog="visualize.py", description=__doc__)
-    parser.add_checkpoint(is_optional=True)
+    parser.add_checkpoint("?")
     add = parser.add_argument
     add("image", help="the image: JPEG, PNG, WebP, GIF, BMP, PPM, TIFF, JPEG 2000 or AVIF")
     add("--model", metavar="YAML", help="an untrained model instead of a checkpoint")

@@ -29,13 +29,20 @@ from vil.config import (
     Tree,
     UserError,
     as_size,
+    check_border_color,
     error_reason,
     errors_in_option,
 )
 from vil.models import zoo
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.runtime.files import read_bytes
-from vil.runtime.images import MAX_ENCODED_BYTES, convert_image, limit_aspect_ratio, supported_formats
+from vil.runtime.images import (
+    MAX_ENCODED_BYTES,
+    convert_image,
+    limit_aspect_ratio,
+    max_aspect_ratio,
+    supported_formats,
+)
 from vil.validation import validate
 
 ImageInput = Image.Image | str | Path
@@ -133,9 +140,9 @@ def evaluation_transform(
 ) -> Callable[[Image.Image], Tensor]:
     """Return timm's evaluation transform, from a PIL image to (in_chans, height, width), float32.
 
-    The image is resized to cover image_size / crop_pct; of one longer than `MAX_ASPECT_RATIO` only the center
-    is used. Images are converted to RGB, or to grayscale for one
-    channel, with mean and standard deviation averaged over red, green and blue.
+    The image is resized to image_size / crop_pct as `data.crop_mode` says; of one longer than
+    `max_aspect_ratio` only the center is used. Images are converted to RGB, or to grayscale for one channel,
+    with mean and standard deviation averaged over red, green and blue.
     """
     mean, std = data.mean, data.std
     if in_chans == 1:
@@ -143,10 +150,18 @@ def evaluation_transform(
     elif in_chans != 3:
         raise UserError("model.in_chans", f"images have 1 or 3 channels, the model {in_chans}")
     convert = partial(convert_image, mode="L" if in_chans == 1 else "RGB")
+    check_border_color(data)
+    size = as_size(image_size)
+    limit = partial(limit_aspect_ratio, max_ratio=max_aspect_ratio(data.crop_mode, size))
     transform = create_transform(
-        as_size(image_size), crop_pct=data.crop_pct, interpolation=data.interpolation, mean=mean, std=std
+        size,
+        crop_pct=data.crop_pct,
+        crop_mode=data.crop_mode,
+        interpolation=data.interpolation,
+        mean=mean,
+        std=std,
     )
-    return transforms.Compose([convert, limit_aspect_ratio, transform])
+    return transforms.Compose([convert, limit, transform])
 
 
 def load_released(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -60,8 +61,10 @@ def read_safetensors(path: Path) -> Weights:
     return weights
 
 
-def write_safetensors(path: str | Path, weights: Weights) -> None:
-    """Write weights with their model, transform and class names as JSON in the metadata.
+def write_safetensors(
+    path: str | Path, weights: Weights, more_metadata: Mapping[str, object] | None = None
+) -> None:
+    """Write weights with their model, transform and class names, and more, as JSON in the metadata.
 
     `path` holds the old content or the new at every moment; its folder is created.
     """
@@ -72,6 +75,7 @@ def write_safetensors(path: str | Path, weights: Weights) -> None:
         "data": json.dumps(dict(weights.transform)),
         "class_names": json.dumps(weights.class_names),
         "weights": json.dumps(weights.kind),
+        **{key: json.dumps(value) for key, value in (more_metadata or {}).items()},
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.state_dict.items()}
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vil.checkpoints.training_state import WeightsKind
 from vil.config import (
+    TRANSFORM_OPTIONS,
     EvalConfig,
     ModelConfig,
     Size,
@@ -32,9 +33,6 @@ from vil.models.zoo import model_from_config, pretrained_classes
 from vil.runtime.class_names import find_rows, imagenet_classes
 from vil.runtime.run_files import CHECKPOINTS, SPLIT
 from vil.validation import STORED, check_plain, validate, without_start_options
-
-TRANSFORM_OPTIONS = ("crop_pct", "interpolation", "mean", "std")
-"""Options of the data section that define the evaluation transform; they are stored with the weights."""
 
 NO_MODEL = "does not describe its model; add the configuration published with it, or name the model"
 """Reason why a file cannot be used if `Weights.model` is None and a model is needed."""
@@ -157,7 +155,7 @@ class Weights:
         if self.transform:
             with errors_in_option(self.path):
                 data = validate(EvalConfig, {"data": dict(self.transform)}).data
-            cfg |= {"crop_mode": "center", **{key: getattr(data, key) for key in TRANSFORM_OPTIONS}}
+            cfg |= {key: getattr(data, key) for key in TRANSFORM_OPTIONS}
         for key in ("mean", "std"):
             values: Any = cfg.get(key)
             if in_chans == 1 and values:

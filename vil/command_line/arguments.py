@@ -219,16 +219,16 @@ def _nargs(hint: TypeHint) -> Tree:
 def _parse_value(texts: str | list[str] | None, hint: TypeHint) -> object:
     """Return the plain value of an option.
 
-    Several texts, or a single one if only a list of text is possible, are a list; any other text is parsed as
-    YAML, unless the option takes text.
+    Several texts, or a single one if only a list of any length is possible, are a list; any other text is
+    parsed as YAML, unless the option takes text.
     """
     members = [without_range(member) for member in union_members(hint)]
     lists = [member for member in members if typing.get_origin(member) in (list, tuple)]
     if isinstance(texts, list):
         elements = [without_range(typing.get_args(member)[0]) for member in lists]
         takes_one = any(member not in (*lists, type(None)) for member in members)
-        is_text = elements[0] is str or typing.get_origin(elements[0]) is Literal
-        if len(texts) > 1 or (is_text and not takes_one and texts[0] != "null" and texts[0][:1] != "["):
+        is_list = typing.get_origin(lists[0]) is list and typing.get_origin(elements[0]) is not tuple
+        if len(texts) > 1 or (is_list and not takes_one and texts[0] != "null" and texts[0][:1] != "["):
             return [_parse_value(text, elements[0]) for text in texts]
         texts = texts[0]
     text = texts or ""

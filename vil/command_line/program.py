@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import vil
 from vil.config import COMMAND_LINE, UserError, error_reason, printable
@@ -141,11 +141,14 @@ class ToolParser(argparse.ArgumentParser):
         """Raise the error instead of printing it with the usage."""
         raise UserError("", message, COMMAND_LINE)
 
-    def add_checkpoint(self, is_optional: bool = False) -> None:
-        """Add the arguments that select weights: those of `vil.checkpoints.open_weights`."""
+    def add_checkpoint(self, nargs: Literal["?", "+"] | None = None) -> None:
+        """Add the arguments that select weights: those of `vil.checkpoints.open_weights`.
+
+        The checkpoint is optional with `?`, and one of several with `+`.
+        """
         self.add_argument(
             "checkpoint",
-            nargs="?" if is_optional else None,
+            nargs=nargs,
             help="run folder, checkpoint of train.py, safetensors, or published checkpoint",
         )
         self.add_argument("--released-config", metavar="YAML", help="configuration of a published checkpoint")

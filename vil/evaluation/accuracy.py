@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vil.config import Precision, UserError
+from vil.evaluation.batch_halving import BatchHalving
 from vil.evaluation.metrics import (
     MAX_CONFUSION_CLASSES,
     METRICS,
@@ -64,6 +65,7 @@ def evaluate(
     logit_indices: Sequence[int] | None = None,
     has_confusion: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    halving: BatchHalving | None = None,
 ) -> EvaluationResult:
     """Evaluate `model` on the slices of all ranks; every rank calls this and gets the same result.
 
@@ -81,6 +83,8 @@ def evaluate(
             logit k for class k.
         has_confusion: count the confusion matrix; requires `num_classes`.
         should_stop: called after each batch; if it returns True on any rank, no rank gets a result.
+        halving: size of the parts in which batches are evaluated, kept from earlier evaluations; None
+            begins with whole batches.
 
     Raises:
         InterruptedEvaluation: on every rank, if `should_stop` returned True on any.
@@ -94,7 +98,7 @@ def evaluate(
         raise UserError("confusion_csv", reason)
     num_logits = max(logit_indices) + 1 if logit_indices else num_classes
     indices = None if logit_indices is None else torch.tensor(logit_indices, device=device)
-    classes = num_classes or 0
+    classes, halving = num_classes or 0, halving or BatchHalving()
     metrics = {key: metric for key, metric in METRICS.items() if classes or not metric.is_per_class}
     lengths = {m.accumulate: m.num_sums * (classes if m.is_per_class else 1) for m in metrics.values()}
     if has_confusion:
@@ -107,7 +111,7 @@ def evaluate(
         for images, targets in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=is_hidden):
             targets = targets.to(device, non_blocking=True).view(len(targets), -1)  # (B, 1 + K)
             with autocast(precision, device):
-                logits = model(images.to(device, non_blocking=True))  # (B, classes)
+                logits = halving.forward(model, images.to(device, non_blocking=True))  # (B, classes)
             if num_logits is not None and logits.shape[1] < num_logits:
                 # All ranks raise after the all-reduce: a rank without images would not raise here.
                 counts[3:] += counts.new_tensor([1, logits.shape[1]])

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from vil.config import EvalConfig, Size, Tree, format_size
 from vil.evaluation.accuracy import evaluate
+from vil.evaluation.batch_halving import BatchHalving
 from vil.evaluation.cost import Cost, measure_cost
 from vil.evaluation.metrics import METRICS, ClassMetrics
+from vil.evaluation.tta import augment_model, count_views, describe_views
 from vil.runtime.csv_text import csv_text
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.files import write_output
@@ -86,6 +88,8 @@ _COLUMNS = (
         if "list" in metric.shown_in
     ),
     _Column("mCE %", "mce", ".1f"),
+    _Column("TTA", "tta"),
+    _Column("views", "views", ",.0f"),
     _Column("params M", "params", ".2f", 1e6),
     _Column("FLOPs G", "flops", ".3f", 1e9),
     _Column("train MB", "train_memory_mb", ".1f"),
@@ -109,11 +113,12 @@ def evaluate_model(
 
     Args:
         model: maps images (B, in_chans, H, W) to logits (B, classes); moved to the device of the process,
-            otherwise unchanged.
+            with `config.channels_last` in that order, otherwise unchanged.
         datasets: emptied, so that the worker processes of one data set end before those of the next start.
             An empty list gives one result with the cost alone.
-        config: name, image size and channels of the model; precision of the forward pass; images of a batch
-            when memory and speed are measured; progress bar of rank 0; `confusion_csv`.
+        config: name, image size and channels of the model; precision of the forward pass; `compile`;
+            test-time augmentation, whose crops the batches hold; images of a batch when memory and speed are
+            measured; progress bar of rank 0; `confusion_csv`.
         process: this process.
         checkpoint: file of the weights, for the results; None for untrained weights.
         weights: kind of the weights, for the results.
@@ -121,7 +126,8 @@ def evaluate_model(
     Returns:
         For each data set: the keys of `METRICS`, images and unreadable, None without data; classes, the
         number of logits that were compared, None for all; the keys of `Cost`; device, precision, image_size,
-        model, checkpoint, weights, data; per_class, a list of objects with class, precision, recall, f1 (in
+        model, checkpoint, weights, data; tta and views, the number of forward passes per image, None without
+        test-time augmentation; per_class, a list of objects with class, precision, recall, f1 (in
         percent) and images; with `config.confusion_csv` also confusion, (classes, classes + 1) lists of
         numbers of images, as in `EvaluationResult`.
 
@@ -129,8 +135,13 @@ def evaluate_model(
         UserError: as `vil.evaluation.accuracy.evaluate`.
     """
     model.to(process.device)
-    device = process.device
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    network: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    device, views, tta = process.device, count_views(config), describe_views(config)
     metadata = {
+        "tta": tta,
+        "views": None if tta is None else views,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": config.precision,
         "image_size": config.model.image_size,
@@ -139,10 +150,16 @@ def evaluate_model(
         "weights": weights,
     }
     per_dataset: list[Result] = []
+    augmented, halving = augment_model(network, config), BatchHalving()
     while datasets:
-        per_dataset.append(_evaluate_dataset(model, datasets.pop(0), config, process))
+        per_dataset.append(_evaluate_dataset(augmented, datasets.pop(0), config, process, halving))
     no_metrics: Result = dict.fromkeys([*METRICS, "images", "unreadable", "classes", "data", "per_class"])
-    cost: Cost = call_on_main(lambda: measure_cost(model, config, device))
+    cost: Cost = call_on_main(lambda: measure_cost(model, config, device, network))
+    cost = dataclasses.replace(
+        cost,
+        flops=None if cost.flops is None else cost.flops * views,
+        images_per_second=None if cost.images_per_second is None else cost.images_per_second / views,
+    )
     return [
         {**no_metrics, **metrics, **dataclasses.asdict(cost), **metadata}
         for metrics in per_dataset or [no_metrics]
@@ -150,7 +167,11 @@ def evaluate_model(
 
 
 def _evaluate_dataset(
-    model: nn.Module, dataset: EvaluationDataset, config: EvalConfig, process: Process
+    model: nn.Module,
+    dataset: EvaluationDataset,
+    config: EvalConfig,
+    process: Process,
+    halving: BatchHalving,
 ) -> Result:
     names = dataset.class_names
     result = evaluate(
@@ -162,6 +183,7 @@ def _evaluate_dataset(
         num_classes=None if names is None else len(names),
         logit_indices=dataset.logit_indices,
         has_confusion=names is not None and config.confusion_csv is not None,
+        halving=halving,
     )
     found: Result = {
         **result.values,
@@ -199,7 +221,8 @@ def table(results: Sequence[Result], width: int | None = None) -> str:
         name_width = max(len(column.heading) for column, _ in shown)
         rows = [f"{column.heading.ljust(name_width)}  {text}" for column, (text,) in shown]
     notes = [
-        f"{result['device']}, {result['precision']}. FLOPs: multiply-adds of one image. "
+        f"{result['device']}, {result['precision']}. FLOPs: multiply-adds of one image"
+        f"{'' if result.get('tta') is None else ' with all of its views'}. "
         f"MB: 10^6 bytes per image, {result['memory']}, training in {result['train_precision']}."
         for result in results
     ]

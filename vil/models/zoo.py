@@ -339,6 +339,8 @@ def pretrained_transform(name: str) -> Tree:
     """Return the transform of timm's weights for a timm/<name> model, as options of a data section."""
     cfg = _pretrained_cfg(name)
     transform: Tree = {"mean": list(cfg.mean), "std": list(cfg.std), "crop_pct": cfg.crop_pct}
+    if cfg.crop_mode in ("center", "squash", "border"):
+        transform["crop_mode"] = cfg.crop_mode
     if cfg.interpolation in ("nearest", "bilinear", "bicubic", "lanczos"):
         transform["interpolation"] = cfg.interpolation
     return transform

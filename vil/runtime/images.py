@@ -66,14 +66,22 @@ def convert_image(image: Image.Image, mode: Mode) -> Image.Image:
         return image.convert(mode)
 
 
-def limit_aspect_ratio(image: Image.Image) -> Image.Image:
-    """Return the center of an image that is longer than `MAX_ASPECT_RATIO`; return others unchanged."""
-    max_side = MAX_ASPECT_RATIO * min(image.size)
+def limit_aspect_ratio(image: Image.Image, max_ratio: int = MAX_ASPECT_RATIO) -> Image.Image:
+    """Return the center of an image that is longer than `max_ratio`; return others unchanged."""
+    max_side = max_ratio * min(image.size)
     if max(image.size) <= max_side:
         return image
     width, height = (min(max_side, side) for side in image.size)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
+
+
+def max_aspect_ratio(crop_mode: str, size: tuple[int, int]) -> int:
+    """Return the limit of the aspect ratio for an evaluation crop of (height, width) in pixels.
+
+    If the whole image is to fit into the crop (`border`), its short side must keep a pixel.
+    """
+    return min(MAX_ASPECT_RATIO, *size) if crop_mode == "border" else MAX_ASPECT_RATIO
 
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 8

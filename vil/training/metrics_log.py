@@ -127,7 +127,10 @@ def cut_metrics(path: Path, step: int, is_evaluated: bool) -> list[Tree]:
     try:
         for line in read_lines(path):
             record = _parse_record(line)
-            if record is not None and 0 < record["step"] <= last_steps.get(record["kind"], step):
+            if record is None:
+                continue
+            kind = record["kind"].partition("/")[0]  # of validation/<set>, an evaluation too
+            if 0 < record["step"] <= last_steps.get(kind, step):
                 kept.append((line, record))
     except FileNotFoundError:
         return []

@@ -144,11 +144,14 @@ def _silence_writer_thread() -> None:
 
 
 def record_tag(kind: str, key: str) -> str:
-    """Return the tag of a value: section (train, validation, ema, spikes or system) and name."""
+    """Return the tag of a value: section (train, validation, ema, spikes or system) and name.
+
+    A set of `eval_sets` follows the section: validation/<set>/top1, ema/<set>/top1.
+    """
     if key in TIMING_FIELDS:
         return f"system/{'evaluation_seconds' if key == 'seconds' else key}"
     if kind == "spike":
         return f"spikes/{key}"
     if key.startswith("ema_"):
-        return f"ema/{key.removeprefix('ema_')}"
+        return f"ema{kind.removeprefix('validation')}/{key.removeprefix('ema_')}"
     return f"{kind}/{'learning_rate' if key == 'lr' else key}"

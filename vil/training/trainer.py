@@ -31,7 +31,9 @@ from vil.checkpoints.training_state import State, evaluations_since_best, librar
 from vil.checkpoints.writer import CheckpointWriter, check_disk_space
 from vil.config import TrainConfig, Tree, UserError, one_line
 from vil.evaluation.accuracy import evaluate
+from vil.evaluation.batch_halving import BatchHalving
 from vil.evaluation.metrics import METRICS
+from vil.evaluation.report import EvaluationDataset
 from vil.runtime.distributed import Process, all_reduce_sum, call_on_main, lost_rank_reason
 from vil.runtime.seeding import seed_generators
 from vil.runtime.signals import InterruptedEvaluation, InterruptedRun, SignalHandler
@@ -120,6 +122,7 @@ def fit(
     state: State | None = None,
     draw_attention: Callable[[], torch.Tensor] | None = None,
     teacher: Teacher | None = None,
+    eval_sets: Sequence[EvaluationDataset] = (),
 ) -> Summary:
     """Train `model` from the beginning or from a checkpoint.
 
@@ -132,6 +135,7 @@ def fit(
         state: the checkpoint to continue from (`vil.checkpoints.training_state`); emptied.
         draw_attention: returns an image of attention maps for the log, (3, H, W) uint8.
         teacher: the teacher of `schedule.distillation`.
+        eval_sets: further data sets with names that differ, which every evaluation logs.
 
     Raises:
         UserError: before the first step, for an option that does not fit the model or the device.
@@ -140,7 +144,7 @@ def fit(
             written.
     """
     start = time.perf_counter()
-    trainer = Trainer(model, loaders, config, process, mix, state, draw_attention, teacher)
+    trainer = Trainer(model, loaders, config, process, mix, state, draw_attention, teacher, eval_sets)
     try:
         # Only now that everything fits: a folder with a config.yaml holds a run.
         call_on_main(lambda: begin_run(trainer.folder, config))
@@ -210,9 +214,11 @@ class Trainer:
         state: State | None,
         draw_attention: Callable[[], torch.Tensor] | None,
         teacher: Teacher | None,
+        eval_sets: Sequence[EvaluationDataset],
     ) -> None:
         self.model, self.loaders, self.config, self.process = model, loaders, config, process
-        self.mix, self.draw_attention, self.teacher = mix, draw_attention, teacher
+        self.mix, self.draw_attention, self.teacher, self.eval_sets = mix, draw_attention, teacher, eval_sets
+        self.halving = BatchHalving()
         self.folder = Path(config.output or ".")
         steps_per_epoch = loaders.train.steps_per_epoch
         num_logits = config.model.num_classes or len(loaders.class_names)
@@ -383,6 +389,10 @@ class Trainer:
             line += f"   Top-1 {results['top1']:.2f} %"
             if "ema_top1" in results:
                 line += f"   EMA {results['ema_top1']:.2f} %"
+            for name, values in results["eval_sets"].items():
+                line += f"   {name} {values['top1']:.2f} %"
+                if "ema_top1" in values:
+                    line += f", EMA {values['ema_top1']:.2f} %"
         else:
             self.position = self.position.after_epoch()
             self.save(is_best=False)
@@ -418,31 +428,46 @@ class Trainer:
         return results
 
     def evaluate(self) -> Tree:
-        """Return metrics of the weights, and of their average as `ema_...`, over the whole validation set."""
-        start = time.perf_counter()
-        results = self.evaluate_weights(self.model, "")
-        if self.updater.ema is not None:
-            results |= self.evaluate_weights(self.updater.ema.module, "ema_")
-        results["seconds"] = time.perf_counter() - start
-        self.log.write("validation", self.position.step, self.position.epoch_number, **results)
-        return results
+        """Evaluate all data sets, log them, and return the metrics of the validation set.
 
-    def evaluate_weights(self, model: nn.Module, prefix: str) -> Tree:
-        """Return metrics of one set of weights over the whole validation set."""
+        Those of averaged weights have the prefix `ema_`; `eval_sets` has the metrics of the other sets.
+        """
+        start, step, epoch = time.perf_counter(), self.position.step, self.position.epoch_number
+        validation = EvaluationDataset("validation", self.loaders.validation, self.loaders.class_names)
+        results = self.evaluate_set(validation)
+        for key in ("loss", "ema_loss"):
+            if not math.isfinite(results.get(key, 0.0)):
+                self.fail(step, f"the validation loss is {results[key]}")
+        results["seconds"] = time.perf_counter() - start
+        per_set = {dataset.name: self.evaluate_set(dataset) for dataset in self.eval_sets}
+        for name, values in per_set.items():
+            self.log.write(f"validation/{name}", step, epoch, **values)
+        self.log.write("validation", step, epoch, **results)  # the last record of an evaluation
+        return {**results, "eval_sets": per_set}
+
+    def evaluate_set(self, dataset: EvaluationDataset) -> Tree:
+        """Return metrics of the weights, and of their average as `ema_...`, over one data set."""
+        found = self.evaluate_weights(self.model, "", dataset)
+        if self.updater.ema is not None:
+            found |= self.evaluate_weights(self.updater.ema.module, "ema_", dataset)
+        return found
+
+    def evaluate_weights(self, model: nn.Module, prefix: str, dataset: EvaluationDataset) -> Tree:
+        """Return metrics of one set of weights over one data set."""
         try:
             result = evaluate(
                 model,
-                self.loaders.validation,
+                dataset.loader,
                 device=self.process.device,
                 precision=self.updater.precision,
                 progress=self.log.shows_progress,
-                num_classes=len(self.loaders.class_names),
+                num_classes=len(dataset.class_names or ()),
+                logit_indices=dataset.logit_indices,
                 should_stop=self.must_stop_evaluation,
+                halving=self.halving,
             )
         except InterruptedEvaluation:
             self.interrupt(self.signals.stop or signal.SIGTERM)
-        if not math.isfinite(result.values["loss"]):
-            self.fail(self.position.step, f"the validation loss is {result.values['loss']}")
         best = {f"{prefix}{self.best_key}": result.values[self.best_key]}
         return {**result.logged(prefix), **best, "images": result.images, "unreadable": result.unreadable}
 
