@@ -56,6 +56,7 @@ from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import check_device, model_from_config
 from vil.runtime import console, distributed
 from vil.runtime.distributed import Process, call_on_main
+from vil.runtime.epoch_steps import epoch_steps, training_phases
 from vil.runtime.modes import mode
 from vil.runtime.precision import choose_precision, set_deterministic
 from vil.runtime.seeding import seed_generators
@@ -173,7 +174,12 @@ def build(config: TrainConfig, process: Process, is_new: bool) -> tuple[Loaders,
         model = model_from_config(architecture)
         check_device(model, process.device)
     model.to(process.device)  # an attention backend that an option selects may run on this device alone
-    check_sizes(model, schedule.progressive_resizing or [], config.model.in_chans, process.device)
+    sizes = {
+        "schedule.progressive_resizing": [size for _, size, *_ in schedule.progressive_resizing or []],
+        "schedule.random_sizes": schedule.random_sizes or [],
+    }
+    for option, option_sizes in sizes.items():
+        check_sizes(model, option, option_sizes, config.model.in_chans, process.device)
     if is_new:
         for line in initialize_model(model, config.model, loaders.class_names):
             print_on_main(process, line)
@@ -191,7 +197,10 @@ def describe_run(
     """Return lines with the data, the model and the recipe of a run, and the origin of each."""
     schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    length = f"{schedule.epochs} epochs of {loaders.train.steps_per_epoch} × {schedule.batch_size} images"
+    phases = training_phases(schedule, config.model.size)
+    steps = epoch_steps(phases, loaders.train.steps_per_epoch, loaders.train_images)
+    batches = [f"{steps.steps(phase.first_epoch)} × {phase.batch_size}" for phase in phases]
+    length = f"{schedule.total_epochs} epochs of {', then '.join(dict.fromkeys(batches))} images"
     if schedule.max_steps is not None:
         length += f", at most {schedule.max_steps} steps"
     devices = f"{process.world_size} × {process.device.type}, {config.precision}"
@@ -206,17 +215,21 @@ def describe_run(
 
 
 def check_sizes(
-    model: torch.nn.Module, sizes: Sequence[tuple[float, int | Size]], in_chans: int, device: torch.device
+    model: torch.nn.Module,
+    option: str,
+    sizes: Sequence[int | Size],
+    in_chans: int,
+    device: torch.device,
 ) -> None:
-    """Raise UserError if the model, which is on `device`, fails for one of the training image sizes."""
+    """Raise UserError if the model, which is on `device`, fails for one of the training sizes of `option`."""
     size: int | Size = 0
     try:
         with torch.no_grad(), mode(model, training=False):
-            for _, size in sizes:
+            for size in sizes:
                 model(torch.zeros(1, in_chans, *as_size(size), device=device))
     except Exception as error:  # timm's models raise any type
         reason = f"{type(model).__name__} does not support images of {format_size(size)}: {one_line(error)}"
-        raise UserError("schedule.progressive_resizing", reason) from error
+        raise UserError(option, reason) from error
 
 
 def attention_drawer(

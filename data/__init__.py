@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from data.loaders import (
     TrainLoader,
     ValidationLoader,
 )
-from data.mixing import Mixing, check_even_batch, is_mixing_enabled
+from data.mixing import Mixing
 from data.progressive_resizing import ProgressiveResizingLoader
+from data.random_sizes import RandomSizesLoader
 from data.real_labels import NotImageNetError, RealLabelImages
+from data.samplers import MicroBatches
 from data.sources import Source, dataset_name, open_source
 from data.sources.folder import class_folder_options
 from data.sources.held_out import has_held_out_images, read_split, write_split
@@ -30,6 +33,7 @@ from data.unreadable_images import UnreadableImages
 from data.workers import limit_workers
 from vil.config import EvalConfig, Size, TrainConfig, UserError, errors_in_option
 from vil.runtime.distributed import Process, call_on_main
+from vil.runtime.epoch_steps import Phase, training_phases
 
 __all__ = [
     "Loaders",
@@ -90,9 +94,7 @@ def build_loaders(config: TrainConfig, process: Process, is_new: bool = True) ->
     if has_held_out_images(data) and folder is not None and not is_new:
         stored_split = call_on_main(lambda: read_split(folder, data))  # others may not see rank 0's folder
     source = select_subset(open_source(data, "train", model.in_chans, stored_split), data)
-    micro_batches = build_micro_batches(config, source, process)
-    if is_mixing_enabled(schedule.augment):
-        check_even_batch(micro_batches.micro_batch_size)
+    micro_batches = build_micro_batches(config, source, process, schedule.batch_size)
     validation = build_validation(
         EvalConfig(model=model, data=data, batch_size=micro_batches.micro_batch_size),
         process,
@@ -105,14 +107,30 @@ def build_loaders(config: TrainConfig, process: Process, is_new: bool = True) ->
 
     options = LoaderOptions(limit_workers(data.workers), process.device, config.channels_last)
 
-    def build(size: int | Size) -> MicroBatchLoader:
+    def build_views(size: int | Size) -> TrainingViews:
         transform = train_transform(schedule.augment, data, image_size=size, in_chans=model.in_chans)
-        views = TrainingViews(source, transform, config.seed, data.unreadable_images)
-        return loader_class(views, micro_batches, options, unreadable_images)
+        return TrainingViews(source, transform, config.seed, data.unreadable_images)
 
-    plan = schedule.progressive_resizing
+    def build(size: int | Size, micro_batches: MicroBatches) -> MicroBatchLoader:
+        return loader_class(build_views(size), micro_batches, options, unreadable_images)
+
+    def build_phase(phase: Phase) -> MicroBatchLoader:
+        with _errors_in_plan():
+            return build(phase.image_size, build_micro_batches(config, source, process, phase.batch_size))
+
+    train: MicroBatchLoader | ProgressiveResizingLoader
+    if schedule.random_sizes is not None:
+        if schedule.progressive_resizing is not None:
+            reason = "cannot be combined with schedule.progressive_resizing"
+            raise UserError("schedule.random_sizes", reason)
+        sized = [build_views(size) for size in schedule.random_sizes]
+        train = RandomSizesLoader(sized, micro_batches, options, unreadable_images)
+    elif schedule.progressive_resizing is not None:
+        train = ProgressiveResizingLoader(build_phase, training_phases(schedule, model.size))
+    else:
+        train = build(model.size, micro_batches)
     return Loaders(
-        build(model.size) if plan is None else ProgressiveResizingLoader(build, plan, schedule.epochs),
+        train,
         validation.loader,
         validation.class_names,
         np.bincount(source.targets, minlength=len(source.class_names)).tolist(),
@@ -205,6 +223,17 @@ def open_eval_sets(
             indices = match_eval_set(found.class_names, class_names, config.model.num_classes)
         opened.append((replace(found, name=name), indices))
     return opened
+
+
+@contextmanager
+def _errors_in_plan() -> Iterator[None]:
+    """Name the option with the batch size of a phase."""
+    try:
+        yield
+    except UserError as error:
+        if error.location != "schedule.batch_size":
+            raise
+        raise UserError("schedule.progressive_resizing", error.reason) from error
 
 
 def check_same_classes(train: tuple[str, ...], validation: tuple[str, ...]) -> None:

@@ -65,17 +65,19 @@ class AugmentationPlanner:
         plan.flips = [flip for flip in self._transform.flips if flip.draw()]
         for draw in self._draws:
             draw(plan)
-        plan.erasing = self._transform.draw_erasing((3, *as_size(self._crop.size)))
+        (plan.erasing,) = self._transform.draw_erasing((3, *as_size(self._crop.size)))
         return plan
 
 
 def unsupported_option(transform: Transform) -> str | None:
     """Return the option of a training transform that cannot be drawn in advance, or None.
 
-    Supported are the Inception crop of RGB images, and all policies but AugMix.
+    Supported are the Inception crop of RGB images, and all policies but AugMix; one view of an image.
     """
     if not isinstance(transform.crop, RandomResizedCrop):
         return "schedule.augment.crop"
+    if transform.splits > 1:
+        return "schedule.augment.splits"
     if len(transform.mean) != 3:
         return "model.in_chans"
     if not all(isinstance(policy, _SUPPORTED_POLICIES) for policy in transform.augment):

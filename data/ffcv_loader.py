@@ -29,6 +29,7 @@ from data import batch_augment
 from data.batch_augment import AugmentationPlan, AugmentationPlanner, Operation
 from data.beton import Beton
 from data.loaders import MicroBatchLoader, TrainSample
+from data.mixing import check_even_batch, is_mixing_enabled
 from data.samplers import BalancedBatches, Key, MicroBatches
 from data.sources import Source
 from data.sources.ffcv import FFCVImages
@@ -117,6 +118,8 @@ def uses_ffcv(config: TrainConfig, source: Source, process: Process) -> bool:
     augment = config.schedule.augment
     transform = train_transform(augment, config.data, image_size=model.size, in_chans=model.in_chans)
     option = batch_augment.unsupported_option(transform)
+    if config.schedule.random_sizes is not None:
+        option = "schedule.random_sizes"
     if option is not None and process.is_main:
         _logger.warning(
             "data.source ffcv: %s cannot run on batches; falling back to %d worker processes per rank",
@@ -126,22 +129,34 @@ def uses_ffcv(config: TrainConfig, source: Source, process: Process) -> bool:
     return option is None
 
 
-def build_micro_batches(config: TrainConfig, source: Source, process: Process) -> MicroBatches:
-    """Build the micro-batches of a source, balanced or in the order `data.ffcv_order`.
+def build_micro_batches(
+    config: TrainConfig, source: Source, process: Process, batch_size: int
+) -> MicroBatches:
+    """Build the micro-batches of a source and a batch size, balanced or in the order `data.ffcv_order`.
 
     Raises:
         UserError: options that do not fit one another or the source.
     """
+    micro_batches = _micro_batches(config, source, process, batch_size)
+    if is_mixing_enabled(config.schedule.augment):
+        check_even_batch(micro_batches.micro_batch_size)
+    return micro_batches
+
+
+def _micro_batches(config: TrainConfig, source: Source, process: Process, batch_size: int) -> MicroBatches:
     schedule = config.schedule
     repeats = schedule.augment.repeated_augmentation
     ranks = (process.rank, process.world_size)
-    options = (schedule.batch_size, schedule.accumulation, config.seed, repeats, *ranks)
+    options = (batch_size, schedule.accumulation, config.seed, repeats, *ranks)
     if config.data.balanced_sampling:
         if config.data.ffcv_order != "random":
             reason = "cannot be combined with data.ffcv_order quasi_random"
             raise UserError("data.balanced_sampling", reason)
         if schedule.class_weights == "balanced":
             reason = "schedule.class_weights balanced would correct the imbalance twice; use one of them"
+            raise UserError("data.balanced_sampling", reason)
+        if batch_size != schedule.batch_size:
+            reason = "cannot be combined with batch sizes in schedule.progressive_resizing"
             raise UserError("data.balanced_sampling", reason)
         return BalancedBatches(source.targets, *options)
     if config.data.ffcv_order == "random":
@@ -263,7 +278,7 @@ class FFCVTrainLoader(MicroBatchLoader):
             self._submit(next(keys, None), pending)
             targets = torch.from_numpy(self.views.source.targets[[index for _, index, _ in batch.keys]])
             for index in unreadable:
-                pixels, targets[index], batch.plans[index].erasing = self._load_view(batch.keys[index])
+                pixels, targets[index], (batch.plans[index].erasing,) = self._load_view(batch.keys[index])
                 batch.images[index] = pixels.permute(1, 2, 0)  # (C, H, W) -> (H, W, C)
                 batch.plans[index].operations.clear()  # already applied
             erased = collate_erasing([plan.erasing for plan in batch.plans])

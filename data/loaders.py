@@ -40,8 +40,8 @@ class UnreadableImage:
         return UserError("data.root", f"{self.image}: cannot be read: {self.reason}")
 
 
-TrainSample = tuple[Tensor, int, ErasingPlan]
-"""Pixels (C, H, W) uint8, target, and the erasing of the normalized image."""
+TrainSample = tuple[Tensor, int, list[ErasingPlan]]
+"""Pixels (C, H, W), or (S, C, H, W) of S views, uint8; target; and the erasing of each normalized view."""
 Content = TypeVar("Content", covariant=True)
 
 
@@ -140,7 +140,8 @@ class MicroBatchLoader(ABC):
         Loading starts with the call. A call ends the iteration over another epoch.
 
         Returns:
-            (images (B, C, H, W) float32, targets (B,) int64) of this rank.
+            (images (B, C, H, W) float32, targets (B,) int64) of this rank. With S views of an image, the
+            images are (S·B, C, H, W): the first views of all images, then the second ones, ...
 
         Raises:
             UserError: by the iterator: an image cannot be decoded, or too many cannot.
@@ -169,7 +170,7 @@ class TrainLoader(MicroBatchLoader):
 
     @functools.cached_property
     def _loader(self) -> DataLoader[CollatedBatch]:
-        return _data_loader(self.views, self.options, batch_sampler=self.micro_batches)
+        return data_loader(self.views, self.options, batch_sampler=self.micro_batches)
 
     def _load_epoch(self) -> Iterator[tuple[object, ...]]:
         return self._check(iterate(self._loader))
@@ -203,7 +204,7 @@ class ValidationLoader:
         self.num_images = len(dataset.source)
         self.unreadable = 0
         indices = range(process.rank, self.num_images, process.world_size)
-        self._loader = _data_loader(dataset, options, batch_size=batch_size, sampler=indices)
+        self._loader = data_loader(dataset, options, batch_size=batch_size, sampler=indices)
         self._options = options
         self._normalize = NormalizeAndErase(dataset.transform.mean, dataset.transform.std, options.device)
         self._on_unreadable = unreadable_images
@@ -246,7 +247,8 @@ CollatedBatch = tuple[
 images that cannot be read."""
 
 
-def _data_loader(dataset: Dataset[object], options: LoaderOptions, **order: Any) -> DataLoader[Any]:
+def data_loader(dataset: Dataset[object], options: LoaderOptions, **order: Any) -> DataLoader[Any]:
+    """Return a loader of collated batches; `order` has the sampler's arguments of `DataLoader`."""
     return DataLoader(
         dataset,
         num_workers=options.workers,
@@ -274,8 +276,10 @@ def _collate(samples: Sequence[Sample[tuple[Any, ...]]]) -> CollatedBatch:
     readable = [sample.content for sample in samples if sample.content is not None]
     if not readable:
         return None, unreadable
-    # Stacked in the order of their memory, (B, H, W, C), which is faster.
-    images, targets = default_collate([(pixels.permute(1, 2, 0), target) for pixels, target, *_ in readable])
-    plans = [plan for _, _, *plans in readable for plan in plans]
+    # Stacked in the order of their memory, (B, [S,] H, W, C), which is faster.
+    images, targets = default_collate([(pixels.movedim(-3, -1), target) for pixels, target, *_ in readable])
+    if images.ndim == 5:
+        images = images.transpose(0, 1).flatten(0, 1)  # (B, S, H, W, C) -> (S·B, H, W, C)
+    plans = [plan for view in zip(*(plans for _, _, *rest in readable for plans in rest)) for plan in view]
     erased = (collate_erasing(plans),) if plans else ()
     return (images.permute(0, 3, 1, 2), targets, *erased), unreadable

@@ -32,6 +32,7 @@ class Mixing:
         self._mixup = timm.data.Mixup(
             mixup_alpha=augment.mixup,
             cutmix_alpha=augment.cutmix,
+            cutmix_minmax=augment.cutmix_minmax,
             prob=augment.mixup_prob,
             switch_prob=augment.mixup_switch_prob,
             mode=augment.mixup_mode,
@@ -64,12 +65,12 @@ class Mixing:
 
 def is_mixing_enabled(augment: AugmentConfig) -> bool:
     """Return True if mixup or CutMix is on."""
-    return augment.mixup > 0 or augment.cutmix > 0
+    return augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax is not None
 
 
 def check_even_batch(micro_batch_size: int) -> None:
     """Raise UserError if a micro-batch cannot be mixed in pairs."""
     if micro_batch_size % 2:
         reason = f"mixup and cutmix mix pairs, but micro-batches would have {micro_batch_size} images"
-        advice = "change schedule.batch_size or schedule.accumulation, or set both to 0"
+        advice = "change schedule.batch_size or schedule.accumulation, or switch them off"
         raise UserError("schedule.batch_size", f"{reason}; {advice}")

@@ -58,6 +58,8 @@ class Transform:
         flips: random flips of the pixels.
         augment: operations after the flips.
         erasing: random erasing of the normalized tensor.
+        splits: views of an image: the first is cropped and flipped only, the others are augmented and erased
+            as well, as timm's AugMixDataset makes them.
     """
 
     crop: Callable[[EncodedImage], np.ndarray]
@@ -66,30 +68,46 @@ class Transform:
     flips: Sequence[RandomFlip] = ()
     augment: Sequence[ImageOperation] = ()
     erasing: RandomErasing | None = None
+    splits: int = 1
 
     def __call__(self, image: EncodedImage | Image.Image) -> Tensor:
-        """Return the image as (C, H, W) float32, normalized and erased."""
+        """Return the image as (C, H, W) float32, or its views as (S, C, H, W), normalized and erased."""
         pixels, normalize_and_erase = self.pixels(image), NormalizeAndErase(self.mean, self.std)
-        return normalize_and_erase(pixels[None], collate_erasing([self.draw_erasing(pixels.shape)]))[0]
+        views, erased = pixels.view(-1, *pixels.shape[-3:]), collate_erasing(self.draw_erasing(pixels.shape))
+        return normalize_and_erase(views, erased).view(pixels.shape)
 
     def pixels(self, image: EncodedImage | Image.Image) -> Tensor:
-        """Return the augmented pixels, (C, H, W) uint8, in memory in the order (H, W, C)."""
+        """Return the augmented pixels, (C, H, W) uint8, in memory in the order (H, W, C).
+
+        With `splits`, those of all views: (S, C, H, W).
+        """
         if isinstance(image, Image.Image):
             image = EncodedImage(image, "RGB" if len(self.mean) == 3 else "L")
         array = self.crop(image)
         for flip in self.flips:
             array = flip.flip(array) if flip.draw() else array
-        if self.augment:
-            augmented = Image.fromarray(array)
-            for operation in self.augment:
-                augmented = operation(augmented)
-            array = np.asarray(augmented)
-        # (H, W) or (H, W, C) -> (H, W, C) -> (C, H, W)
-        return torch.from_numpy(as_contiguous(array.reshape(*array.shape[:2], -1))).permute(2, 0, 1)
+        if self.splits > 1:
+            array = np.stack([array, *(self._augmented(array) for _ in range(self.splits - 1))])
+        else:
+            array = self._augmented(array)
+        # ([S,] H, W[, C]) -> ([S,] H, W, C) -> ([S,] C, H, W)
+        sides = array.shape[: 3 if self.splits > 1 else 2]
+        array = array.reshape(*sides, -1)
+        return torch.from_numpy(as_contiguous(array)).movedim(-1, -3)
 
-    def draw_erasing(self, shape: Sequence[int]) -> ErasingPlan:
-        """Draw the erasing of an image of `shape` (C, H, W); to be called after `pixels`."""
-        return ErasingPlan.draw(self.erasing, shape)
+    def _augmented(self, array: np.ndarray) -> np.ndarray:
+        if not self.augment:
+            return array
+        augmented = Image.fromarray(array)
+        for operation in self.augment:
+            augmented = operation(augmented)
+        return np.asarray(augmented)
+
+    def draw_erasing(self, shape: Sequence[int]) -> list[ErasingPlan]:
+        """Draw the erasing of each view of `pixels`, which have `shape`; to be called after `pixels`."""
+        clean = [ErasingPlan()] if self.splits > 1 else []
+        count = max(1, self.splits - 1)
+        return clean + [ErasingPlan.draw(self.erasing, shape[-3:]) for _ in range(count)]
 
 
 class RandomFlip(NamedTuple):
@@ -245,7 +263,11 @@ def train_transform(
 
     The order is timm's: crop, flips, policy or color jitter, normalization, erasing. The draws are from the
     global generators of Python, NumPy and PyTorch.
+
+    Raises:
+        UserError: an unknown policy, or `splits` without augmentation or with mixing.
     """
+    _check_splits(augment)
     size = as_size(image_size)
     _check_policy(augment.auto_augment)
     mean, std = channel_statistics(data, in_chans)
@@ -264,7 +286,8 @@ def train_transform(
     policy = [transforms.TrivialAugmentWide()] if is_trivial else secondary.transforms
     for step in policy:
         patch_posterize(step)
-    return Transform(_crop(augment, data, size), mean, std, flips, policy, _random_erasing(augment))
+    erasing = _random_erasing(augment)
+    return Transform(_crop(augment, data, size), mean, std, flips, policy, erasing, augment.splits)
 
 
 def evaluation_transform(data: DataConfig, *, image_size: int | Size, in_chans: int) -> Transform:
@@ -331,6 +354,18 @@ def _check_resized_size(data: DataConfig, size: Size) -> None:
     if side > MAX_SIDE:
         reason = f"image_size / crop_pct is {side:,.0f} pixels, expected at most {MAX_SIDE:,}"
         raise UserError("data.crop_pct", reason)
+
+
+def _check_splits(augment: AugmentConfig) -> None:
+    if augment.splits == 1:
+        return
+    reason = None
+    if augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax is not None:
+        reason = "cannot be combined with mixup and cutmix"
+    elif augment.auto_augment is None and not augment.color_jitter and not augment.random_erasing:
+        reason = "the views of an image would be equal: needs auto_augment, e.g. augmix-m3-w3"
+    if reason is not None:
+        raise UserError("schedule.augment.splits", reason)
 
 
 def _random_erasing(augment: AugmentConfig) -> RandomErasing | None:

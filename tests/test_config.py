@@ -187,3 +187,10 @@ def test_new_names_exist():
         names |= {f.name for f in dataclasses.fields(EvalConfig)}
         assert new in names
         assert old not in names
+
+
+def test_random_sizes_are_not_empty():
+    assert reason("schedule.random_sizes", []).startswith(
+        "expected a list of an integer from 1 to 8,192 or a"
+    )
+    assert reason("schedule.random_sizes", []).endswith(", at least one or null, got []")

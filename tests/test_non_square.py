@@ -42,6 +42,7 @@ from vil.evaluation.cost import images_per_second, measure_memory
 from vil.models.attention_image import GAP_WIDTH, PANEL_HEIGHT, attention_sheet
 from vil.models.zoo import model_from_config
 from vil.runtime.distributed import Process
+from vil.runtime.epoch_steps import EpochSteps
 from vil.runtime.seeding import seeded
 from vil.training import model_updater
 from vil.validation import as_tree, validate
@@ -355,7 +356,7 @@ def test_ranks_start_with_images_of_the_size(tmp_path, monkeypatch):
     monkeypatch.setattr(model_updater, "data_parallel", data_parallel)
     config = make_config(tmp_path, model=ModelConfig(image_size=(8, 12), num_classes=4))
     process = Process(0, 0, 2, CPU)
-    model_updater.ModelUpdater(TinyModel(), config, process, 5).wrap_network()
+    model_updater.ModelUpdater(TinyModel(), config, process, EpochSteps.constant(5)).wrap_network()
     assert shapes == [(3, 8, 12)]
 
 

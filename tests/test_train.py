@@ -220,9 +220,9 @@ def test_the_rank_with_an_unreadable_image_prints_the_error(folder):
 def test_a_model_that_takes_one_size_only_is_refused_others():
     options = ["--model.name", "timm/vit_tiny_patch16_224", "--model.image_size", "32"]
     model = model_from_config(resolve_train_command([*options, "--output", "x"]).config.model, 10)
-    program.check_sizes(model, [(0, 32)], 3, torch.device("cpu"))
+    program.check_sizes(model, "schedule.progressive_resizing", [32], 3, torch.device("cpu"))
     with pytest.raises(
         UserError,
         match=r"schedule\.progressive_resizing: VisionTransformer does not support images of 16×16: ",
     ):
-        program.check_sizes(model, [(0, 16), (0.5, 32)], 3, torch.device("cpu"))
+        program.check_sizes(model, "schedule.progressive_resizing", [16, 32], 3, torch.device("cpu"))

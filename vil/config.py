@@ -41,6 +41,7 @@ Rate = Annotated[float, Ge(0), Lt(1)]
 PositiveFraction = Annotated[float, Gt(0), Le(1)]
 AspectRatio = Annotated[float, Ge(1e-3), Le(1e3)]
 ClassWeight = Annotated[float, Ge(1e-6), Le(1_000_000)]
+LayerScaleInit = Annotated[float, Gt(0), Le(100)]
 Seconds = Annotated[float, Gt(0), Le(1_000_000)]
 Side = Annotated[int, Ge(1), Le(MAX_SIDE)]
 ImageSize = Side | tuple[Side, Side]
@@ -56,14 +57,24 @@ def _is_rising(pair: tuple[float, float]) -> bool:
     return pair[0] <= pair[1]
 
 
+def _is_ascending(numbers: list[float]) -> bool:
+    """At least one, in ascending order."""
+    return len(numbers) > 0 and all(a < b for a, b in itertools.pairwise(numbers))
+
+
+def _is_not_empty(values: list[Any]) -> bool:
+    """At least one."""
+    return len(values) > 0
+
+
 def _is_mixing_alpha(alpha: float) -> bool:
     """From 1e-6 to 1e6, or 0 for off."""
     return alpha == 0 or 1e-6 <= alpha <= 1e6
 
 
-def _is_resizing_plan(plan: list[tuple[float, int | Size]]) -> bool:
+def _is_resizing_plan(plan: list[tuple[float, int | Size] | tuple[float, int | Size, int]]) -> bool:
     """Rising fractions of the epochs, the first of them 0, each with an image size in pixels."""
-    fractions = [fraction for fraction, _ in plan]
+    fractions = [fraction for fraction, *_ in plan]
     return fractions[:1] == [0] and all(a < b for a, b in itertools.pairwise(fractions))
 
 
@@ -258,6 +269,9 @@ class ModelConfig:
     """The stages, for name: vil."""
     norm_embed: bool = True
     """LayerNorm after each patch embedding."""
+    layer_scale: LayerScaleInit | None = None
+    """LayerScale: initial value of a learned factor per channel after each attention and MLP, e.g. 1e-6; null
+    is no such factor."""
     timm_options: dict[str, PlainValue] | None = None
     """Further keyword arguments for a timm/<name> model, e.g. {depth: 6, qkv_bias: false}. A file may set
     options of the architecture only; options that load or download weights (pretrained, checkpoint_path, ...)
@@ -309,6 +323,9 @@ class AugmentConfig:
     auto_augment other than 3a."""
     auto_augment: str | None = None
     """A timm policy: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a, ..."""
+    splits: Annotated[int, Ge(1), Le(100)] = 1
+    """AugMix training: views of each image, compared by the Jensen-Shannon loss. All have the same crop and
+    flip; the first has no other augmentation. The paper uses 3; 1 is off. batch_size counts images."""
     random_erasing: Fraction = 0.0
     """Probability of erasing a rectangle."""
     random_erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
@@ -319,6 +336,9 @@ class AugmentConfig:
     """Mixup alpha; 0 is off."""
     cutmix: MixingAlpha = 0.0
     """CutMix alpha; 0 is off."""
+    cutmix_minmax: Annotated[tuple[Fraction, Fraction], Predicate(_is_rising)] | None = None
+    """CutMix with a rectangle whose sides are drawn between these fractions of the image's, in place of an
+    area drawn by alpha; it switches CutMix on. null is off."""
     mixup_prob: Fraction = 1.0
     """Probability of mixing a batch (pair, element)."""
     mixup_switch_prob: Fraction = 0.5
@@ -352,7 +372,9 @@ class ScheduleConfig:
     lr: Positive = 1e-3
     """Peak learning rate, for lr_batch_size if that is set, else for batch_size."""
     lr_batch_size: Count | None = None
-    """Batch size that lr refers to; the learning rate is scaled linearly to batch_size."""
+    """Batch size that lr refers to; the learning rate is scaled to batch_size by lr_scaling."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """Scaling of the learning rate with the batch size: proportional, or by the square root of the ratio."""
     betas: tuple[Rate, Rate] = (0.9, 0.999)
     """Betas of Adam-like optimizers."""
     momentum: Rate = 0.9
@@ -361,6 +383,8 @@ class ScheduleConfig:
     """Dampening of the momentum (SGD)."""
     eps: Positive | None = None
     """Epsilon of the optimizer; null is its default."""
+    optimizer_options: dict[str, PlainValue] | None = None
+    """Further keyword arguments of the optimizer, e.g. {amsgrad: true}; null is none."""
     weight_decay: NonNegative = 0.05
     """Weight decay; none on embeddings, norms, bias tables and the head's bias."""
     decay_biases: bool = False
@@ -368,11 +392,13 @@ class ScheduleConfig:
     paper's code does."""
     layer_decay: PositiveFraction | None = None
     """Factor on the learning rate per layer, from the head down; null is 1."""
+    layer_decay_min: Fraction = 0.0
+    """layer_decay: smallest factor of a layer."""
     clip_grad: Positive | None = None
     """Gradient clipping threshold; null is off."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """Clip by global norm, by value, or adaptively (AGC)."""
-    scheduler: Literal["cosine", "step", "poly", "constant"] = "cosine"
+    scheduler: Literal["cosine", "step", "multistep", "poly", "constant"] = "cosine"
     """Learning-rate schedule after warm-up, updated every step; poly is linear."""
     min_lr: NonNegative = 1e-6
     """Learning rate at the last step (cosine, poly)."""
@@ -385,10 +411,18 @@ class ScheduleConfig:
     replaces their first part, as in the code of the paper and of DeiT."""
     decay_epochs: Positive = 30.0
     """scheduler step: epochs between two drops."""
+    decay_milestones: Annotated[list[Positive], Predicate(_is_ascending)] | None = None
+    """scheduler multistep: epochs at which the learning rate drops, e.g. [30, 60]."""
     decay_rate: Positive = 0.1
-    """scheduler step: factor of a drop."""
+    """scheduler step and multistep: factor of a drop."""
+    cooldown_epochs: Annotated[int, Ge(0)] = 0
+    """Epochs after the schedule, in addition to epochs: at min_lr (cosine, poly), or as the schedule goes
+    on."""
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     """Cross-entropy over classes, or binary cross-entropy per class (DeiT III)."""
+    bce_threshold: Rate | None = None
+    """loss bce: the target of a class is 1 if its probability is above this threshold, else 0 (timm's
+    target_threshold); null is 0 without label smoothing, and soft targets with it."""
     class_weights: Literal["none", "balanced"] | list[ClassWeight] = "none"
     """Weights of the classes in the loss: none; balanced: inversely proportional to their number of training
     images; or a list with one number per class, in the order of the classes. Evaluation does not use them."""
@@ -417,12 +451,27 @@ class ScheduleConfig:
     """Metric on the validation set that chooses the best evaluation; f1 is the macro average."""
     random_shift_until: Fraction = 0.75
     """Random shift ends after this fraction of the epochs: all eight neighbors are used from there on."""
-    progressive_resizing: Annotated[list[tuple[Rate, ImageSize]], Predicate(_is_resizing_plan)] | None = None
+    progressive_resizing: (
+        Annotated[list[tuple[Rate, ImageSize] | tuple[Rate, ImageSize, Count]], Predicate(_is_resizing_plan)]
+        | None
+    ) = None
     """Progressive resizing: size of the training images in pixels from a fraction of the epochs on, e.g.
     [[0, 160], [0.6, 224]] or [[0, [80, 112]], [0.6, [160, 224]]]; null is image_size throughout. Evaluation
-    always uses image_size."""
+    always uses image_size. A third number is the global batch size from there on: [[0, 128, 2048], [0.5, 224,
+    1024]]; without it, batch_size."""
+    random_sizes: Annotated[list[ImageSize], Predicate(_is_not_empty)] | None = None
+    """Sizes of the training images in pixels, of which each step draws one, e.g. [160, 192, 224]; null is
+    image_size throughout. Evaluation always uses image_size."""
+    lr_follows_batch: bool = False
+    """Scale the learning rate with the batch size of progressive_resizing, by lr_scaling; lr is for
+    batch_size."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Augmentation of the training images."""
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the run: those of the schedule and of the cool-down."""
+        return self.epochs + self.cooldown_epochs
 
 
 @dataclass
@@ -518,6 +567,13 @@ class TrainConfig:
     float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    compile_backend: str | None = None
+    """compile: a backend of torch.compile, e.g. aot_eager; null is inductor."""
+    compile_mode: (
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
+    ) = None
+    """compile: mode of the backend inductor; null is default. reduce-overhead and max-autotune, which record
+    CUDA graphs, are refused."""
     channels_last: bool = False
     """Keep images and convolution weights in channels-last order."""
     gradient_checkpointing: bool = False

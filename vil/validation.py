@@ -141,10 +141,10 @@ def _is_from_timm(teacher: str) -> bool:
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> Tree:
-    """Return nested mappings as one, from dotted keys to values; `timm_options` is one value."""
+    """Return nested mappings as one, from dotted keys to values; mappings of options are one value."""
     flat: Tree = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping) and key != "timm_options":
+        if isinstance(value, Mapping) and key not in ("timm_options", "optimizer_options"):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
@@ -280,7 +280,7 @@ def type_name(hint: TypeHint) -> str:
         element = arguments[0]
         if dataclasses.is_dataclass(element):
             return "a list of stages"
-        if typing.get_origin(element) is tuple:
+        if all(typing.get_origin(member) is tuple for member in union_members(element)):
             return "a list of pairs, e.g. [[0, 160], [0.6, 224]]"
         bounds = list(typing.get_args(element)[1:]) if typing.get_origin(element) is Annotated else []
         kind = {int: "integers", float: "numbers", str: "texts"}.get(without_range(element))

@@ -140,7 +140,7 @@ def test_plans_have_the_draws_of_the_transform(images, policy):
         with seeded(0, "test", key):
             pixels = untouched.pixels(image)
             expected_pixels.append(pixels)
-            erasing = collate_erasing([untouched.draw_erasing(pixels.shape)])
+            erasing = collate_erasing(untouched.draw_erasing(pixels.shape))
             expected.append(NormalizeAndErase(untouched.mean, untouched.std)(pixels[None], erasing)[0])
         pixels = transform.crop.crop(_WholeImage(image), plan.box, plan.interpolation)
         for flip in plan.flips:

@@ -160,7 +160,8 @@ def test_evaluation_equals_that_of_the_folder(folders, world_size):
 def test_workers_read_the_same_file_if_an_augmentation_cannot_run_on_batches(folders, caplog):
     crops = [({"crop": crop}, 3, f"augment.crop {crop}") for crop in ("pad_random", "eval_resize_random")]
     augmix = ({"auto_augment": "augmix-m3-w2"}, 3, "augment.auto_augment augmix-m3-w2")
-    for options, in_chans, option in (({}, 1, "model.in_chans 1"), augmix, *crops):
+    splits = ({"splits": 3, "auto_augment": "rand-m9"}, 3, "augment.splits 3")
+    for options, in_chans, option in (({}, 1, "model.in_chans 1"), augmix, splits, *crops):
         augment, settings = AugmentConfig(**options), {"batch_size": 12, "in_chans": in_chans}
         caplog.clear()
         train = load(configured(folders, "raw", workers=2), augment, **settings).train
@@ -171,6 +172,25 @@ def test_workers_read_the_same_file_if_an_augmentation_cannot_run_on_batches(fol
             "falling back to 2 worker processes per rank"
         ]
         assert equal(train.epoch(0), load(configured(folders, "png"), augment, **settings).train.epoch(0))
+
+
+@needs_ffcv
+def test_workers_read_the_same_file_for_random_sizes(folders, caplog):
+    options = {"batch_size": 12, "random_sizes": [16, 24]}
+    train = load(configured(folders, "raw", workers=2), AugmentConfig(), **options).train
+    assert isinstance(train, TrainLoader)
+    assert [record.getMessage() for record in caplog.records] == [
+        "data.source ffcv: schedule.random_sizes [16, 24] cannot run on batches; "
+        "falling back to 2 worker processes per rank"
+    ]
+
+
+@needs_ffcv
+def test_the_batch_size_follows_a_plan_of_sizes(folders):
+    options = {"batch_size": 12, "progressive_resizing": [(0, 16), (0.5, 24, 6)], "epochs": 2}
+    ffcv, png = (load(configured(folders, name), AugmentConfig(), **options).train for name in ("raw", "png"))
+    for epoch in range(2):
+        assert equal(ffcv.epoch(epoch), png.epoch(epoch))
 
 
 @needs_ffcv

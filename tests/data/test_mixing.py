@@ -42,6 +42,18 @@ def test_mixup_until_is_the_first_epoch_without():
     assert mix(augment, epoch=3)[1].ndim == 1
 
 
+def test_cutmix_minmax_draws_the_sides_of_the_rectangle():
+    augment = AugmentConfig(cutmix_minmax=(0.25, 0.5))
+    images, _ = batch()
+    for step in range(20):
+        out, soft = mix(augment, step=step)
+        replaced = (out != images).any(1)  # (B, H, W)
+        height, width = replaced.any(2).sum(1), replaced.any(1).sum(1)
+        assert ((height >= 3) & (height <= 6) & (width >= 3) & (width <= 6)).all()
+        # The first and the last image have the same class.
+        assert torch.allclose(soft.amax(1)[1:-1], (1 - height * width / 144)[1:-1], atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_images_and_targets_are_mixed_by_the_same_weight(mode, mixup, cutmix):

@@ -64,6 +64,7 @@ EFFECTS = [
     (BASE, "interpolation", "random"),
     (NO_AUGMENT, "color_jitter", 0.4),
     (NO_AUGMENT, "auto_augment", RECIPE),
+    ({**NO_AUGMENT, "auto_augment": RECIPE}, "splits", 3),
     (NO_AUGMENT, "random_erasing", 0.5),
     ({**NO_AUGMENT, "random_erasing": 1.0}, "random_erasing_mode", "const"),
     ({**NO_AUGMENT, "random_erasing": 1.0}, "random_erasing_mode", "rand"),
@@ -82,6 +83,7 @@ def test_the_list_of_effects_is_complete():
     elsewhere = {
         "mixup",
         "cutmix",
+        "cutmix_minmax",
         "mixup_prob",
         "mixup_switch_prob",
         "mixup_mode",

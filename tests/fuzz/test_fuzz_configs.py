@@ -43,6 +43,7 @@ from vil.config import EvalConfig, TrainConfig, UserError
 from vil.models import limits
 from vil.models.zoo import model_from_config
 from vil.runtime.distributed import Process
+from vil.runtime.epoch_steps import EpochSteps
 from vil.training.optimizer import build_optimizer, build_scheduler
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +93,7 @@ def to_training(argv):
         config = command.config
         loaders, model, _ = train_program.build(config, PROCESS, is_new=False)
         optimizer = build_optimizer(model, config.schedule)
-        build_scheduler(optimizer, config.schedule, loaders.train.steps_per_epoch)
+        build_scheduler(optimizer, config.schedule, EpochSteps.constant(loaders.train.steps_per_epoch))
     except UserError as error:
         raise command.locate(error) from error
 

@@ -95,6 +95,9 @@ MODEL_OPTIONS = {
         [*STAGES[:3], StageConfig(dim=16, heads=2, patch=1, attention="full")],
         lambda model: model.head.in_features, 32, 16,
     ),
+    "layer_scale": (
+        1e-4, lambda model: getattr(model.stages[2].blocks[0].ls2, "init_values", None), None, 1e-4,
+    ),
     "norm_embed": (
         False, lambda model: type(model.stages[2].patch_embed.norm).__name__, "LayerNorm", "Identity",
     ),

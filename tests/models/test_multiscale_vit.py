@@ -6,8 +6,9 @@ import torch
 from timm.models import group_parameters
 
 import vil
-from vil.config import StageConfig, UserError
+from vil.config import ScheduleConfig, StageConfig, UserError
 from vil.evaluation.cost import saved_bytes
+from vil.training.optimizer import parameter_groups
 
 STAGES = [
     StageConfig(dim=16, heads=2, patch=4, window=2),
@@ -240,6 +241,29 @@ def test_layer_groups_follow_the_blocks():
     assert order == sorted(set(order))
     assert names["stages.1.blocks.1.mlp.fc1.weight"] < names["stages.2.patch_embed.proj.weight"]
     assert names["stages.2.patch_embed.proj.weight"] <= names["stages.2.blocks.0.mlp.fc1.weight"]
+
+
+def test_layer_scale_multiplies_both_branches():
+    model = small(stages=[StageConfig(dim=16, heads=2, patch=8, attention="full")], layer_scale=0.25).eval()
+    block = model.stages[0].blocks[0]
+    assert {name for name in model.state_dict() if "ls" in name} == {
+        f"stages.0.blocks.0.ls{number}.gamma" for number in (1, 2)
+    }
+    torch.nn.init.normal_(block.ls1.gamma)
+    tokens, size = torch.randn(2, 17, 16), (4, 4)
+    after = tokens + block.ls1.gamma * block.attn(block.norm1(tokens), size)
+    after = after + 0.25 * block.mlp(block.norm2(after))
+    torch.testing.assert_close(block(tokens, size), after)
+
+
+def test_layer_scale_has_the_layer_of_its_block_and_no_weight_decay():
+    model = small(layer_scale=1e-4)
+    schedule = ScheduleConfig(layer_decay=0.5, weight_decay=0.1)
+    groups = parameter_groups(model, schedule)
+    found = {p: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for block in (block for stage in model.stages for block in stage.blocks):
+        scale = found[block.mlp.fc1.weight][0]
+        assert found[block.ls1.gamma] == found[block.ls2.gamma] == (scale, 0.0)
 
 
 def test_compiles_without_graph_breaks():

@@ -37,6 +37,7 @@ from vil.command_line import resolve_train_command
 from vil.config import DataConfig, ScheduleConfig, UserError
 from vil.models import zoo
 from vil.runtime.distributed import Process
+from vil.runtime.epoch_steps import EpochSteps
 from vil.training.distillation import DistillationLoss, Teacher, build_teacher, describe_teacher
 from vil.training.loss import build_loss
 from vil.training.model_updater import ModelUpdater
@@ -273,7 +274,7 @@ def test_models_of_timm_learn_with_the_heads_that_they_have(tmp_path: Path, name
     model = timm.create_model(name, num_classes=CLASSES, **options)
     before = [head.weight.detach().clone() for head in classifiers(model)]
     config = make_config(tmp_path, max_steps=1, warmup_epochs=0, distillation="hard", distillation_alpha=1.0)
-    updater = ModelUpdater(model, config, CPU, STEPS, teacher=make_teacher())
+    updater = ModelUpdater(model, config, CPU, EpochSteps.constant(STEPS), teacher=make_teacher())
     updater.set_training_mode()
     images, targets = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
     updater.begin_step(0)

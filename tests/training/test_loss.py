@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vil.config import ScheduleConfig, UserError
+from vil.config import AugmentConfig, ScheduleConfig, UserError
 from vil.training.loss import build_loss, class_weights, image_weights
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])
@@ -30,6 +30,57 @@ def test_binary_cross_entropy_with_smoothing_keeps_targets_soft():
     assert torch.equal(loss(LOGITS, SOFT), F.binary_cross_entropy_with_logits(LOGITS, SOFT))
     smooth = 0.7 * F.one_hot(TARGETS, 3) + 0.1
     assert torch.allclose(loss(LOGITS, TARGETS), F.binary_cross_entropy_with_logits(LOGITS, smooth))
+
+
+def test_a_threshold_of_bce_replaces_the_rules_for_soft_targets():
+    for smoothing in (0.0, 0.3):
+        loss = build_loss(ScheduleConfig(loss="bce", label_smoothing=smoothing, bce_threshold=0.5))
+        above = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        for targets in (SOFT, TARGETS):
+            assert torch.equal(loss(LOGITS, targets), F.binary_cross_entropy_with_logits(LOGITS, above))
+    with pytest.raises(UserError) as refused:
+        build_loss(ScheduleConfig(bce_threshold=0.5))
+    assert str(refused.value) == "schedule.bce_threshold: needs schedule.loss bce"
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_jensen_shannon_loss_and_gradients_in_float64(smoothing: float):
+    """Hendrycks et al. (2020): cross-entropy of the first views + 12 · mean KL(view, mean of the views)."""
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(5, 4, dtype=torch.float64, generator=generator) for _ in range(3)]
+    targets = torch.tensor([0, 3, 1, 1, 2])
+
+    def expected(clean: torch.Tensor, *augmented: torch.Tensor) -> torch.Tensor:
+        smooth = (1 - smoothing) * F.one_hot(targets, 4) + smoothing / 4
+        entropy = -(smooth * (clean - clean.logsumexp(1, keepdim=True))).sum() / 5
+        probabilities = [logits.exp() / logits.exp().sum(1, keepdim=True) for logits in (clean, *augmented)]
+        mixture = sum(probabilities) / 3
+        divergence = sum((p * (p / mixture).log()).sum() / 5 for p in probabilities) / 3
+        return entropy + 12 * divergence
+
+    loss = build_loss(ScheduleConfig(label_smoothing=smoothing, augment=AugmentConfig(splits=3)))
+    logits = torch.cat(views).requires_grad_()
+    parts = [view.clone().requires_grad_() for view in views]
+    found, by_hand = loss(logits, targets), expected(*parts)
+    torch.testing.assert_close(found, by_hand)
+    (gradient,) = torch.autograd.grad(found, logits)
+    torch.testing.assert_close(gradient, torch.cat(torch.autograd.grad(by_hand, parts)))
+
+
+def test_jensen_shannon_loss_refuses_other_losses_and_class_weights():
+    augment = AugmentConfig(splits=3)
+    for options, weights, message in (
+        ({"loss": "bce"}, None, "schedule.loss: schedule.augment.splits needs cross_entropy"),
+        ({}, WEIGHTS, "schedule.class_weights: cannot be combined with schedule.augment.splits"),
+        (
+            {"distillation": "soft"},
+            None,
+            "schedule.distillation: cannot be combined with schedule.augment.splits",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            build_loss(ScheduleConfig(augment=augment, **options), weights)
+        assert str(refused.value) == message
 
 
 WEIGHTS = torch.tensor([0.5, 3.0, 1.0])

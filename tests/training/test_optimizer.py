@@ -13,19 +13,21 @@ from torch import nn
 
 from vil.command_line import parse
 from vil.config import ScheduleConfig, TrainConfig, UserError
+from vil.runtime.epoch_steps import EpochSteps
 from vil.training.optimizer import (
     build_optimizer,
     build_scheduler,
     clipped_parameters,
     load_optimizer_state,
     parameter_groups,
+    peak_learning_rate,
     undecayed_parameters,
 )
 
 
 def rates(schedule: ScheduleConfig, steps_per_epoch: int, total: int | None = None) -> list[float]:
     optimizer = build_optimizer(nn.Linear(2, 2), schedule)
-    scheduler = build_scheduler(optimizer, schedule, steps_per_epoch)
+    scheduler = build_scheduler(optimizer, schedule, EpochSteps.constant(steps_per_epoch))
     learning_rates = []
     for step in range(total or schedule.epochs * steps_per_epoch):
         scheduler.step_update(step)
@@ -49,7 +51,7 @@ def test_cosine_that_begins_with_the_run_as_in_the_papers_code():
 
 
 def test_recipes_set_warmup_prefix():
-    for name in ("vil_300", "deit_300", "finetune_384"):
+    for name in ("vil_300", "deit_300", "deit3_800", "finetune_384"):
         path = Path(__file__).parents[2] / "configs" / "schedules" / f"{name}.yaml"
         assert parse(TrainConfig, ["--schedule", str(path)]).config.schedule.warmup_prefix is False, name
 
@@ -93,6 +95,28 @@ def test_step_drops_every_decay_epochs():
     assert rates(schedule, 2) == pytest.approx([1.0] * 4 + [0.5] * 4 + [0.25] * 4)
 
 
+def test_multistep_drops_at_each_milestone():
+    schedule = ScheduleConfig(
+        scheduler="multistep", epochs=5, lr=1.0, warmup_epochs=0, decay_milestones=[1, 3.5], decay_rate=0.5
+    )
+    assert rates(schedule, 2) == pytest.approx([1.0] * 2 + [0.5] * 5 + [0.25] * 3)
+
+
+@pytest.mark.parametrize("has_prefix", [True, False])
+@pytest.mark.parametrize("scheduler", ["cosine", "poly"])
+def test_the_cooldown_stays_at_the_last_rate(scheduler: str, has_prefix: bool):
+    schedule = ScheduleConfig(
+        scheduler=scheduler,  # type: ignore[arg-type]
+        epochs=4,
+        warmup_epochs=1,
+        min_lr=1e-5,
+        warmup_prefix=has_prefix,
+    )
+    cooled = dataclasses.replace(schedule, cooldown_epochs=2)
+    assert cooled.total_epochs == 6
+    assert rates(cooled, 3, 18) == rates(schedule, 3) + [1e-5] * 6
+
+
 @pytest.mark.parametrize("scheduler", ["cosine", "poly"])
 @pytest.mark.parametrize(
     ("steps", "warmup", "expected"),
@@ -121,7 +145,7 @@ def test_constant_after_warmup():
 def test_rate_is_a_function_of_the_step():
     schedule = ScheduleConfig(epochs=5, warmup_epochs=1)
     optimizer = build_optimizer(nn.Linear(2, 2), schedule)
-    scheduler = build_scheduler(optimizer, schedule, 4)
+    scheduler = build_scheduler(optimizer, schedule, EpochSteps.constant(4))
     scheduler.step_update(13)
     assert optimizer.param_groups[0]["lr"] == rates(schedule, 4)[13]
 
@@ -133,6 +157,31 @@ def test_linear_scaling_with_the_batch():
     lr = rates(schedule, steps_per_epoch=2)
     assert lr[0] == pytest.approx(5e-4 / 8 / 2)
     assert max(lr) == pytest.approx(5e-4 / 8)
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "poly", "multistep"])
+def test_schedules_count_in_epochs_if_their_lengths_change(scheduler: str):
+    schedule = ScheduleConfig(
+        scheduler=scheduler,  # type: ignore[arg-type]
+        epochs=6,
+        warmup_epochs=1.5,
+        min_lr=1e-5,
+        decay_milestones=[3, 5] if scheduler == "multistep" else None,
+    )
+    constant = rates(schedule, 8)
+    steps = EpochSteps(((0, 8), (2, 4), (4, 16)))
+    optimizer = build_optimizer(nn.Linear(2, 2), schedule)
+    changing = build_scheduler(optimizer, schedule, steps)
+    for epoch in range(6):
+        changing.step_update(steps.scheduled_time(steps.first_step(epoch)))  # type: ignore[arg-type]
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(constant[8 * epoch], rel=0.15), epoch
+    changing.step_update(steps.scheduled_time(steps.first_step(6) - 1))  # type: ignore[arg-type]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(constant[-1])
+
+
+def test_square_root_scaling_with_the_batch():
+    schedule = ScheduleConfig(batch_size=64, lr=1e-3, lr_batch_size=1024, lr_scaling="sqrt")
+    assert peak_learning_rate(schedule) == pytest.approx(1e-3 / 4)
 
 
 def test_groups_of_a_tiny_module():
@@ -182,11 +231,16 @@ def test_layer_decay_scales_the_rate_of_each_layer():
     model = TinyModel()
     schedule = ScheduleConfig(lr=1.0, layer_decay=0.5, warmup_epochs=0, scheduler="constant")
     optimizer = build_optimizer(model, schedule)
-    build_scheduler(optimizer, schedule, 1).step_update(0)
+    build_scheduler(optimizer, schedule, EpochSteps.constant(1)).step_update(0)
     rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rate[model.head.weight] == rate[model.head.bias] == 1.0
     assert rate[model.norm.weight] == 0.5
     assert rate[model.stem.weight] == rate[model.position] == 0.25
+
+
+def test_layer_decay_has_a_smallest_factor():
+    groups = parameter_groups(TinyModel(), ScheduleConfig(layer_decay=0.5, layer_decay_min=0.4))
+    assert {group["lr_scale"] for group in groups} == {1.0, 0.5, 0.4}
 
 
 def test_layer_decay_without_a_group_matcher():
@@ -238,6 +292,67 @@ def test_options_reach_the_optimizer():
     assert {group["weight_decay"] for group in adam} == {0.0, 0.3}
     sgd = build_optimizer(model, ScheduleConfig(optimizer="momentum", momentum=0.7, dampening=0.8))
     assert all(group["momentum"] == 0.7 and group["dampening"] == 0.8 for group in sgd.param_groups)
+
+
+def test_further_options_reach_the_optimizer():
+    options = {"max_grad_norm": None, "trust_clip": True}
+    (group, *_) = build_optimizer(
+        TinyModel(), ScheduleConfig(optimizer="lookahead_lamb", optimizer_options=options)
+    ).param_groups
+    assert (group["max_grad_norm"], group["trust_clip"]) == (None, True)
+    three = {"betas": [0.9, 0.99, 0.999]}  # the schedule has two
+    (group, *_) = build_optimizer(
+        TinyModel(), ScheduleConfig(optimizer="adan", optimizer_options=three)
+    ).param_groups
+    assert group["betas"] == (0.9, 0.99, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"optimizer_options": {"nesterov": True}},
+            "optimizer_options.nesterov: adamw has no such option; expected one of amsgrad, maximize",
+        ),
+        (
+            {"optimizer_options": {"betas": [0.8, 0.9]}},
+            "optimizer_options.betas: is set by schedule.betas",
+        ),
+        ({"optimizer_options": {"fused": False}}, "optimizer_options.fused: is chosen by the trainer"),
+        (
+            {"optimizer_options": {"amsgrad": 1}},
+            "optimizer_options.amsgrad: expected true or false, got 1",
+        ),
+        (
+            {"optimizer": "muon", "optimizer_options": {"ns_steps": "many"}},
+            "optimizer_options: muon: '<=' not supported between instances of 'str' and 'int'",
+        ),
+        (
+            {"lr_scaling": "sqrt"},
+            "lr_scaling: sqrt needs schedule.lr_batch_size or schedule.lr_follows_batch",
+        ),
+        ({"layer_decay_min": 0.1}, "layer_decay_min: needs schedule.layer_decay"),
+        ({"decay_milestones": [1.0]}, "decay_milestones: needs schedule.scheduler multistep"),
+        ({"scheduler": "multistep"}, "decay_milestones: is needed by schedule.scheduler multistep"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict, message: str):
+    with pytest.raises(UserError) as caught:
+        rates(ScheduleConfig(**options), 1, 1)
+    assert str(caught.value) == f"schedule.{message}"
+
+
+def test_a_checkpoint_without_the_maxima_of_amsgrad_is_refused():
+    """The fused kernel would read past the end of what it holds."""
+    optimizers = [
+        build_optimizer(TinyModel(), ScheduleConfig(optimizer_options={"amsgrad": amsgrad}))
+        for amsgrad in (False, True)
+    ]
+    for parameter in optimizers[0].param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizers[0].step()
+    with pytest.raises(ValueError, match="max_exp_avg_sq of parameter 0 is missing or of another shape"):
+        load_optimizer_state(optimizers[1], optimizers[0].state_dict())
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         ("data", "source", "folder"),
         ("schedule", "batch_size", 32),
         ("schedule", "optimizer", "sgd"),
+        ("schedule", "optimizer_options", {"amsgrad": True}),
         ("", "seed", 5),
     ],
 )

@@ -12,6 +12,7 @@ import vil
 from vil.checkpoints import run_folder
 from vil.config import UserError
 from vil.runtime.distributed import Process
+from vil.runtime.epoch_steps import EpochSteps
 from vil.training.model_updater import ModelUpdater
 from vil.training.trainable import PartialTraining, classifiers
 
@@ -119,7 +120,7 @@ def test_head_saves_no_activation_of_the_backbone(tmp_path: Path, gradient_check
     shapes = []
     model = small_vil()
     config = make_config(tmp_path, trainable="head", gradient_checkpointing=gradient_checkpointing)
-    updater = ModelUpdater(model, config, CPU, STEPS)
+    updater = ModelUpdater(model, config, CPU, EpochSteps.constant(STEPS))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
         updater.accumulate(torch.zeros(5, 3, 16, 16), torch.zeros(5, dtype=torch.int64), 0)
     # Only (batch, width) before the classifier, (batch, classes) behind it, its weight, and the targets.

@@ -28,13 +28,16 @@ SCHEDULE: dict[str, tuple[Any, Options, str]] = {
     "optimizer": ("lamb", {}, "optimizer"),
     "lr": (0.1, {}, "learning_rates"),
     "lr_batch_size": (32, {}, "learning_rates"),
+    "lr_scaling": ("sqrt", {"lr_batch_size": 64}, "learning_rates"),
     "betas": ((0.5, 0.6), {}, "betas"),
     "momentum": (0.5, SGD, "momentum"),
     "dampening": (0.5, SGD, "dampening"),
     "eps": (1e-3, {}, "eps"),
+    "optimizer_options": ({"amsgrad": True}, {}, "optimizer"),
     "weight_decay": (0.3, {}, "weight_decay"),
     "decay_biases": (True, {"weight_decay": 0.1}, "params"),
     "layer_decay": (0.5, {}, "lr_scale"),
+    "layer_decay_min": (0.9, {"layer_decay": 0.5}, "lr_scale"),
     "clip_grad": (0.01, SGD, "weights"),
     "clip_mode": ("value", {**SGD, "clip_grad": 0.01}, "weights"),
     "scheduler": ("constant", {}, "learning_rates"),
@@ -43,8 +46,15 @@ SCHEDULE: dict[str, tuple[Any, Options, str]] = {
     "warmup_factor": (0.5, {}, "learning_rates"),
     "warmup_prefix": (False, {}, "learning_rates"),
     "decay_epochs": (0.4, {"scheduler": "step", "warmup_epochs": 0}, "learning_rates"),
+    "decay_milestones": (
+        [0.4],
+        {"scheduler": "multistep", "warmup_epochs": 0, "decay_milestones": [0.6]},
+        "learning_rates",
+    ),
+    "cooldown_epochs": (1, {}, "epochs"),
     "decay_rate": (0.5, {"scheduler": "step", "warmup_epochs": 0, "decay_epochs": 0.4}, "learning_rates"),
     "loss": ("bce", {}, "losses"),
+    "bce_threshold": (0.9, {"loss": "bce", "label_smoothing": 0.3}, "losses"),
     "class_weights": ("balanced", {}, "losses"),
     "label_smoothing": (0.3, {}, "losses"),
     "distillation": ("hard", {}, "losses"),
@@ -56,6 +66,12 @@ SCHEDULE: dict[str, tuple[Any, Options, str]] = {
     "best_metric": ("loss", {}, "best"),
     "random_shift_until": (0.0, {"model": RANDOM_SHIFT}, "neighbors"),
     "progressive_resizing": ([(0.1 * n, SIZE) for n in range(9)], {"compile": True}, "recompile_limit"),
+    "random_sizes": ([SIZE] * 9, {"compile": True}, "recompile_limit"),
+    "lr_follows_batch": (
+        True,
+        {"progressive_resizing": [(0, SIZE), (0.5, SIZE, 14)], "epochs": 2, "scheduler": "constant"},
+        "learning_rates",
+    ),
 }
 """Option -> another value than the default, options of both runs, and the effect that must differ."""
 
@@ -63,6 +79,8 @@ TRAIN: dict[str, tuple[Any, Options, str]] = {
     "seed": (1, {}, "losses"),
     "precision": ("bfloat16", {}, "dtype"),
     "compile": (True, {}, "compiled"),
+    "compile_backend": ("aot_eager", {"compile": True}, "compile_options"),
+    "compile_mode": ("max-autotune-no-cudagraphs", {"compile": True}, "compile_options"),
     "channels_last": (True, {}, "channels_last"),
     "gradient_checkpointing": (True, {}, "gradient_checkpointing"),
     "log_every": (3, {}, "steps"),
@@ -119,7 +137,13 @@ def effects(folder: Path, options: Options) -> Options:
     draw = torch.zeros(3, 4, 4, dtype=torch.uint8)
     tqdm = run_log.tqdm
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda network, **_: count("compiled", network))
+        patch.setattr(
+            torch,
+            "compile",
+            lambda network, **keywords: (
+                found.update(compile_options=keywords) or count("compiled", network)  # type: ignore[func-returns-value]
+            ),
+        )
         for name in ("LossMonitor", "Watchdog"):
             patch.setattr(trainer, name, recording(name))
         patch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

@@ -90,7 +90,7 @@ class Run:
     @property
     def epochs(self) -> int:
         """Length of the run."""
-        return self.cell.config.schedule.epochs
+        return self.cell.config.schedule.total_epochs
 
 
 @dataclass(frozen=True)

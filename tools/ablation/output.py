@@ -90,7 +90,7 @@ def legend(grid: Grid, results: Sequence[CellResult]) -> str:
     images = f" of {_format_range(counts)} validation images" if counts else ""
     if len(counts) == 1:
         images += f" (one image: {100 / counts[0]:.2g} %)"
-    epochs = _format_range(sorted({cell.config.schedule.epochs for cell in grid.cells}))
+    epochs = _format_range(sorted({cell.config.schedule.total_epochs for cell in grid.cells}))
     return (
         f"Seeds {', '.join(map(str, grid.seeds))}; {epochs} epochs; measured on {devices or 'nothing yet'}. "
         f"Top-1{images}: mean ± standard deviation over seeds, of the weights after the last epoch, and the "

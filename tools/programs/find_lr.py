@@ -41,6 +41,7 @@ from vil.models.zoo import check_device, model_from_config
 from vil.runtime import distributed
 from vil.runtime.console import print_line
 from vil.runtime.distributed import Process, all_reduce_sum
+from vil.runtime.epoch_steps import EpochSteps
 from vil.runtime.files import check_writable, write_output
 from vil.runtime.precision import choose_precision, set_deterministic
 from vil.runtime.seeding import seed_generators
@@ -116,7 +117,8 @@ def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) ->
     num_logits = config.model.num_classes or len(loaders.class_names)
     weights = class_weights(schedule.class_weights, loaders.class_counts, num_logits)
     teacher = build_teacher(config, loaders.class_names, process)
-    updater = ModelUpdater(model, config, process, loaders.train.steps_per_epoch, weights, teacher)
+    steps = EpochSteps.constant(loaders.train.steps_per_epoch)
+    updater = ModelUpdater(model, config, process, steps, weights, teacher)
     updater.wrap_network()
     updater.set_training_mode()
     factor = peak_learning_rate(schedule) / schedule.lr

@@ -92,7 +92,7 @@ def _training(folder: Path) -> Iterator[tuple[str, str]]:
 
 def _recipe(schedule: ScheduleConfig) -> str:
     return (
-        f"{schedule.epochs} epochs, batch size {schedule.batch_size}, {schedule.optimizer}, "
+        f"{schedule.total_epochs} epochs, batch size {schedule.batch_size}, {schedule.optimizer}, "
         f"learning rate {schedule.lr:g}, weight decay {schedule.weight_decay:g}"
     )
 

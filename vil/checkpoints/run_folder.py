@@ -51,7 +51,8 @@ LOCK_TIMEOUT_S = 10.0
 
 _FIXED_OPTIONS = (
     *("model", "data.source", "data.val_fraction", "data.val_seed", "data.val_list", "seed"),
-    *("schedule.batch_size", "schedule.optimizer", "schedule.trainable", "schedule.best_metric"),
+    *("schedule.batch_size", "schedule.optimizer", "schedule.optimizer_options"),
+    *("schedule.trainable", "schedule.best_metric"),
 )
 """Sections and options that a continued run must not change."""
 
@@ -290,6 +291,23 @@ def check_teacher(folder: Path, state: State, digest: str | None) -> None:
         raise UserError("schedule.teacher", f"{reason} {folder}; restore them, or name another output")
 
 
+def check_epoch(folder: Path, state: State, epoch: int, epoch_step: int) -> None:
+    """Raise UserError if batch sizes of earlier epochs differ from those of the run in `folder`.
+
+    Args:
+        folder: the run's folder.
+        state: its checkpoint.
+        epoch, epoch_step: position of the checkpoint's step by the current configuration.
+    """
+    stored = (state["epoch"], state.get("epoch_step", epoch_step))
+    if stored != (epoch, epoch_step):
+        reason = (
+            f"the run in {folder} finished {stored[1]} steps of epoch {stored[0] + 1}, which would now be"
+        )
+        reason += f" {epoch_step} steps of epoch {epoch + 1}; keep the batch sizes of finished epochs"
+        raise UserError("schedule.progressive_resizing", reason)
+
+
 def write_config(folder: Path, config: TrainConfig) -> None:
     """Write the resolved configuration to config.yaml, for --config. Raise OSError if that fails."""
     content = with_absolute_paths(as_tree(dataclasses.replace(config, resume="auto")))
@@ -312,7 +330,9 @@ def begin_run(folder: Path, config: TrainConfig) -> None:
 def finished_top1(folder: Path, state: State, config: TrainConfig) -> float | None:
     """Return the final top-1 in percent if the run that `config` describes is finished, else None."""
     limit = config.schedule.max_steps
-    is_trained = state["epoch"] >= config.schedule.epochs or (limit is not None and state["step"] >= limit)
+    is_trained = state["epoch"] >= config.schedule.total_epochs or (
+        limit is not None and state["step"] >= limit
+    )
     evaluations = evaluations_since_best(state, config.eval_every)
     if not is_trained and not is_stopped_early(evaluations, config.schedule.patience):
         return None

@@ -7,6 +7,7 @@ in it can run:
     optimizer, scaler their state dicts
     step, epoch       finished optimizer steps and epochs; no generator state, because every random draw is a
                       function of the step
+    epoch_step        finished steps of the current epoch (since version 0.3.0)
     finished_step     step of the last finished epoch, evaluation included
     watched           counts of skipped steps and recent losses (`vil.training`)
     best              {"top1", "weights": "raw" | "ema", "epoch"} of the best evaluation, or None; and
@@ -107,6 +108,7 @@ _SCHEMA: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 """Check of each value, and its description in an error."""
 _OPTIONAL_SCHEMA: dict[str, tuple[Callable[[object], bool], str]] = {
+    "epoch_step": _COUNT,
     "train_images": _COUNT,
     "steps_per_epoch": (lambda x: _is_count(x) and x != 0, "an integer of at least 1"),
     "evaluations_since_best": _COUNT,

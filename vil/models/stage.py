@@ -13,7 +13,7 @@ from functools import partial
 from typing import cast
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, LayerScale, Mlp
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -46,23 +46,30 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with a residual and the same drop path rate."""
+    """Pre-norm attention and MLP, each with a residual and the same drop path rate.
+
+    With `layer_scale`, the branches are multiplied by a learned factor per channel (Touvron et al., Going
+    deeper with Image Transformers, 2021, section 2).
+    """
 
     def __init__(self, attention: Attention, config: ModelConfig, drop_path: float) -> None:
         super().__init__()
         dim = attention.dim
         self.norm1 = LayerNorm(dim)
         self.attn = attention
+        init = config.layer_scale
+        self.ls1 = LayerScale(dim, init) if init is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm(dim)
         self.mlp_width = int(config.mlp_ratio * dim)
         self.mlp = Mlp(dim, self.mlp_width, drop=config.dropout)
+        self.ls2 = LayerScale(dim, init) if init is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         """Apply attention and MLP: (B, G+N, C) → (B, G+N, C)."""
-        x = x + self.drop_path1(self.attn(self.norm1(x), size))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), size)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 @register_notrace_module  # control flow depends on shapes, so torch.fx must treat a stage as one node

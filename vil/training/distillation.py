@@ -12,6 +12,7 @@ from vil.checkpoints.teacher import TrainedTeacher, load_teacher
 from vil.config import ScheduleConfig, TrainConfig, UserError, format_size
 from vil.runtime.class_names import match_classes
 from vil.runtime.distributed import Process, all_reduce_sum, broadcast_object
+from vil.training.compilation import compile_network
 from vil.training.loss import image_weights
 
 
@@ -56,9 +57,9 @@ class Teacher:
         )
         self._scale, self._shift = old_std / new_std, (old_mean - new_mean) / new_std
 
-    def compile(self) -> None:
-        """Compile the teacher, in one graph: its images have one size."""
-        self._network = torch.compile(self._network, dynamic=False)  # type: ignore[assignment]
+    def compile(self, config: TrainConfig) -> None:
+        """Compile the teacher as the student, in one graph: its images have one size."""
+        self._network = compile_network(self._network, config)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.loss import BinaryCrossEntropy
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from torch import nn
 from torch.nn import functional as F
 
 from vil.config import ScheduleConfig, UserError
+
+JSD_ALPHA = 12
+"""Weight of the Jensen-Shannon divergence (Hendrycks et al., AugMix, 2020, section 3)."""
 
 
 class CrossEntropy(nn.Module):
@@ -60,12 +63,30 @@ def build_loss(schedule: ScheduleConfig, class_weights: torch.Tensor | None = No
     """Build the loss of `schedule`, with weights of the classes, (classes,), on the device of the logits.
 
     bce without label smoothing sets the target of every class of a mixed image to 1, as DeiT III (Touvron et
-    al., 2022, section 4); with smoothing, soft targets stay.
+    al., 2022, section 4); with smoothing, soft targets stay. `bce_threshold` replaces both rules.
+
+    With `augment.splits`, the loss is the cross-entropy of the first views plus the Jensen-Shannon divergence
+    of all views, for logits (S·B, classes), first views first, and targets (B,).
+
+    Raises:
+        UserError: options that do not go together.
     """
     smoothing = schedule.label_smoothing
+    threshold = schedule.bce_threshold
+    if schedule.augment.splits > 1:
+        if schedule.loss != "cross_entropy":
+            raise UserError("schedule.loss", "schedule.augment.splits needs cross_entropy")
+        if class_weights is not None:
+            raise UserError("schedule.class_weights", "cannot be combined with schedule.augment.splits")
+        if schedule.distillation != "none":
+            raise UserError("schedule.distillation", "cannot be combined with schedule.augment.splits")
+        return JsdCrossEntropy(schedule.augment.splits, JSD_ALPHA, smoothing)
     if schedule.loss == "cross_entropy":
+        if threshold is not None:
+            raise UserError("schedule.bce_threshold", "needs schedule.loss bce")
         return CrossEntropy(smoothing, class_weights)
-    threshold = None if smoothing else 0.0
+    if threshold is None and not smoothing:
+        threshold = 0.0
     if class_weights is None:
         return BinaryCrossEntropy(smoothing, target_threshold=threshold)
     return WeightedBinaryCrossEntropy(smoothing, threshold, class_weights)

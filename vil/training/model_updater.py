@@ -11,11 +11,19 @@ from torch import nn
 from vil.checkpoints.training_state import State
 from vil.config import TrainConfig, UserError
 from vil.runtime.distributed import Process, all_reduce_sum, average_over_ranks, data_parallel
+from vil.runtime.epoch_steps import EpochSteps, phase_at, training_phases
 from vil.runtime.precision import autocast, choose_precision, grad_scaler
+from vil.training.compilation import check_compile_options, compile_network
 from vil.training.distillation import DistillationLoss, Teacher, set_distilled_training
 from vil.training.loss import build_loss, image_weights
 from vil.training.non_finite import NonFiniteSkipper, batch_norm_buffers, loss_grad
-from vil.training.optimizer import build_optimizer, build_scheduler, clipped_parameters, load_optimizer_state
+from vil.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    clipped_parameters,
+    learning_rate_factor,
+    load_optimizer_state,
+)
 from vil.training.trainable import PartialTraining
 
 
@@ -26,7 +34,7 @@ class ModelUpdater:
         model: maps images (B, C, H, W) to logits (B, classes); moved to the device, trained in place.
         config: the resolved configuration.
         process: rank and device of this process.
-        steps_per_epoch: optimizer steps of an epoch.
+        epoch_steps: optimizer steps of each epoch.
         class_weights: weight of each logit in the loss; None for equal weights.
         teacher: the teacher of `schedule.distillation`.
 
@@ -39,12 +47,13 @@ class ModelUpdater:
         model: nn.Module,
         config: TrainConfig,
         process: Process,
-        steps_per_epoch: int,
+        epoch_steps: EpochSteps,
         class_weights: list[float] | None = None,
         teacher: Teacher | None = None,
     ) -> None:
         schedule = config.schedule
         self._config, self._process = config, process
+        check_compile_options(config)
         self.precision = choose_precision(config.precision, process.device)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(process.device).to(memory_format=memory_format)
@@ -53,7 +62,12 @@ class ModelUpdater:
         self._part = PartialTraining(model, schedule.trainable)
         self._part.set_training_mode()
         self._optimizer = build_optimizer(model, schedule)
-        self._scheduler = build_scheduler(self._optimizer, schedule, steps_per_epoch)
+        self._scheduler = build_scheduler(self._optimizer, schedule, epoch_steps)
+        self._epoch_steps = epoch_steps
+        self._phases = training_phases(schedule, config.model.size)
+        if schedule.lr_follows_batch and len({phase.batch_size for phase in self._phases}) == 1:
+            reason = "needs different batch sizes in schedule.progressive_resizing"
+            raise UserError("schedule.lr_follows_batch", reason)
         self._scaler = grad_scaler(self.precision, process.device)
         self._class_weights: torch.Tensor | None = None
         if class_weights is not None:
@@ -92,15 +106,9 @@ class ModelUpdater:
             with autocast(self.precision, process.device):  # its passes compile kernels of this precision
                 self._network = data_parallel(self.model, process, shape)
         if config.compile:
-            # One graph for each size of the images, before and after random shift. Beyond its limit of
-            # recompilations, PyTorch would run without the compiler.
-            graphs = 2 * (1 + len(config.schedule.progressive_resizing or []))
             if self._teacher is not None:
-                self._teacher.compile()
-                graphs += 1
-            dynamo = torch._dynamo.config
-            dynamo.recompile_limit = max(dynamo.recompile_limit, graphs)
-            self._network = torch.compile(self._network, dynamic=False)  # type: ignore[assignment]
+                self._teacher.compile(config)
+            self._network = compile_network(self._network, config)
 
     def set_training_mode(self) -> None:
         """Set train mode, but evaluation mode for what `schedule.trainable` freezes."""
@@ -116,11 +124,20 @@ class ModelUpdater:
 
     def begin_step(self, step: int, learning_rate: float | None = None) -> None:
         """Set the learning rate of `step`, counted from 0: that of the schedule, unless one is given."""
-        self._scheduler.step_update(step)
+        self._set_learning_rates(step)
         if learning_rate is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         self._skipper.save_statistics()
+
+    def _set_learning_rates(self, step: int) -> None:
+        self._scheduler.step_update(self._epoch_steps.scheduled_time(step))  # type: ignore[arg-type]
+        schedule = self._config.schedule
+        if schedule.lr_follows_batch:
+            batch_size = phase_at(self._phases, self._epoch_steps.locate(step)[0]).batch_size
+            factor = learning_rate_factor(schedule, batch_size / schedule.batch_size)
+            for group in self._optimizer.param_groups:
+                group["lr"] *= factor
 
     def accumulate(self, images: torch.Tensor, targets: torch.Tensor, part: int) -> torch.Tensor:
         """Add the gradients of one micro-batch.
@@ -209,7 +226,7 @@ class ModelUpdater:
         self.model.load_state_dict(state["model"])
         load_optimizer_state(self._optimizer, state["optimizer"])
         if state["step"]:
-            self._scheduler.step_update(state["step"] - 1)  # for a checkpoint that no further step precedes
+            self._set_learning_rates(state["step"] - 1)  # for a checkpoint that no further step precedes
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"] or state["model"])
         if state["scaler"]:

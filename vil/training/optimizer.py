@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatch
 
 import torch
 from timm.models import group_parameters
-from timm.optim import auto_group_layers, create_optimizer_v2, get_optimizer_info, list_optimizers
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.optim import (
+    auto_group_layers,
+    create_optimizer_v2,
+    get_optimizer_class,
+    get_optimizer_info,
+    list_optimizers,
+)
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from vil.checkpoints.training_state import State
-from vil.config import ScheduleConfig, Tree, UserError
+from vil.config import ScheduleConfig, Tree, UserError, error_reason
+from vil.runtime.epoch_steps import EpochSteps
 from vil.training.trainable import classifiers
+from vil.validation import suggestion
 
 _FUSED = ("adam", "adamw", "sgd", "momentum")
 """timm's names of PyTorch optimizers whose fused versions can skip a step on the device."""
 
 _CONFIGURED_KEYS = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum", "dampening")
 """Keys of parameter groups that the configuration sets; other numbers are state of the optimizer."""
+
+
+_SCHEDULE_OPTIONS = ("lr", "momentum", "dampening", "eps", "weight_decay")
+"""Keyword arguments of optimizers that options of the same names in the schedule set."""
+_IMPLEMENTATION_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
+"""Keyword arguments of optimizers that select an implementation, which a skipped step depends on."""
 
 
 def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.Optimizer:
@@ -48,11 +63,14 @@ def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.O
         options["dampening"] = schedule.dampening
     if name in _FUSED:
         options["fused"] = True
+    if schedule.optimizer_options:
+        options |= check_optimizer_options(kind, schedule.optimizer_options)
+    groups, lr = parameter_groups(model, schedule), peak_learning_rate(schedule)
     try:
         return create_optimizer_v2(
-            parameter_groups(model, schedule),
+            groups,
             opt=name,
-            lr=peak_learning_rate(schedule),
+            lr=lr,
             weight_decay=schedule.weight_decay,
             momentum=schedule.momentum,
             **options,
@@ -63,6 +81,39 @@ def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.O
             reason = f"not supported by {name}; use momentum, which is SGD without Nesterov momentum in timm"
             raise UserError("schedule.dampening", reason) from error
         raise UserError("schedule.optimizer", f"{name}: {reason}") from error
+
+
+def check_optimizer_options(name: str, values: Mapping[str, object]) -> Tree:
+    """Return `schedule.optimizer_options` as keyword arguments of timm's optimizer `name`.
+
+    Raises:
+        UserError: an option that the optimizer does not have, that another option sets, or that fails in a
+            step.
+    """
+    option, info = "schedule.optimizer_options", get_optimizer_info(name)
+    weight, bias = (nn.Parameter(torch.ones(shape)) for shape in ((8, 8), (8,)))
+    try:
+        known = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    except Exception as error:  # of an optimizer that needs another package or a GPU
+        raise UserError("schedule.optimizer", f"{name}: {error_reason(error)}") from error
+    configured = [*_SCHEDULE_OPTIONS, *(["betas"] if info.has_betas and info.num_betas == 2 else [])]
+    for key, value in values.items():
+        if key in configured:
+            raise UserError(f"{option}.{key}", f"is set by schedule.{key}")
+        if key in _IMPLEMENTATION_OPTIONS:
+            raise UserError(f"{option}.{key}", "is chosen by the trainer")
+        if key not in known:
+            hint = suggestion(key, set(known) - {*configured, *_IMPLEMENTATION_OPTIONS})
+            raise UserError(f"{option}.{key}", f"{name} has no such option{hint}")
+        if isinstance(known[key].default, bool) and not isinstance(value, bool):
+            raise UserError(f"{option}.{key}", f"expected true or false, got {value!r}")
+    options: Tree = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    try:  # many optimizers read their options in a step only
+        weight.grad, bias.grad = torch.eye(8), torch.ones(8)
+        create_optimizer_v2([weight, bias], opt=name, lr=1e-3, weight_decay=0.0, **options).step()
+    except Exception as error:
+        raise UserError(option, f"{name}: {error_reason(error)}") from error
+    return options
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
@@ -101,9 +152,11 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> Non
     if not any(group.get("fused") for group in optimizer.param_groups):
         return
     has_momentum = isinstance(optimizer, torch.optim.SGD)
+    names = ["momentum_buffer"] if has_momentum else ["exp_avg", "exp_avg_sq"]
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        names.append("max_exp_avg_sq")
     for index, parameter in zip(indices, parameters):
         values = states.get(index, {})
-        names = ("momentum_buffer",) if has_momentum else ("exp_avg", "exp_avg_sq")
         for name in names if values else ():
             value = values.get(name)
             if value is None and has_momentum:
@@ -137,8 +190,22 @@ def merge_group_options(stored: State, configured: Mapping[str, object]) -> Tree
 
 
 def peak_learning_rate(schedule: ScheduleConfig) -> float:
-    """Return `lr`, scaled linearly from `lr_batch_size` (if given) to `batch_size`."""
-    return schedule.lr * (schedule.batch_size / schedule.lr_batch_size if schedule.lr_batch_size else 1.0)
+    """Return `lr`, scaled from `lr_batch_size` (if given) to `batch_size`.
+
+    Raises:
+        UserError: `lr_scaling` sqrt without a batch size to scale from.
+    """
+    if schedule.lr_batch_size is None:
+        if schedule.lr_scaling == "sqrt" and not schedule.lr_follows_batch:
+            reason = "sqrt needs schedule.lr_batch_size or schedule.lr_follows_batch"
+            raise UserError("schedule.lr_scaling", reason)
+        return schedule.lr
+    return schedule.lr * learning_rate_factor(schedule, schedule.batch_size / schedule.lr_batch_size)
+
+
+def learning_rate_factor(schedule: ScheduleConfig, ratio: float) -> float:
+    """Return the factor on the learning rate of a batch that is larger by the factor `ratio`."""
+    return math.sqrt(ratio) if schedule.lr_scaling == "sqrt" else ratio
 
 
 def parameter_groups(model: nn.Module, schedule: ScheduleConfig) -> list[Tree]:
@@ -148,7 +215,10 @@ def parameter_groups(model: nn.Module, schedule: ScheduleConfig) -> list[Tree]:
     the learning rate. The layers are those of the model's `group_matcher`, else timm's groups in order.
     """
     undecayed = undecayed_parameters(model, schedule.decay_biases)
-    scales = _layer_scales(model, schedule.layer_decay) if schedule.layer_decay is not None else {}
+    decay, smallest = schedule.layer_decay, schedule.layer_decay_min
+    if decay is None and smallest:
+        raise UserError("schedule.layer_decay_min", "needs schedule.layer_decay")
+    scales = _layer_scales(model, decay, smallest) if decay is not None else {}
     groups: dict[tuple[float, bool], Tree] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -200,7 +270,7 @@ def clipped_parameters(model: nn.Module, mode: str) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad and p not in excluded]
 
 
-def _layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+def _layer_scales(model: nn.Module, decay: float, smallest: float) -> dict[str, float]:
     """Return the factor on the learning rate of each parameter: decay ** (layers up to the head)."""
     matcher = getattr(model, "group_matcher", None)
     if matcher:
@@ -208,32 +278,51 @@ def _layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     else:
         layers = auto_group_layers(model)
     deepest = max(layers.values(), default=0)
-    return {name: decay ** (deepest - layer) for name, layer in layers.items()}
+    return {name: max(smallest, decay ** (deepest - layer)) for name, layer in layers.items()}
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, epoch_steps: EpochSteps
 ) -> Scheduler:
-    """Build the learning-rate schedule; call `step_update(step)` before each step, counted from 0.
+    """Build the learning-rate schedule; call `step_update` with `scheduled_time(step)` before each step.
 
     The rate rises linearly from `warmup_factor` times the peak at step 0 to the peak after `warmup_epochs`.
     cosine (Loshchilov & Hutter, SGDR, 2017) and poly (a straight line) reach `min_lr` at the last step. With
     `warmup_prefix` they start at the peak after the warm-up; without it they start at step 0, and the warm-up
-    replaces their first part. step multiplies the rate by `decay_rate` every `decay_epochs`.
+    replaces their first part. step multiplies the rate by `decay_rate` every `decay_epochs`, multistep at
+    each of `decay_milestones`; both count from step 0. After `epochs`, in the cool-down, the rate of cosine
+    and poly stays `min_lr`.
+
+    Raises:
+        UserError: milestones without multistep, or multistep without.
     """
-    peak = peak_learning_rate(schedule)
+    milestones = schedule.decay_milestones
+    if (milestones is not None) != (schedule.scheduler == "multistep"):
+        reason = (
+            "needs schedule.scheduler multistep"
+            if milestones
+            else "is needed by schedule.scheduler multistep"
+        )
+        raise UserError("schedule.decay_milestones", reason)
+    peak, steps_per_epoch = peak_learning_rate(schedule), epoch_steps.steps(0)
     warmup = schedule.warmup_epochs * steps_per_epoch
     options: Tree = {
         "warmup_t": warmup,
         "warmup_lr_init": schedule.warmup_factor * peak,
         "t_in_epochs": False,
     }
+    if milestones is not None:
+        # timm compares milestones with t + 1: one step early, unless they are one later.
+        decay_at = [milestone * steps_per_epoch + 1 for milestone in milestones]
+        options |= {"decay_t": decay_at, "decay_rate": schedule.decay_rate, "warmup_prefix": False}
+        return MultiStepLRScheduler(optimizer, **options)
     if schedule.scheduler in ("constant", "step"):
         decay_t, rate = schedule.decay_epochs * steps_per_epoch, schedule.decay_rate
         if schedule.scheduler == "constant":
             decay_t, rate = 1, 1.0
         return StepLRScheduler(optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=False, **options)
-    remaining = schedule.epochs * steps_per_epoch - 1 - (warmup if schedule.warmup_prefix else 0)
+    last = epoch_steps.scheduled_time(epoch_steps.first_step(schedule.epochs) - 1)
+    remaining = last - (warmup if schedule.warmup_prefix else 0)
     # If the warm-up is longer than the run, the length does not matter. timm warns about length 1, as if the
     # rate would be constant; with 0.5 the schedule ends after one step just the same.
     if remaining <= 0 or remaining == 1:

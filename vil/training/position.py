@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from vil.checkpoints.training_state import is_stopped_early
 from vil.config import Tree
+from vil.runtime.epoch_steps import EpochSteps
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class RunPosition:
     """Count finished steps and epochs. An epoch is finished when it is trained, and evaluated if that is due.
 
     Attributes:
-        steps_per_epoch: optimizer steps of an epoch.
+        epoch_steps: optimizer steps of each epoch.
         last_step: number of steps of the whole run.
         step: finished optimizer steps.
         finished_step: value of `step` when an epoch was last finished.
@@ -25,7 +25,7 @@ class RunPosition:
         patience: evaluations without a better one after which the run ends; None for no limit.
     """
 
-    steps_per_epoch: int
+    epoch_steps: EpochSteps
     last_step: int
     step: int = 0
     finished_step: int = 0
@@ -37,17 +37,22 @@ class RunPosition:
     @property
     def epoch(self) -> int:
         """Index of the epoch of the next step, from 0."""
-        return self.step // self.steps_per_epoch
+        return self.epoch_steps.locate(self.step)[0]
+
+    @property
+    def epoch_step(self) -> int:
+        """Finished steps of this epoch."""
+        return self.epoch_steps.locate(self.step)[1]
 
     @property
     def epoch_number(self) -> int:
         """Number of the epoch of the last step, from 1."""
-        return math.ceil(self.step / self.steps_per_epoch)
+        return self.epoch_steps.locate(self.step - 1)[0] + 1 if self.step else 0
 
     @property
     def is_epoch_trained(self) -> bool:
         """True if all steps of an epoch are trained and the epoch is not finished."""
-        is_last = self.step % self.steps_per_epoch == 0 or self.step >= self.last_step
+        is_last = self.epoch_step == 0 or self.step >= self.last_step
         return is_last and self.step > self.finished_step
 
     @property
@@ -81,7 +86,7 @@ class RunPosition:
         a run whose `max_steps` is raised ends at the same epoch as one that was never cut short.
         """
         best, evaluations = best or self.best, self.evaluations_since_best
-        is_due = self.step % (self.eval_every * self.steps_per_epoch) == 0
+        is_due = self.epoch_step == 0 and self.epoch % self.eval_every == 0
         if best is not None and best != self.best:
             evaluations = 0
         elif best is not None and is_due and self.epoch > best["epoch"]:

@@ -23,6 +23,7 @@ from vil.checkpoints import checkpoint_files
 from vil.checkpoints.run_folder import (
     begin_run,
     check_class_names,
+    check_epoch,
     check_teacher,
     check_train_images,
     differences,
@@ -35,6 +36,7 @@ from vil.evaluation.batch_halving import BatchHalving
 from vil.evaluation.metrics import METRICS
 from vil.evaluation.report import EvaluationDataset
 from vil.runtime.distributed import Process, all_reduce_sum, call_on_main, lost_rank_reason
+from vil.runtime.epoch_steps import EpochSteps, epoch_steps, phase_at, training_phases
 from vil.runtime.seeding import seed_generators
 from vil.runtime.signals import InterruptedEvaluation, InterruptedRun, SignalHandler
 from vil.runtime.watchdog import Watchdog
@@ -55,7 +57,7 @@ class TrainLoader(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Optimizer steps of the first epoch."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield images (B, C, H, W) and targets (B,), `accumulation` batches per step from `start` on."""
@@ -176,9 +178,9 @@ def best_metric_key(name: str) -> str:
     return {"f1": "macro_f1"}.get(name, name)
 
 
-def check_patience(config: TrainConfig, steps_per_epoch: int, last_step: int) -> None:
+def check_patience(config: TrainConfig, epoch_steps: EpochSteps, last_step: int) -> None:
     """Raise UserError if `schedule.patience` is set and no evaluation precedes the end of the run."""
-    first = config.eval_every * steps_per_epoch
+    first = epoch_steps.first_step(config.eval_every)
     if config.schedule.patience is not None and first >= last_step:
         reason = f"the first evaluation, after {config.eval_every} epochs, would be the last one"
         raise UserError("schedule.patience", f"{reason}; evaluate more often by eval_every")
@@ -220,18 +222,19 @@ class Trainer:
         self.mix, self.draw_attention, self.teacher, self.eval_sets = mix, draw_attention, teacher, eval_sets
         self.halving = BatchHalving()
         self.folder = Path(config.output or ".")
-        steps_per_epoch = loaders.train.steps_per_epoch
+        self.phases = training_phases(config.schedule, config.model.size)
+        steps = epoch_steps(self.phases, loaders.train.steps_per_epoch, loaders.train_images)
         num_logits = config.model.num_classes or len(loaders.class_names)
-        total_steps = config.schedule.epochs * steps_per_epoch
+        total_steps = steps.first_step(config.schedule.total_epochs)
         last_step = min(total_steps, config.schedule.max_steps or total_steps)
         self.best_key = best_metric_key(config.schedule.best_metric)
-        check_patience(config, steps_per_epoch, last_step)
+        check_patience(config, steps, last_step)
         check_best_metric(config, num_logits)
         self.position = RunPosition(
-            steps_per_epoch, last_step, eval_every=config.eval_every, patience=config.schedule.patience
+            steps, last_step, eval_every=config.eval_every, patience=config.schedule.patience
         )
         weights = class_weights(config.schedule.class_weights, loaders.class_counts, num_logits)
-        self.updater = ModelUpdater(model, config, process, steps_per_epoch, weights, teacher)
+        self.updater = ModelUpdater(model, config, process, steps, weights, teacher)
         limits = (config.max_skipped_steps, config.spike_threshold)
         self.loss_monitor = LossMonitor(process.device, process.world_size, *limits)
         changed_options: list[tuple[str, object, object]] = []
@@ -272,14 +275,15 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """Train to the end of the current epoch, or to the last step of the run."""
-        epoch, start = divmod(self.position.step, self.position.steps_per_epoch)
+        epoch, start = self.position.epoch, self.position.epoch_step
         self.updater.set_training_mode()
         self.set_neighbors(epoch)
         self.epoch_losses, self.epoch_start = [], time.perf_counter()
         batches = iter(self.loaders.train.epoch(epoch, start))
         self.timer.begin_epoch()
-        epochs = self.config.schedule.epochs
-        with self.log.progress_bar(epoch + 1, epochs, start, self.position.steps_per_epoch) as bar:
+        epochs = self.config.schedule.total_epochs
+        steps = self.position.epoch_steps.steps(epoch)
+        with self.log.progress_bar(epoch + 1, epochs, start, steps) as bar:
             while not self.position.is_epoch_trained:
                 loss = self.train_step(batches)
                 bar.update()
@@ -374,7 +378,7 @@ class Trainer:
     def finish_epoch(self) -> None:
         """Check, evaluate if that is due, save, and print a line."""
         epoch, is_last = self.position.epoch_number, self.position.step == self.position.last_step
-        line = f"epoch {epoch:3}/{self.config.schedule.epochs}"
+        line = f"epoch {epoch:3}/{self.config.schedule.total_epochs}"
         self.check_losses()
         if self.epoch_losses:  # empty if the run was interrupted after the last step of the epoch
             line += f"   loss {math.fsum(self.epoch_losses) / len(self.epoch_losses):.4f}"
@@ -481,6 +485,7 @@ class Trainer:
     def log_step(self, grad_norm: torch.Tensor) -> float:
         """Log the last step; return the mean loss of its global batch."""
         step, report, times = self.position.step, self.check_losses(), self.timer.averages()
+        batch_size = phase_at(self.phases, self.position.epoch_number - 1).batch_size
         self.log.tensorboard.add_learning_rates(step, self.updater.learning_rates())
         self.log.write(
             "train",
@@ -491,7 +496,7 @@ class Trainer:
             grad_norm=float(grad_norm),
             skipped_steps=report.skipped_steps,
             **times,
-            images_per_second=self.config.schedule.batch_size / times["step_time"],
+            images_per_second=batch_size / times["step_time"],
         )
         return report.losses[-1]
 
@@ -507,7 +512,7 @@ class Trainer:
         """
         report = self.loss_monitor.report()
         for spike in report.spikes:
-            epoch, step = divmod(spike.step - 1, self.position.steps_per_epoch)
+            epoch, step = self.position.epoch_steps.locate(spike.step - 1)
             before = f"{spike.mean:.4f} ± {spike.deviation:.4f} before"
             self.log.print_line(f"loss spike at step {spike.step}: {spike.loss:.4f}, {before}")
             samples = self.loaders.train.samples(epoch, step)
@@ -556,6 +561,7 @@ class Trainer:
             "step": position.step,
             "finished_step": position.finished_step,
             "epoch": position.epoch,
+            "epoch_step": position.epoch_step,
             "watched": self.loss_monitor.state_dict(),
             "best": position.best,
             "evaluations_since_best": position.evaluations_since_best,
@@ -563,7 +569,7 @@ class Trainer:
             "class_names": list(self.loaders.class_names),
             "teacher_digest": self.teacher_digest(),
             "train_images": self.loaders.train_images,
-            "steps_per_epoch": position.steps_per_epoch,
+            "steps_per_epoch": position.epoch_steps.steps(0),
             "versions": library_versions(),
         }
 
@@ -578,7 +584,7 @@ class Trainer:
             UserError: it does not fit the model or the data.
         """
         check_class_names(self.folder, self.config, state["class_names"], self.loaders.class_names)
-        steps_per_epoch = self.position.steps_per_epoch
+        steps_per_epoch = self.position.epoch_steps.steps(0)
         check_train_images(self.folder, self.config, state, self.loaders.train_images, steps_per_epoch)
         check_teacher(self.folder, state, self.teacher_digest())
         try:
@@ -591,6 +597,7 @@ class Trainer:
         sizes = {"steps_per_epoch": steps_per_epoch}  # version 0.1.0 stores none
         evaluations = evaluations_since_best({**sizes, **state}, self.config.eval_every)
         self.position = dataclasses.replace(self.position, evaluations_since_best=evaluations, **stored)
+        check_epoch(self.folder, state, self.position.epoch, self.position.epoch_step)
         state.clear()
 
     def finish_files(self) -> None:
