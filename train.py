@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 
 from data import Loaders, Mixing, build_loaders, dataset_name, open_eval_sets, record_split
+from data.order import ORDER_VERSION
 from vil.checkpoints import checkpoint_files, run_folder
 from vil.checkpoints.initialization import initialize_model
 from vil.checkpoints.training_state import State, read_training_state, select_weights
@@ -106,7 +107,8 @@ def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConf
             print_on_main(process, message)
             return
         announce(process, state, config)
-    loaders, model, mix = build(config, process, is_new=state is None)
+    order_version = ORDER_VERSION if state is None else state.get("order_version", 1)
+    loaders, model, mix = build(config, process, state is None, order_version)
     teacher = build_teacher(config, loaders.class_names, process)
     eval_sets = [
         EvaluationDataset(found.name, found.loader, found.class_names, indices)
@@ -152,13 +154,16 @@ def check_output(command: ResolvedConfig[TrainConfig]) -> None:
         raise UserError("output", f"{config.output} contains no run to continue; {hint}", COMMAND_LINE)
 
 
-def build(config: TrainConfig, process: Process, is_new: bool) -> tuple[Loaders, torch.nn.Module, Mixing]:
+def build(
+    config: TrainConfig, process: Process, is_new: bool, order_version: int = ORDER_VERSION
+) -> tuple[Loaders, torch.nn.Module, Mixing]:
     """Return the images, the model and mixup/cutmix; set `model.num_classes` from the data.
 
-    A new run loads its initial weights, if the configuration has any.
+    A new run loads its initial weights, if the configuration has any; a run that continues keeps the order of
+    its training images.
     """
     schedule = config.schedule
-    loaders = build_loaders(config, process, is_new)
+    loaders = build_loaders(config, process, is_new, order_version)
     num_classes = len(loaders.class_names)
     if config.model.num_classes is None:
         config.model.num_classes = num_classes

@@ -20,6 +20,7 @@ from data.loaders import (
     ValidationLoader,
 )
 from data.mixing import Mixing
+from data.order import ORDER_VERSION
 from data.progressive_resizing import ProgressiveResizingLoader
 from data.random_sizes import RandomSizesLoader
 from data.real_labels import NotImageNetError, RealLabelImages
@@ -69,6 +70,7 @@ class Loaders:
         class_counts: training images of each class, over all ranks.
         train_images: training images, over all ranks.
         validation_source: the validation images.
+        order_version: version of the order of the training images, which a checkpoint stores.
     """
 
     train: MicroBatchLoader | ProgressiveResizingLoader
@@ -77,13 +79,17 @@ class Loaders:
     class_counts: list[int]
     train_images: int
     validation_source: Source
+    order_version: int
 
 
-def build_loaders(config: TrainConfig, process: Process, is_new: bool = True) -> Loaders:
+def build_loaders(
+    config: TrainConfig, process: Process, is_new: bool = True, order_version: int = ORDER_VERSION
+) -> Loaders:
     """Open both splits of a data set and build their loaders.
 
     Unreadable images are listed in the folder `config.output`. Validation batches have the size of a
-    micro-batch. A run that continues (not `is_new`) keeps the validation images that it has held out.
+    micro-batch. A run that continues (not `is_new`) keeps the validation images that it has held out, and the
+    order of its training images, `order_version`.
 
     Raises:
         UserError: the options do not fit one another or the data set, or a file is missing or invalid.
@@ -94,7 +100,7 @@ def build_loaders(config: TrainConfig, process: Process, is_new: bool = True) ->
     if has_held_out_images(data) and folder is not None and not is_new:
         stored_split = call_on_main(lambda: read_split(folder, data))  # others may not see rank 0's folder
     source = select_subset(open_source(data, "train", model.in_chans, stored_split), data)
-    micro_batches = build_micro_batches(config, source, process, schedule.batch_size)
+    micro_batches = build_micro_batches(config, source, process, schedule.batch_size, order_version)
     validation = build_validation(
         EvalConfig(model=model, data=data, batch_size=micro_batches.micro_batch_size),
         process,
@@ -109,14 +115,15 @@ def build_loaders(config: TrainConfig, process: Process, is_new: bool = True) ->
 
     def build_views(size: int | Size) -> TrainingViews:
         transform = train_transform(schedule.augment, data, image_size=size, in_chans=model.in_chans)
-        return TrainingViews(source, transform, config.seed, data.unreadable_images)
+        return TrainingViews(source, transform, config.seed, data.unreadable_images, order_version)
 
     def build(size: int | Size, micro_batches: MicroBatches) -> MicroBatchLoader:
         return loader_class(build_views(size), micro_batches, options, unreadable_images)
 
     def build_phase(phase: Phase) -> MicroBatchLoader:
         with _errors_in_plan():
-            return build(phase.image_size, build_micro_batches(config, source, process, phase.batch_size))
+            batches = build_micro_batches(config, source, process, phase.batch_size, order_version)
+            return build(phase.image_size, batches)
 
     train: MicroBatchLoader | ProgressiveResizingLoader
     if schedule.random_sizes is not None:
@@ -136,6 +143,7 @@ def build_loaders(config: TrainConfig, process: Process, is_new: bool = True) ->
         np.bincount(source.targets, minlength=len(source.class_names)).tolist(),
         len(source),
         validation.source,
+        order_version,
     )
 
 

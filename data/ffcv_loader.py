@@ -130,24 +130,28 @@ def uses_ffcv(config: TrainConfig, source: Source, process: Process) -> bool:
 
 
 def build_micro_batches(
-    config: TrainConfig, source: Source, process: Process, batch_size: int
+    config: TrainConfig, source: Source, process: Process, batch_size: int, order_version: int
 ) -> MicroBatches:
     """Build the micro-batches of a source and a batch size, balanced or in the order `data.ffcv_order`.
+
+    `order_version` is that of the run to continue.
 
     Raises:
         UserError: options that do not fit one another or the source.
     """
-    micro_batches = _micro_batches(config, source, process, batch_size)
+    micro_batches = _micro_batches(config, source, process, batch_size, order_version)
     if is_mixing_enabled(config.schedule.augment):
         check_even_batch(micro_batches.micro_batch_size)
     return micro_batches
 
 
-def _micro_batches(config: TrainConfig, source: Source, process: Process, batch_size: int) -> MicroBatches:
+def _micro_batches(
+    config: TrainConfig, source: Source, process: Process, batch_size: int, order_version: int
+) -> MicroBatches:
     schedule = config.schedule
     repeats = schedule.augment.repeated_augmentation
     ranks = (process.rank, process.world_size)
-    options = (batch_size, schedule.accumulation, config.seed, repeats, *ranks)
+    options = (batch_size, schedule.accumulation, config.seed, repeats, *ranks, order_version)
     if config.data.balanced_sampling:
         if config.data.ffcv_order != "random":
             reason = "cannot be combined with data.ffcv_order quasi_random"
@@ -177,9 +181,15 @@ class QuasiRandomBatches(MicroBatches):
     def __init__(self, pages: np.ndarray, *options: int) -> None:
         super().__init__(*options)
         self._pages = np.unique(pages, return_inverse=True)[1].reshape(-1)
+        self._order: tuple[int, np.ndarray] | None = None
 
-    def shuffled(self, epoch: int) -> np.ndarray:
-        """Return all image indices, (num_images,), in the order of an epoch."""
+    def shuffled(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Return the image indices at positions of an order of all images."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._shuffled(epoch)
+        return self._order[1][positions]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng(seed_sequence(self.seed, "quasi-random order", epoch))
         page_ranks = rng.permutation(self._pages.max() + 1)
         by_page = np.argsort(page_ranks[self._pages], kind="stable")

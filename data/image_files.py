@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -22,7 +22,8 @@ METADATA_FOLDERS = frozenset(
 
 def has_image_extension(name: str) -> bool:
     """Return True if a file name has the extension of a supported format, in any case."""
-    return os.path.splitext(name)[1].lower() in image_extensions()
+    stem, _, extension = name.rpartition(".")  # faster than os.path.splitext
+    return f".{extension.lower()}" in image_extensions() and bool(stem.rpartition("/")[2].strip("."))
 
 
 def is_metadata(path: str) -> bool:
@@ -39,10 +40,10 @@ class SkippedFiles:
     first: str = ""
     count: int = 0
 
-    def add(self, path: str) -> None:
-        """Count a file."""
+    def add(self, path: str, count: int = 1) -> None:
+        """Count a file, or several of which it is the first."""
         self.first = self.first or path
-        self.count += 1
+        self.count += count
 
     def log(self) -> None:
         """Log one line with the count, if any file was skipped."""
@@ -52,59 +53,85 @@ class SkippedFiles:
             _logger.warning("%s: %s skipped (%s), e.g. %s", self.origin, files, reason, self.first)
 
 
-class FolderFiles(NamedTuple):
-    """Files and folders below one class folder."""
+class Listing(NamedTuple):
+    """The files below the class folders of a folder."""
 
-    images: list[str]
-    """Paths, sorted by folder, then by name."""
-    others: list[str]
-    """Paths of the other files."""
+    images: Iterator[bytes]
+    """By class: paths below the folder, sorted by folder, then by name, each followed by a null byte."""
+    others: tuple[int, str]
+    """Number of the other files, and the path of the first one."""
+    mtimes: list[tuple[str, int]]
+    """Path and modification time, in ns, of the folder (".") and of every folder below it that is entered."""
 
 
-def find_files(class_folders: Sequence[Path]) -> list[FolderFiles]:
-    """List the files below each class folder; links to folders are followed.
+class _Files(NamedTuple):
+    """Files of one folder."""
+
+    images: bytes
+    """Sorted names, each followed by a null byte."""
+    others: int
+    first_other: str
+    """Its path; empty if there is none."""
+
+
+def find_files(
+    root: Path, class_names: Sequence[str], progress: Callable[[int], object] = lambda count: None
+) -> Listing:
+    """List the files below the class folders `root/<class name>`; links to folders are followed.
 
     Every folder is entered once, by its real path rather than through a link; class folders and their parent
     are never entered from inside a class. Circular links, or links into another class, therefore neither
     repeat an image nor cause an endless loop.
 
     Broken links, and folders without images, that are named like images count as images: they are unreadable
-    images, see `data.unreadable_images`.
-
-    Returns:
-        One entry per class folder, with the images in the order of torchvision's ImageFolder.
+    images, see `data.unreadable_images`. Images are in the order of torchvision's ImageFolder. `progress` is
+    called with the number of images of each folder.
     """
-    entered = {_identity(path) for folder in class_folders for path in (folder, folder.parent)}
-    files_by_class: list[dict[str, tuple[list[str], list[str]]]] = [{} for _ in class_folders]  # by folder
+    base = os.fspath(root)
+    mtimes = [(".", os.stat(base).st_mtime_ns)]
+    entered = {_identity(os.path.join(base, name)) for name in (*class_names, ".")}
+    files_by_class: list[dict[str, _Files]] = [{} for _ in class_names]  # by folder
     links: list[tuple[int, str]] = []
 
     def walk(index: int, top: str) -> None:
         pending = [top]
         while pending:
             folder = pending.pop()
-            images, others = files_by_class[index].setdefault(folder, ([], []))
-            with os.scandir(folder) as entries:
+            images: list[str] = []
+            others: list[str] = []
+            path = os.path.join(base, folder)
+            mtimes.append((folder, os.stat(path).st_mtime_ns))  # before it is listed
+            with os.scandir(path) as entries:
                 for entry in sorted(entries, key=attrgetter("name")):
-                    if is_metadata(entry.name):
-                        others.append(entry.path)
-                    elif not _is_folder(entry):
-                        (images if has_image_extension(entry.name) else others).append(entry.path)
+                    if entry.name in METADATA_FOLDERS or entry.name.startswith("._"):
+                        others.append(entry.name)
+                    elif not is_folder(entry):
+                        (images if has_image_extension(entry.name) else others).append(entry.name)
                     elif entry.is_symlink():
-                        links.append((index, entry.path))
+                        links.append((index, f"{folder}/{entry.name}"))
                     elif (identity := _identity(entry.path)) not in entered:
                         entered.add(identity)
-                        pending.append(entry.path)
+                        pending.append(f"{folder}/{entry.name}")
+            first_other = f"{folder}/{others[0]}" if others else ""
+            files_by_class[index][folder] = _Files(_as_bytes(images), len(others), first_other)
+            progress(len(images))
 
-    for index, folder in enumerate(class_folders):
-        walk(index, os.fspath(folder))
+    for index, name in enumerate(class_names):
+        walk(index, name)
     for index, link in links:  # the list grows in the loop
-        if (identity := _identity(link)) not in entered:
+        if (identity := _identity(os.path.join(base, link))) not in entered:
             entered.add(identity)
             walk(index, link)
-    return [_sorted_files(folders) for folders in files_by_class]
+    others = [files[folder] for files in files_by_class for folder in sorted(files)]
+    first_other = next((files.first_other for files in others if files.others), "")
+    count = sum(files.others for files in others)
+    # One class at a time: the names of all images need some hundred MB.
+    images = (_sorted_images(files_by_class.pop(0)) for _ in class_names)
+    return Listing(images, (count, first_other), mtimes)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder or a link to one; False if that is unknown."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself, or without permission
@@ -116,15 +143,22 @@ def _identity(path: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _sorted_files(by_folder: dict[str, tuple[list[str], list[str]]]) -> FolderFiles:
-    images = {folder: files for folder, (files, _) in by_folder.items()}
+def _as_bytes(names: Sequence[str]) -> bytes:
+    return os.fsencode("".join(f"{name}\0" for name in names))
+
+
+def _sorted_images(by_folder: dict[str, _Files]) -> bytes:
+    images = {folder: files.images for folder, files in by_folder.items()}
     for folder in sorted(images, key=len, reverse=True):  # children before their parents
-        parent = os.path.dirname(folder)
+        parent, name = os.path.split(folder)
         if parent not in images or not has_image_extension(folder):
             continue
         if not any(images[below] for below in images if f"{below}/".startswith(f"{folder}/")):
-            images[parent].append(folder)
-    return FolderFiles(
-        [path for folder in sorted(images) for path in sorted(images[folder], key=os.path.basename)],
-        [path for folder in sorted(by_folder) for path in by_folder[folder][1]],
-    )
+            names = [*os.fsdecode(images[parent]).split("\0")[:-1], name]
+            images[parent] = _as_bytes(sorted(names))
+    return b"".join(_with_folder(folder, images[folder]) for folder in sorted(images))
+
+
+def _with_folder(folder: str, names: bytes) -> bytes:
+    prefix = os.fsencode(f"{folder}/")
+    return prefix + names[:-1].replace(b"\0", b"\0" + prefix) + b"\0" if names else b""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.decoding import UnreadableImageError, decoding_errors
+from data.order import ORDER_VERSION
 from data.samplers import Key, MicroBatches, replacement_indices
 from data.sources import Source
 from data.to_device import Batch, ErasedRegions, ErasingPlan, NormalizeAndErase, collate_erasing, to_device
@@ -65,6 +66,7 @@ class TrainingViews(Dataset[object]):
     transform: Transform
     seed: int
     unreadable_images: UnreadableImagePolicy = "fail"
+    order_version: int = ORDER_VERSION
 
     def __getitem__(self, key: Key) -> Sample[TrainSample]:
         epoch, index, _ = key
@@ -72,7 +74,7 @@ class TrainingViews(Dataset[object]):
         if sample.content is not None or self.unreadable_images == "fail":
             return sample
         unreadable = sample.unreadable
-        for other in replacement_indices(self.seed, epoch, len(self.source), index):
+        for other in replacement_indices(self.seed, epoch, len(self.source), index, self.order_version):
             sample = self._view(other, key)
             if sample.content is not None:
                 return Sample(sample.content, unreadable)

@@ -1,8 +1,8 @@
 """The images of each optimizer step, and their division among ranks and micro-batches.
 
 An epoch has `num_images // batch_size` steps; the incomplete last batch is dropped. Batch b of an epoch is
-order[b·B : (b+1)·B] of an order that is a function of (seed, epoch) alone; ranks and gradient accumulation
-only divide the batches.
+order[b·B : (b+1)·B] of an order that is a function of (seed, epoch) alone (`data.order`); ranks and gradient
+accumulation only divide the batches.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 
+from data.order import ORDER_VERSION, EpochOrder, mix, permute
 from vil.config import UserError
 from vil.runtime.seeding import seed_sequence
 
 Key = tuple[int, int, int]
 """(epoch, image index, view): with the seed, these determine a training sample."""
+
+_KEYS_PER_BLOCK = 4096
+"""Keys of a rank that are drawn together, which is faster than one micro-batch at a time."""
 
 
 @dataclass(eq=False)
@@ -39,6 +43,7 @@ class MicroBatches(Sampler[list[Key]]):
         repeats: views of an image in a batch.
         rank: rank of this process.
         world_size: number of processes.
+        order_version: `data.order.ORDER_VERSION`, or that of the run to continue.
 
     Raises:
         UserError: the batch size is not divisible by the parts, or larger than the training set.
@@ -51,6 +56,7 @@ class MicroBatches(Sampler[list[Key]]):
     repeats: int = 1
     rank: int = 0
     world_size: int = 1
+    order_version: int = ORDER_VERSION
 
     def __post_init__(self) -> None:
         self.num_parts = self.world_size * self.accumulation
@@ -74,20 +80,18 @@ class MicroBatches(Sampler[list[Key]]):
         """Images of one micro-batch of one rank."""
         return self.batch_size // self.num_parts
 
-    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return image indices and views of an epoch, each (num_images,), over all ranks."""
-        images_seen = -(-self.num_images // self.repeats)
-        indices = self.shuffled(epoch)[:images_seen].repeat(self.repeats)[: self.num_images]
-        return indices, np.arange(self.num_images) % self.repeats
+    def draw(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image indices and the views at positions of an epoch; all of one shape, int64."""
+        return self.shuffled(epoch, positions // self.repeats), positions % self.repeats
 
-    def shuffled(self, epoch: int) -> np.ndarray:
-        """Return all image indices, (num_images,), in the order of an epoch."""
-        return shuffled_indices(self.seed, epoch, self.num_images)
+    def shuffled(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Return the image indices at positions of an order of all images."""
+        return EpochOrder(self.seed, self.num_images, self.order_version).indices(epoch, positions)
 
     def images(self, epoch: int, step: int) -> list[int]:
         """Return the image indices of one step's global batch, over all ranks and micro-batches."""
-        indices, _ = self.order(epoch)
-        return indices[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+        indices, _ = self.draw(epoch, np.arange(step * self.batch_size, (step + 1) * self.batch_size))
+        return indices.tolist()
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Set the epoch of the next iteration, which begins at step `start`."""
@@ -102,13 +106,16 @@ class MicroBatches(Sampler[list[Key]]):
         return self._micro_batches(self.epoch, self.start)  # reads the attributes now, not at the first draw
 
     def _micro_batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
-        indices, views = self.order(epoch)
-        for step in range(start, self.steps_per_epoch):
-            for micro_batch in range(self.accumulation):
-                first = step * self.batch_size + micro_batch * self.world_size + self.rank
-                part = slice(first, (step + 1) * self.batch_size, self.num_parts)
-                pairs = zip(indices[part].tolist(), views[part].tolist())
-                yield [(epoch, index, view) for index, view in pairs]
+        steps_per_block = max(1, _KEYS_PER_BLOCK * self.num_parts // self.batch_size // self.accumulation)
+        for block in range(start, self.steps_per_epoch, steps_per_block):
+            steps = np.arange(block, min(block + steps_per_block, self.steps_per_epoch))
+            parts = np.arange(self.accumulation) * self.world_size + self.rank
+            images = np.arange(self.micro_batch_size) * self.num_parts
+            # (steps, accumulation, micro-batch size)
+            positions = (steps * self.batch_size)[:, None, None] + parts[:, None] + images
+            indices, views = self.draw(epoch, positions.reshape(-1, self.micro_batch_size))
+            for pairs in zip(indices.tolist(), views.tolist()):
+                yield [(epoch, index, view) for index, view in zip(*pairs)]
 
 
 class BalancedBatches(MicroBatches):
@@ -124,39 +131,53 @@ class BalancedBatches(MicroBatches):
 
     def __init__(self, targets: np.ndarray, *options: int) -> None:
         super().__init__(len(targets), *options)
-        self._classes = [np.flatnonzero(targets == label) for label in np.unique(targets)]
+        self._by_class = np.argsort(targets, kind="stable")
+        sizes = np.bincount(targets)
+        self._sizes = sizes[sizes > 0]  # of the classes that have images
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._order_1: tuple[int, np.ndarray] | None = None
 
-    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return image indices and views of the images that an epoch uses, over all ranks."""
-        images_seen = self.steps_per_epoch * self.batch_size
-        count = -(-images_seen // self.repeats)
-        classes = len(self._classes)
+    def shuffled(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Return the image indices at positions of the images that an epoch draws."""
+        draws = -(-self.steps_per_epoch * self.batch_size // self.repeats)  # in an epoch
+        if self.order_version == 1:
+            if self._order_1 is None or self._order_1[0] != epoch:
+                self._order_1 = epoch, self._shuffled_1(epoch, draws)
+            return self._order_1[1][positions]
+        # Draw n of the run, over all epochs, is draw n // classes of class n % classes.
+        key = seed_sequence(self.seed, "balanced order", epoch).generate_state(1, np.uint64)
+        number = epoch * draws + permute(positions, np.array(draws), key)
+        label, number = number % len(self._sizes), number // len(self._sizes)
+        sizes = self._sizes[label]
+        key = seed_sequence(self.seed, "order of a class").generate_state(1, np.uint64)
+        keys = mix(mix(key + label.astype(np.uint64)) + (number // sizes).astype(np.uint64))
+        return self._by_class[self._starts[label] + permute(number % sizes, sizes, keys)]
+
+    def _shuffled_1(self, epoch: int, draws: int) -> np.ndarray:
+        """Return the images of an epoch in order version 1."""
         drawn = []
-        for number, images in enumerate(self._classes):
+        for number, images in enumerate(np.split(self._by_class, self._starts[1:])):
             # Class c has drawn ⌊(n + c) / classes⌋ of the first n images, which sum to n.
-            first, last = ((count * e + number) // classes for e in (epoch, epoch + 1))
+            first, last = ((draws * e + number) // len(self._sizes) for e in (epoch, epoch + 1))
             if first == last:  # fewer draws than classes
                 continue
             rounds = range(first // len(images), -(-last // len(images)))
-            shuffled = [self._permutation(images, number, index) for index in rounds]
+            shuffled = [self._permutation_1(images, number, index) for index in rounds]
             drawn.append(np.concatenate(shuffled)[first - rounds.start * len(images) :][: last - first])
         rng = np.random.default_rng(seed_sequence(self.seed, "balanced order", epoch))
-        indices = rng.permutation(np.concatenate(drawn)).repeat(self.repeats)[:images_seen]
-        return indices, np.arange(images_seen) % self.repeats
+        return rng.permutation(np.concatenate(drawn))
 
-    def _permutation(self, images: np.ndarray, number: int, index: int) -> np.ndarray:
+    def _permutation_1(self, images: np.ndarray, number: int, index: int) -> np.ndarray:
         seed = seed_sequence(self.seed, "order of a class", number, index)
         return np.random.default_rng(seed).permutation(images)
 
 
-def shuffled_indices(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """Return all image indices, (num_images,), in the order of an epoch."""
-    return np.random.default_rng(seed_sequence(seed, "order", epoch)).permutation(num_images)
-
-
-def replacement_indices(seed: int, epoch: int, num_images: int, index: int) -> Iterator[int]:
+def replacement_indices(
+    seed: int, epoch: int, num_images: int, index: int, order_version: int = ORDER_VERSION
+) -> Iterator[int]:
     """Yield every other index once: those after `index` in the order of an epoch, then those before it."""
-    order = shuffled_indices(seed, epoch, num_images)
-    position = int(np.flatnonzero(order == index)[0])
-    yield from order[position + 1 :].tolist()
-    yield from order[:position].tolist()
+    order = EpochOrder(seed, num_images, order_version)
+    position = int(order.positions(epoch, np.array([index]))[0])
+    for start, stop in ((position + 1, num_images), (0, position)):
+        for first in range(start, stop, 64):
+            yield from order.indices(epoch, np.arange(first, min(first + 64, stop))).tolist()

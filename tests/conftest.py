@@ -14,3 +14,11 @@ def _short_measurement_of_speed():
     from vil.evaluation import cost
 
     cost.SPEED_SECONDS = 0.05
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _index_folder(tmp_path_factory):
+    """Keep indexes of data sets out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -76,7 +76,9 @@ def test_a_run_is_continued(call):
     assert "continuing run after step 30" in screen
     steps = checkpoint_files.step_files(Path("run"))
     assert steps[0][0] == 44
-    weights, expected = read_training_state(steps[0][1])["model"], load_file(FILES / "final.safetensors")
+    state = read_training_state(steps[0][1])
+    assert state["order_version"] == 1  # the order of the images stays that of the run
+    weights, expected = state["model"], load_file(FILES / "final.safetensors")
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)

@@ -178,7 +178,7 @@ def test_all_machines_follow_the_run_that_rank_0_continues(folder):
     (folder / "machine.py").write_text(
         "import os, pathlib, train\n"
         "os.chdir(os.environ['RANK'])\n"
-        "def build(config, process, is_new):\n"
+        "def build(config, process, is_new, order_version):\n"
         "    pathlib.Path('seed').write_text(str(config.seed))\n"
         "    raise SystemExit(0)\n"
         "train.build = build\n"

@@ -501,6 +501,10 @@ class DataConfig:
     """Download a timm data set (torch/..., hfds/...) if it is missing; for the command line alone."""
     workers: Annotated[int, Ge(0), Le(MAX_WORKERS)] = 4
     """Data workers per rank, at most one per core; 0 loads images in the training process."""
+    index: str | None = None
+    """Folder for the indexes of data sets (folder, zip, tar, wds), which are then listed once; null is
+    $XDG_CACHE_HOME/vil or ~/.cache/vil, for 20,000 images or more; off lists the images at every start. A
+    folder is for the command line alone."""
     unreadable_images: Literal["fail", "skip"] = "fail"
     """An image that cannot be read ends the program, or is skipped: in training it is replaced by the next
     one and listed in bad_images.txt in the run's folder; in evaluation it is counted and reported."""

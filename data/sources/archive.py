@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.decoding import EncodedImage, Mode
+from data.index import Index, NameWriter
 from data.sources.base import Source, validation_path
 from vil.config import DataConfig, UserError, error_reason
 from vil.runtime.images import MAX_ENCODED_BYTES
@@ -48,29 +49,46 @@ class Member(NamedTuple):
     """Uncompressed size (zip)."""
 
 
+LOCATION_ARRAYS = ("archives", "offsets", "sizes", "kinds", "checksums", "full_sizes")
+"""Arrays of an index with the fields of each member but its name."""
+
+
+def index_members(
+    members: Sequence[Member],
+    targets: Sequence[int],
+    class_names: tuple[str, ...],
+    listed: list[tuple[str, int, int]],
+    skipped: tuple[int, str] = (0, ""),
+) -> Index:
+    """Return an index of members of archives, in their order. For `listed` and `skipped` see `Index`."""
+    names = NameWriter()
+    for first in range(0, len(members), 4096):
+        names.add(b"".join(os.fsencode(member.name) + b"\0" for member in members[first : first + 4096]))
+    arrays = names.arrays()
+    arrays["targets"] = np.array(targets, dtype=np.int64)
+    limits = (2**32 - 1, 1 << 62, 2**32 - 1, 2**15 - 1, 2**32 - 1, 2**32 - 1)  # a directory may claim more
+    columns = ("archive", "offset", "size", "kind", "checksum", "full_size")
+    for name, column, limit, dtype in zip(
+        LOCATION_ARRAYS, columns, limits, ("u4", "u8", "u4", "i2", "u4", "u4")
+    ):
+        values = (min(getattr(member, column), limit) for member in members)
+        arrays[name] = np.fromiter(values, dtype, len(members))
+    return Index(arrays, class_names, listed, skipped)
+
+
 class ArchivedImages(Source):
-    """Images in archives: the members of `archives` with their class indices, read as RGB or L (gray)."""
+    """Images in archives at the locations in an index, read as RGB or L (gray)."""
 
     def __init__(
-        self,
-        archives: Sequence[Path],
-        members: Sequence[Member],
-        targets: Sequence[int],
-        class_names: tuple[str, ...],
-        mode: Mode,
+        self, archives: Sequence[Path], index: Index, class_names: tuple[str, ...], mode: Mode
     ) -> None:
         self.class_names = class_names
-        self.targets = np.array(targets, dtype=np.int64)
+        self.targets = index.targets
         self._paths = [str(path) for path in archives]
-        # Arrays, not lists: reading a list changes the reference counts of its elements, which copies its
-        # memory, page by page, into every forked worker.
-        self._names = np.array([os.fsencode(member.name) for member in members], dtype=np.bytes_)
-        limit = 1 << 62  # a directory may claim sizes and offsets of up to 2^64
-        locations = [
-            (m.archive, min(m.offset, limit), min(m.size, limit), m.kind, m.checksum, min(m.full_size, limit))
-            for m in members
-        ]
-        self._locations = np.array(locations, dtype=np.int64).reshape(-1, 6)
+        self._index = index
+        self._locations = [index.arrays[name] for name in LOCATION_ARRAYS]
+        if int(self._locations[0].max(initial=0)) >= len(archives):
+            raise UserError("data.index", f"the index of {archives[0].parent} is damaged; delete it")
         self._mode = mode
         self._files: dict[int, int] = {}
 
@@ -81,13 +99,13 @@ class ArchivedImages(Source):
 
     def read(self, index: int) -> EncodedImage:
         """Read the image's bytes from its archive."""
-        archive, offset, size, kind, checksum, full_size = self._locations[index].tolist()
+        archive, offset, size, kind, checksum, full_size = (int(array[index]) for array in self._locations)
         if max(size, full_size) > MAX_ENCODED_BYTES:
             raise OSError(f"is larger than {MAX_ENCODED_BYTES:,} bytes")
         if kind == PLAIN:
             return EncodedImage(self._pread(archive, offset, size), self._mode)
         # The local header repeats the name, with an extra field of another length than in the directory.
-        length = _ZIP_HEADER_BYTES + len(self._names[index]) + _ZIP_EXTRA_BYTES + size
+        length = _ZIP_HEADER_BYTES + len(self._index.name(index)) + _ZIP_EXTRA_BYTES + size
         content = self._pread(archive, offset, length, min_size=_ZIP_HEADER_BYTES)
         if content[:4] != b"PK\3\4":
             raise OSError("no local header at its offset in the archive")
@@ -107,11 +125,11 @@ class ArchivedImages(Source):
 
     def describe(self, index: int) -> str:
         """Return the archive and the path in it."""
-        return f"{self._paths[self._locations[index, 0]]}/{self.name(index)}"
+        return f"{self._paths[self._locations[0][index]]}/{self.name(index)}"
 
     def name(self, index: int) -> str:
         """Return the path in the archive."""
-        return os.fsdecode(self._names[index])
+        return os.fsdecode(self._index.name(index))
 
     def _pread(self, archive: int, offset: int, size: int, min_size: int | None = None) -> bytes:
         """Read `size` bytes, or at least `min_size` at the end of the archive."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from data.decoding import EncodedImage, Mode, image_extensions
-from data.image_files import SkippedFiles, find_files, is_metadata
+from data.image_files import SkippedFiles, find_files, is_folder, is_metadata
+from data.index import OFF, Index, NameWriter, Progress, is_inside, open_index
 from data.sources.base import (
     Source,
     Split,
@@ -33,19 +33,20 @@ class ImageFolder(Source):
     The folder may lack some of `class_names`.
     """
 
-    def __init__(self, folder: Path, class_names: tuple[str, ...], mode: Mode) -> None:
+    def __init__(
+        self, folder: Path, class_names: tuple[str, ...], mode: Mode, index: str | None = OFF
+    ) -> None:
         present = class_folders(folder)
         check_known_classes(folder, present, class_names)
-        class_to_index = {name: index for index, name in enumerate(class_names)}
-        samples = [
-            (path, class_to_index[name])
-            for name, paths in zip(present, _images_by_class(folder, present))
-            for path in paths
-        ]
-        # Arrays, not lists: reading a list changes the reference counts of its elements, which copies its
-        # memory, page by page, into every forked worker.
-        self._paths = np.array([os.fsencode(path) for path, _ in samples], dtype=np.bytes_)
-        self.targets = np.array([target for _, target in samples], dtype=np.int64)
+        self._index = open_index(
+            index, folder, ["folder"], lambda progress: _list_images(folder, present, progress)
+        )
+        count, example = self._index.skipped
+        SkippedFiles(folder, example, count).log()
+        self.targets = self._index.targets
+        if self._index.classes != class_names:
+            class_to_index = {name: index for index, name in enumerate(class_names)}
+            self.targets = np.array([class_to_index[name] for name in self._index.classes])[self.targets]
         self.class_names = class_names
         self._folder = folder
         self._mode = mode
@@ -56,7 +57,7 @@ class ImageFolder(Source):
         root = root_folder(data)
         folder, training = root / split_name(data, split), root / data.train_split
         has_training = split == "train" or os.path.isdir(training)
-        return cls(folder, class_folders(training if has_training else folder), mode)
+        return cls(folder, class_folders(training if has_training else folder), mode, data.index)
 
     @classmethod
     def unsplit_name(cls, data: DataConfig) -> str:
@@ -75,15 +76,17 @@ class ImageFolder(Source):
 
     def read(self, index: int) -> EncodedImage:
         """Read the image's file."""
+        if not is_inside(self._index.name(index)):
+            raise OSError("its path in the index leads out of the data set")
         return EncodedImage(read_bytes(self.describe(index), MAX_ENCODED_BYTES), self._mode)
 
     def describe(self, index: int) -> str:
         """Return the image's path."""
-        return os.fsdecode(self._paths[index])
+        return os.fspath(self._folder / self.name(index))
 
     def name(self, index: int) -> str:
         """Return the image's path below the split's folder."""
-        return os.path.relpath(self.describe(index), self._folder)
+        return os.fsdecode(self._index.name(index))
 
 
 def class_folder_options(folder: str) -> Tree:
@@ -100,12 +103,12 @@ def class_folder_options(folder: str) -> Tree:
     return {"data.source": "folder", "data.root": folder, **splits}
 
 
-def _images_by_class(folder: Path, class_names: Sequence[str]) -> list[list[str]]:
-    """List the images below each class folder by `find_files`, and log the number of skipped files."""
+def _list_images(folder: Path, class_names: tuple[str, ...], progress: Progress) -> Index:
+    """List the images below each class folder by `find_files`."""
     folders = [folder / name for name in class_names]
     try:
         resolved = {os.path.realpath(path): path.name for path in folders}
-        files_by_class = find_files(folders)
+        images, others, mtimes = find_files(folder, class_names, progress)
     except OSError as error:
         path = error.filename or folder
         raise UserError("data.root", f"{path}: cannot be listed: {error.strerror}") from None
@@ -114,15 +117,14 @@ def _images_by_class(folder: Path, class_names: Sequence[str]) -> list[list[str]
         other = resolved[os.path.realpath(duplicate)]
         reason = f"the classes {duplicate.name} and {other} are the same folder"
         raise UserError("data.root", f"{folder}: {reason}")
-    if empty := [name for name, files in zip(class_names, files_by_class) if not files.images]:
+    names = NameWriter()
+    counts = [names.add(class_images) for class_images in images]
+    if empty := [name for name, count in zip(class_names, counts) if not count]:
         extensions = ", ".join(sorted(image_extensions()))
         reason = f"class folders without images ({extensions}): {shorten_list(empty)}"
         raise UserError("data.root", f"{folder}: {reason}")
-    skipped = SkippedFiles(folder)
-    for path in (path for files in files_by_class for path in files.others):
-        skipped.add(os.path.relpath(path, folder))
-    skipped.log()
-    return [files.images for files in files_by_class]
+    arrays = {**names.arrays(), "targets": np.repeat(np.arange(len(counts)), counts)}
+    return Index(arrays, class_names, [(path, -1, mtime) for path, mtime in mtimes], others)
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
@@ -139,7 +141,7 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     names = sorted(
         entry.name
         for entry in entries
-        if os.path.isdir(entry.path) and not entry.name.startswith(".") and not is_metadata(entry.name)
+        if is_folder(entry) and not entry.name.startswith(".") and not is_metadata(entry.name)
     )
     if not names:
         state = "no class folders in it" if entries else "the folder is empty"

@@ -6,11 +6,13 @@ They are read once to index their members, and then in any order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from data.decoding import Mode, image_extensions
-from data.image_files import has_image_extension, is_metadata
-from data.sources.archive import ArchivedImages, Member
+from data.image_files import SkippedFiles, has_image_extension, is_metadata
+from data.index import Index, Progress, open_index, stamp
+from data.sources.archive import ArchivedImages, Member, index_members
 from data.sources.base import (
     Source,
     Split,
@@ -20,7 +22,13 @@ from data.sources.base import (
     split_name,
 )
 from data.sources.class_paths import AmbiguousClassesError, ArchiveFolders, classes_by_folder, parent_folders
-from data.sources.tar_index import archives_if_present, cached_by_archives, read_index, skipped_files
+from data.sources.tar_index import (
+    archives_if_present,
+    cached_by_archives,
+    index_archives,
+    read_index,
+    skipped_files,
+)
 from vil.config import DataConfig, UserError, error_reason
 
 
@@ -35,21 +43,19 @@ class TarImages(ArchivedImages):
         images lie in no folder is a class, as are ImageNet's own archives.
         """
         root = root_folder(data)
-        splits = (data.train_split, data.val_split)
         archives = _find_archives(root, split_name(data, split))
-        known, training = None, []
+        known = None
         if split == "val" and data.train_split != data.val_split:
             training = archives_if_present(_find_archives, root, data.train_split)
-        if training:
-            known = cached_by_archives("tar", training, lambda: _class_names(_list_images(training, splits)))
-        images = _list_images(archives, splits, known)
-        if known is None:
-            known = cached_by_archives("tar", archives, lambda: _class_names(images))
-        check_known_classes(archives[0].parent, _class_names(images), known)
-        class_to_index = {name: index for index, name in enumerate(known)}
-        images.sort(key=lambda image: (class_to_index[image[1]], image[0].archive, image[0].name))
-        targets = [class_to_index[name] for _, name in images]
-        return cls(archives, [member for member, _ in images], targets, known, mode)
+            if training:
+                key = (data.train_split, data.val_split)
+                known = cached_by_archives(
+                    "tar", training, lambda: _open_index(data, training, None).classes, *key
+                )
+        index = _open_index(data, archives, known)
+        count, example = index.skipped
+        replace(skipped_files(archives), first=example, count=count).log()
+        return cls(archives, index, index.classes, mode)
 
     @classmethod
     def unsplit_name(cls, data: DataConfig) -> str:
@@ -61,8 +67,26 @@ class TarImages(ArchivedImages):
         return data.train_split if archives_if_present(_find_archives, root, data.train_split) else "."
 
 
-def _class_names(images: Sequence[tuple[Member, str]]) -> tuple[str, ...]:
-    return tuple(sorted({name for _, name in images}))
+def _open_index(data: DataConfig, archives: list[Path], known: tuple[str, ...] | None) -> Index:
+    """Return the index of archives, whose classes are `known`, or those of their images."""
+    splits = (data.train_split, data.val_split)
+    folder = archives[0].parent
+
+    def build(progress: Progress) -> Index:
+        listed = [(str(path), *stamp(path)) for path in archives]
+        skipped = skipped_files(archives)
+        images = _list_images(archives, splits, skipped, data.workers, progress, known)
+        found = tuple(sorted({name for _, name in images}))
+        class_names = found if known is None else known
+        check_known_classes(folder, found, class_names)
+        class_to_index = {name: index for index, name in enumerate(class_names)}
+        images.sort(key=lambda image: (class_to_index[image[1]], image[0].archive, image[0].name))
+        targets = [class_to_index[name] for _, name in images]
+        return index_members(
+            [member for member, _ in images], targets, class_names, listed, (skipped.count, skipped.first)
+        )
+
+    return open_index(data.index, folder, ["tar", *splits, *(known or ())], build, archives)
 
 
 def _find_archives(root: Path, split: str) -> list[Path]:
@@ -80,23 +104,35 @@ def _find_archives(root: Path, split: str) -> list[Path]:
     return archives
 
 
+def _list_archive(path: Path, index: int) -> tuple[list[Member], SkippedFiles]:
+    """List the images of an archive, and count its other files."""
+    skipped = SkippedFiles(path)
+    files = {member.name: member for member in read_index(path, index, skipped)}  # the last of a name
+    images = []
+    for name, member in files.items():
+        if has_image_extension(name) and not is_metadata(name):
+            images.append(member)
+        else:
+            skipped.add(name)
+    return images, skipped
+
+
 def _list_images(
-    archives: list[Path], split_names: Sequence[str], known: Sequence[str] | None = None
+    archives: list[Path],
+    split_names: Sequence[str],
+    skipped: SkippedFiles,
+    workers: int,
+    progress: Progress,
+    known: Sequence[str] | None,
 ) -> list[tuple[Member, str]]:
-    """List images and the names of their classes."""
-    skipped = skipped_files(archives)
+    """List images and the names of their classes; count other files in `skipped`."""
     members: list[Member] = []
     contents: list[ArchiveFolders] = []
-    for index, path in enumerate(archives):
-        files = {member.name: member for member in read_index(path, index, skipped)}  # the last of a name
-        images = []
-        for name, member in files.items():
-            if has_image_extension(name) and not is_metadata(name):
-                images.append(member)
-            else:
-                skipped.add(name)
+    for path, (images, others) in zip(archives, index_archives(_list_archive, archives, workers)):
+        skipped.add(others.first, others.count)
         contents.append(ArchiveFolders(path.stem, {parent_folders(member.name) for member in images}))
         members += images
+        progress(len(images))
     if not members:
         extensions = ", ".join(sorted(image_extensions()))
         raise UserError("data.root", f"{archives[0]}: no images in it ({extensions})")
@@ -111,5 +147,4 @@ def _list_images(
             skipped.add(member.name)
         else:
             labeled.append((member, class_name))
-    skipped.log()
     return labeled

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import posixpath
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data.image_files import SkippedFiles
 from data.sources.archive import Member, safe_name
+from data.workers import init_worker, limit_workers
 from vil.config import UserError, error_reason
 from vil.runtime.files import open_regular
 
@@ -101,16 +104,36 @@ def archives_if_present(find: Callable[[Path, str], list[Path]], root: Path, spl
         return []
 
 
+def index_archives(function: Callable[[Path, int], T], archives: Sequence[Path], workers: int) -> Iterator[T]:
+    """Yield `function(path, index)` of each archive, in order, computed by several processes at once.
+
+    Raises:
+        UserError: as `function`; or a process was killed.
+    """
+    workers = min(limit_workers(workers), len(archives))
+    if workers < 2:
+        yield from map(function, archives, range(len(archives)))
+        return
+    pool = ProcessPoolExecutor(workers, initializer=init_worker, initargs=(0,))
+    try:
+        yield from pool.map(function, archives, range(len(archives)))
+    except BrokenProcessPool:
+        reason = "a process that indexes archives was killed; fewer need less memory"
+        raise UserError("data.workers", reason) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 _cache: dict[tuple[object, ...], Any] = {}
 
 
-def cached_by_archives(kind: str, archives: Sequence[Path], compute: Callable[[], T]) -> T:
+def cached_by_archives(kind: str, archives: Sequence[Path], compute: Callable[[], T], *options: str) -> T:
     """Return `compute()`, once per version of the archives.
 
     Indexing a million images takes a minute, and both splits need the classes of training.
     """
     stats = [(str(path), path.stat()) for path in archives]
-    key = (kind, *((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+    key = (kind, *options, *((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
     if key not in _cache:
         _cache[key] = compute()
     return _cache[key]

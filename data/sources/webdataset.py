@@ -8,12 +8,14 @@ import os
 import posixpath
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from data.decoding import Mode
-from data.image_files import has_image_extension, is_metadata
-from data.sources.archive import ArchivedImages, Member
+from data.image_files import SkippedFiles, has_image_extension, is_metadata
+from data.index import Index, Progress, open_index, stamp
+from data.sources.archive import ArchivedImages, Member, index_members
 from data.sources.base import (
     Source,
     Split,
@@ -22,7 +24,13 @@ from data.sources.base import (
     shorten_list,
     split_name,
 )
-from data.sources.tar_index import archives_if_present, cached_by_archives, read_index, skipped_files
+from data.sources.tar_index import (
+    archives_if_present,
+    cached_by_archives,
+    index_archives,
+    read_index,
+    skipped_files,
+)
 from vil.config import DataConfig, UserError, error_reason
 from vil.runtime.files import open_regular
 
@@ -48,14 +56,18 @@ class WebDataset(ArchivedImages):
         """
         root = root_folder(data)
         archives = _find_shards(root, split_name(data, split))
-        members, targets = _list_samples(archives)
-        num_classes = cached_by_archives("wds", archives, lambda: max(targets) + 1)
+        index = _open_index(data, archives)
+        count, example = index.skipped
+        replace(skipped_files(archives), first=example, count=count).log()
+        num_classes = len(index.classes)
         if split == "val" and data.train_split != data.val_split:
             training = archives_if_present(_find_shards, root, data.train_split)
             if training:
-                trained = cached_by_archives("wds", training, lambda: max(_list_samples(training)[1]) + 1)
+                trained = cached_by_archives(
+                    "wds", training, lambda: len(_open_index(data, training).classes)
+                )
                 num_classes = max(num_classes, trained)
-        return cls(archives, members, targets, tuple(map(str, range(num_classes))), mode)
+        return cls(archives, index, tuple(map(str, range(num_classes))), mode)
 
     @classmethod
     def unsplit_name(cls, data: DataConfig) -> str:
@@ -92,39 +104,56 @@ _SampleFiles = dict[str, list[Member]]
 """The files of a shard with one key (the path up to the first dot of the name): image, cls, json, other."""
 
 
-def _list_samples(archives: list[Path]) -> tuple[list[Member], list[int]]:
-    """List the images of all shards and their classes; each sample has one of both."""
-    skipped = skipped_files(archives)
+def _open_index(data: DataConfig, archives: list[Path]) -> Index:
+    """Return the index of shards, in their order; classes are numbers."""
+
+    def build(progress: Progress) -> Index:
+        listed = [(str(path), *stamp(path)) for path in archives]
+        skipped = skipped_files(archives)
+        members: list[Member] = []
+        targets: list[int] = []
+        for images, labels, others in index_archives(_list_samples, archives, data.workers):
+            skipped.add(others.first, others.count)
+            members += images
+            targets += labels
+            progress(len(images))
+        if not members:
+            raise UserError("data.root", f"{archives[0]}: no images with classes in it")
+        class_names = tuple(map(str, range(max(targets) + 1)))
+        return index_members(members, targets, class_names, listed, (skipped.count, skipped.first))
+
+    return open_index(data.index, archives[0].parent, ["wds", *map(str, archives)], build, archives)
+
+
+def _list_samples(path: Path, index: int) -> tuple[list[Member], list[int], SkippedFiles]:
+    """List the images of a shard and their classes; each sample has one of both."""
+    skipped = SkippedFiles(path)
     members: list[Member] = []
     targets: list[int] = []
-    for index, path in enumerate(archives):
-        samples: dict[str, _SampleFiles] = {}
-        for member in read_index(path, index, skipped):
-            if is_metadata(member.name):
-                skipped.add(member.name)
+    samples: dict[str, _SampleFiles] = {}
+    for member in read_index(path, index, skipped):
+        if is_metadata(member.name):
+            skipped.add(member.name)
+            continue
+        folder, file = posixpath.split(member.name)
+        key = posixpath.join(folder, file.partition(".")[0])
+        extension = file.rpartition(".")[2].lower()
+        other = "image" if has_image_extension(file) else "other"
+        kind = extension if extension in ("cls", "json") else other
+        samples.setdefault(key, defaultdict(list))[kind].append(member)
+    with open_regular(path) as shard:
+        for key, files in samples.items():
+            if not files["image"] and not files["cls"]:
+                for member in (*files["json"], *files["other"]):
+                    skipped.add(member.name)
                 continue
-            folder, file = posixpath.split(member.name)
-            key = posixpath.join(folder, file.partition(".")[0])
-            extension = file.rpartition(".")[2].lower()
-            other = "image" if has_image_extension(file) else "other"
-            kind = extension if extension in ("cls", "json") else other
-            samples.setdefault(key, defaultdict(list))[kind].append(member)
-        with open_regular(path) as shard:
-            for key, files in samples.items():
-                if not files["image"] and not files["cls"]:
-                    for member in (*files["json"], *files["other"]):
-                        skipped.add(member.name)
-                    continue
-                try:
-                    pairs = _pair_labels(files)
-                except ValueError as error:
-                    raise UserError("data.root", f"{path}: sample {key}: {error}") from None
-                members += (image for image, _ in pairs)
-                targets += (_read_class(path, shard, label) for _, label in pairs)
-    if not members:
-        raise UserError("data.root", f"{archives[0]}: no images with classes in it")
-    skipped.log()
-    return members, targets
+            try:
+                pairs = _pair_labels(files)
+            except ValueError as error:
+                raise UserError("data.root", f"{path}: sample {key}: {error}") from None
+            members += (image for image, _ in pairs)
+            targets += (_read_class(path, shard, label) for _, label in pairs)
+    return members, targets, skipped
 
 
 def _pair_labels(files: _SampleFiles) -> list[tuple[Member, Member]]:

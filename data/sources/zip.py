@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.decoding import Mode
-from data.sources.archive import ENCRYPTED, ArchivedImages, Member, check_file, safe_name
+from data.index import Index, open_index, stamp
+from data.sources.archive import ENCRYPTED, ArchivedImages, Member, check_file, index_members, safe_name
 from data.sources.base import Source, Split, refuse_validation_split, root_folder, split_name
 from data.sources.class_paths import class_depth, parent_folders
 from vil.config import DataConfig, UserError, error_reason
@@ -33,32 +34,13 @@ class ZipImages(ArchivedImages):
         path = root / f"{split_name(data, split)}_map.txt"
         training = root / f"{data.train_split}_map.txt"
         check_file(path, "lines archive@/path/in/zip<TAB>index")
-        entries = read_map(path)
-        training_entries = entries
-        if split == "val" and path != training and training.is_file():
-            training_entries = read_map(training)
-            check_indices(path, entries, training, training_entries)
-        class_names = map_class_names(training_entries)
-        archives = sorted({entry.archive for entry in entries})
-        contents: dict[str, dict[str, Member]] = {}
-        for index, archive in enumerate(archives):
-            check_file(root / archive, f"the archive that {path.name} names")
-            contents[archive] = list_members(root / archive, index)
-        members = []
-        for entry in entries:
-            member = contents[entry.archive].get(entry.name)
-            if entry.target >= len(class_names):
-                reason = f"class {entry.target}, but {training.name} has {len(class_names)} classes"
-            elif member is None:
-                reason = f"{entry.name} is not in {entry.archive}"
-            elif member.kind not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                reason = f"{entry.name} is encrypted, or neither stored nor deflated, in {entry.archive}"
-            else:
-                members.append(member)
-                continue
-            raise UserError("data.root", f"{path}, line {entry.line}: {reason}")
-        targets = [entry.target for entry in entries]
-        return cls([root / archive for archive in archives], members, targets, class_names, mode)
+        if split == "train" or path == training or not training.is_file():
+            training = path
+        names = [os.path.relpath(map_path, root) for map_path in dict.fromkeys((path, training))]
+        index = open_index(data.index, root, ["zip", *names], lambda _: _index_map(root, path, training))
+        # Behind the maps, the archives were listed.
+        archives = [root / name for name, _, _ in index.listed[len(names) :]]
+        return cls(archives, index, index.classes, mode)
 
     @classmethod
     def unsplit_name(cls, data: DataConfig) -> str:
@@ -67,6 +49,36 @@ class ZipImages(ArchivedImages):
         if data.val_split != data.train_split and validation.exists():
             raise refuse_validation_split(data, validation)
         return data.train_split
+
+
+def _index_map(root: Path, path: Path, training: Path) -> Index:
+    """Find the images of a map in its archives; the training map names the classes, and may be the same."""
+    maps = list(dict.fromkeys((path, training)))
+    listed = [(os.path.relpath(map_path, root), *stamp(map_path)) for map_path in maps]
+    entries = training_entries = read_map(path)
+    if training != path:
+        training_entries = read_map(training)
+        check_indices(path, entries, training, training_entries)
+    class_names = map_class_names(training_entries)
+    contents: dict[str, dict[str, Member]] = {}
+    for number, archive in enumerate(sorted({entry.archive for entry in entries})):
+        check_file(root / archive, f"the archive that {path.name} names")
+        listed.append((archive, *stamp(root / archive)))
+        contents[archive] = list_members(root / archive, number)
+    members = []
+    for entry in entries:
+        member = contents[entry.archive].get(entry.name)
+        if entry.target >= len(class_names):
+            reason = f"class {entry.target}, but {training.name} has {len(class_names)} classes"
+        elif member is None:
+            reason = f"{entry.name} is not in {entry.archive}"
+        elif member.kind not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            reason = f"{entry.name} is encrypted, or neither stored nor deflated, in {entry.archive}"
+        else:
+            members.append(member)
+            continue
+        raise UserError("data.root", f"{path}, line {entry.line}: {reason}")
+    return index_members(members, [entry.target for entry in entries], class_names, listed)
 
 
 class MapEntry(NamedTuple):

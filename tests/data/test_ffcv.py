@@ -239,7 +239,7 @@ def test_quasi_random_order_reads_neighboring_pages_together():
     pages = np.repeat(np.arange(40), 16)
     options = (2, 1, 0, 1)  # batches of 2: the images of a page are shuffled with few others
     batches = QuasiRandomBatches(pages, 640, *options)
-    orders = [batches.order(epoch)[0] for epoch in (0, 1, 0)]
+    orders = [batches.draw(epoch, np.arange(640))[0] for epoch in (0, 1, 0)]
     assert np.array_equal(orders[0], orders[2])
     assert not np.array_equal(orders[0], orders[1])
     for order in orders:
@@ -247,7 +247,7 @@ def test_quasi_random_order_reads_neighboring_pages_together():
         groups = pages[order].reshape(40, 16)
         assert all(len(np.unique(group)) <= 2 for group in groups)
         assert not np.array_equal(groups[:, 0], np.sort(groups[:, 0]))
-    repeated, views = QuasiRandomBatches(pages, 640, 8, 1, 0, 2).order(0)
+    repeated, views = QuasiRandomBatches(pages, 640, 8, 1, 0, 2).draw(0, np.arange(640))
     assert np.array_equal(repeated[::2], repeated[1::2])
     assert views[:4].tolist() == [0, 1, 0, 1]
 

@@ -27,7 +27,8 @@ def names(source):
 def test_every_format_that_is_decoded_is_an_image():
     for extension in (".gif", ".avif", ".jfif", ".jpe", ".jp2", ".JPG", ".tiff", ".webp"):
         assert has_image_extension(f"a{extension}")
-    assert not has_image_extension("a.txt")
+    for name in ("a.txt", ".jpg", "a/.jpg", "..jpg", "a.jpg/b", "jpg", ""):
+        assert not has_image_extension(name)
     assert is_metadata("._a.jpg")
     assert is_metadata("a/__MACOSX/b/a.jpg")
     assert is_metadata("@eaDir/a.jpg")
@@ -156,11 +157,13 @@ def test_listing_errors_are_one_line(folder_data, image_folder, monkeypatch):
 def test_the_order_is_that_of_torchvision(tmp_path):
     for name in ("b/0.png", "a.x/1.png", "a/2.png", "a/c/3.png", "a-b/4.png", "10.png", "9.png"):
         write_image(tmp_path / "root" / name, 0)
-    (found,) = find_files([tmp_path / "root"])
+    found = find_files(tmp_path, ["root"])
     expected = [
         os.path.join(parent, name)
         for parent, _, files in sorted(os.walk(tmp_path / "root"))
         for name in sorted(files)
     ]
-    assert found.images == expected
-    assert found.others == []
+    paths = [os.path.join(tmp_path, os.fsdecode(path)) for path in next(found.images).split(b"\0")[:-1]]
+    assert paths == expected
+    assert found.others == (0, "")
+    assert [path for path, _ in found.mtimes][:2] == [".", "root"]

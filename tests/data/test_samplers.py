@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.samplers import BalancedBatches, MicroBatches, replacement_indices, shuffled_indices
+from data.order import EpochOrder
+from data.samplers import BalancedBatches, MicroBatches, replacement_indices
 from vil.config import UserError
 
 
@@ -34,15 +35,6 @@ def test_an_epoch_has_each_image_once_without_the_incomplete_batch():
     keys = [key for micro_batch in sampler for key in micro_batch]
     assert len(keys) == len({index for _, index, _ in keys}) == 48
     assert {(epoch, view) for epoch, _, view in keys} == {(0, 0)}
-
-
-def test_the_order_is_a_function_of_seed_and_epoch():
-    def order(seed, epoch):
-        return shuffled_indices(seed, epoch, 100).tolist()
-
-    assert order(0, 0) == order(0, 0)
-    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
-    assert sorted(order(3, 4)) == list(range(100))
 
 
 @settings(deadline=None)  # a busy machine is no failure
@@ -112,10 +104,11 @@ def test_the_error_names_the_nearest_batch_size():
         MicroBatches(50, 13, 2, seed=0, world_size=2)
 
 
-def test_replacements_are_the_rest_of_the_epoch_then_its_beginning():
-    order = shuffled_indices(5, 2, 20).tolist()
-    for position in (0, 7, 19):
-        rest = list(replacement_indices(5, 2, 20, order[position]))
+@pytest.mark.parametrize("version", [1, 2])
+def test_replacements_are_the_rest_of_the_epoch_then_its_beginning(version):
+    order = EpochOrder(5, 200, version).indices(2, np.arange(200)).tolist()
+    for position in (0, 7, 199):
+        rest = list(replacement_indices(5, 2, 200, order[position], version))
         assert rest == order[position + 1 :] + order[:position]
 
 
@@ -123,26 +116,29 @@ UNBALANCED = np.repeat([0, 1, 3], [40, 7, 3])
 """Targets of 50 images; class 2 has none."""
 
 
-def drawn(epoch: int, start: int = 0, seed: int = 7, **options: int) -> list[tuple[int, int, int]]:
-    sampler = BalancedBatches(UNBALANCED, 12, options.pop("accumulation", 1), seed, *options.values())
+def drawn(epoch: int, start: int = 0, seed: int = 7, version: int = 2) -> list[tuple[int, int, int]]:
+    sampler = BalancedBatches(UNBALANCED, 12, 1, seed, 1, 0, 1, version)
     sampler.set_epoch(epoch, start)
     return [key for keys in sampler for key in keys]
 
 
-def test_balanced_classes_are_equally_frequent():
+@pytest.mark.parametrize("version", [1, 2])
+def test_balanced_classes_are_equally_frequent(version):
     for epoch in range(4):
-        indices = [index for _, index, _ in drawn(epoch)]
+        indices = [index for _, index, _ in drawn(epoch, version=version)]
         assert len(indices) == 48  # as without balanced sampling
         assert Counter(UNBALANCED[indices].tolist()) == {0: 16, 1: 16, 3: 16}
-    assert drawn(0) == drawn(0)
-    assert len({tuple(drawn(epoch, seed=seed)) for epoch in (0, 1) for seed in (7, 8)}) == 4
-    assert drawn(2, start=1) == drawn(2)[12:]
+    assert drawn(0, version=version) == drawn(0, version=version)
+    seeds = [(epoch, seed) for epoch in (0, 1) for seed in (7, 8)]
+    assert len({tuple(drawn(epoch, seed=seed, version=version)) for epoch, seed in seeds}) == 4
+    assert drawn(2, start=1, version=version) == drawn(2, version=version)[12:]
 
 
-def test_no_image_is_repeated_before_its_class_is_exhausted():
+@pytest.mark.parametrize("version", [1, 2])
+def test_no_image_is_repeated_before_its_class_is_exhausted(version):
     counts: Counter[int] = Counter()
     for epoch in range(12):
-        counts.update(index for _, index, _ in drawn(epoch))
+        counts.update(index for _, index, _ in drawn(epoch, version=version))
         for label in (0, 1, 3):
             of_class = [counts[index] for index in np.flatnonzero(label == UNBALANCED).tolist()]
             assert max(of_class) - min(of_class) <= 1
@@ -165,9 +161,10 @@ def test_views_of_balanced_images_share_a_batch():
     assert sampler.images(0, 0) == [index for _, index, _ in keys[:12]]
 
 
-def test_fewer_draws_than_classes():
+@pytest.mark.parametrize("version", [1, 2])
+def test_fewer_draws_than_classes(version):
     """Every class is drawn once before any is drawn twice, over two epochs of 64 images."""
-    sampler = BalancedBatches(np.arange(101), 64, 1, 0)
-    drawn = [sampler.order(epoch)[0] for epoch in (0, 1)]
+    sampler = BalancedBatches(np.arange(101), 64, 1, 0, 1, 0, 1, version)
+    drawn = [sampler.draw(epoch, np.arange(64))[0] for epoch in (0, 1)]
     assert [len(set(indices.tolist())) for indices in drawn] == [64, 64]
     assert set(np.concatenate(drawn).tolist()) == set(range(101))

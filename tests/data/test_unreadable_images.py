@@ -3,12 +3,14 @@
 import logging
 import os
 
+import numpy as np
 import pytest
 import torch
 from helpers.loading import load as load_options
 from helpers.sample_images import write_image
 
-from data.samplers import replacement_indices, shuffled_indices
+from data.order import EpochOrder
+from data.samplers import replacement_indices
 from vil.config import DataConfig, UserError
 
 
@@ -62,7 +64,7 @@ def test_the_next_readable_image_of_the_epoch_replaces_an_unreadable_one(corrupt
     data, unreadable = corrupt
     loaders = load(data)
     views = loaders.train._loader.dataset
-    order = shuffled_indices(0, 0, len(views.source))
+    order = EpochOrder(0, len(views.source)).indices(0, np.arange(len(views.source)))
     bad = next(index for index in order.tolist() if views.source.describe(index) in unreadable)
     others = list(replacement_indices(0, 0, len(views.source), bad))
     position = order.tolist().index(bad)

@@ -247,7 +247,7 @@ def test_other_compressions_are_rejected(zip_data, image_folder, tmp_path):
 
 def test_a_changed_byte_is_an_unreadable_image(zip_data, tmp_path):
     source = open_source(zip_data, "train", 3)
-    _, offset, size, *_ = source._locations[5].tolist()
+    offset, size = (int(source._locations[column][5]) for column in (1, 2))
     with open(tmp_path / "zip/train.zip", "r+b") as file:
         file.seek(offset + size)
         byte = file.read(1)

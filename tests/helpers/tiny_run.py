@@ -121,6 +121,7 @@ class TinyLoaders:
     class_names: tuple[str, ...] = ("red", "green", "blue", "none")
     class_counts: tuple[int, ...] = (STEPS * 8, STEPS * 4, STEPS * 2, STEPS * 2)
     train_images: int = STEPS * 16
+    order_version: int = 2
 
 
 def make_batch(number: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

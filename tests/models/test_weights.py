@@ -20,7 +20,7 @@ from vil.checkpoints.weights import Weights, load_state_dict, timm_weights
 from vil.config import ModelConfig, StageConfig, UserError
 from vil.models.state_dict import translate_state_dict
 from vil.models.zoo import model_from_config
-from vil.runtime.class_names import imagenet_classes
+from vil.runtime.class_names import imagenet_22k_classes, imagenet_classes
 
 PARITY = sorted(filter(Path.is_dir, (Path(__file__).parents[1] / "fixtures" / "parity").iterdir()))
 STAGES = [
@@ -181,6 +181,23 @@ def test_a_thousand_rows_are_those_of_imagenet_if_the_classes_are_synsets() -> N
     assert torch.equal(model.head.weight[:2], file.state_dict["head.weight"][[1, 0]])
     _, _, line = initialized(file, [f"class {index}" for index in range(1000)])
     assert line == "head: new, 1000 classes; the weights have none of them"
+
+
+@pytest.mark.parametrize("has_names", [True, False])
+def test_the_head_of_imagenet_22k_has_rows_of_imagenet_by_name(has_names: bool) -> None:
+    names, imagenet = imagenet_22k_classes(), imagenet_classes()
+    file = random_weights(dataclasses.replace(CONFIG, num_classes=21_841))
+    file = dataclasses.replace(file, class_names=names if has_names else None)
+    model, before, line = initialized(file, imagenet)
+    assert line == "head: 999 of 1000 classes from the weights, 1 new"
+    teddy = imagenet.index("n04399382")
+    rows = [names.index(name) for name in imagenet if name != "n04399382"]
+    assert rows[:6] == [359, 368, 460, 475, 486, 492]  # as in the 22K-to-1K map of Swin's code
+    kept = [index for index in range(1000) if index != teddy]
+    assert torch.equal(model.head.weight[kept], file.state_dict["head.weight"][rows])
+    assert torch.equal(model.head.bias[kept], file.state_dict["head.bias"][rows])
+    assert torch.equal(model.head.weight[teddy], before.head.weight[teddy])
+    assert (imagenet[0], imagenet[388]) == ("n01440764", "n02510455")
 
 
 def test_numbers_are_no_names() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from data import decoding
 from data.decoding import EncodedImage, UnreadableImageError, max_pixels
 from data.real_labels import read_real_labels
-from data.sources.archive import PLAIN, ArchivedImages, Member
+from data.sources.archive import PLAIN, ArchivedImages, Member, index_members
 from data.sources.folder import ImageFolder
 from data.sources.zip import ZipImages
 from tools.image_reader import read_image
@@ -120,7 +120,8 @@ def test_members_that_inflate(tmp_path: Path):
 def test_members_with_huge_declared_sizes(tmp_path: Path, size: int, kind: int):
     with (tmp_path / "x").open("wb") as file:
         file.truncate(1 << 41)
-    images = ArchivedImages([tmp_path / "x"], [Member(0, 0, size, "x", kind, 0, size)], [0], ("a",), "RGB")
+    index = index_members([Member(0, 0, size, "x", kind, 0, size)], [0], ("a",), [])
+    images = ArchivedImages([tmp_path / "x"], index, ("a",), "RGB")
     outcome, grown = measured(images.read, 0)
     assert "OSError: is larger than 536,870,912 bytes" in outcome
     assert grown < 50 * MB
@@ -130,7 +131,8 @@ def test_a_member_ends_where_the_archive_says(tmp_path: Path):
     content = zlib.compress(bytes(100), wbits=-zlib.MAX_WBITS)
     (tmp_path / "x").write_bytes(b"PK\3\4" + bytes(22) + (0).to_bytes(4, "little") + content)
     member = Member(0, 0, len(content), "", zipfile.ZIP_DEFLATED, zlib.crc32(bytes(99)), 99)
-    images = ArchivedImages([tmp_path / "x"], [member], [0], ("a",), "RGB")
+    index = index_members([member], [0], ("a",), [])
+    images = ArchivedImages([tmp_path / "x"], index, ("a",), "RGB")
     assert images.read(0) is not None
     with pytest.raises(UnreadableImageError):
         images.read(0).decode()

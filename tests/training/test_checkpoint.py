@@ -167,6 +167,8 @@ MALFORMED = [
     ("step", 1.0),
     ("step", True),
     ("epoch", None),
+    ("order_version", 3),
+    ("order_version", True),
     ("best", [97.0]),
     ("best", {"top1": 97.0, "epoch": 1}),
     ("best", {"top1": None, "weights": "raw", "epoch": 1}),

@@ -51,7 +51,7 @@ def test_cosine_that_begins_with_the_run_as_in_the_papers_code():
 
 
 def test_recipes_set_warmup_prefix():
-    for name in ("vil_300", "deit_300", "deit3_800", "finetune_384"):
+    for name in ("vil_300", "vil_22k_90", "deit_300", "deit3_800", "finetune_384"):
         path = Path(__file__).parents[2] / "configs" / "schedules" / f"{name}.yaml"
         assert parse(TrainConfig, ["--schedule", str(path)]).config.schedule.warmup_prefix is False, name
 

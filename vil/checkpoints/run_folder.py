@@ -56,7 +56,7 @@ _FIXED_OPTIONS = (
 )
 """Sections and options that a continued run must not change."""
 
-UNTRACKED_OPTIONS = ("output", "resume", "progress", "data.download")
+UNTRACKED_OPTIONS = ("output", "resume", "progress", "data.download", "data.index")
 """Options whose changes are not reported."""
 
 

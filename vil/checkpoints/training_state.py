@@ -13,6 +13,7 @@ in it can run:
     best              {"top1", "weights": "raw" | "ema", "epoch"} of the best evaluation, or None; and
                       "value" if another metric than top1 chooses it
     evaluations_since_best            due evaluations after the best one (since version 0.2.0)
+    order_version     version of the order of the training images (since version 0.3.0; else 1)
     config            the resolved TrainConfig as nested mappings
     class_names       list of str
     teacher_digest    of the teacher (`vil.checkpoints.teacher`), or None (since version 0.3.0)
@@ -112,6 +113,10 @@ _OPTIONAL_SCHEMA: dict[str, tuple[Callable[[object], bool], str]] = {
     "train_images": _COUNT,
     "steps_per_epoch": (lambda x: _is_count(x) and x != 0, "an integer of at least 1"),
     "evaluations_since_best": _COUNT,
+    "order_version": (
+        lambda x: type(x) is int and x in (1, 2),
+        "1 or 2; a newer version may have written it",
+    ),
     "teacher_digest": (lambda x: x is None or isinstance(x, str), "a text, or None"),
 }
 """The same for keys that checkpoints of older versions lack."""

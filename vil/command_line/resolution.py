@@ -50,6 +50,7 @@ COMMAND_LINE_KEYS: dict[str, Callable[[object], bool]] = {
     "per_class_csv": lambda value: value is None,
     "confusion_csv": lambda value: value is None,
     "data.download": lambda value: value is False,
+    "data.index": lambda value: value in (None, "off"),
     "schedule.teacher_weights": lambda value: value != PRETRAINED,
     "loggers": _stays_on_this_machine,
 }

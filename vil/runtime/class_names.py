@@ -20,14 +20,23 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(ImageNetInfo().label_names())
 
 
+@cache
+def imagenet_22k_classes() -> tuple[str, ...]:
+    """Return the WordNet ids of the 21,841 classes of ImageNet-22K (2011), sorted.
+
+    They include ImageNet's 1,000 classes but n04399382, teddy bear.
+    """
+    return tuple(ImageNetInfo("imagenet22k").label_names())
+
+
 def find_rows(
     names: Sequence[str], trained_names: Sequence[str] | None, num_rows: int
 ) -> tuple[dict[int, int], str]:
     """Find the rows of a head for classes to train on, by name.
 
     Numbers are no names: class 3 of one data set has nothing in common with class 3 of another. Except for
-    ImageNet: a head of 1,000 rows without names is ImageNet's, in the order of the challenge, and the numbers
-    0 to 999 are the indices of ImageNet's classes.
+    ImageNet: a head of 1,000 rows without names is ImageNet's, in the order of the challenge, one of 21,841
+    rows is ImageNet-22K's, and the numbers 0 to 999 are the indices of ImageNet's classes.
 
     Args:
         names: classes of the data, in the order of its targets.
@@ -40,6 +49,8 @@ def find_rows(
     imagenet = imagenet_classes()
     if trained_names is None and num_rows == len(imagenet):
         trained_names = imagenet
+    elif trained_names is None and num_rows == len(imagenet_22k_classes()):
+        trained_names = imagenet_22k_classes()
     trained = _imagenet_names(list(map(normal_form, (trained_names or ())[:num_rows])))
     if not trained or _are_all_digits(trained):
         return {}, f"the weights do not name their {num_rows:,} classes"

@@ -89,6 +89,10 @@ class Loaders(Protocol):
     def train_images(self) -> int:
         """Number of training images."""
 
+    @property
+    def order_version(self) -> int:
+        """Version of the order of the training images, for the checkpoint."""
+
 
 class Mix(Protocol):
     """Mixup and cutmix."""
@@ -565,6 +569,7 @@ class Trainer:
             "watched": self.loss_monitor.state_dict(),
             "best": position.best,
             "evaluations_since_best": position.evaluations_since_best,
+            "order_version": self.loaders.order_version,
             "config": stored_tree(self.config),
             "class_names": list(self.loaders.class_names),
             "teacher_digest": self.teacher_digest(),
