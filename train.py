@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from data import Loaders, Mixing, build_loaders, dataset_name, open_eval_sets, record_split
+from data import Loaders, Mixing, build_loaders, dataset_name, open_eval_sets
 from data.order import ORDER_VERSION
 from vil.checkpoints import checkpoint_files, run_folder
 from vil.checkpoints.initialization import initialize_model
@@ -114,8 +114,6 @@ def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConf
         EvaluationDataset(found.name, found.loader, found.class_names, indices)
         for found, indices in open_eval_sets(config, loaders.class_names, process)
     ]
-    if state is None:
-        call_on_main(lambda: record_split(loaders, config))
     for line in describe_run(config, loaders, model, process, command):
         print_on_main(process, line)
     if teacher is not None:

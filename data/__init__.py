@@ -32,7 +32,7 @@ from data.sources.subsets import ImageList, select_subset
 from data.transforms import augmented_evaluation_transform, evaluation_transform, train_transform
 from data.unreadable_images import UnreadableImages
 from data.workers import limit_workers
-from vil.config import EvalConfig, Size, TrainConfig, UserError, errors_in_option
+from vil.config import DataConfig, EvalConfig, Size, TrainConfig, UserError, errors_in_option
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.epoch_steps import Phase, training_phases
 
@@ -48,7 +48,6 @@ __all__ = [
     "class_folder_options",
     "dataset_name",
     "open_eval_sets",
-    "record_split",
 ]
 
 
@@ -71,6 +70,7 @@ class Loaders:
         train_images: training images, over all ranks.
         validation_source: the validation images.
         order_version: version of the order of the training images, which a checkpoint stores.
+        data: the section of the configuration.
     """
 
     train: MicroBatchLoader | ProgressiveResizingLoader
@@ -80,6 +80,16 @@ class Loaders:
     train_images: int
     validation_source: Source
     order_version: int
+    data: DataConfig
+
+    def write_split(self, folder: Path) -> None:
+        """Write the names of the images that are held out to split.txt in a run's folder, if there are any.
+
+        Raises:
+            UserError: a name contains a line break, or the file cannot be written.
+        """
+        if has_held_out_images(self.data):
+            write_split(folder, self.validation_source, self.data)
 
 
 def build_loaders(
@@ -144,13 +154,8 @@ def build_loaders(
         len(source),
         validation.source,
         order_version,
+        data,
     )
-
-
-def record_split(loaders: Loaders, config: TrainConfig) -> None:
-    """Write the names of the images that a new run holds out to split.txt in its folder, if there are any."""
-    if has_held_out_images(config.data) and config.output is not None:
-        write_split(Path(config.output), loaders.validation_source, config.data)
 
 
 def build_validation(

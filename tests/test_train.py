@@ -110,6 +110,19 @@ def test_a_run_of_relative_paths_continues_and_is_evaluated_from_another_folder(
     assert "balanced_accuracy" in Path("../run/metrics.jsonl").read_text()
 
 
+def test_a_refused_run_writes_no_split(folder):
+    for name in "ab":
+        (folder / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (16, 16)).save(folder / "photos" / name / f"{number}.png")
+    options = ["--data.source", "folder", "--data.root", "photos", "--data.workers", "0", "--device", "cpu",
+               "--model", VIL_32, "--data.val_fraction", "0.5", "--output", "run"]  # fmt: skip
+    with pytest.raises(UserError) as error:
+        program.main([*options, "--schedule.batch_size", "4", "--schedule.class_weights", "1", "2", "3"])
+    assert error.value.location == "schedule.class_weights"
+    assert not (folder / "run").exists()
+
+
 def test_a_named_data_set_is_not_merged_with_the_digits():
     given, plain = ["--data.source", "folder", "--data.root", "x"], DataConfig(source="folder", root="x")
     assert configure(*given).data == plain

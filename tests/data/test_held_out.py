@@ -10,11 +10,10 @@ import pytest
 from helpers.loading import load
 from helpers.sample_images import write_image
 
-from data import record_split
 from data.sources import dataset_name, open_source
 from tools.programs.write_ffcv import WriteOptions, describe
 from vil.checkpoints.weights import Weights
-from vil.config import DataConfig, TrainConfig, UserError
+from vil.config import DataConfig, UserError
 
 CLASSES = {"große Katze": 10, "猫 two": 5, "plain": 2}
 
@@ -165,7 +164,7 @@ def start(data, run, is_new=True):
     """Open the data of a run as train.py does; return the pixels of the validation images."""
     loaders = load(data, batch_size=2, output=run, is_new=is_new)
     if is_new:
-        record_split(loaders, TrainConfig(data=data, output=str(run)))
+        loaders.write_split(run)
     return {image.tobytes() for images, _ in loaders.validation for image in images.numpy()}
 
 

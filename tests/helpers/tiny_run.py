@@ -123,6 +123,9 @@ class TinyLoaders:
     train_images: int = STEPS * 16
     order_version: int = 2
 
+    def write_split(self, folder: Path) -> None:
+        pass
+
 
 def make_batch(number: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(number)

@@ -93,6 +93,9 @@ class Loaders(Protocol):
     def order_version(self) -> int:
         """Version of the order of the training images, for the checkpoint."""
 
+    def write_split(self, folder: Path) -> None:
+        """Write the names of the images that are held out for validation, if there are any."""
+
 
 class Mix(Protocol):
     """Mixup and cutmix."""
@@ -153,6 +156,8 @@ def fit(
     trainer = Trainer(model, loaders, config, process, mix, state, draw_attention, teacher, eval_sets)
     try:
         # Only now that everything fits: a folder with a config.yaml holds a run.
+        if state is None:
+            call_on_main(lambda: loaders.write_split(trainer.folder))
         call_on_main(lambda: begin_run(trainer.folder, config))
         with trainer.signals.installed(), trainer.watchdog.running():
             try:
