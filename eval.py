@@ -24,8 +24,10 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from vil.command_line import ParsedArguments, ResolvedConfig, resolve_eval_command, run_program
+from vil.runtime.launch import set_ranks
 
 if __name__ == "__main__":  # before the slow import of PyTorch, for a fast --help
+    run_program(set_ranks)
     ARGUMENTS = run_program(resolve_eval_command, sys.argv[1:])
 
 import logging
@@ -36,7 +38,15 @@ from pathlib import Path
 
 from torch import nn
 
-from data import NotImageNetError, Validation, build_validation, class_folder_options, dataset_name
+import vil
+from data import (
+    NotImageNetError,
+    Validation,
+    build_validation,
+    class_folder_options,
+    dataset_name,
+    describe_sources,
+)
 from vil.command_line import errors_of_one_rank, file_origin
 from vil.command_line.stored_model import StoredModel, read_stored, resolve_over_stored
 from vil.config import (
@@ -47,11 +57,13 @@ from vil.config import (
 from vil.evaluation import report
 from vil.evaluation.corruptions import add_corruption_summaries, list_datasets
 from vil.evaluation.report import EvaluationDataset, evaluate_model
-from vil.runtime import console, distributed
+from vil.runtime import agreement, console, distributed
+from vil.runtime.agreement import GivenOptions
 from vil.runtime.class_names import match_classes
-from vil.runtime.distributed import Process, call_on_main
+from vil.runtime.distributed import Process, call_on_all, call_on_main
 from vil.runtime.files import check_writable, is_stream, refuse_input_as_output
 from vil.runtime.precision import choose_precision, set_deterministic
+from vil.validation import as_tree, flatten
 
 _logger = logging.getLogger("vil.eval")
 
@@ -75,7 +87,11 @@ def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConf
     """
     config = command.config
     try:
-        with distributed.start(config.device) as process:
+        with distributed.start(config.device, start_timeout=config.start_timeout) as process:
+            for line in agreement.check_software(vil.__version__):
+                _logger.warning("%s", line)
+            options = flatten(as_tree(config))
+            agreement.check_options(GivenOptions(options, {}, is_stored=False))
             check_outputs(args, config)
             check_single_result(args, config)
             choose_precision(config.precision, process.device)
@@ -138,7 +154,8 @@ def open_evaluation(
     is_stored = path is not None and commands[0].origins.get("data.source") == file_origin(path)
     if is_stored and not config.complexity:
         _logger.info("evaluating on %s, the data of %s", dataset_name(config.data), path)
-    validations = [] if config.complexity else open_datasets(commands, process)
+    validations = [] if config.complexity else call_on_all(lambda: open_datasets(commands, process))
+    check_same_images(validations, config, process)
     num_classes = len(validations[0].class_names) if validations else IMAGENET_CLASSES
     model = stored.build_model(config.model, num_classes, process.device)
     datasets = match_datasets(stored, config, validations, model)
@@ -189,6 +206,14 @@ def open_datasets(commands: Sequence[ResolvedConfig[EvalConfig]], process: Proce
             config = replace(config, data=replace(config.data, real_labels=None))
             validations.append(build_validation(config, process, config.channels_last))
     return validations
+
+
+def check_same_images(validations: Sequence[Validation], config: EvalConfig, process: Process) -> None:
+    """Raise UserError on every rank if a rank has read other images than rank 0."""
+    for number, validation in enumerate(validations, start=1):
+        sources, root = {f"images in data set {number}": validation.source}, config.data.root
+        describe = partial(describe_sources, sources, root, process.local_rank == 0)
+        agreement.check_data("data.root", describe)
 
 
 def match_datasets(

@@ -22,18 +22,35 @@ if __name__ == "__main__":
 # PyTorch reads the variable when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from vil.command_line import ResolvedConfig, errors_of_one_rank, resolve_train_command, run_program
+from vil.command_line import (
+    ResolvedConfig,
+    errors_of_one_rank,
+    file_origin,
+    resolve_train_command,
+    run_program,
+)
+from vil.runtime.launch import set_ranks
 
 if __name__ == "__main__":  # before the slow import of PyTorch, for a fast --help
+    run_program(set_ranks)
     COMMAND = run_program(resolve_train_command, sys.argv[1:])
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from data import Loaders, Mixing, build_loaders, dataset_name, open_eval_sets
+import vil
+from data import (
+    Loaders,
+    Mixing,
+    build_loaders,
+    dataset_name,
+    describe_sources,
+    open_eval_sets,
+)
 from data.order import ORDER_VERSION
 from vil.checkpoints import checkpoint_files, run_folder
 from vil.checkpoints.initialization import initialize_model
@@ -55,16 +72,18 @@ from vil.evaluation.report import EvaluationDataset, evaluate_model, write_json
 from vil.models.attention_image import attention_sheet
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import check_device, model_from_config
-from vil.runtime import console, distributed
-from vil.runtime.distributed import Process, call_on_main
+from vil.runtime import agreement, console, distributed
+from vil.runtime.agreement import GivenOptions
+from vil.runtime.distributed import Process, call_on_all, call_on_main
 from vil.runtime.epoch_steps import epoch_steps, training_phases
 from vil.runtime.modes import mode
 from vil.runtime.precision import choose_precision, set_deterministic
+from vil.runtime.run_files import CONFIG
 from vil.runtime.seeding import seed_generators
 from vil.training.distillation import build_teacher, describe_teacher
 from vil.training.experiment_trackers import check_loggers
 from vil.training.trainer import Summary, fit
-from vil.validation import as_tree, without_timm_start_options
+from vil.validation import STORED, as_tree, flatten, without_timm_start_options
 
 
 def train(command: ResolvedConfig[TrainConfig]) -> None:
@@ -75,9 +94,11 @@ def train(command: ResolvedConfig[TrainConfig]) -> None:
         TrainingError, LostRankError, InterruptedRun: as `vil.training.trainer.fit`.
     """
     try:
-        with distributed.start(command.config.device, collective_timeout(command.config)) as process:
-            # Rank 0's folder is used: other machines may not see it, or have another run under this name.
-            config = call_on_main(lambda: command.config)
+        timeouts = (collective_timeout(command.config), command.config.start_timeout)
+        with distributed.start(command.config.device, *timeouts) as process:
+            for line in agreement.check_software(vil.__version__):
+                print_on_main(process, line)
+            config = agreed_config(command)
             call_on_main(lambda: check_output(command))
             call_on_main(lambda: check_loggers(config.loggers))  # only rank 0 writes logs
             config.precision = choose_precision(config.precision, process.device)
@@ -86,6 +107,34 @@ def train(command: ResolvedConfig[TrainConfig]) -> None:
                 run(config, process, command)
     except UserError as error:
         raise command.locate(error) from error
+
+
+def agreed_config(command: ResolvedConfig[TrainConfig]) -> TrainConfig:
+    """Return rank 0's configuration, with `MACHINE_OPTIONS` of this rank.
+
+    Rank 0's folder is used: other machines may not see it, or have another run under this name. If it
+    contains a run to continue, only the command line sets options of this rank.
+
+    Raises:
+        RanksDifferError: the command lines or their files differ in other options.
+    """
+    config = command.config
+    options = flatten(as_tree(config))
+    for key in [key for key, origin in command.origins.items() if origin == file_origin(STORED)]:
+        options.pop(key, None)  # the model of initial weights: a continued run has the stored one on rank 0
+    is_stored = file_origin(str(Path(config.output or "", CONFIG))) in command.origins.values()
+    assigned = {key: options[key] for key in command.assigned if key in options}
+    if "output" not in assigned:
+        del options["output"]  # by data.root
+    agreement.check_options(GivenOptions(options, assigned, is_stored))
+    agreed, is_continued = call_on_main(lambda: (config, is_stored))
+    kept = {key for key in agreement.MACHINE_OPTIONS if key in assigned or not (is_stored or is_continued)}
+    if "device" in kept:
+        agreed.device = config.device
+    for name in ("root", "workers"):
+        if f"data.{name}" in kept:
+            setattr(agreed.data, name, getattr(config.data, name))
+    return agreed
 
 
 def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConfig]) -> None:
@@ -110,9 +159,12 @@ def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConf
     order_version = ORDER_VERSION if state is None else state.get("order_version", 1)
     loaders, model, mix = build(config, process, state is None, order_version)
     teacher = build_teacher(config, loaders.class_names, process)
+    opened = call_on_all(lambda: open_eval_sets(config, loaders.class_names, process))
+    for found, _ in opened:
+        sources = {f"images of {found.name}": found.source}
+        agreement.check_data("eval_sets", partial(describe_sources, sources, None, process.local_rank == 0))
     eval_sets = [
-        EvaluationDataset(found.name, found.loader, found.class_names, indices)
-        for found, indices in open_eval_sets(config, loaders.class_names, process)
+        EvaluationDataset(found.name, found.loader, found.class_names, indices) for found, indices in opened
     ]
     for line in describe_run(config, loaders, model, process, command):
         print_on_main(process, line)
@@ -161,7 +213,8 @@ def build(
     its training images.
     """
     schedule = config.schedule
-    loaders = build_loaders(config, process, is_new, order_version)
+    loaders = call_on_all(lambda: build_loaders(config, process, is_new, order_version))
+    check_same_images(loaders, config, process)
     num_classes = len(loaders.class_names)
     if config.model.num_classes is None:
         config.model.num_classes = num_classes
@@ -188,6 +241,13 @@ def build(
             print_on_main(process, line)
     mix = Mixing(schedule.augment, config.model.num_classes, schedule.label_smoothing, config.seed)
     return loaders, model, mix
+
+
+def check_same_images(loaders: Loaders, config: TrainConfig, process: Process) -> None:
+    """Raise UserError on every rank if a rank has read other images than rank 0."""
+    sources = {"training images": loaders.train_source, "validation images": loaders.validation_source}
+    root, key = config.data.root, "data.source" if config.data.root is None else "data.root"
+    agreement.check_data(key, lambda: describe_sources(sources, root, process.local_rank == 0))
 
 
 def describe_run(

@@ -11,6 +11,7 @@ import numpy as np
 
 from data.eval_sets import errors_in_set, eval_set_data, match_eval_set, set_names
 from data.ffcv_loader import FFCVTrainLoader, build_micro_batches, uses_ffcv
+from data.fingerprint import describe_sources
 from data.loaders import (
     EvaluationImages,
     LoaderOptions,
@@ -47,6 +48,7 @@ __all__ = [
     "check_same_classes",
     "class_folder_options",
     "dataset_name",
+    "describe_sources",
     "open_eval_sets",
 ]
 
@@ -68,6 +70,7 @@ class Loaders:
     Attributes:
         class_counts: training images of each class, over all ranks.
         train_images: training images, over all ranks.
+        train_source: the training images.
         validation_source: the validation images.
         order_version: version of the order of the training images, which a checkpoint stores.
         data: the section of the configuration.
@@ -78,6 +81,7 @@ class Loaders:
     class_names: tuple[str, ...]
     class_counts: list[int]
     train_images: int
+    train_source: Source
     validation_source: Source
     order_version: int
     data: DataConfig
@@ -152,6 +156,7 @@ def build_loaders(
         validation.class_names,
         np.bincount(source.targets, minlength=len(source.class_names)).tolist(),
         len(source),
+        source,
         validation.source,
         order_version,
         data,

@@ -599,8 +599,13 @@ class TrainConfig:
     spike_threshold: Positive | None = 6.0
     """A loss this many standard deviations above the mean of the last 100 steps is logged with the images
     of its batch; null is off."""
+    start_timeout: Seconds = 600.0
+    """Several processes: seconds that the start waits for the other ranks before it ends with status 1."""
     hang_timeout: Seconds = 600.0
     """Seconds without progress after which each rank prints where it hangs."""
+    hang_action: Literal["report", "exit"] = "report"
+    """After hang_timeout: report goes on waiting, exit ends the process with status 1; the same command
+    continues the run."""
     grace_period: Seconds = 120.0
     """Seconds for the last step and its checkpoint after SIGTERM or Ctrl-C, before the process exits
     unsaved."""
@@ -662,6 +667,8 @@ class EvalConfig:
     """Write the confusion matrix to this CSV file: rows are classes of images, columns predictions."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    start_timeout: Seconds = 600.0
+    """Several processes: seconds that the start waits for the other ranks before it ends with status 1."""
     precision: Precision = "float32"
     """Precision of the forward pass."""
     compile: bool = False

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.task.distillation import LogitDistillationTask
-from timm.task.token_distillation import TokenDistillationTask
 from torch import nn
 
 import vil
@@ -182,6 +180,13 @@ def test_timm_builds_saves_and_loads_it(tmp_path: Path):
     assert torch.equal(features(images())[1], model.forward_intermediates(images())[1][1])
 
 
+@pytest.fixture
+def distillation_tasks():
+    """timm's distillation tasks, which version 1.0.21 lacks."""
+    tasks = pytest.importorskip("timm.task")
+    return tasks.LogitDistillationTask, tasks.TokenDistillationTask
+
+
 def train_step(task: nn.Module, student: nn.Module) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.AdamW(student.parameters())
     result = task.train()(images(), torch.tensor([0, 2]))
@@ -190,20 +195,23 @@ def train_step(task: nn.Module, student: nn.Module) -> dict[str, torch.Tensor]:
     return result
 
 
-def test_students_and_teachers_of_timms_distillation_tasks():
+def test_students_and_teachers_of_timms_distillation_tasks(distillation_tasks):
+    logit_task, token_task = distillation_tasks
     student, plain = build(), build(dataclasses.replace(CONFIG, distillation_token=False))
     teacher = build(FLAT)
     heads = [parameter.detach().clone() for parameter in student.head_dist.parameters()]
-    result = train_step(TokenDistillationTask(student, teacher, distill_type="hard", verbose=False), student)
+    result = train_step(token_task(student, teacher, distill_type="hard", verbose=False), student)
     assert set(result) == {"loss", "output", "task_loss", "distill_loss"}
     assert any(not torch.equal(a, b) for a, b in zip(heads, student.head_dist.parameters()))
-    result = train_step(LogitDistillationTask(plain, teacher, temperature=3.0, verbose=False), plain)
+    result = train_step(logit_task(plain, teacher, temperature=3.0, verbose=False), plain)
     assert set(result) == {"loss", "output", "task_loss", "kd_loss"}
     with pytest.raises(UserError, match=r"^distillation_token: the model has none"):
-        TokenDistillationTask(plain, teacher, verbose=False)
+        token_task(plain, teacher, verbose=False)
 
 
-def test_timms_tasks_create_a_teacher_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_timms_tasks_create_a_teacher_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, distillation_tasks
+):
     """They pass device and dtype; the weights are those of a file."""
     source = timm.create_model("vil_tiny", img_size=32, num_classes=3, blocks=(1, 1, 1, 1))
     torch.save(source.state_dict(), tmp_path / "x.pt")
@@ -216,7 +224,7 @@ def test_timms_tasks_create_a_teacher_by_its_name(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(timm.task.distillation, "create_model", create_model)
     student = build()
-    task = TokenDistillationTask(
+    task = distillation_tasks[1](
         student,
         "vil_tiny",
         teacher_pretrained_path=str(tmp_path / "x.pt"),

@@ -72,3 +72,37 @@ def test_a_process_that_does_not_respond_to_signals_is_ended():
         "second SIGINT: exiting without saving",
     ]
     assert done.stdout.split() == ["143", "130", "130"]
+
+
+EXITING = """
+import os, time
+from vil.runtime import watchdog
+from vil.runtime.watchdog import Watchdog
+
+watchdog._FILE_SYSTEM_TIMEOUT_S = 0.2
+
+def hang():
+    time.sleep(60)
+
+for last_checkpoint in (lambda: "the last checkpoint is step_4.pt", hang):
+    child = os.fork()
+    if child == 0:
+        watched = Watchdog(1, 0.3, 60, True, stop_signal=lambda: 0, last_checkpoint=last_checkpoint)
+        with watched.running():
+            watched.report_progress("computing step 5")
+            hang()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_hang_ends_the_process_and_names_the_last_checkpoint():
+    """Even if the file system does not respond."""
+    done = subprocess.run(
+        [sys.executable, "-c", EXITING], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    start = "[rank 1] no progress for 0 s while computing step 5: exiting;"
+    assert done.stderr.splitlines() == [
+        f"{start} the last checkpoint is step_4.pt",
+        f"{start} its folder does not respond",
+    ]
+    assert done.stdout.split() == ["1", "1"]

@@ -783,3 +783,17 @@ def test_interrupted_grid_continues_and_failed_cell_is_reported(folder, monkeypa
         "avg, seed 0 is excluded: the grid has changed since (schedule.epochs: 1 → 2)"
         in capsys.readouterr().out
     )
+
+
+def test_a_grid_is_refused_under_torchrun_and_its_runs_are_single_processes(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        program.main(["configs/ablations/pooling_digits.yaml"])
+    assert str(caught.value) == (
+        "environment: WORLD_SIZE: tools/ablate.py starts the processes of its runs itself; run it without "
+        "torchrun"
+    )
+    environment = scheduler._environment(1, 0, [])
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
+    assert "MASTER_ADDR" not in environment

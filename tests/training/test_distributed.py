@@ -207,3 +207,7 @@ def test_missing_devices(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="4 processes on this machine"), distributed.start("cuda"):
         pass
+    # Each process of srun --gpus-per-task=1 sees one GPU.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert distributed._choose_device("cuda", 3, 4) == torch.device("cuda", 0)

@@ -90,6 +90,7 @@ TRAIN: dict[str, tuple[Any, Options, str]] = {
     "max_skipped_steps": (3, {}, "LossMonitor"),
     "spike_threshold": (3.0, {}, "LossMonitor"),
     "hang_timeout": (300.0, {}, "Watchdog"),
+    "hang_action": ("exit", {}, "Watchdog"),
     "grace_period": (60.0, {}, "Watchdog"),
     "attention_every": (1, {"loggers": ["tensorboard"], "epochs": 2}, "attention_images"),
     "loggers": (["csv"], {}, "files"),
@@ -97,7 +98,8 @@ TRAIN: dict[str, tuple[Any, Options, str]] = {
 }
 
 TESTED_ELSEWHERE = {
-    *("model", "schedule", "data", "augment", "output", "resume", "device", "deterministic", "eval_sets"),
+    *("model", "schedule", "data", "augment", "output", "resume", "device", "deterministic", "start_timeout"),
+    "eval_sets",
     *("teacher", "teacher_weights", "teacher_released_config"),
 }
 """Sections, and options that train.py reads."""
@@ -127,9 +129,9 @@ def effects(folder: Path, options: Options) -> Options:
     def recording(name: str) -> Any:
         original = getattr(trainer, name)
 
-        def create(*arguments: Any) -> Any:
+        def create(*arguments: Any, **keywords: Any) -> Any:
             found[name] = [value for value in arguments if isinstance(value, int | float)]
-            return original(*arguments)
+            return original(*arguments, **keywords)
 
         return create
 

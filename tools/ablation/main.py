@@ -27,11 +27,15 @@ from tools.ablation.scheduler import Stopped, execute, visible_gpus
 from vil.command_line import ToolParser, bounded_int
 from vil.config import COMMAND_LINE, UserError
 from vil.runtime.console import print_line
+from vil.runtime.launch import read_ranks
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the unfinished runs of the grids, print their tables and write their results."""
     arguments, train_options = _parser().parse_known_args(argv)
+    if read_ranks().world_size > 1:
+        reason = "tools/ablate.py starts the processes of its runs itself; run it without torchrun"
+        raise UserError("WORLD_SIZE", reason, "environment")
     names = [grid_name(path) for path in arguments.grids]
     for name in names:
         if names.count(name) > 1:

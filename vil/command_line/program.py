@@ -9,11 +9,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import vil
 from vil.config import COMMAND_LINE, UserError, error_reason, printable
+from vil.runtime import launch
 from vil.runtime.console import flush_streams, print_line
 
 Parameters = ParamSpec("Parameters")
@@ -42,10 +43,12 @@ def run_program(
 
     Exit status 2 and one line on standard error for a UserError, `exit_status` of an exception that has one,
     1 if the machine or its GPU is out of memory, 130 for Ctrl-C. Of the processes that torchrun starts on
-    one machine the first one prints the line, and for a `OneRankError` the one that raised it. Log records of
-    the package are printed.
+    one machine the first one prints the line, and for a `OneRankError` the one that raised it; an error that
+    torchrun has repeated by a restart is not printed again. Other ranks that wait for this one get the line.
+    Log records of the package are printed.
     """
     status, line = 0, None
+    more_lines: list[str] = []
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # characters that the encoding lacks are replaced
             stream.reconfigure(errors="replace")
@@ -62,6 +65,7 @@ def run_program(
         status = ended.code
     except UserError as error:
         status, line = 2, f"error: {error}"
+        more_lines = [f"error: {text}" for text in getattr(error, "lines", [])[1:]]
         if isinstance(error, OneRankError) and rank != "0":
             prints, line = True, f"[rank {rank}] {line}"
     except KeyboardInterrupt:
@@ -80,8 +84,13 @@ def run_program(
             raise
     finally:
         logger.removeHandler(handler)
-    if line is not None and prints:
-        print_line(" ".join(printable(line).split()), sys.stderr)
+    if line is not None:
+        line = " ".join(printable(line).split())
+        if prints and not _is_repeated(line):
+            for text in (line, *more_lines):
+                print_line(text, sys.stderr)
+        flush_streams()
+        _report_failure(line, status)
     flush_streams()
     if _has_process_group():  # left after an error: destroying it could wait for the other ranks forever
         os._exit(status)
@@ -98,6 +107,25 @@ def main(program: Callable[[list[str]], object]) -> NoReturn:
 def _has_process_group() -> bool:
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _is_repeated(line: str) -> bool:
+    """Return True if torchrun has restarted this process after it ended with this line."""
+    with suppress(UserError):  # of the environment
+        if launch.restart_count() > 0:
+            from vil.runtime.rendezvous import is_repeated
+
+            return is_repeated(line)
+    return False
+
+
+def _report_failure(line: str, status: int) -> None:
+    """Tell the other ranks of the job, which may wait for this one, and later restarts of it."""
+    with suppress(UserError):  # of the environment
+        if launch.is_failure_shared(status):
+            from vil.runtime.rendezvous import report_failure
+
+            report_failure(line, status)
 
 
 def out_of_memory(error: Exception) -> str | None:

@@ -9,11 +9,12 @@ import copy
 import inspect
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from vil.config import UserError, one_line
-from vil.runtime.rendezvous import create_store
+from vil.runtime import launch, orphans
+from vil.runtime.rendezvous import FailedRankError, StartMonitor, create_store
 
 Result = TypeVar("Result")
 
@@ -56,22 +58,29 @@ class LostRankError(RuntimeError):
 
 
 @contextmanager
-def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
+def start(device: str = "auto", timeout: float = 1800.0, start_timeout: float = 600.0) -> Iterator[Process]:
     """Join the process group of torchrun; without torchrun, the world size is 1 and there is no group.
 
     Args:
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, or, for a single process, `cuda:1`.
         timeout: seconds that a collective waits for the other ranks.
+        start_timeout: seconds that the start waits for the other ranks; then the process ends with status 1.
 
     Raises:
-        UserError: the device does not exist, or there are more processes than GPUs.
+        UserError: the device does not exist, or there are more processes than GPUs; a variable of the
+            environment is invalid; a host has an address that the other machines cannot reach.
+        FailedRankError: another rank failed before it joined.
         LostRankError: the connection to another rank failed.
     """
-    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    world_size, local_world_size = (
-        int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    )
-    chosen_device = _choose_device(device, local_rank, local_world_size)
+    ranks = launch.read_ranks()
+    with orphans.ended_with_agent(ranks.rank), _joined(ranks, device, timeout, start_timeout) as process:
+        yield process
+
+
+@contextmanager
+def _joined(ranks: launch.Ranks, device: str, timeout: float, start_timeout: float) -> Iterator[Process]:
+    rank, world_size = ranks.rank, ranks.world_size
+    chosen_device = _choose_device(device, ranks.local_rank, ranks.local_world_size)
     on_gpu = chosen_device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(chosen_device)
@@ -79,19 +88,24 @@ def start(device: str = "auto", timeout: float = 1800.0) -> Iterator[Process]:
         # With gloo in addition to NCCL, collectives of CPU tensors never wait for a GPU. device_id binds the
         # communicator to this GPU: without it, a barrier selects one.
         try:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                store=create_store(rank, world_size, timeout),
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=timeout),
-                device_id=chosen_device if on_gpu else None,
-            )
+            with StartMonitor(ranks, start_timeout).running() as monitor:
+                store = create_store(ranks, monitor)
+                store.set_timeout(timedelta(seconds=timeout))
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                    store=store,
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=timedelta(seconds=timeout),
+                    device_id=chosen_device if on_gpu else None,
+                )
+        except (UserError, FailedRankError):
+            raise
         except (RuntimeError, TimeoutError, ValueError) as error:
             raise LostRankError(f"the ranks cannot connect: {_one_line(error)}") from error
     has_ended = False
     try:
-        yield Process(rank, local_rank, world_size, chosen_device)
+        yield Process(rank, ranks.local_rank, world_size, chosen_device)
         has_ended = True
     except Exception as error:
         reason = lost_rank_reason(error)
@@ -118,6 +132,8 @@ def _choose_device(device: str, local_rank: int, local_world_size: int) -> torch
     gpus = torch.cuda.device_count()
     if gpus == 0:
         raise UserError("device", "cuda was requested, but PyTorch finds no GPU on this machine")
+    if gpus == 1 and "SLURM_GPUS_PER_TASK" in os.environ:  # each process of srun sees its own GPU alone
+        local_rank, local_world_size = 0, 1
     if local_world_size > gpus:
         reason = f"{local_world_size} processes on this machine, but it has {gpus} GPU(s); each needs one"
         raise UserError("device", reason)
@@ -158,6 +174,15 @@ def broadcast_object(value: Result) -> Result:
     return box[0]
 
 
+def all_gather_object(value: Result) -> list[Result]:
+    """Return the `value` of each rank, in the order of the ranks, on every rank."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def call_on_main(function: Callable[[], Result]) -> Result:
     """Call `function` on rank 0 alone, and return its result on every rank.
 
@@ -183,6 +208,25 @@ def call_on_main(function: Callable[[], Result]) -> Result:
     if problem is not None:
         raise UserError(*problem)
     return result
+
+
+def call_on_all(function: Callable[[], Result]) -> Result:
+    """Call `function` on every rank, and return its result on this one.
+
+    Raises:
+        UserError: on every rank, if `function` raises it on any: the one of the first such rank.
+    """
+    try:
+        result, problem = function(), None
+    except UserError as error:
+        result, problem = None, (error.location, error.reason, error.origin)
+    outcomes = all_gather_object((socket.gethostname(), problem))
+    for rank, (host, found) in enumerate(outcomes):
+        if found is not None:
+            location, reason, origin = found
+            is_everywhere = all(other == found for _, other in outcomes)
+            raise UserError(location, reason if is_everywhere else f"rank {rank} ({host}): {reason}", origin)
+    return cast(Result, result)
 
 
 def lost_rank_reason(error: BaseException) -> str | None:

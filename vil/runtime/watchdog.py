@@ -15,25 +15,38 @@ from pathlib import Path
 from vil.runtime.console import print_line
 
 _ROOT = Path(__file__).parents[2]
+_FILE_SYSTEM_TIMEOUT_S = 5.0
+"""Seconds to wait for the list of checkpoints before the process ends."""
 
 
 class Watchdog:
     """Print the current line of the main thread if it makes no progress.
 
-    A run that hangs is not ended: a slow disk may recover, and collectives have a longer timeout. A process
-    that does not end within the grace period of a signal is ended without saving.
+    A run that hangs is not ended, unless `exits` is set: a slow disk may recover, and collectives
+    have a longer timeout. A process that does not end within the grace period of a signal is ended without
+    saving.
 
     Args:
         rank: of this process.
         hang_timeout: seconds without progress after which to report.
         grace_period: seconds between the signal and the end of the process.
+        exits: end the process with status 1 after the report.
         stop_signal: returns the number of the signal that ends the process, 0 for none.
+        last_checkpoint: returns a clause that names the last checkpoint.
     """
 
     def __init__(
-        self, rank: int, hang_timeout: float, grace_period: float, stop_signal: Callable[[], int]
+        self,
+        rank: int,
+        hang_timeout: float,
+        grace_period: float,
+        exits: bool = False,
+        *,
+        stop_signal: Callable[[], int],
+        last_checkpoint: Callable[[], str] = lambda: "nothing was saved",
     ) -> None:
         self._rank, self._hang_timeout, self._grace_period = rank, hang_timeout, grace_period
+        self._exits, self._last_checkpoint = exits, last_checkpoint
         self._stop_signal = stop_signal
         self._stop_time: float | None = None
         self._main_thread = threading.current_thread().ident or 0
@@ -72,9 +85,20 @@ class Watchdog:
                 os._exit(128 + stop_signal)
             if now - self._progress_time > self._hang_timeout and not self._is_reported:
                 self._is_reported = True
-                self._print(
-                    f"no progress for {self._hang_timeout:.0f} s while {self._activity}{self._current_line()}"
-                )
+                problem = f"no progress for {self._hang_timeout:.0f} s while {self._activity}"
+                problem += self._current_line()
+                if self._exits:
+                    self._print(f"{problem}: exiting; {self._name_checkpoint()}")
+                    os._exit(1)
+                self._print(problem)
+
+    def _name_checkpoint(self) -> str:
+        """Return the clause about the last checkpoint, unless the file system hangs."""
+        clauses = ["its folder does not respond"]
+        thread = threading.Thread(target=lambda: clauses.append(self._last_checkpoint()), daemon=True)
+        thread.start()
+        thread.join(_FILE_SYSTEM_TIMEOUT_S)
+        return clauses[-1]
 
     def _print(self, message: str) -> None:
         print_line(f"[rank {self._rank}] {message}", sys.stderr)

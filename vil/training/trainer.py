@@ -260,8 +260,9 @@ class Trainer:
             self.log.write_changed_option(self.position.step, self.position.epoch_number, *changed)
         self.writer = CheckpointWriter(self.folder, keep, prepare=self.log.flush)
         self.signals = SignalHandler()
-        timeouts = (config.hang_timeout, config.grace_period)
-        self.watchdog = Watchdog(process.rank, *timeouts, self.signals.pending_stop)
+        timeouts = (config.hang_timeout, config.grace_period, config.hang_action == "exit")
+        stop, last = self.signals.pending_stop, self.last_checkpoint
+        self.watchdog = Watchdog(process.rank, *timeouts, stop_signal=stop, last_checkpoint=last)
         self.timer = StepTimer()
         self.epoch_losses: list[float] = []
         self.epoch_start = time.perf_counter()

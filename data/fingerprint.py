@@ -1,0 +1,45 @@
+"""Numbers and digests of a data set, by which ranks compare what they have read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.sources import Source
+
+_CHUNK = 65_536
+
+
+def describe_sources(sources: dict[str, Source], root: str | None, has_digests: bool) -> dict[str, str]:
+    """Return noun → number of images, then noun → SHA-256 of class names, and of image names and targets.
+
+    Args:
+        sources: noun, such as "training images" → source.
+        root: `data.root`, which is not a part of the names: it may differ between machines.
+        has_digests: False for the numbers alone; names of a million images take a second.
+    """
+    found = {noun: str(len(source)) for noun, source in sources.items()}
+    if has_digests:
+        first = next(iter(sources.values()))
+        found["class names"] = _digest_texts(first.class_names)
+        found |= {f"{noun} (names or classes)": _digest(source, root) for noun, source in sources.items()}
+    return found
+
+
+def _digest(source: Source, root: str | None) -> str:
+    digest = hashlib.sha256()
+    prefix = None if root is None else os.path.join(os.path.expanduser(root), "")
+    for start in range(0, len(source), _CHUNK):
+        names = "\0".join(source.name(index) for index in range(start, min(start + _CHUNK, len(source))))
+        digest.update(
+            (names if prefix is None else names.replace(prefix, "")).encode("utf-8", "surrogatepass")
+        )
+        digest.update(np.ascontiguousarray(source.targets[start : start + _CHUNK], dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _digest_texts(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,1 @@
+"""Two network namespaces as two machines, and the situations that `tools/dev/two_machines.py` reproduces."""
