@@ -111,7 +111,7 @@ def test_bfloat16_where_the_device_lacks_it(refused, monkeypatch):
     """A GPU before Ampere, as the precision check sees it."""
 
     @contextlib.contextmanager
-    def old_gpu(device, timeout):
+    def old_gpu(device, timeout, start_timeout):
         yield distributed.Process(0, 0, 1, torch.device("cuda"))
 
     monkeypatch.setattr(distributed, "start", old_gpu)
