@@ -45,7 +45,7 @@ from data import (
     build_validation,
     class_folder_options,
     dataset_name,
-    describe_sources,
+    fingerprint_sources,
 )
 from vil.command_line import errors_of_one_rank, file_origin
 from vil.command_line.stored_model import StoredModel, read_stored, resolve_over_stored
@@ -57,9 +57,9 @@ from vil.config import (
 from vil.evaluation import report
 from vil.evaluation.corruptions import add_corruption_summaries, list_datasets
 from vil.evaluation.report import EvaluationDataset, evaluate_model
-from vil.runtime import agreement, console, distributed
-from vil.runtime.agreement import GivenOptions
+from vil.runtime import consistency, console, distributed
 from vil.runtime.class_names import match_classes
+from vil.runtime.consistency import RankOptions
 from vil.runtime.distributed import Process, call_on_all, call_on_main
 from vil.runtime.files import check_writable, is_stream, refuse_input_as_output
 from vil.runtime.precision import choose_precision, set_deterministic
@@ -88,10 +88,10 @@ def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConf
     config = command.config
     try:
         with distributed.start(config.device, start_timeout=config.start_timeout) as process:
-            for line in agreement.check_software(vil.__version__):
+            for line in consistency.check_software(vil.__version__):
                 _logger.warning("%s", line)
             options = flatten(as_tree(config))
-            agreement.check_options(GivenOptions(options, {}, is_stored=False))
+            consistency.check_options(RankOptions(options, {}, is_stored=False))
             check_outputs(args, config)
             check_single_result(args, config)
             choose_precision(config.precision, process.device)
@@ -212,8 +212,8 @@ def check_same_images(validations: Sequence[Validation], config: EvalConfig, pro
     """Raise UserError on every rank if a rank has read other images than rank 0."""
     for number, validation in enumerate(validations, start=1):
         sources, root = {f"images in data set {number}": validation.source}, config.data.root
-        describe = partial(describe_sources, sources, root, process.local_rank == 0)
-        agreement.check_data("data.root", describe)
+        describe = partial(fingerprint_sources, sources, root, process.local_rank == 0)
+        consistency.check_data("data.root", describe)
 
 
 def match_datasets(

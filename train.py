@@ -48,7 +48,7 @@ from data import (
     Mixing,
     build_loaders,
     dataset_name,
-    describe_sources,
+    fingerprint_sources,
     open_eval_sets,
 )
 from data.order import ORDER_VERSION
@@ -72,17 +72,17 @@ from vil.evaluation.report import EvaluationDataset, evaluate_model, write_json
 from vil.models.attention_image import attention_sheet
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import check_device, model_from_config
-from vil.runtime import agreement, console, distributed
-from vil.runtime.agreement import GivenOptions
+from vil.runtime import consistency, console, distributed
+from vil.runtime.consistency import RankOptions
 from vil.runtime.distributed import Process, call_on_all, call_on_main
-from vil.runtime.epoch_steps import epoch_steps, training_phases
+from vil.runtime.epoch_steps import count_epoch_steps, training_phases
 from vil.runtime.modes import mode
 from vil.runtime.precision import choose_precision, set_deterministic
 from vil.runtime.run_files import CONFIG
 from vil.runtime.seeding import seed_generators
 from vil.training.distillation import build_teacher, describe_teacher
 from vil.training.experiment_trackers import check_loggers
-from vil.training.trainer import Summary, fit
+from vil.training.trainer import Monitoring, Summary, fit
 from vil.validation import STORED, as_tree, flatten, without_timm_start_options
 
 
@@ -96,9 +96,9 @@ def train(command: ResolvedConfig[TrainConfig]) -> None:
     try:
         timeouts = (collective_timeout(command.config), command.config.start_timeout)
         with distributed.start(command.config.device, *timeouts) as process:
-            for line in agreement.check_software(vil.__version__):
+            for line in consistency.check_software(vil.__version__):
                 print_on_main(process, line)
-            config = agreed_config(command)
+            config = synchronize_config(command)
             call_on_main(lambda: check_output(command))
             call_on_main(lambda: check_loggers(config.loggers))  # only rank 0 writes logs
             config.precision = choose_precision(config.precision, process.device)
@@ -109,14 +109,14 @@ def train(command: ResolvedConfig[TrainConfig]) -> None:
         raise command.locate(error) from error
 
 
-def agreed_config(command: ResolvedConfig[TrainConfig]) -> TrainConfig:
+def synchronize_config(command: ResolvedConfig[TrainConfig]) -> TrainConfig:
     """Return rank 0's configuration, with `MACHINE_OPTIONS` of this rank.
 
     Rank 0's folder is used: other machines may not see it, or have another run under this name. If it
     contains a run to continue, only the command line sets options of this rank.
 
     Raises:
-        RanksDifferError: the command lines or their files differ in other options.
+        InconsistentRanksError: the command lines or their files differ in other options.
     """
     config = command.config
     options = flatten(as_tree(config))
@@ -126,9 +126,9 @@ def agreed_config(command: ResolvedConfig[TrainConfig]) -> TrainConfig:
     assigned = {key: options[key] for key in command.assigned if key in options}
     if "output" not in assigned:
         del options["output"]  # by data.root
-    agreement.check_options(GivenOptions(options, assigned, is_stored))
+    consistency.check_options(RankOptions(options, assigned, is_stored))
     agreed, is_continued = call_on_main(lambda: (config, is_stored))
-    kept = {key for key in agreement.MACHINE_OPTIONS if key in assigned or not (is_stored or is_continued)}
+    kept = {key for key in consistency.MACHINE_OPTIONS if key in assigned or not (is_stored or is_continued)}
     if "device" in kept:
         agreed.device = config.device
     for name in ("root", "workers"):
@@ -162,7 +162,9 @@ def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConf
     opened = call_on_all(lambda: open_eval_sets(config, loaders.class_names, process))
     for found, _ in opened:
         sources = {f"images of {found.name}": found.source}
-        agreement.check_data("eval_sets", partial(describe_sources, sources, None, process.local_rank == 0))
+        consistency.check_data(
+            "eval_sets", partial(fingerprint_sources, sources, None, process.local_rank == 0)
+        )
     eval_sets = [
         EvaluationDataset(found.name, found.loader, found.class_names, indices) for found, indices in opened
     ]
@@ -171,17 +173,9 @@ def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConf
     if teacher is not None:
         print_on_main(process, describe_teacher(teacher, config.schedule))
     with errors_of_one_rank():
-        draw = attention_drawer(model, loaders, config)
+        monitoring = Monitoring(attention_drawer(model, loaders, config), eval_sets)
         summary = fit(
-            model,
-            loaders,
-            config,
-            process,
-            mix=mix,
-            state=state,
-            draw_attention=draw,
-            teacher=teacher,
-            eval_sets=eval_sets,
+            model, loaders, config, process, mix=mix, state=state, teacher=teacher, monitoring=monitoring
         )
         report(model, loaders, summary, config, process)
 
@@ -247,7 +241,7 @@ def check_same_images(loaders: Loaders, config: TrainConfig, process: Process) -
     """Raise UserError on every rank if a rank has read other images than rank 0."""
     sources = {"training images": loaders.train_source, "validation images": loaders.validation_source}
     root, key = config.data.root, "data.source" if config.data.root is None else "data.root"
-    agreement.check_data(key, lambda: describe_sources(sources, root, process.local_rank == 0))
+    consistency.check_data(key, lambda: fingerprint_sources(sources, root, process.local_rank == 0))
 
 
 def describe_run(
@@ -261,7 +255,7 @@ def describe_run(
     schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     phases = training_phases(schedule, config.model.size)
-    steps = epoch_steps(phases, loaders.train.steps_per_epoch, loaders.train_images)
+    steps = count_epoch_steps(phases, loaders.train.steps_per_epoch, loaders.train_images)
     batches = [f"{steps.steps(phase.first_epoch)} × {phase.batch_size}" for phase in phases]
     length = f"{schedule.total_epochs} epochs of {', then '.join(dict.fromkeys(batches))} images"
     if schedule.max_steps is not None:

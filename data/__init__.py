@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.eval_sets import errors_in_set, eval_set_data, match_eval_set, set_names
+from data.eval_sets import errors_in_eval_set, eval_set_data, eval_set_names, match_eval_set
 from data.ffcv_loader import FFCVTrainLoader, build_micro_batches, uses_ffcv
-from data.fingerprint import describe_sources
+from data.fingerprint import fingerprint_sources
 from data.loaders import (
     EvaluationImages,
     LoaderOptions,
@@ -30,7 +30,7 @@ from data.sources import Source, dataset_name, open_source
 from data.sources.folder import class_folder_options
 from data.sources.held_out import has_held_out_images, read_split, write_split
 from data.sources.subsets import ImageList, select_subset
-from data.transforms import augmented_evaluation_transform, evaluation_transform, train_transform
+from data.transforms import evaluation_transform, train_transform, tta_transform
 from data.unreadable_images import UnreadableImages
 from data.workers import limit_workers
 from vil.config import DataConfig, EvalConfig, Size, TrainConfig, UserError, errors_in_option
@@ -48,7 +48,7 @@ __all__ = [
     "check_same_classes",
     "class_folder_options",
     "dataset_name",
-    "describe_sources",
+    "fingerprint_sources",
     "open_eval_sets",
 ]
 
@@ -135,7 +135,7 @@ def build_loaders(
         return loader_class(build_views(size), micro_batches, options, unreadable_images)
 
     def build_phase(phase: Phase) -> MicroBatchLoader:
-        with _errors_in_plan():
+        with _errors_in_progressive_resizing():
             batches = build_micro_batches(config, source, process, phase.batch_size, order_version)
             return build(phase.image_size, batches)
 
@@ -168,7 +168,7 @@ def build_validation(
     process: Process,
     channels_last: bool = False,
     stored_split: ImageList | None = None,
-    keeps_workers: bool = True,
+    persistent_workers: bool = True,
 ) -> Validation:
     """Open the validation split alone and build its loader; the training split is not needed.
 
@@ -177,13 +177,13 @@ def build_validation(
         process: this process.
         channels_last: convert the images to channels-last order.
         stored_split: validation images of a run that continues, if they are held out of the training split.
-        keeps_workers: the processes that load images wait for the next pass after one.
+        persistent_workers: keep the processes that load images for the next pass.
 
     Raises:
         NotImageNetError: the images are not those of `data.real_labels`.
     """
     source = open_source(config.data, "val", config.model.in_chans, stored_split)
-    return _evaluation_images(config, source, process, channels_last, keeps_workers)
+    return _evaluation_images(config, source, process, channels_last, persistent_workers)
 
 
 def build_training_images(config: EvalConfig, process: Process) -> Validation:
@@ -197,18 +197,18 @@ def build_training_images(config: EvalConfig, process: Process) -> Validation:
 
 
 def _evaluation_images(
-    config: EvalConfig, source: Source, process: Process, channels_last: bool, keeps_workers: bool
+    config: EvalConfig, source: Source, process: Process, channels_last: bool, persistent_workers: bool
 ) -> Validation:
     """Return the images of a source with the evaluation transform, and their loader."""
     data, model = config.data, config.model
     if config.tta == "none" and config.tta_scales == [1.0]:
         transform = evaluation_transform(data, image_size=model.size, in_chans=model.in_chans)
     else:
-        transform = augmented_evaluation_transform(config)
+        transform = tta_transform(config)
     images = EvaluationImages(source, transform)
     if data.real_labels is not None:
         images = RealLabelImages(images, data.real_labels)
-    options = LoaderOptions(limit_workers(data.workers), process.device, channels_last, keeps_workers)
+    options = LoaderOptions(limit_workers(data.workers), process.device, channels_last, persistent_workers)
     loader = ValidationLoader(images, config.batch_size, options, process, data.unreadable_images)
     return Validation(dataset_name(data), loader, source.class_names, source)
 
@@ -233,19 +233,19 @@ def open_eval_sets(
     schedule = config.schedule
     batch_size = schedule.batch_size // (process.world_size * schedule.accumulation)
     opened = []
-    for path, name in zip(config.eval_sets, set_names(config.eval_sets)):
-        with errors_in_option("eval_sets"), errors_in_set(path):
+    for path, name in zip(config.eval_sets, eval_set_names(config.eval_sets)):
+        with errors_in_option("eval_sets"), errors_in_eval_set(path):
             data = eval_set_data(path, config.data)
             eval_config = EvalConfig(model=config.model, data=data, batch_size=batch_size)
-            found = build_validation(eval_config, process, config.channels_last, keeps_workers=False)
+            found = build_validation(eval_config, process, config.channels_last, persistent_workers=False)
             indices = match_eval_set(found.class_names, class_names, config.model.num_classes)
         opened.append((replace(found, name=name), indices))
     return opened
 
 
 @contextmanager
-def _errors_in_plan() -> Iterator[None]:
-    """Name the option with the batch size of a phase."""
+def _errors_in_progressive_resizing() -> Iterator[None]:
+    """Move an error about the batch size of a phase to `schedule.progressive_resizing`."""
     try:
         yield
     except UserError as error:
@@ -255,7 +255,7 @@ def _errors_in_plan() -> Iterator[None]:
 
 
 def check_same_classes(train: tuple[str, ...], validation: tuple[str, ...]) -> None:
-    """Raise UserError if both splits of a data set have other classes, or in another order."""
+    """Raise UserError if the splits of a data set differ in their classes or the order of these."""
     if train == validation:
         return
     index = next((i for i, pair in enumerate(zip(train, validation)) if pair[0] != pair[1]), None)

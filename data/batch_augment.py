@@ -76,8 +76,8 @@ def unsupported_option(transform: Transform) -> str | None:
     """
     if not isinstance(transform.crop, RandomResizedCrop):
         return "schedule.augment.crop"
-    if transform.splits > 1:
-        return "schedule.augment.splits"
+    if transform.aug_splits > 1:
+        return "schedule.augment.aug_splits"
     if len(transform.mean) != 3:
         return "model.in_chans"
     if not all(isinstance(policy, _SUPPORTED_POLICIES) for policy in transform.augment):

@@ -18,7 +18,7 @@ from vil.validation import as_tree, rename_options, validate
 _logger = logging.getLogger("vil.data")
 
 
-def set_names(paths: Sequence[str]) -> list[str]:
+def eval_set_names(paths: Sequence[str]) -> list[str]:
     """Return names of data sets for logs: the ends of their paths that tell them apart, e.g. `imagenet/val`.
 
     Raises:
@@ -46,7 +46,7 @@ def _is_yaml(path: str) -> bool:
 
 
 @contextmanager
-def errors_in_set(path: str) -> Iterator[None]:
+def errors_in_eval_set(path: str) -> Iterator[None]:
     """Name the data set in a UserError that is raised inside."""
     try:
         yield
@@ -87,7 +87,6 @@ def match_eval_set(
 ) -> list[int] | None:
     """Return the index of each class's logit, found by name: see `match_classes`."""
     try:
-        return match_classes(names, trained_names, num_logits)
+        return match_classes(names, trained_names, num_logits, hint="")  # a run has no --match_classes
     except UserError as error:
-        reason, _, _ = error.reason.partition("; --match_classes")  # which a run does not have
-        raise UserError("", reason.replace("checkpoint", "run")) from None
+        raise UserError("", error.reason.replace("checkpoint", "run")) from None

@@ -13,8 +13,8 @@ from data.sources import Source
 _CHUNK = 65_536
 
 
-def describe_sources(sources: dict[str, Source], root: str | None, has_digests: bool) -> dict[str, str]:
-    """Return noun → number of images, then noun → SHA-256 of class names, and of image names and targets.
+def fingerprint_sources(sources: dict[str, Source], root: str | None, has_digests: bool) -> dict[str, str]:
+    """Return number of images by noun, then SHA-256 of the class names, and of image names and targets.
 
     Args:
         sources: noun, such as "training images" → source.

@@ -1,4 +1,4 @@
-"""Index of the images of a split, made once and mapped into memory by every process of a machine.
+"""Index of the images of a split, built once and mapped into memory by every process of a machine.
 
 The file is in the format of safetensors (https://huggingface.co/docs/safetensors): arrays, and a few texts.
 It is read only if it describes the same split, and if the folders and archives that were listed still have
@@ -42,8 +42,8 @@ OFF = "off"
 MIN_IMAGES = 20_000
 """Smaller data sets are indexed only in a folder that `data.index` names: listing them is as fast."""
 LOCK_TIMEOUT_S = 7200.0
-"""Time to wait for the process that makes the index."""
-NOTICE_S = 15.0
+"""Seconds to wait for the process that builds the index."""
+WAITING_NOTICE_S = 15.0
 _MAX_HEADER_BYTES = 1 << 20
 _FORMAT = "1"
 _RECENT_NS = 2_000_000_000
@@ -128,7 +128,7 @@ def is_inside(path: bytes) -> bool:
     return bool(path) and not path.startswith(b"/") and b".." not in path.split(b"/")
 
 
-def stamp(path: str | Path) -> tuple[int, int]:
+def size_and_mtime(path: str | Path) -> tuple[int, int]:
     """Return the size of a file, -1 for a folder, and the time of its last modification in ns."""
     status = os.stat(path)
     return -1 if stat.S_ISDIR(status.st_mode) else status.st_size, status.st_mtime_ns
@@ -141,9 +141,9 @@ def open_index(
     build: Callable[[Progress], Index],
     files: Iterable[Path] | None = None,
 ) -> Index:
-    """Return the index of a split: that in its file if nothing has changed, else made by `build` and written.
+    """Return the index in the file of a split if nothing has changed; else build and write it.
 
-    One process makes it, and the others that need it at the same time, also on other machines with the same
+    One process builds it, and the others that need it at the same time, also on other machines with the same
     folder for indexes, wait.
 
     Args:
@@ -160,7 +160,7 @@ def open_index(
         return _build(build, root)
     text = json.dumps([_FORMAT, os.path.abspath(root), *identity])
     folder = Path(option or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vil"))
-    listed = None if files is None else [(str(path), *stamp(path)) for path in files]
+    listed = None if files is None else [(str(path), *size_and_mtime(path)) for path in files]
     problem = ""
     try:
         path = folder.expanduser() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
@@ -184,7 +184,7 @@ def open_index(
             # The mapped file instead of the arrays: processes share its memory.
             return _read(path, text, root, None, is_new=True) or index
     if index is None:  # the process that held the lock wrote none: a small data set, or it was killed
-        problem = "the process that made it has not written it"
+        problem = "the process that built it has not written it"
         return _without_file(folder, problem, option, _build(build, root))
     return index
 
@@ -203,7 +203,7 @@ def _without_file(folder: Path, reason: str, option: str | None, index: Index) -
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
     """Hold a lock of an index file; yield True if another process held it. Without locks, yield False."""
-    deadline, notice = time.monotonic() + LOCK_TIMEOUT_S, time.monotonic() + NOTICE_S
+    deadline, notice = time.monotonic() + LOCK_TIMEOUT_S, time.monotonic() + WAITING_NOTICE_S
     lock, has_waited = path.with_suffix(".lock"), False
     descriptor = None
     try:
@@ -215,11 +215,11 @@ def _lock(path: Path) -> Iterator[bool]:
             except (BlockingIOError, PermissionError):
                 has_waited = True
             if time.monotonic() > deadline:
-                reason = f"waited {LOCK_TIMEOUT_S / 60:.0f} minutes for {path}, made by {_holder(lock)}"
-                raise UserError("data.index", f"{reason}; use --data.index off to go on without")
+                reason = f"waited {LOCK_TIMEOUT_S / 60:.0f} minutes for {path}, built by {_holder(lock)}"
+                raise UserError("data.index", f"{reason}; use --data.index off to run without an index")
             if time.monotonic() > notice:
                 notice = float("inf")
-                _logger.info("waiting for the index of the data set, made by %s", _holder(lock))
+                _logger.info("waiting for the index of the data set, built by %s", _holder(lock))
             time.sleep(0.05)
         os.truncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -305,7 +305,7 @@ def _read(
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        _logger.warning("data.index: %s is made again: %s", path, error_reason(error))
+        _logger.warning("data.index: rebuilding %s: %s", path, error_reason(error))
         return None
     return index if is_new or _is_current(index, root, listed) else None
 
@@ -316,7 +316,7 @@ def _is_current(index: Index, root: Path, listed: list[tuple[str, int, int]] | N
         return index.listed == listed
     try:
         return all(
-            is_inside(os.fsencode(name)) and stamp(os.path.join(root, name)) == (size, time)
+            is_inside(os.fsencode(name)) and size_and_mtime(os.path.join(root, name)) == (size, time)
             for name, size, time in index.listed
         )
     except OSError:

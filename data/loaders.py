@@ -109,13 +109,13 @@ class LoaderOptions:
         workers: number of processes, or of threads for FFCV's files, that load images.
         device: device of the batches.
         channels_last: convert the images to channels-last order.
-        keeps_workers: the processes wait for the next pass after one.
+        persistent_workers: keep the processes for the next pass.
     """
 
     workers: int
     device: torch.device
     channels_last: bool = False
-    keeps_workers: bool = True
+    persistent_workers: bool = True
 
 
 @dataclass(eq=False)
@@ -257,7 +257,7 @@ def data_loader(dataset: Dataset[object], options: LoaderOptions, **order: Any) 
         collate_fn=_collate,
         worker_init_fn=init_worker,
         pin_memory=options.device.type == "cuda",
-        persistent_workers=options.workers > 0 and options.keeps_workers,
+        persistent_workers=options.workers > 0 and options.persistent_workers,
         # DataLoader draws a seed for its workers, which is not used: keep the global generator unchanged.
         generator=torch.Generator(),
         **order,

@@ -110,13 +110,13 @@ def _feistel(x: np.ndarray, a: np.ndarray, b: np.ndarray, key: np.ndarray, inver
 
 def _hash(x: np.ndarray, key: np.ndarray, number: int, size: np.ndarray) -> np.ndarray:
     """Return a hash of (x, key, number of the round) below `size`; (N,), uint64."""
-    round_key = mix(key + _GAMMA * np.array([number + 1], np.uint64))
+    round_key = splitmix64(key + _GAMMA * np.array([number + 1], np.uint64))
     hashed = (x + round_key) * _MIX_1
     hashed = (hashed ^ (hashed >> np.uint64(32))) * _MIX_2
     return ((hashed >> np.uint64(32)) * size) >> np.uint64(32)  # as uniform as a remainder, and faster
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def splitmix64(x: np.ndarray) -> np.ndarray:
     """Return the finalizer of SplitMix64 of each element, uint64."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2

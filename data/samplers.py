@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 
-from data.order import ORDER_VERSION, EpochOrder, mix, permute
+from data.order import ORDER_VERSION, EpochOrder, permute, splitmix64
 from vil.config import UserError
 from vil.runtime.seeding import seed_sequence
 
@@ -135,25 +135,25 @@ class BalancedBatches(MicroBatches):
         sizes = np.bincount(targets)
         self._sizes = sizes[sizes > 0]  # of the classes that have images
         self._starts = np.cumsum(self._sizes) - self._sizes
-        self._order_1: tuple[int, np.ndarray] | None = None
+        self._cached_order_v1: tuple[int, np.ndarray] | None = None
 
     def shuffled(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Return the image indices at positions of the images that an epoch draws."""
         draws = -(-self.steps_per_epoch * self.batch_size // self.repeats)  # in an epoch
         if self.order_version == 1:
-            if self._order_1 is None or self._order_1[0] != epoch:
-                self._order_1 = epoch, self._shuffled_1(epoch, draws)
-            return self._order_1[1][positions]
+            if self._cached_order_v1 is None or self._cached_order_v1[0] != epoch:
+                self._cached_order_v1 = epoch, self._shuffled_v1(epoch, draws)
+            return self._cached_order_v1[1][positions]
         # Draw n of the run, over all epochs, is draw n // classes of class n % classes.
         key = seed_sequence(self.seed, "balanced order", epoch).generate_state(1, np.uint64)
         number = epoch * draws + permute(positions, np.array(draws), key)
         label, number = number % len(self._sizes), number // len(self._sizes)
         sizes = self._sizes[label]
         key = seed_sequence(self.seed, "order of a class").generate_state(1, np.uint64)
-        keys = mix(mix(key + label.astype(np.uint64)) + (number // sizes).astype(np.uint64))
+        keys = splitmix64(splitmix64(key + label.astype(np.uint64)) + (number // sizes).astype(np.uint64))
         return self._by_class[self._starts[label] + permute(number % sizes, sizes, keys)]
 
-    def _shuffled_1(self, epoch: int, draws: int) -> np.ndarray:
+    def _shuffled_v1(self, epoch: int, draws: int) -> np.ndarray:
         """Return the images of an epoch in order version 1."""
         drawn = []
         for number, images in enumerate(np.split(self._by_class, self._starts[1:])):
@@ -162,12 +162,12 @@ class BalancedBatches(MicroBatches):
             if first == last:  # fewer draws than classes
                 continue
             rounds = range(first // len(images), -(-last // len(images)))
-            shuffled = [self._permutation_1(images, number, index) for index in rounds]
+            shuffled = [self._permutation_v1(images, number, index) for index in rounds]
             drawn.append(np.concatenate(shuffled)[first - rounds.start * len(images) :][: last - first])
         rng = np.random.default_rng(seed_sequence(self.seed, "balanced order", epoch))
         return rng.permutation(np.concatenate(drawn))
 
-    def _permutation_1(self, images: np.ndarray, number: int, index: int) -> np.ndarray:
+    def _permutation_v1(self, images: np.ndarray, number: int, index: int) -> np.ndarray:
         seed = seed_sequence(self.seed, "order of a class", number, index)
         return np.random.default_rng(seed).permutation(images)
 

@@ -26,6 +26,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from data.decoding import EncodedImage, covering_scale
+from data.mixing import is_mixing_enabled
 from data.to_device import ErasingPlan, NormalizeAndErase, collate_erasing
 from vil.config import (
     MAX_SIDE,
@@ -58,8 +59,8 @@ class Transform:
         flips: random flips of the pixels.
         augment: operations after the flips.
         erasing: random erasing of the normalized tensor.
-        splits: views of an image: the first is cropped and flipped only, the others are augmented and erased
-            as well, as timm's AugMixDataset makes them.
+        aug_splits: views of an image, as of timm's AugMixDataset: the first is cropped and flipped only, the
+            others are augmented and erased as well.
     """
 
     crop: Callable[[EncodedImage], np.ndarray]
@@ -68,7 +69,7 @@ class Transform:
     flips: Sequence[RandomFlip] = ()
     augment: Sequence[ImageOperation] = ()
     erasing: RandomErasing | None = None
-    splits: int = 1
+    aug_splits: int = 1
 
     def __call__(self, image: EncodedImage | Image.Image) -> Tensor:
         """Return the image as (C, H, W) float32, or its views as (S, C, H, W), normalized and erased."""
@@ -79,19 +80,19 @@ class Transform:
     def pixels(self, image: EncodedImage | Image.Image) -> Tensor:
         """Return the augmented pixels, (C, H, W) uint8, in memory in the order (H, W, C).
 
-        With `splits`, those of all views: (S, C, H, W).
+        With `aug_splits`, those of all views: (S, C, H, W).
         """
         if isinstance(image, Image.Image):
             image = EncodedImage(image, "RGB" if len(self.mean) == 3 else "L")
         array = self.crop(image)
         for flip in self.flips:
             array = flip.flip(array) if flip.draw() else array
-        if self.splits > 1:
-            array = np.stack([array, *(self._augmented(array) for _ in range(self.splits - 1))])
+        if self.aug_splits > 1:
+            array = np.stack([array, *(self._augmented(array) for _ in range(self.aug_splits - 1))])
         else:
             array = self._augmented(array)
         # ([S,] H, W[, C]) -> ([S,] H, W, C) -> ([S,] C, H, W)
-        sides = array.shape[: 3 if self.splits > 1 else 2]
+        sides = array.shape[: 3 if self.aug_splits > 1 else 2]
         array = array.reshape(*sides, -1)
         return torch.from_numpy(as_contiguous(array)).movedim(-1, -3)
 
@@ -105,8 +106,8 @@ class Transform:
 
     def draw_erasing(self, shape: Sequence[int]) -> list[ErasingPlan]:
         """Draw the erasing of each view of `pixels`, which have `shape`; to be called after `pixels`."""
-        clean = [ErasingPlan()] if self.splits > 1 else []
-        count = max(1, self.splits - 1)
+        clean = [ErasingPlan()] if self.aug_splits > 1 else []
+        count = max(1, self.aug_splits - 1)
         return clean + [ErasingPlan.draw(self.erasing, shape[-3:]) for _ in range(count)]
 
 
@@ -265,9 +266,9 @@ def train_transform(
     global generators of Python, NumPy and PyTorch.
 
     Raises:
-        UserError: an unknown policy, or `splits` without augmentation or with mixing.
+        UserError: an unknown policy, or `aug_splits` without augmentation or with mixing.
     """
-    _check_splits(augment)
+    _check_aug_splits(augment)
     size = as_size(image_size)
     _check_policy(augment.auto_augment)
     mean, std = channel_statistics(data, in_chans)
@@ -287,7 +288,7 @@ def train_transform(
     for step in policy:
         patch_posterize(step)
     erasing = _random_erasing(augment)
-    return Transform(_crop(augment, data, size), mean, std, flips, policy, erasing, augment.splits)
+    return Transform(_crop(augment, data, size), mean, std, flips, policy, erasing, augment.aug_splits)
 
 
 def evaluation_transform(data: DataConfig, *, image_size: int | Size, in_chans: int) -> Transform:
@@ -298,7 +299,7 @@ def evaluation_transform(data: DataConfig, *, image_size: int | Size, in_chans: 
     return Transform(WholeImageCrop(steps, max_aspect_ratio(data.crop_mode, size)), mean, std)
 
 
-def augmented_evaluation_transform(config: EvalConfig) -> Transform:
+def tta_transform(config: EvalConfig) -> Transform:
     """Build the transform for test-time augmentation by `config.tta` and `config.tta_scales`.
 
     Pixels are (crops * in_chans, H, W): the crops of `StackedCrops`, without mirror images, which the model
@@ -356,16 +357,16 @@ def _check_resized_size(data: DataConfig, size: Size) -> None:
         raise UserError("data.crop_pct", reason)
 
 
-def _check_splits(augment: AugmentConfig) -> None:
-    if augment.splits == 1:
+def _check_aug_splits(augment: AugmentConfig) -> None:
+    if augment.aug_splits == 1:
         return
     reason = None
-    if augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax is not None:
+    if is_mixing_enabled(augment):
         reason = "cannot be combined with mixup and cutmix"
     elif augment.auto_augment is None and not augment.color_jitter and not augment.random_erasing:
         reason = "the views of an image would be equal: needs auto_augment, e.g. augmix-m3-w3"
     if reason is not None:
-        raise UserError("schedule.augment.splits", reason)
+        raise UserError("schedule.augment.aug_splits", reason)
 
 
 def _random_erasing(augment: AugmentConfig) -> RandomErasing | None:

@@ -15,7 +15,7 @@ import train as program
 from vil.command_line import file_origin, resolve_train_command, run_program
 from vil.config import UserError
 from vil.runtime import launch, rendezvous
-from vil.runtime.agreement import RanksDifferError
+from vil.runtime.consistency import InconsistentRanksError
 from vil.validation import STORED
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def agree(monkeypatch: pytest.MonkeyPatch, is_continued: bool, *argv: str):
     """Return the configuration of a rank with this command line, if rank 0 has other values."""
     rank0 = resolve_train_command(["--data.root=/zero", "--data.workers=1", "--device=cuda", "--output=run"])
     monkeypatch.setattr(program, "call_on_main", lambda function: (rank0.config, is_continued))
-    return program.agreed_config(resolve_train_command(["--output=run", *argv]))
+    return program.synchronize_config(resolve_train_command(["--output=run", *argv]))
 
 
 def test_a_rank_keeps_the_options_of_its_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -114,11 +114,13 @@ def test_options_of_initial_weights_and_of_the_default_output_are_not_compared(
     """A continued run has the stored model on rank 0, and the default output depends on data.root."""
     monkeypatch.chdir(tmp_path)
     given = []
-    monkeypatch.setattr(program.agreement, "check_options", given.append)
+    monkeypatch.setattr(program.consistency, "check_options", given.append)
     command = resolve_train_command(["--data.root=/one", "--model.pool=cls"])
-    program.agreed_config(command)
-    program.agreed_config(replace(command, origins={**command.origins, "model.window": file_origin(STORED)}))
-    program.agreed_config(resolve_train_command(["--output=run"]))
+    program.synchronize_config(command)
+    program.synchronize_config(
+        replace(command, origins={**command.origins, "model.window": file_origin(STORED)})
+    )
+    program.synchronize_config(resolve_train_command(["--output=run"]))
     assert given[0].assigned == {"data.root": "/one", "model.pool": "cls"}
     assert given[0].values["schedule.lr"] == command.config.schedule.lr
     assert set(given[0].values) - set(given[1].values) == {"model.window"}
@@ -128,7 +130,7 @@ def test_options_of_initial_weights_and_of_the_default_output_are_not_compared(
 
 def test_each_difference_is_one_line(capsys: pytest.CaptureFixture[str]):
     def fail() -> None:
-        raise RanksDifferError(["a: 1 differs", "b: 2\ndiffers"])
+        raise InconsistentRanksError(["a: 1 differs", "b: 2\ndiffers"])
 
     with pytest.raises(SystemExit) as caught:
         run_program(fail)
@@ -158,9 +160,9 @@ def test_an_error_is_shared_and_not_printed_by_every_restart(
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launch, "_have_met", False)
+    monkeypatch.setattr(launch, "_is_rendezvous_complete", False)
     monkeypatch.setattr(rendezvous, "report_failure", lambda *values: reported.append(values))
-    monkeypatch.setattr(rendezvous, "is_repeated", lambda line: has_printed)
+    monkeypatch.setattr(rendezvous, "is_repeated_failure", lambda line: has_printed)
     with pytest.raises(SystemExit) as caught:
         run_program(fail)
     assert caught.value.code == 2

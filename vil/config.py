@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen, Predicate
+from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 Tree = dict[str, Any]
 """Plain values by name: the mappings, lists and scalars of a YAML or JSON file."""
@@ -219,7 +219,7 @@ class ModelConfig:
     in_chans: Width = 3
     """Channels of the images: 3 (RGB) or 1 (grayscale)."""
     pool: Literal["avg", "cls"] | None = None
-    """Input of the head: the mean over all tokens (but the distillation token) or the first global token;
+    """Input of the head: the mean over all tokens (except the distillation token) or the first global token;
     null is avg."""
     attention: AttentionName | list[AttentionName] | None = None
     """Attention of the sparse stages, or a list with one name per stage."""
@@ -271,7 +271,7 @@ class ModelConfig:
     """LayerNorm after each patch embedding."""
     layer_scale: LayerScaleInit | None = None
     """LayerScale: initial value of a learned factor per channel after each attention and MLP, e.g. 1e-6; null
-    is no such factor."""
+    is off."""
     timm_options: dict[str, PlainValue] | None = None
     """Further keyword arguments for a timm/<name> model, e.g. {depth: 6, qkv_bias: false}. A file may set
     options of the architecture only; options that load or download weights (pretrained, checkpoint_path, ...)
@@ -323,9 +323,10 @@ class AugmentConfig:
     auto_augment other than 3a."""
     auto_augment: str | None = None
     """A timm policy: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a, ..."""
-    splits: Annotated[int, Ge(1), Le(100)] = 1
-    """AugMix training: views of each image, compared by the Jensen-Shannon loss. All have the same crop and
-    flip; the first has no other augmentation. The paper uses 3; 1 is off. batch_size counts images."""
+    aug_splits: Annotated[int, Ge(1), Le(100)] = 1
+    """AugMix training: views of each image, compared by the Jensen-Shannon loss (--aug-splits of timm). All
+    have the same crop and flip; the first has no other augmentation. The paper uses 3; 1 is off. batch_size
+    counts images."""
     random_erasing: Fraction = 0.0
     """Probability of erasing a rectangle."""
     random_erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
@@ -416,8 +417,8 @@ class ScheduleConfig:
     decay_rate: Positive = 0.1
     """scheduler step and multistep: factor of a drop."""
     cooldown_epochs: Annotated[int, Ge(0)] = 0
-    """Epochs after the schedule, in addition to epochs: at min_lr (cosine, poly), or as the schedule goes
-    on."""
+    """Epochs after the schedule, in addition to epochs: at min_lr (cosine, poly), or with the
+    schedule continued."""
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     """Cross-entropy over classes, or binary cross-entropy per class (DeiT III)."""
     bce_threshold: Rate | None = None
@@ -429,16 +430,18 @@ class ScheduleConfig:
     label_smoothing: Rate = 0.1
     """Probability mass spread over all classes."""
     distillation: Literal["none", "soft", "hard"] = "none"
-    """Learn from a teacher, too (DeiT): its probabilities (soft), or its most probable class (hard)."""
+    """Distillation (DeiT): learn from the labels and a teacher, from its probabilities (soft) or its most
+    probable class (hard)."""
     teacher: str | None = None
-    """The teacher: a run's folder, a checkpoint, safetensors, a published checkpoint, or timm/<name>."""
+    """Teacher of the distillation: a run's folder, a checkpoint, safetensors, a published checkpoint, or
+    timm/<name>."""
     teacher_weights: str | None = None
     """Weights of a teacher timm/<name>: a file, or `pretrained` to download them, for the command line
     alone."""
     teacher_released_config: str | None = None
     """The configuration published with the checkpoint in teacher."""
     distillation_alpha: Fraction = 0.5
-    """Weight of the teacher's part of the loss; that of the labels has 1 - distillation_alpha."""
+    """Weight of the teacher's loss; the loss of the labels has the weight 1 - distillation_alpha."""
     distillation_temperature: Annotated[float, Ge(0.01), Le(1000)] = 1.0
     """distillation soft: temperature of both distributions."""
     ema_decay: Rate | None = None
@@ -460,9 +463,9 @@ class ScheduleConfig:
     always uses image_size. A third number is the global batch size from there on: [[0, 128, 2048], [0.5, 224,
     1024]]; without it, batch_size."""
     random_sizes: Annotated[list[ImageSize], Predicate(_is_not_empty)] | None = None
-    """Sizes of the training images in pixels, of which each step draws one, e.g. [160, 192, 224]; null is
-    image_size throughout. Evaluation always uses image_size."""
-    lr_follows_batch: bool = False
+    """Multi-scale training: sizes of the training images in pixels, of which each step draws one, e.g. [160,
+    192, 224]; null is image_size throughout. Evaluation always uses image_size."""
+    scale_lr_with_batch_size: bool = False
     """Scale the learning rate with the batch size of progressive_resizing, by lr_scaling; lr is for
     batch_size."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -544,10 +547,10 @@ TRANSFORM_OPTIONS = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 
 def check_border_color(data: DataConfig) -> None:
-    """Raise UserError if images are padded with a mean that is no color."""
+    """Raise UserError if `crop_mode` border would pad with a `mean` outside 0..1."""
     if data.crop_mode == "border" and not all(0 <= value <= 1 for value in data.mean):
         values = ", ".join(f"{value:g}" for value in data.mean)
-        reason = f"border pads with the color data.mean, which must be from 0 to 1, got {values}"
+        reason = f"border pads with the color data.mean, which must be between 0 and 1, got {values}"
         raise UserError("data.crop_mode", reason)
 
 
@@ -604,7 +607,7 @@ class TrainConfig:
     hang_timeout: Seconds = 600.0
     """Seconds without progress after which each rank prints where it hangs."""
     hang_action: Literal["report", "exit"] = "report"
-    """After hang_timeout: report goes on waiting, exit ends the process with status 1; the same command
+    """After hang_timeout: report keeps waiting, exit ends the process with status 1; the same command
     continues the run."""
     grace_period: Seconds = 120.0
     """Seconds for the last step and its checkpoint after SIGTERM or Ctrl-C, before the process exits
@@ -648,11 +651,11 @@ class EvalConfig:
     """Match the classes of the data with the rows of the head by name, or by position (class k is row k) if
     the checkpoint has no class names."""
     batch_size: Count = 128
-    """Images per forward pass and rank; halved while the GPU's memory does not suffice."""
+    """Images per forward pass and rank; halved when the GPU runs out of memory."""
     tta: Literal["none", "hflip", "five_crop", "ten_crop"] = "none"
     """Test-time augmentation: mean logits of the image and its mirror image, of the center and the four
     corners, or of these five and their mirror images."""
-    tta_scales: Annotated[list[Annotated[float, Ge(0.1), Le(10)]], MinLen(1)] = field(
+    tta_scales: Annotated[list[Annotated[float, Ge(0.1), Le(10)]], Predicate(_is_not_empty)] = field(
         default_factory=lambda: [1.0]
     )
     """Test-time augmentation: mean logits over these factors on the size before the crop, image_size /

@@ -6,12 +6,11 @@ They are read once to index their members, and then in any order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from data.decoding import Mode, image_extensions
 from data.image_files import SkippedFiles, has_image_extension, is_metadata
-from data.index import Index, Progress, open_index, stamp
+from data.index import Index, Progress, open_index, size_and_mtime
 from data.sources.archive import ArchivedImages, Member, index_members
 from data.sources.base import (
     Source,
@@ -25,7 +24,8 @@ from data.sources.class_paths import AmbiguousClassesError, ArchiveFolders, clas
 from data.sources.tar_index import (
     archives_if_present,
     cached_by_archives,
-    index_archives,
+    log_skipped_files,
+    map_archives,
     read_index,
     skipped_files,
 )
@@ -53,8 +53,7 @@ class TarImages(ArchivedImages):
                     "tar", training, lambda: _open_index(data, training, None).classes, *key
                 )
         index = _open_index(data, archives, known)
-        count, example = index.skipped
-        replace(skipped_files(archives), first=example, count=count).log()
+        log_skipped_files(archives, index)
         return cls(archives, index, index.classes, mode)
 
     @classmethod
@@ -73,7 +72,7 @@ def _open_index(data: DataConfig, archives: list[Path], known: tuple[str, ...] |
     folder = archives[0].parent
 
     def build(progress: Progress) -> Index:
-        listed = [(str(path), *stamp(path)) for path in archives]
+        listed = [(str(path), *size_and_mtime(path)) for path in archives]
         skipped = skipped_files(archives)
         images = _list_images(archives, splits, skipped, data.workers, progress, known)
         found = tuple(sorted({name for _, name in images}))
@@ -128,7 +127,7 @@ def _list_images(
     """List images and the names of their classes; count other files in `skipped`."""
     members: list[Member] = []
     contents: list[ArchiveFolders] = []
-    for path, (images, others) in zip(archives, index_archives(_list_archive, archives, workers)):
+    for path, (images, others) in zip(archives, map_archives(_list_archive, archives, workers)):
         skipped.add(others.first, others.count)
         contents.append(ArchiveFolders(path.stem, {parent_folders(member.name) for member in images}))
         members += images

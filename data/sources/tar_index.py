@@ -7,10 +7,12 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data.image_files import SkippedFiles
+from data.index import Index
 from data.sources.archive import Member, safe_name
 from data.workers import init_worker, limit_workers
 from vil.config import UserError, error_reason
@@ -96,6 +98,12 @@ def skipped_files(archives: Sequence[Path]) -> SkippedFiles:
     return SkippedFiles(archives[0] if len(archives) == 1 else archives[0].parent)
 
 
+def log_skipped_files(archives: Sequence[Path], index: Index) -> None:
+    """Log one line with the number of files in the archives that were skipped, if there are any."""
+    count, example = index.skipped
+    replace(skipped_files(archives), first=example, count=count).log()
+
+
 def archives_if_present(find: Callable[[Path, str], list[Path]], root: Path, split: str) -> list[Path]:
     """Return the archives of a split, or none if `find` raises UserError."""
     try:
@@ -104,7 +112,7 @@ def archives_if_present(find: Callable[[Path, str], list[Path]], root: Path, spl
         return []
 
 
-def index_archives(function: Callable[[Path, int], T], archives: Sequence[Path], workers: int) -> Iterator[T]:
+def map_archives(function: Callable[[Path, int], T], archives: Sequence[Path], workers: int) -> Iterator[T]:
     """Yield `function(path, index)` of each archive, in order, computed by several processes at once.
 
     Raises:

@@ -8,13 +8,12 @@ import os
 import posixpath
 import re
 from collections import Counter, defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from data.decoding import Mode
 from data.image_files import SkippedFiles, has_image_extension, is_metadata
-from data.index import Index, Progress, open_index, stamp
+from data.index import Index, Progress, open_index, size_and_mtime
 from data.sources.archive import ArchivedImages, Member, index_members
 from data.sources.base import (
     Source,
@@ -27,7 +26,8 @@ from data.sources.base import (
 from data.sources.tar_index import (
     archives_if_present,
     cached_by_archives,
-    index_archives,
+    log_skipped_files,
+    map_archives,
     read_index,
     skipped_files,
 )
@@ -57,8 +57,7 @@ class WebDataset(ArchivedImages):
         root = root_folder(data)
         archives = _find_shards(root, split_name(data, split))
         index = _open_index(data, archives)
-        count, example = index.skipped
-        replace(skipped_files(archives), first=example, count=count).log()
+        log_skipped_files(archives, index)
         num_classes = len(index.classes)
         if split == "val" and data.train_split != data.val_split:
             training = archives_if_present(_find_shards, root, data.train_split)
@@ -108,11 +107,11 @@ def _open_index(data: DataConfig, archives: list[Path]) -> Index:
     """Return the index of shards, in their order; classes are numbers."""
 
     def build(progress: Progress) -> Index:
-        listed = [(str(path), *stamp(path)) for path in archives]
+        listed = [(str(path), *size_and_mtime(path)) for path in archives]
         skipped = skipped_files(archives)
         members: list[Member] = []
         targets: list[int] = []
-        for images, labels, others in index_archives(_list_samples, archives, data.workers):
+        for images, labels, others in map_archives(_list_samples, archives, data.workers):
             skipped.add(others.first, others.count)
             members += images
             targets += labels

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.decoding import Mode
-from data.index import Index, open_index, stamp
+from data.index import Index, open_index, size_and_mtime
 from data.sources.archive import ENCRYPTED, ArchivedImages, Member, check_file, index_members, safe_name
 from data.sources.base import Source, Split, refuse_validation_split, root_folder, split_name
 from data.sources.class_paths import class_depth, parent_folders
@@ -54,7 +54,7 @@ class ZipImages(ArchivedImages):
 def _index_map(root: Path, path: Path, training: Path) -> Index:
     """Find the images of a map in its archives; the training map names the classes, and may be the same."""
     maps = list(dict.fromkeys((path, training)))
-    listed = [(os.path.relpath(map_path, root), *stamp(map_path)) for map_path in maps]
+    listed = [(os.path.relpath(map_path, root), *size_and_mtime(map_path)) for map_path in maps]
     entries = training_entries = read_map(path)
     if training != path:
         training_entries = read_map(training)
@@ -63,7 +63,7 @@ def _index_map(root: Path, path: Path, training: Path) -> Index:
     contents: dict[str, dict[str, Member]] = {}
     for number, archive in enumerate(sorted({entry.archive for entry in entries})):
         check_file(root / archive, f"the archive that {path.name} names")
-        listed.append((archive, *stamp(root / archive)))
+        listed.append((archive, *size_and_mtime(root / archive)))
         contents[archive] = list_members(root / archive, number)
     members = []
     for entry in entries:

@@ -12,7 +12,7 @@ from torchvision import transforms
 
 import vil
 from data.decoding import EncodedImage
-from data.transforms import augmented_evaluation_transform, evaluation_transform
+from data.transforms import evaluation_transform, tta_transform
 from tools.image_reader import ImageReader
 from tools.programs import export
 from vil.checkpoints import loading
@@ -63,7 +63,7 @@ def test_a_long_image_fits_into_the_border(image):
 
 
 def test_a_mean_that_is_no_color_cannot_be_padded_with():
-    reason = "border pads with the color data.mean, which must be from 0 to 1, got 123.7, 116.3, 103.5"
+    reason = "border pads with the color data.mean, which must be between 0 and 1, got 123.7, 116.3, 103.5"
     data = DataConfig(crop_mode="border", mean=(123.7, 116.3, 103.5))
     with pytest.raises(UserError) as refused:
         evaluation_transform(data, image_size=32, in_chans=3)
@@ -106,7 +106,7 @@ def test_the_crops_of_test_time_augmentation(in_chans, image):
     config = EvalConfig(model=model, data=data, tta="five_crop", tta_scales=[1.0, 1.5])
     mode = "RGB" if in_chans == 3 else "L"
     encoded = EncodedImage(image, mode)
-    views = augmented_evaluation_transform(config).pixels(encoded)
+    views = tta_transform(config).pixels(encoded)
     assert views.shape == (2 * 5 * in_chans, 24, 32)
     for scale, crops in zip((1.0, 1.5), views.split(5 * in_chans)):
         data = DataConfig(crop_pct=0.8 / scale)
@@ -118,7 +118,7 @@ def test_the_crops_of_test_time_augmentation(in_chans, image):
             assert torch.equal(crop, pixels)
     alone = EvalConfig(model=model, data=DataConfig(), tta="hflip")
     plain = evaluation_transform(DataConfig(), image_size=(24, 32), in_chans=in_chans)
-    assert torch.equal(augmented_evaluation_transform(alone).pixels(encoded), plain.pixels(image))
+    assert torch.equal(tta_transform(alone).pixels(encoded), plain.pixels(image))
 
 
 def test_crops_beyond_the_image_are_refused():
@@ -137,5 +137,5 @@ def test_crops_beyond_the_image_are_refused():
         ),
     ):
         with pytest.raises(UserError) as refused:
-            augmented_evaluation_transform(EvalConfig(**options))
+            tta_transform(EvalConfig(**options))
         assert str(refused.value) == message

@@ -160,7 +160,7 @@ def test_evaluation_equals_that_of_the_folder(folders, world_size):
 def test_workers_read_the_same_file_if_an_augmentation_cannot_run_on_batches(folders, caplog):
     crops = [({"crop": crop}, 3, f"augment.crop {crop}") for crop in ("pad_random", "eval_resize_random")]
     augmix = ({"auto_augment": "augmix-m3-w2"}, 3, "augment.auto_augment augmix-m3-w2")
-    splits = ({"splits": 3, "auto_augment": "rand-m9"}, 3, "augment.splits 3")
+    splits = ({"aug_splits": 3, "auto_augment": "rand-m9"}, 3, "augment.aug_splits 3")
     for options, in_chans, option in (({}, 1, "model.in_chans 1"), augmix, splits, *crops):
         augment, settings = AugmentConfig(**options), {"batch_size": 12, "in_chans": in_chans}
         caplog.clear()

@@ -1,6 +1,6 @@
 import numpy as np
 
-from data.fingerprint import describe_sources
+from data.fingerprint import fingerprint_sources
 from data.sources import Source
 
 
@@ -19,7 +19,7 @@ class Listed(Source):
 
 def describe(names=("x", "y"), targets=(0, 1), root=None, classes=("a", "b"), has_digests=True):
     source = Listed(list(names), list(targets), classes)
-    return describe_sources({"training images": source}, root, has_digests)
+    return fingerprint_sources({"training images": source}, root, has_digests)
 
 
 def test_numbers_names_classes_and_class_names_are_compared():

@@ -1,4 +1,4 @@
-"""The index of a data set: made once, made again after a change, and never read by halves."""
+"""The index of a data set: built once, rebuilt after a change, and never read while it is written."""
 
 import logging
 import multiprocessing
@@ -239,7 +239,7 @@ def test_a_truncated_index_is_made_again(indexed, caplog, calls, length):
     path.write_bytes(path.read_bytes()[:length])
     with caplog.at_level(logging.WARNING, "vil.data"):
         assert contents(indexed) == expected
-    assert caplog.messages[0].startswith(f"data.index: {path} is made again: ")
+    assert caplog.messages[0].startswith(f"data.index: rebuilding {path}: ")
     assert calls == ["train", "train"]
     assert contents(indexed) == expected
     assert len(calls) == 2
@@ -316,7 +316,7 @@ def hold_lock(path, connection):
 
 def test_waiting_ends_with_one_line(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(data.index, "LOCK_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(data.index, "NOTICE_S", 0.1)
+    monkeypatch.setattr(data.index, "WAITING_NOTICE_S", 0.1)
     monkeypatch.setattr(data.index.socket, "gethostname", lambda: "node7")
     path = tmp_path / "x.safetensors"
     connection, other = multiprocessing.Pipe()
@@ -326,9 +326,9 @@ def test_waiting_ends_with_one_line(tmp_path, monkeypatch, caplog):
     with pytest.raises(UserError) as error, data.index._lock(path):
         pass
     holder = f"process {pid} on node7"
-    reason = f"waited 0 minutes for {path}, made by {holder}; use --data.index off to go on without"
+    reason = f"waited 0 minutes for {path}, built by {holder}; use --data.index off to run without an index"
     assert str(error.value) == f"data.index: {reason}"
-    assert caplog.messages == [f"waiting for the index of the data set, made by {holder}"]
+    assert caplog.messages == [f"waiting for the index of the data set, built by {holder}"]
     connection.send(None)
     process.join()
 

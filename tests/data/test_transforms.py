@@ -64,7 +64,7 @@ EFFECTS = [
     (BASE, "interpolation", "random"),
     (NO_AUGMENT, "color_jitter", 0.4),
     (NO_AUGMENT, "auto_augment", RECIPE),
-    ({**NO_AUGMENT, "auto_augment": RECIPE}, "splits", 3),
+    ({**NO_AUGMENT, "auto_augment": RECIPE}, "aug_splits", 3),
     (NO_AUGMENT, "random_erasing", 0.5),
     ({**NO_AUGMENT, "random_erasing": 1.0}, "random_erasing_mode", "const"),
     ({**NO_AUGMENT, "random_erasing": 1.0}, "random_erasing_mode", "rand"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vil.config import EvalConfig, ModelConfig
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.report import EvaluationDataset, evaluate_model, table
-from vil.evaluation.tta import augment_model, count_views, describe_views
+from vil.evaluation.tta import build_tta_model, count_views, describe_tta
 from vil.runtime.distributed import Process
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def test_views_without_a_difference_change_nothing(tta: str, precision: str) -> 
     crops = 3 * (1 if tta == "hflip" else 5)
     evaluated = functools.partial(evaluate, device=CPU, precision=precision, num_classes=7)
     model = Mirrored()
-    assert evaluated(augment_model(model, config), [batch(crops)]) == evaluated(model, [batch()])
+    assert evaluated(build_tta_model(model, config), [batch(crops)]) == evaluated(model, [batch()])
 
 
 def test_logits_are_the_mean_over_crops_and_mirror_images() -> None:
@@ -53,13 +53,13 @@ def test_logits_are_the_mean_over_crops_and_mirror_images() -> None:
         views = list(crops.chunk(5, dim=1))
         views += [view.flip(-1) for view in views] if tta == "ten_crop" else []
         expected = torch.stack([model(view) for view in views]).double().mean(dim=0)
-        found = augment_model(model, EvalConfig(tta=tta))(crops)
+        found = build_tta_model(model, EvalConfig(tta=tta))(crops)
         torch.testing.assert_close(found, expected)
         assert found.dtype == torch.float64
 
 
 def test_views_are_counted_and_named() -> None:
-    assert augment_model(model := nn.Identity(), EvalConfig()) is model
+    assert build_tta_model(model := nn.Identity(), EvalConfig()) is model
     for options, views, name in (
         ({}, 1, None),
         ({"tta": "hflip"}, 2, "hflip"),
@@ -67,7 +67,7 @@ def test_views_are_counted_and_named() -> None:
         ({"tta_scales": [1.1]}, 1, "scales 1.1"),
     ):
         config = EvalConfig(**options)
-        assert (count_views(config), describe_views(config)) == (views, name)
+        assert (count_views(config), describe_tta(config)) == (views, name)
 
 
 def test_the_cost_of_an_image_is_that_of_its_views() -> None:

@@ -110,12 +110,12 @@ def test_both_heads_are_replaced():
 def test_the_token_is_needed_for_distilled_training():
     with pytest.raises(UserError) as refusal:
         build(dataclasses.replace(CONFIG, distillation_token=False)).set_distilled_training()
-    assert str(refusal.value) == "distillation_token: the model has none, and so only one head"
+    assert str(refusal.value) == "distillation_token: must be true: the model has only one head"
     with pytest.raises(UserError, match=r"^distillation_token: timm/resnet10t has no such option"):
         model_from_config(ModelConfig("timm/resnet10t", num_classes=3, distillation_token=True))
     with pytest.raises(UserError) as refusal:
         build().reset_classifier(3, "")
-    assert str(refusal.value) == "pool: the heads of a model with a distillation token need avg or cls"
+    assert str(refusal.value) == "pool: must be avg or cls for a model with a distillation token"
     with pytest.raises(UserError, match=r"^pool: cls needs a global token in the last stage, which has none"):
         build(dataclasses.replace(CONFIG, global_tokens=[1, 0]))
 
@@ -205,7 +205,7 @@ def test_students_and_teachers_of_timms_distillation_tasks(distillation_tasks):
     assert any(not torch.equal(a, b) for a, b in zip(heads, student.head_dist.parameters()))
     result = train_step(logit_task(plain, teacher, temperature=3.0, verbose=False), plain)
     assert set(result) == {"loss", "output", "task_loss", "kd_loss"}
-    with pytest.raises(UserError, match=r"^distillation_token: the model has none"):
+    with pytest.raises(UserError, match=r"^distillation_token: must be true: the model has only one head"):
         token_task(plain, teacher, verbose=False)
 
 

@@ -2,7 +2,14 @@ import pytest
 
 from vil.config import UserError
 from vil.runtime import launch
-from vil.runtime.launch import Ranks, first_host, is_failure_shared, read_ranks, set_ranks, single_process
+from vil.runtime.launch import (
+    Ranks,
+    first_host,
+    must_report_failure,
+    read_ranks,
+    set_ranks,
+    single_process_environment,
+)
 
 SLURM = {
     "SLURM_JOB_ID": "40017",
@@ -30,7 +37,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """An environment without variables of a launcher."""
     variables: dict[str, str] = {}
     monkeypatch.setattr(launch.os, "environ", variables)
-    monkeypatch.setattr(launch, "_have_met", False)
+    monkeypatch.setattr(launch, "_is_rendezvous_complete", False)
     return variables
 
 
@@ -46,7 +53,7 @@ def test_variables_of_srun(environment: dict[str, str]):
     assert read_ranks() == Ranks(3, 5, 1, 2)
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("gpu07", "20019")
     environment["SLURM_NODEID"] = "2"
-    for name in launch.single_process({}):
+    for name in launch.single_process_environment({}):
         del environment[name]
     set_ranks()
     assert read_ranks().local_world_size == 1
@@ -124,7 +131,7 @@ def test_the_first_host_of_a_list():
 
 def test_an_environment_for_one_process(environment: dict[str, str]):
     started = TORCHRUN | STORE | {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "1", "PATH": "/bin"}
-    environment.update(single_process(started | SLURM))
+    environment.update(single_process_environment(started | SLURM))
     assert "TORCHELASTIC_RUN_ID" not in environment
     assert environment["PATH"] == "/bin"
     set_ranks()
@@ -146,9 +153,9 @@ def test_failures_that_other_ranks_must_know(environment: dict[str, str]):
     ):
         environment.clear()
         environment.update(variables)
-        assert is_failure_shared(status) == is_shared, variables
+        assert must_report_failure(status) == is_shared, variables
     environment.update(TORCHRUN | STORE | agent)
-    launch.note_meeting()
-    assert not is_failure_shared(1)
+    launch.mark_rendezvous_complete()
+    assert not must_report_failure(1)
     environment.update(restarts)
-    assert is_failure_shared(2)
+    assert must_report_failure(2)

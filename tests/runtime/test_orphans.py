@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, signal, sys, time
-from vil.runtime.orphans import ended_with_agent
+from vil.runtime.orphans import terminate_with_agent
 
 if sys.argv[1] == "torchrun":
     os.environ["TORCHELASTIC_RUN_ID"] = "x"
@@ -15,7 +15,7 @@ agent = os.fork()
 if agent == 0:
     if os.fork() == 0:
         signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(0)))
-        with ended_with_agent(3):
+        with terminate_with_agent(3):
             print("ready", os.getppid(), flush=True)
             time.sleep(float(sys.argv[2]))
         print("finished", flush=True)
@@ -41,5 +41,5 @@ def test_a_rank_ends_with_torchrun_and_another_process_goes_on_without_its_paren
     ready, last = done.stdout.splitlines()
     assert last == end
     agent = ready.split()[1]
-    line = f"[rank 3] torchrun (process {agent}) has ended: this rank ends by SIGTERM\n"
+    line = f"[rank 3] torchrun (process {agent}) has exited: sending SIGTERM to this rank\n"
     assert done.stderr == (line if launcher == "torchrun" else "")

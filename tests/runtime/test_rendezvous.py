@@ -115,7 +115,7 @@ import torch.distributed as dist
 from vil.runtime import rendezvous
 from vil.runtime.launch import Ranks
 
-rendezvous.WAITING_LINE_S = 0.2
+rendezvous.WAITING_NOTICE_S = 0.2
 for local_rank in (0, 1):
     child = os.fork()
     if child == 0:
@@ -128,7 +128,7 @@ for local_rank in (0, 1):
 """
 
 
-def test_the_start_ends_after_its_timeout_and_says_for_whom_it_waits():
+def test_the_start_ends_after_its_timeout_and_names_the_ranks_it_waits_for():
     """The second rank of a machine prints nothing."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -155,8 +155,8 @@ def test_a_failure_reaches_a_rank_that_comes_later(monkeypatch: pytest.MonkeyPat
     with pytest.raises(FailedRankError, match=r"^rank 0 .*failed: data: gone$"):
         rendezvous.create_store(Ranks(1, 2, 0, 1), StartMonitor(Ranks(1, 2, 0, 1), 60))
     assert first.poll() is None
-    assert rendezvous.is_repeated("error: data: gone")
-    assert not rendezvous.is_repeated("error: data: other")
+    assert rendezvous.is_repeated_failure("error: data: gone")
+    assert not rendezvous.is_repeated_failure("error: data: other")
     rendezvous.report_failure("error: rank 0 failed", 2)
     assert first.wait(20) == 0
 

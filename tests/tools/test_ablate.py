@@ -220,7 +220,8 @@ def test_provided_grids_name_their_command_and_resolve(path, monkeypatch):
     argv = grid.cells[-1].argv
     for start in (text.partition("=")[2] for text in argv if text.startswith("--model.init_from=")):
         # The run that the header of the file trains.
-        train.main(["--output", start, "--schedule.max_steps", "1", "--device", "cpu", "--progress", "false"])
+        options = ["--device", "cpu", "--progress", "false", "--loggers", "[]", "--attention_every", "null"]
+        train.main(["--output", start, "--schedule.max_steps", "1", "--data.train_fraction", "0.2", *options])
     check_model(resolve_train_command(argv).config)
 
 

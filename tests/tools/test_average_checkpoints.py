@@ -238,7 +238,7 @@ def test_refusals(runs: list[str], tmp_path: Path) -> None:
         ),
         (
             [a, b, *output, "--greedy", "--tta", "hflip"],
-            "command line: --tta: is no option of average_checkpoints.py",
+            "command line: --tta: is not an option of average_checkpoints.py",
         ),
         ([a, b, "--output", a], f"--output: {a} is an input of this command; name another file"),
         ([a, str(tmp_path / "none"), *output], f"{tmp_path / 'none'}: no such file or folder"),

@@ -174,7 +174,7 @@ def test_a_model_of_timm_and_few_images(
         f"timm/test_resnet, untrained weights, {features} features; "
         "60 training and 360 validation images of digits"
     )
-    assert "shots 9 are left out: a class has 6 training images" in caplog.messages
+    assert "skipping --shots 9: a class has only 6 training images" in caplog.messages
     assert np.load(tmp_path / "x.npz")["train_features"].shape == (60, features)
 
 
@@ -197,7 +197,7 @@ def test_refusals(weights: Path, tmp_path: Path) -> None:
             ["timm/resnet_18", *few],
             "command line: model.name: timm has no model 'resnet_18'; did you mean timm/resnet18?",
         ),
-        ([path, *few, "--tta", "hflip"], "command line: --tta: is no option of probe.py"),
+        ([path, *few, "--tta", "hflip"], "command line: --tta: is not an option of probe.py"),
         ([*few, path], "command line: --data.source: options of eval.py follow the checkpoints"),
         (
             [path, *few, "--k", "21", "--methods", "knn"],

@@ -1,4 +1,4 @@
-"""tools/dev/two_machines.py: the machines, and a situation that needs no training."""
+"""tools/dev/two_machines.py: the machines, and a scenario that needs no training."""
 
 import socket
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from tools.dev import two_machines as program
 from tools.dev.machines.network import two_machines, wait_until_ended
-from tools.dev.machines.situations import Outcome, Situation
+from tools.dev.machines.scenarios import Outcome, Scenario
 from vil.config import UserError
 
 
@@ -47,6 +47,8 @@ def test_machines_have_a_name_a_network_and_files(tmp_path: Path):
         cut = pair[0].start([sys.executable, "-uc", client], logs[0], tmp_path, {})
         assert wait_until_ended([cut], 0.2) == [None] or cut.returncode == 1
         left = pair[1].start(["sleep", "1000"], logs[1], tmp_path, {})
+        while not pair[1].processes("1000"):  # nsenter has not yet started it
+            assert left.poll() is None, logs[1].read_text()
     assert logs[1].read_text() == "machine-b two 10.77.0.2\n"
     assert logs[0].read_text().startswith("connected\n")
     assert left.wait(10) != 0
@@ -63,17 +65,17 @@ def test_an_empty_world_size_on_two_machines(capsys: pytest.CaptureFixture[str],
     assert "yes" in capsys.readouterr().out
 
 
-def test_a_situation_that_does_not_end_as_expected_is_exit_status_1(
+def test_a_scenario_that_does_not_end_as_expected_is_exit_status_1(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    outcome = Outcome(Situation("1", "text", (1, 1), []), [0, None], 3.2, "a | b", ["no line"])
+    outcome = Outcome(Scenario("1", "text", (1, 1), []), [0, None], 3.2, "a | b", ["no line"])
     monkeypatch.setattr(program.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
-    monkeypatch.setattr(program.Laboratory, "run", lambda self, name: outcome)
+    monkeypatch.setattr(program.ScenarioRunner, "run", lambda self, name: outcome)
     with pytest.raises(SystemExit) as caught:
         program.main(["--only", "equal"])
     assert caught.value.code == 1
     assert (
-        "| 1   |      text |            0, running |       3 | no: no line |  a \\| b |"
+        "| 1     |     text |            0, running |       3 | no: no line |  a \\| b |"
         in capsys.readouterr().out
     )
 

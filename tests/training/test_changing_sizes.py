@@ -74,7 +74,11 @@ def test_epochs_and_evaluations_follow_the_batch_size(tmp_path: Path):
 
 @pytest.mark.parametrize("stop", [6, 9])
 def test_a_continued_run_is_bit_identical(tmp_path: Path, stop: int):
-    options: dict[str, Any] = {"progressive_resizing": PLAN, "lr_follows_batch": True, "accumulation": 5}
+    options: dict[str, Any] = {
+        "progressive_resizing": PLAN,
+        "scale_lr_with_batch_size": True,
+        "accumulation": 5,
+    }
     full = run(tmp_path / "full", **options)
     run(tmp_path / "parts", max_steps=stop, **options)
     continued = run(tmp_path / "parts", **options)
@@ -86,16 +90,16 @@ def test_a_continued_run_is_bit_identical(tmp_path: Path, stop: int):
 @pytest.mark.parametrize(("scaling", "power"), [("linear", 1), ("sqrt", 0.5)])
 def test_the_learning_rate_follows_the_batch_if_asked(tmp_path: Path, scaling: str, power: float):
     options: dict[str, Any] = {"scheduler": "constant", "warmup_epochs": 0, "lr": 1.0, "lr_scaling": scaling}
-    records = run(tmp_path, progressive_resizing=PLAN, lr_follows_batch=True, max_steps=8, **options)
+    records = run(tmp_path, progressive_resizing=PLAN, scale_lr_with_batch_size=True, max_steps=8, **options)
     rates = [record["lr"] for record in records if record["kind"] == "train"]
     assert rates == pytest.approx([1.0] * 2 + [2**-power] * 4 + [3**-power] * 2)
 
 
 def test_a_rate_that_follows_nothing_is_refused(tmp_path: Path):
     with pytest.raises(UserError) as refused:
-        run(tmp_path, lr_follows_batch=True)
+        run(tmp_path, scale_lr_with_batch_size=True)
     reason = "needs different batch sizes in schedule.progressive_resizing"
-    assert str(refused.value) == f"schedule.lr_follows_batch: {reason}"
+    assert str(refused.value) == f"schedule.scale_lr_with_batch_size: {reason}"
 
 
 def test_other_batch_sizes_in_finished_epochs_are_refused(tmp_path: Path):

@@ -135,7 +135,7 @@ def test_the_teacher_sees_the_same_pixels_normalized_for_it():
     pixels = torch.randint(256, (3, 3, 2 * SIZE, 2 * SIZE), dtype=torch.uint8)
     images = NormalizeAndErase(DataConfig.mean, DataConfig.std)(pixels)
     expected = NormalizeAndErase(teacher.trained.mean, teacher.trained.std)(pixels)
-    torch.testing.assert_close(teacher.view(images), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(teacher.preprocess(images), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(teacher(images), teacher.trained.model(expected), atol=1e-4, rtol=1e-4)
     assert not teacher(images).requires_grad
 
@@ -147,7 +147,7 @@ def test_the_teacher_sees_images_of_its_own_size(size):
     resized = F.interpolate(pixels.float() / 255, (2 * SIZE, 2 * SIZE), mode="bicubic", antialias=True)
     mean, std = (torch.tensor(v)[:, None, None] for v in (teacher.trained.mean, teacher.trained.std))
     images = NormalizeAndErase(DataConfig.mean, DataConfig.std)(pixels)
-    torch.testing.assert_close(teacher.view(images), (resized - mean) / std, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(teacher.preprocess(images), (resized - mean) / std, atol=1e-4, rtol=1e-4)
 
 
 def test_images_of_the_same_normalization_and_size_are_not_changed():
@@ -155,7 +155,7 @@ def test_images_of_the_same_normalization_and_size_are_not_changed():
     names = ("red", "green", "blue", "none")
     teacher = Teacher(trained, DataConfig.mean, DataConfig.std, names, CPU.device)
     images = torch.randn(2, 3, 2 * SIZE, 2 * SIZE)
-    assert teacher.view(images) is images
+    assert teacher.preprocess(images) is images
 
 
 def test_logits_of_the_teacher_are_found_by_the_names_of_the_classes():
@@ -167,7 +167,7 @@ def test_logits_of_the_teacher_are_found_by_the_names_of_the_classes():
     trained = dataclasses.replace(teacher.trained, model=wide, class_names=names, num_classes=5)
     matched = Teacher(trained, DataConfig.mean, DataConfig.std, ("red", "green", "blue", "none"), CPU.device)
     images = torch.randn(2, 3, 16, 16)
-    assert torch.equal(matched(images), wide(matched.view(images))[:, [1, 3, 0, 4]])
+    assert torch.equal(matched(images), wide(matched.preprocess(images))[:, [1, 3, 0, 4]])
 
 
 def test_a_step_learns_from_both_losses_and_leaves_the_teacher_alone(tmp_path: Path):
@@ -326,7 +326,7 @@ def test_a_model_of_timm_teaches_with_weights_of_a_file(timm_file: Path):
     names = ("n01440764", "n01443537")  # the first two of ImageNet's 1,000
     teacher = Teacher(trained, trained.mean, trained.std, names, CPU.device)
     images = torch.randn(1, 3, 64, 64)
-    assert torch.equal(teacher(images), trained.model(teacher.view(images))[:, :2])
+    assert torch.equal(teacher(images), trained.model(teacher.preprocess(images))[:, :2])
     line = "teacher: timm/resnet10t, 176×176 pixels, 5.44 M parameters, soft, alpha 0.5, temperature 3"
     assert describe_teacher(teacher, schedule) == line
 

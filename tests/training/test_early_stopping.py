@@ -126,7 +126,7 @@ def test_the_attention_is_drawn_at_the_end_of_a_run_that_stops(tmp_path: Path):
         return torch.zeros(3, 4, 4, dtype=torch.uint8)
 
     options = {"epochs": 9, "patience": 1, "lr": 1e-9, "loggers": ["tensorboard"], "attention_every": 5}
-    assert run(make_config(tmp_path, **options), draw_attention=draw).step == 2 * STEPS
+    assert run(make_config(tmp_path, **options), monitoring=trainer.Monitoring(draw)).step == 2 * STEPS
     assert len(drawn) == 1
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import train as program
 from data import open_eval_sets
-from data.eval_sets import set_names
+from data.eval_sets import eval_set_names
 from vil.checkpoints.run_folder import differences
 from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
 from vil.evaluation.accuracy import evaluate
@@ -22,7 +22,7 @@ from vil.evaluation.report import EvaluationDataset
 from vil.runtime.distributed import Process
 from vil.training.metrics_log import TIMING_FIELDS
 from vil.training.tensorboard_log import record_tag
-from vil.training.trainer import fit
+from vil.training.trainer import Monitoring, fit
 from vil.validation import stored_tree
 
 CPU = Process(0, 0, 1, torch.device("cpu"))
@@ -36,7 +36,8 @@ def train(folder: Path, eval_sets: list[EvaluationDataset], **options: Any) -> T
     model, state = TinyModel(0.2), None
     if list(folder.glob("checkpoints/step*.pt")):
         state = load_last(folder)
-    fit(model, make_loaders(), make_config(folder, **options), CPU, state=state, eval_sets=eval_sets)
+    config, monitoring = make_config(folder, **options), Monitoring(eval_sets=eval_sets)
+    fit(model, make_loaders(), config, CPU, state=state, monitoring=monitoring)
     return model
 
 
@@ -140,11 +141,11 @@ def test_folders_and_files_are_opened_with_the_transform_of_the_run(
 
 
 def test_names_tell_the_sets_apart() -> None:
-    assert set_names([]) == []
-    assert set_names(["/a/v2", "b/x.yaml", "."]) == ["v2", "x", Path.cwd().name]
-    assert set_names(["/data/v2/val", "/data/a b/val/"]) == ["v2/val", "a_b/val"]
+    assert eval_set_names([]) == []
+    assert eval_set_names(["/a/v2", "b/x.yaml", "."]) == ["v2", "x", Path.cwd().name]
+    assert eval_set_names(["/data/v2/val", "/data/a b/val/"]) == ["v2/val", "a_b/val"]
     with pytest.raises(UserError) as refused:
-        set_names(["v2", "./v2"])
+        eval_set_names(["v2", "./v2"])
     assert str(refused.value) == "eval_sets: v2 occurs twice"
 
 

@@ -58,7 +58,7 @@ def test_jensen_shannon_loss_and_gradients_in_float64(smoothing: float):
         divergence = sum((p * (p / mixture).log()).sum() / 5 for p in probabilities) / 3
         return entropy + 12 * divergence
 
-    loss = build_loss(ScheduleConfig(label_smoothing=smoothing, augment=AugmentConfig(splits=3)))
+    loss = build_loss(ScheduleConfig(label_smoothing=smoothing, augment=AugmentConfig(aug_splits=3)))
     logits = torch.cat(views).requires_grad_()
     parts = [view.clone().requires_grad_() for view in views]
     found, by_hand = loss(logits, targets), expected(*parts)
@@ -68,14 +68,14 @@ def test_jensen_shannon_loss_and_gradients_in_float64(smoothing: float):
 
 
 def test_jensen_shannon_loss_refuses_other_losses_and_class_weights():
-    augment = AugmentConfig(splits=3)
+    augment = AugmentConfig(aug_splits=3)
     for options, weights, message in (
-        ({"loss": "bce"}, None, "schedule.loss: schedule.augment.splits needs cross_entropy"),
-        ({}, WEIGHTS, "schedule.class_weights: cannot be combined with schedule.augment.splits"),
+        ({"loss": "bce"}, None, "schedule.loss: schedule.augment.aug_splits needs cross_entropy"),
+        ({}, WEIGHTS, "schedule.class_weights: cannot be combined with schedule.augment.aug_splits"),
         (
             {"distillation": "soft"},
             None,
-            "schedule.distillation: cannot be combined with schedule.augment.splits",
+            "schedule.distillation: cannot be combined with schedule.augment.aug_splits",
         ),
     ):
         with pytest.raises(UserError) as refused:

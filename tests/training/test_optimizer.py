@@ -318,7 +318,10 @@ def test_further_options_reach_the_optimizer():
             {"optimizer_options": {"betas": [0.8, 0.9]}},
             "optimizer_options.betas: is set by schedule.betas",
         ),
-        ({"optimizer_options": {"fused": False}}, "optimizer_options.fused: is chosen by the trainer"),
+        (
+            {"optimizer_options": {"fused": False}},
+            "optimizer_options.fused: cannot be set: the trainer chooses the implementation",
+        ),
         (
             {"optimizer_options": {"amsgrad": 1}},
             "optimizer_options.amsgrad: expected true or false, got 1",
@@ -329,7 +332,7 @@ def test_further_options_reach_the_optimizer():
         ),
         (
             {"lr_scaling": "sqrt"},
-            "lr_scaling: sqrt needs schedule.lr_batch_size or schedule.lr_follows_batch",
+            "lr_scaling: sqrt needs schedule.lr_batch_size or schedule.scale_lr_with_batch_size",
         ),
         ({"layer_decay_min": 0.1}, "layer_decay_min: needs schedule.layer_decay"),
         ({"decay_milestones": [1.0]}, "decay_milestones: needs schedule.scheduler multistep"),

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from vil.runtime.run_files import METRICS
 from vil.training.metrics_log import cut_metrics
 from vil.training.run_log import RunLog
 from vil.training.tensorboard_log import TensorBoardLog
+from vil.training.trainer import Monitoring
 
 
 def read(folder: Path) -> list[dict]:
@@ -140,14 +142,15 @@ def test_learning_rates_of_groups_are_logged_if_they_differ(tmp_path: Path):
 
 def test_attention_maps_are_added_every_few_epochs(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     image = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    run(make_config(tmp_path / "a", loggers=["tensorboard"], attention_every=2), draw_attention=lambda: image)
+    options: dict[str, Any] = {"loggers": ["tensorboard"], "attention_every": 2}
+    run(make_config(tmp_path / "a", **options), monitoring=Monitoring(lambda: image))
     events = EventAccumulator(str(tmp_path / "a" / "tensorboard"), {"images": 0}).Reload()
     assert [image.step for image in events.Images("attention")] == [2 * STEPS, 3 * STEPS]
 
     def fail() -> torch.Tensor:
         raise RuntimeError("out of\nmemory")
 
-    run(make_config(tmp_path / "b", loggers=["tensorboard"], attention_every=2), draw_attention=fail)
+    run(make_config(tmp_path / "b", **options), monitoring=Monitoring(fail))
     messages = [record.getMessage() for record in caplog.records]
     assert messages == ["warning: no image of attention: out of memory"] * 2
 

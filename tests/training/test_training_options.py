@@ -67,7 +67,7 @@ SCHEDULE: dict[str, tuple[Any, Options, str]] = {
     "random_shift_until": (0.0, {"model": RANDOM_SHIFT}, "neighbors"),
     "progressive_resizing": ([(0.1 * n, SIZE) for n in range(9)], {"compile": True}, "recompile_limit"),
     "random_sizes": ([SIZE] * 9, {"compile": True}, "recompile_limit"),
-    "lr_follows_batch": (
+    "scale_lr_with_batch_size": (
         True,
         {"progressive_resizing": [(0, SIZE), (0.5, SIZE, 14)], "epochs": 2, "scheduler": "constant"},
         "learning_rates",
@@ -160,7 +160,8 @@ def effects(folder: Path, options: Options) -> Options:
         config = make_config(folder, **{"epochs": 1, "warmup_epochs": 0.4} | options)
         with torch._dynamo.config.patch(recompile_limit=8):
             teacher = None if config.schedule.distillation == "none" else make_teacher()
-            run(config, model, draw_attention=lambda: count("attention_images", draw), teacher=teacher)
+            monitoring = trainer.Monitoring(lambda: count("attention_images", draw))
+            run(config, model, teacher=teacher, monitoring=monitoring)
             found["recompile_limit"] = torch._dynamo.config.recompile_limit
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]

@@ -23,7 +23,7 @@ from tools.ablation.progress import Progress
 from tools.ablation.run_status import FAILURE, LOG, RunStatus, read_status
 from vil.config import UserError, error_reason
 from vil.runtime.files import make_folders, open_for_appending, read_text, write_durably
-from vil.runtime.launch import single_process
+from vil.runtime.launch import single_process_environment
 
 PROGRAM = [sys.executable, str(ROOT / "train.py")]
 ERRORS, LOCK = "errors.txt", ".ablate.lock"
@@ -176,7 +176,7 @@ def _final_status(child: Child) -> RunStatus:
 def _environment(jobs: int, slot: int, gpus: Sequence[str]) -> dict[str, str]:
     """Return the environment of a process, with its share of the cores and its GPU."""
     cores = len(os.sched_getaffinity(0))
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **single_process(os.environ)}
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **single_process_environment(os.environ)}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     return environment

@@ -57,7 +57,7 @@ from vil.runtime.distributed import Process
 from vil.runtime.files import check_writable, refuse_input_as_output
 from vil.validation import INITIALIZATION, as_tree, validate, without_start_options
 
-_NO_EFFECT = (
+_TRAINING_ONLY_OPTIONS = (
     *("drop_path", "dropout", "position_dropout", "attention_dropout", "head_dropout", "attention_backend"),
     *INITIALIZATION,
 )
@@ -146,25 +146,25 @@ class WeightAverage:
             value += state_dict[name]
         self.count += 1
 
-    def state_dict(self, more: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return the mean, in the types of the first; `more` is one more state dict, which is not added.
+    def state_dict(self, extra: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return the mean, in the types of the first; `extra` is one more state dict, which is not added.
 
         Tensors of integers are those of the first.
         """
-        count = self.count + (more is not None)
+        count = self.count + (extra is not None)
         means = {
-            name: ((value if more is None else value + more[name]) / count).to(self._first[name].dtype)
+            name: ((value if extra is None else value + extra[name]) / count).to(self._first[name].dtype)
             for name, value in self._sums.items()
         }
         return {name: means.get(name, value) for name, value in self._first.items()}
 
 
-Read = Callable[[str], Weights]
+ReadWeights = Callable[[str], Weights]
 Averaged = list[dict[str, str | float]]
 """The averaged checkpoints: file, kind of weights, and with --greedy Top-1 in percent."""
 
 
-def uniform_average(files: Sequence[str], read: Read) -> tuple[Weights, Averaged]:
+def uniform_average(files: Sequence[str], read: ReadWeights) -> tuple[Weights, Averaged]:
     """Return the mean of all checkpoints."""
     first = read(files[0])
     first.require_model("--released-config")
@@ -179,23 +179,23 @@ def uniform_average(files: Sequence[str], read: Read) -> tuple[Weights, Averaged
 
 
 def greedy_average(
-    files: Sequence[str], read: Read, args: ParsedArguments[EvalConfig], process: Process
+    files: Sequence[str], read: ReadWeights, args: ParsedArguments[EvalConfig], process: Process
 ) -> tuple[Weights, Averaged]:
     """Return the mean of the checkpoints that do not lower its Top-1; print a line for each of them."""
     first = read(files[0])
-    top1_of = build_evaluation(first, args, process)
-    names_images = args.assigns("data", *(f"data.{key}" for key in _SPLIT_OPTIONS))
+    evaluate_top1 = build_evaluation(first, args, process)
+    has_image_options = args.assigns("data", *(f"data.{key}" for key in _SPLIT_OPTIONS))
     accuracies = []
     for file in files:
         weights = read(file)
         check_compatible(first, weights)
-        for key in () if names_images else _SPLIT_OPTIONS:
+        for key in () if has_image_options else _SPLIT_OPTIONS:
             if first.data.get(key) != weights.data.get(key):
                 reason = (
                     f"has other validation images than {first.path}: data.{key}; name the images by --data"
                 )
                 raise UserError(weights.path, reason)
-        accuracies.append(top1_of(weights))
+        accuracies.append(evaluate_top1(weights))
     order = sorted(range(len(files)), key=lambda index: -accuracies[index])
     best = read(files[order[0]])
     mean, top1 = WeightAverage(best.state_dict), accuracies[order[0]]
@@ -204,7 +204,7 @@ def greedy_average(
         weights = read(files[index])
         is_kept, changed = True, top1
         if index != order[0]:
-            changed = top1_of(dataclasses.replace(best, state_dict=mean.state_dict(weights.state_dict)))
+            changed = evaluate_top1(dataclasses.replace(best, state_dict=mean.state_dict(weights.state_dict)))
             is_kept = changed >= top1
         decision = "kept" if is_kept else "left out"
         print_line(f"{weights.path}: Top-1 {accuracies[index]:.2f} %, with it {changed:.2f} %: {decision}")
@@ -286,7 +286,7 @@ def _evaluated_options(weights: Weights) -> Tree:
     model = as_tree(weights.require_model("--released-config"))
     if model["neighbors"] != "self":  # random is for training alone
         model["neighbors"] = None
-    options = {f"model.{key}": value for key, value in model.items() if key not in _NO_EFFECT}
+    options = {f"model.{key}": value for key, value in model.items() if key not in _TRAINING_ONLY_OPTIONS}
     with errors_in_option(weights.path):
         data = as_tree(validate(EvalConfig, {"data": dict(weights.transform)}).data)
     return options | {f"data.{key}": data[key] for key in TRANSFORM_OPTIONS}

@@ -1,4 +1,4 @@
-"""Tools that take options of eval.py after their own."""
+"""Options of eval.py for tools, after their own."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ EVALUATION_OPTIONS = frozenset(
 
 
 def parse_evaluation_options(
-    argv: Sequence[str], prog: str, more: frozenset[str] = frozenset()
+    argv: Sequence[str], prog: str, extra_options: frozenset[str] = frozenset()
 ) -> ParsedArguments[EvalConfig]:
-    """Parse options of eval.py: `EVALUATION_OPTIONS`, those of the section data, and `more`.
+    """Parse options of eval.py: `EVALUATION_OPTIONS`, those of the section data, and `extra_options`.
 
     Raises:
         UserError: another option.
     """
     args = ParsedArguments(EvalConfig, argv, prog)
-    known = EVALUATION_OPTIONS | {"data"} | more
+    known = EVALUATION_OPTIONS | {"data"} | extra_options
     for assignment in args.assignments:
         if assignment.key not in known and assignment.key.partition(".")[0] not in known:
             name = assignment.key or "config"
-            raise UserError(f"--{name}", f"is no option of {prog}", COMMAND_LINE)
+            raise UserError(f"--{name}", f"is not an option of {prog}", COMMAND_LINE)
     return args
 
 

@@ -58,13 +58,13 @@ from vil.runtime.modes import mode
 from vil.runtime.precision import autocast
 
 TEMPERATURE = 0.07
-"""Of the votes of neighbors."""
+"""Temperature of the weights of the votes of neighbors."""
 REGULARIZATION = tuple(10.0**exponent for exponent in range(-4, 3))
 """Inverse regularizations, C of scikit-learn, that `choose_regularization` compares."""
-MIN_IMAGES_TO_CHOOSE, HELD_OUT = 5, 0.2
+MIN_IMAGES_TO_CHOOSE, HELD_OUT_FRACTION = 5, 0.2
 """Images of every class, and the fraction of the images that is held out, to choose C."""
 MAX_ITERATIONS = 1000
-"""Of logistic regression."""
+"""Limit on the iterations of logistic regression."""
 QUERIES_PER_CHUNK = 256
 OUTPUTS = ("json", "csv", "features")
 
@@ -285,7 +285,9 @@ def evaluate_features(
     class_images = np.bincount(train.targets, minlength=num_classes)
     for shots in sorted(set(arguments.shots)):
         if class_images.min() < shots:
-            _logger.info("shots %d are left out: a class has %d training images", shots, class_images.min())
+            _logger.info(
+                "skipping --shots %d: a class has only %d training images", shots, class_images.min()
+            )
             continue
         draws = range(arguments.draws)
         subsets[shots] = [train.subset(draw_images(train.targets, shots, arguments.seed, n)) for n in draws]
@@ -364,7 +366,7 @@ def choose_regularization(train: Features, seed: int) -> float:
         return 1.0
     indices = np.arange(len(train.targets))
     fitted, held_out = train_test_split(
-        indices, test_size=HELD_OUT, stratify=train.targets, random_state=seed
+        indices, test_size=HELD_OUT_FRACTION, stratify=train.targets, random_state=seed
     )
     part, rest = train.subset(fitted), train.subset(held_out)
     models = {c: fit_logistic(part, c, seed)[0] for c in REGULARIZATION}

@@ -62,9 +62,9 @@ def read_safetensors(path: Path) -> Weights:
 
 
 def write_safetensors(
-    path: str | Path, weights: Weights, more_metadata: Mapping[str, object] | None = None
+    path: str | Path, weights: Weights, extra_metadata: Mapping[str, object] | None = None
 ) -> None:
-    """Write weights with their model, transform and class names, and more, as JSON in the metadata.
+    """Write weights with their model, transform, class names and `extra_metadata` as JSON in the metadata.
 
     `path` holds the old content or the new at every moment; its folder is created.
     """
@@ -75,7 +75,7 @@ def write_safetensors(
         "data": json.dumps(dict(weights.transform)),
         "class_names": json.dumps(weights.class_names),
         "weights": json.dumps(weights.kind),
-        **{key: json.dumps(value) for key, value in (more_metadata or {}).items()},
+        **{key: json.dumps(value) for key, value in (extra_metadata or {}).items()},
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.state_dict.items()}
     try:

@@ -44,7 +44,7 @@ def run_program(
     Exit status 2 and one line on standard error for a UserError, `exit_status` of an exception that has one,
     1 if the machine or its GPU is out of memory, 130 for Ctrl-C. Of the processes that torchrun starts on
     one machine the first one prints the line, and for a `OneRankError` the one that raised it; an error that
-    torchrun has repeated by a restart is not printed again. Other ranks that wait for this one get the line.
+    repeats after a restart by torchrun is not printed again. Other ranks that wait for this one get the line.
     Log records of the package are printed.
     """
     status, line = 0, None
@@ -86,7 +86,7 @@ def run_program(
         logger.removeHandler(handler)
     if line is not None:
         line = " ".join(printable(line).split())
-        if prints and not _is_repeated(line):
+        if prints and not _is_repeated_failure(line):
             for text in (line, *more_lines):
                 print_line(text, sys.stderr)
         flush_streams()
@@ -109,20 +109,20 @@ def _has_process_group() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
-def _is_repeated(line: str) -> bool:
+def _is_repeated_failure(line: str) -> bool:
     """Return True if torchrun has restarted this process after it ended with this line."""
     with suppress(UserError):  # of the environment
         if launch.restart_count() > 0:
-            from vil.runtime.rendezvous import is_repeated
+            from vil.runtime.rendezvous import is_repeated_failure
 
-            return is_repeated(line)
+            return is_repeated_failure(line)
     return False
 
 
 def _report_failure(line: str, status: int) -> None:
     """Tell the other ranks of the job, which may wait for this one, and later restarts of it."""
     with suppress(UserError):  # of the environment
-        if launch.is_failure_shared(status):
+        if launch.must_report_failure(status):
             from vil.runtime.rendezvous import report_failure
 
             report_failure(line, status)

@@ -1,4 +1,4 @@
-"""Forward passes whose batch is halved while the memory of the GPU does not suffice."""
+"""Halve the batch of a forward pass when the GPU runs out of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _logger = logging.getLogger(__name__)
 
 
 class BatchHalving:
-    """Run a model on parts of each batch, which are halved while PyTorch runs out of memory.
+    """Run a model on parts of each batch, which are halved when PyTorch runs out of memory.
 
     A smaller size is logged, and kept for all later batches.
 
@@ -26,7 +26,7 @@ class BatchHalving:
         """Return the logits (B, classes) of images (B, C, H, W).
 
         Raises:
-            torch.OutOfMemoryError: the memory does not suffice for one image.
+            torch.OutOfMemoryError: a single image does not fit into memory.
         """
         before = size = min(self.max_images or len(images), len(images))
         while True:

@@ -56,7 +56,7 @@ class Cost:
 
 
 def measure_cost(
-    model: nn.Module, config: EvalConfig, device: torch.device, timed: nn.Module | None = None
+    model: nn.Module, config: EvalConfig, device: torch.device, speed_model: nn.Module | None = None
 ) -> Cost:
     """Measure parameters, FLOPs, memory and speed of `model`, which is on `device`.
 
@@ -66,7 +66,7 @@ def measure_cost(
         model: maps images (B, in_chans, H, W) to logits (B, classes).
         config: the image size and channels, the precision of inference, and the images of a measured batch.
         device: device of the model.
-        timed: the model whose speed is measured, e.g. a compiled one; None is `model`.
+        speed_model: the model whose speed is measured, e.g. a compiled one; None is `model`.
     """
     given: Tree = {"image_size": config.model.size, "in_chans": config.model.in_chans}
     train_precision = choose_precision(None, device)
@@ -78,7 +78,8 @@ def measure_cost(
     batch_size = config.batch_size if device.type == "cuda" else min(config.batch_size, CPU_SPEED_BATCH_SIZE)
     given |= {"precision": config.precision, "batch_size": batch_size, "seconds": SPEED_SECONDS}
     speed = _measure_or_warn(
-        "images per second", partial(images_per_second, model if timed is None else timed, **given)
+        "images per second",
+        partial(images_per_second, model if speed_model is None else speed_model, **given),
     )
     return Cost(
         params=count_parameters(model),

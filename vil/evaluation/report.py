@@ -17,7 +17,7 @@ from vil.evaluation.accuracy import evaluate
 from vil.evaluation.batch_halving import BatchHalving
 from vil.evaluation.cost import Cost, measure_cost
 from vil.evaluation.metrics import METRICS, ClassMetrics
-from vil.evaluation.tta import augment_model, count_views, describe_views
+from vil.evaluation.tta import build_tta_model, count_views, describe_tta
 from vil.runtime.csv_text import csv_text
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.files import write_output
@@ -138,7 +138,7 @@ def evaluate_model(
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     network: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-    device, views, tta = process.device, count_views(config), describe_views(config)
+    device, views, tta = process.device, count_views(config), describe_tta(config)
     metadata = {
         "tta": tta,
         "views": None if tta is None else views,
@@ -150,7 +150,7 @@ def evaluate_model(
         "weights": weights,
     }
     per_dataset: list[Result] = []
-    augmented, halving = augment_model(network, config), BatchHalving()
+    augmented, halving = build_tta_model(network, config), BatchHalving()
     while datasets:
         per_dataset.append(_evaluate_dataset(augmented, datasets.pop(0), config, process, halving))
     no_metrics: Result = dict.fromkeys([*METRICS, "images", "unreadable", "classes", "data", "per_class"])

@@ -16,7 +16,7 @@ def count_views(config: EvalConfig) -> int:
     return len(config.tta_scales) * _NUM_CROPS[config.tta] * (2 if config.tta in _FLIPPED else 1)
 
 
-def describe_views(config: EvalConfig) -> str | None:
+def describe_tta(config: EvalConfig) -> str | None:
     """Return the test-time augmentation for results, e.g. `hflip, scales 1 1.15`; None for none."""
     parts: list[str] = [] if config.tta == "none" else [config.tta]
     if config.tta_scales != [1.0]:
@@ -24,14 +24,14 @@ def describe_views(config: EvalConfig) -> str | None:
     return ", ".join(parts) or None
 
 
-def augment_model(model: nn.Module, config: EvalConfig) -> nn.Module:
+def build_tta_model(model: nn.Module, config: EvalConfig) -> nn.Module:
     """Return a model of the views of `config.tta` and `config.tta_scales`; `model` itself without any."""
-    if describe_views(config) is None:
+    if describe_tta(config) is None:
         return model
-    return AugmentedModel(model, config.model.in_chans, has_flips=config.tta in _FLIPPED)
+    return TTAModel(model, config.model.in_chans, has_flips=config.tta in _FLIPPED)
 
 
-class AugmentedModel(nn.Module):
+class TTAModel(nn.Module):
     """A model that averages the logits of `model` over crops and their mirror images.
 
     The mean is that of logits, as in timm, so that views without a difference change nothing. It is computed

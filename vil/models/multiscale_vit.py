@@ -150,7 +150,7 @@ class MultiScaleViT(nn.Module):
             UserError: the model has no distillation token.
         """
         if self.head_dist is None:
-            raise UserError("distillation_token", "the model has none, and so only one head")
+            raise UserError("distillation_token", "must be true: the model has only one head")
         self.distilled_training = enable
 
     def forward_intermediates(
@@ -381,7 +381,7 @@ class MultiScaleViT(nn.Module):
         if pool == "cls" and not self.stages[-1].num_class_tokens:
             raise UserError("pool", "cls needs a global token in the last stage, which has none")
         if not pool and self.config.distillation_token and self.num_classes:
-            raise UserError("pool", "the heads of a model with a distillation token need avg or cls")
+            raise UserError("pool", "must be avg or cls for a model with a distillation token")
         self.global_pool = pool
 
     def _pool(self, x: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class Stage(nn.Module):
         size: (H, W) of the map after the patch embedding.
         drop_path: one rate per block.
         carries_globals: project the global tokens of the previous stage, in place of learned ones.
-        has_dist_token: the last of the stage's global tokens is a distillation token, learned in any case.
+        has_dist_token: the last of the stage's global tokens is a distillation token, which is
+            learned even if the others are carried.
 
     Raises:
         UserError: options that do not go together.

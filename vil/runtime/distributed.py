@@ -73,12 +73,17 @@ def start(device: str = "auto", timeout: float = 1800.0, start_timeout: float = 
         LostRankError: the connection to another rank failed.
     """
     ranks = launch.read_ranks()
-    with orphans.ended_with_agent(ranks.rank), _joined(ranks, device, timeout, start_timeout) as process:
+    with (
+        orphans.terminate_with_agent(ranks.rank),
+        _join_process_group(ranks, device, timeout, start_timeout) as process,
+    ):
         yield process
 
 
 @contextmanager
-def _joined(ranks: launch.Ranks, device: str, timeout: float, start_timeout: float) -> Iterator[Process]:
+def _join_process_group(
+    ranks: launch.Ranks, device: str, timeout: float, start_timeout: float
+) -> Iterator[Process]:
     rank, world_size = ranks.rank, ranks.world_size
     chosen_device = _choose_device(device, ranks.local_rank, ranks.local_world_size)
     on_gpu = chosen_device.type == "cuda"

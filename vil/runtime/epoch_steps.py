@@ -87,7 +87,7 @@ class EpochSteps:
         return self.steps(0) * (epoch + index / self.steps(epoch))
 
 
-def epoch_steps(phases: Sequence[Phase], steps_per_epoch: int, train_images: int) -> EpochSteps:
+def count_epoch_steps(phases: Sequence[Phase], steps_per_epoch: int, train_images: int) -> EpochSteps:
     """Return the steps of the epochs of a run.
 
     Args:

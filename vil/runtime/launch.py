@@ -16,10 +16,10 @@ from vil.config import UserError
 
 _ORIGIN = "environment"
 _USER_ERROR = 2
-"""Exit status of an error that is the user's to correct."""
-_ALONE = "RANK=0 WORLD_SIZE=1 python ... for one process"
+"""Exit status of a `UserError`."""
+_SINGLE_PROCESS_COMMAND = "RANK=0 WORLD_SIZE=1 python ... for one process"
 
-_have_met = False
+_is_rendezvous_complete = False
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def _slurm_variables() -> dict[str, str]:
     if size == 1 or "SLURM_PROCID" not in os.environ:
         return {}
     if not is_step:
-        reason = f"{size}, but srun did not start this process; use srun python ..., torchrun, or {_ALONE}"
-        raise UserError(name, reason, _ORIGIN)
+        reason = f"{size}, but srun did not start this process; use srun python ..., torchrun, or"
+        raise UserError(name, f"{reason} {_SINGLE_PROCESS_COMMAND}", _ORIGIN)
     node = _read("SLURM_NODEID", 0, 0)
     hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     if not hosts and not os.environ.get("MASTER_ADDR"):
@@ -151,7 +151,7 @@ def _port(number: int) -> int:
     return 20_000 + number % 10_000
 
 
-def single_process(environment: Mapping[str, str]) -> dict[str, str]:
+def single_process_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return an environment for a process that trains alone, whatever started this one."""
     names = re.compile(r"(TORCHELASTIC_|GROUP_|ROLE_|MASTER_).*")
     kept = {name: value for name, value in environment.items() if not names.fullmatch(name)}
@@ -173,19 +173,19 @@ def restart_count() -> int:
     return _read("TORCHELASTIC_RESTART_COUNT", 0, 0)
 
 
-def is_failure_shared(status: int) -> bool:
+def must_report_failure(status: int) -> bool:
     """Return True if a rank that fails with this exit status must tell the other ranks and later restarts.
 
-    Ranks that have met notice the end of another by themselves, and on one machine torchrun ends them. A
+    Connected ranks notice the end of another by themselves, and on one machine torchrun ends them. A
     failure that torchrun repeats must not end the next attempt, unless it is a user's error.
     """
     ranks = read_ranks()
     if has_agent() and max_restarts() > 0:
         return ranks.world_size > 1 and status == _USER_ERROR
-    return not _have_met and (ranks.is_multi_node or (ranks.world_size > 1 and not has_agent()))
+    return not _is_rendezvous_complete and (ranks.is_multi_node or (ranks.world_size > 1 and not has_agent()))
 
 
-def note_meeting() -> None:
-    """Note that the ranks have met: they wait no longer for the start of this one."""
-    global _have_met
-    _have_met = True
+def mark_rendezvous_complete() -> None:
+    """Record that all ranks are connected: they no longer wait for the start of this one."""
+    global _is_rendezvous_complete
+    _is_rendezvous_complete = True

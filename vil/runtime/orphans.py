@@ -16,11 +16,11 @@ _POLL_INTERVAL_S = 1.0
 
 
 @contextmanager
-def ended_with_agent(rank: int) -> Iterator[None]:
+def terminate_with_agent(rank: int) -> Iterator[None]:
     """Send SIGTERM to this process inside the context when torchrun, its parent, has ended.
 
     A run then ends after the step and saves, on all ranks. A process that another program starts, such as a
-    shell or nohup, goes on without its parent.
+    shell or nohup, keeps running without its parent.
     """
     if not launch.has_agent():
         yield
@@ -30,7 +30,7 @@ def ended_with_agent(rank: int) -> Iterator[None]:
     def watch() -> None:
         while not stopped.wait(_POLL_INTERVAL_S):
             if os.getppid() != parent:
-                reason = f"torchrun (process {parent}) has ended: this rank ends by SIGTERM"
+                reason = f"torchrun (process {parent}) has exited: sending SIGTERM to this rank"
                 print_line(f"[rank {rank}] {reason}", sys.stderr)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return

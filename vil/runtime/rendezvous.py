@@ -4,8 +4,8 @@ torchrun keeps one store for all restarts of a job (https://github.com/pytorch/p
 a process that restarts sooner than another may read the old address of the other and wait for a dead process.
 Here all ranks first agree on a prefix for this start, and use the store below it.
 
-A rank that fails before the ranks have met writes its message to the store: the others end with it instead of
-waiting. A user's error stays there, so that a restart by torchrun does not repeat it.
+A rank that fails before all ranks are connected writes its message to the store: the others end with
+it instead of waiting. A user's error stays there, so that a restart by torchrun does not repeat it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from vil.runtime import launch
 from vil.runtime.console import print_line
 from vil.runtime.launch import Ranks
 
-WAITING_LINE_S = 15.0
-"""Seconds of waiting for other ranks after which to print for whom."""
+WAITING_NOTICE_S = 15.0
+"""Seconds of waiting for other ranks after which to print their ranks."""
 _POLL_INTERVAL_S = 0.02
-_LINGER_S = 15.0
+_REPORT_TIMEOUT_S = 15.0
 """Seconds that a rank which fails at the start waits for the store, and for the others to read it."""
 _FAILURE, _READERS = "vil/failure", "vil/readers"
 
 
 class FailedRankError(RuntimeError):
-    """Another rank failed before the ranks met; the message is its line, `exit_status` its own."""
+    """Another rank failed before all ranks were connected; the message is its line, `exit_status` its own."""
 
     def __init__(self, line: str, exit_status: int) -> None:
         super().__init__(line)
@@ -47,7 +47,7 @@ class FailedRankError(RuntimeError):
 
 
 class StartMonitor:
-    """Print for whom the start waits, and end the process if that takes longer than `timeout` seconds.
+    """Print the ranks that the start waits for, and end the process after `timeout` seconds.
 
     A thread does both: the main thread may wait in C++ code.
     """
@@ -55,11 +55,11 @@ class StartMonitor:
     def __init__(self, ranks: Ranks, timeout: float) -> None:
         self._prints, self._timeout = ranks.local_rank == 0, timeout
         self.waiting_for = ""
-        """For whom: a clause that follows `waiting for`; empty if for nobody."""
+        """Clause that follows `waiting for` in messages; empty if nothing is missing."""
 
     @contextmanager
     def running(self) -> Iterator[StartMonitor]:
-        """Watch inside the context."""
+        """Monitor the start inside the context."""
         stopped = threading.Event()
         thread = threading.Thread(target=self._watch, args=(stopped,), name="start monitor", daemon=True)
         thread.start()
@@ -76,7 +76,7 @@ class StartMonitor:
             if seconds > self._timeout:
                 self._print(f"error: start_timeout: still waiting for {missing} after {seconds:.0f} s")
                 os._exit(1)
-            if seconds > WAITING_LINE_S and missing and missing != printed:
+            if seconds > WAITING_NOTICE_S and missing and missing != printed:
                 self._print(f"waiting for {missing}")
                 printed = missing
 
@@ -102,7 +102,7 @@ def create_store(ranks: Ranks, monitor: StartMonitor) -> dist.Store:
     host = {"host": socket.gethostname(), "address": gloo_address(), "node": _node()}
     agree = propose_prefix if ranks.rank == 0 else accept_prefix
     prefix, hosts = agree(store, ranks.rank, ranks.world_size, host, monitor)
-    launch.note_meeting()
+    launch.mark_rendezvous_complete()
     check_addresses(hosts)
     monitor.waiting_for = f"connections between all {ranks.world_size} ranks; this one is {host['address']}"
     return dist.PrefixStore(prefix, store)
@@ -158,14 +158,14 @@ def accept_prefix(
             store.set(f"confirmed/{rank}", json.dumps(prefix))
         else:
             _pause(store)
-    monitor.waiting_for = f"the other ranks of {world_size}, as rank 0 does"
+    monitor.waiting_for = f"the other ranks of {world_size} (rank 0 waits too)"
     while (hosts := _read(store, f"hosts/{prefix}")) is None:
         _pause(store)
     return prefix, hosts
 
 
 def describe_missing(missing: Sequence[int], world_size: int, known: Mapping[int, Mapping[str, Any]]) -> str:
-    """Return a clause with the ranks that are missing, and their hosts where a rank beside them is known.
+    """Return a clause with the missing ranks, and their hosts where another rank of the machine is known.
 
     Args:
         missing: ranks, in rising order.
@@ -231,7 +231,7 @@ def _store_address() -> str:
     return f"{name}:{port}" + ("" if address == name else f", {address}")
 
 
-# --- Failures before the ranks have met ---------------------------------------------------------------------
+# --- Failures before all ranks are connected ----------------------------------------------------------------
 
 
 def report_failure(line: str, status: int) -> None:
@@ -240,25 +240,25 @@ def report_failure(line: str, status: int) -> None:
     host = socket.gethostname()
     content = {"rank": ranks.rank, "host": host, "line": line, "status": status}
     with suppress(RuntimeError, OSError):  # the others wait for this rank, or have ended
-        store = _connect(ranks, timedelta(seconds=_LINGER_S))
+        store = _connect(ranks, timedelta(seconds=_REPORT_TIMEOUT_S))
         store.compare_set(_FAILURE, "", json.dumps(content))
         store.add(_READERS, 1)
         is_server = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        deadline = time.monotonic() + _LINGER_S
+        deadline = time.monotonic() + _REPORT_TIMEOUT_S
         while is_server and store.add(_READERS, 0) < ranks.world_size and time.monotonic() < deadline:
             time.sleep(_POLL_INTERVAL_S)
 
 
-def is_repeated(line: str) -> bool:
+def is_repeated_failure(line: str) -> bool:
     """Return True if an earlier attempt of this job has ended with this line."""
     with suppress(RuntimeError, OSError):
-        failure = _read(_connect(launch.read_ranks(), timedelta(seconds=_LINGER_S)), _FAILURE)
+        failure = _read(_connect(launch.read_ranks(), timedelta(seconds=_REPORT_TIMEOUT_S)), _FAILURE)
         return failure is not None and failure["line"] == line
     return False
 
 
 def _pause(store: dist.Store) -> None:
-    """Wait before the next look at the store. Raises FailedRankError if another rank has failed."""
+    """Sleep until the next poll of the store. Raises FailedRankError if another rank has failed."""
     failure = _read(store, _FAILURE)
     if failure is not None:
         line = f"rank {failure['rank']} ({failure['host']}) failed: {failure['line'].removeprefix('error: ')}"

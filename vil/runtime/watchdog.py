@@ -22,15 +22,15 @@ _FILE_SYSTEM_TIMEOUT_S = 5.0
 class Watchdog:
     """Print the current line of the main thread if it makes no progress.
 
-    A run that hangs is not ended, unless `exits` is set: a slow disk may recover, and collectives
-    have a longer timeout. A process that does not end within the grace period of a signal is ended without
-    saving.
+    A run that hangs is not ended, unless `exit_on_hang` is set: a slow disk may recover, and
+    collectives have a longer timeout. A process that does not end within the grace period of a signal is
+    ended without saving.
 
     Args:
         rank: of this process.
         hang_timeout: seconds without progress after which to report.
         grace_period: seconds between the signal and the end of the process.
-        exits: end the process with status 1 after the report.
+        exit_on_hang: end the process with status 1 after the report.
         stop_signal: returns the number of the signal that ends the process, 0 for none.
         last_checkpoint: returns a clause that names the last checkpoint.
     """
@@ -40,13 +40,13 @@ class Watchdog:
         rank: int,
         hang_timeout: float,
         grace_period: float,
-        exits: bool = False,
+        exit_on_hang: bool = False,
         *,
         stop_signal: Callable[[], int],
         last_checkpoint: Callable[[], str] = lambda: "nothing was saved",
     ) -> None:
         self._rank, self._hang_timeout, self._grace_period = rank, hang_timeout, grace_period
-        self._exits, self._last_checkpoint = exits, last_checkpoint
+        self._exit_on_hang, self._last_checkpoint = exit_on_hang, last_checkpoint
         self._stop_signal = stop_signal
         self._stop_time: float | None = None
         self._main_thread = threading.current_thread().ident or 0
@@ -87,7 +87,7 @@ class Watchdog:
                 self._is_reported = True
                 problem = f"no progress for {self._hang_timeout:.0f} s while {self._activity}"
                 problem += self._current_line()
-                if self._exits:
+                if self._exit_on_hang:
                     self._print(f"{problem}: exiting; {self._name_checkpoint()}")
                     os._exit(1)
                 self._print(problem)

@@ -19,7 +19,7 @@ from vil.training.loss import image_weights
 class Teacher:
     """Compute the logits of a teacher for the images of its student.
 
-    The images are normalized anew by the teacher's mean and standard deviation, and resized to its size
+    The images are renormalized with the teacher's mean and standard deviation, and resized to its image size
     (bicubic, antialiased).
 
     Args:
@@ -29,7 +29,7 @@ class Teacher:
         device: of the images.
 
     Raises:
-        UserError: the teacher has other channels, or lacks a class.
+        UserError: the teacher expects another number of channels, or lacks a class.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class Teacher:
             reason = f"is for images of {trained.in_chans} channels, the data has {len(mean)}"
             raise UserError("schedule.teacher", reason)
         try:
-            rows = match_classes(class_names, trained.class_names, trained.num_classes, hint="")
+            indices = match_classes(class_names, trained.class_names, trained.num_classes, hint="")
         except UserError as error:
             raise UserError("schedule.teacher", error.reason) from None
         self.trained = trained
         self._network: nn.Module = trained.model
-        self._rows = None if rows is None else torch.tensor(rows, device=device)
-        self._is_same_view = (tuple(mean), tuple(std)) == (trained.mean, trained.std)
+        self._logit_indices = None if indices is None else torch.tensor(indices, device=device)
+        self._has_same_normalization = (tuple(mean), tuple(std)) == (trained.mean, trained.std)
         old_mean, old_std, new_mean, new_std = (
             torch.tensor(values, device=device)[:, None, None]  # (C, 1, 1)
             for values in (mean, std, trained.mean, trained.std)
@@ -64,12 +64,12 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits (B, classes of the student) of the student's images (B, C, H, W)."""
-        logits: Tensor = self._network(self.view(images))
-        return logits if self._rows is None else logits[:, self._rows]
+        logits: Tensor = self._network(self.preprocess(images))
+        return logits if self._logit_indices is None else logits[:, self._logit_indices]
 
-    def view(self, images: Tensor) -> Tensor:
-        """Return the student's images (B, C, H, W) as the teacher's (B, C, H', W')."""
-        if not self._is_same_view:
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Normalize and resize the student's images (B, C, H, W) for the teacher: (B, C, H', W')."""
+        if not self._has_same_normalization:
             images = images * self._scale + self._shift
         size = self.trained.image_size
         if images.shape[2:] == size:
@@ -81,7 +81,7 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str], process: Proc
     """Load the teacher of a run on every rank; return None without distillation.
 
     Raises:
-        UserError: on every rank, if the ranks have loaded different weights; or as `load_teacher` and
+        UserError: on every rank, if the ranks loaded different weights; or as `load_teacher` and
             `Teacher`, or options that do not go together.
     """
     schedule, data = config.schedule, config.data
@@ -93,7 +93,9 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str], process: Proc
     trained = load_teacher(schedule)
     differs = torch.tensor(float(trained.digest != broadcast_object(trained.digest)))
     if all_reduce_sum(differs):
-        raise UserError("schedule.teacher", "the ranks have loaded different weights")
+        raise UserError(
+            "schedule.teacher", "the ranks loaded different weights; copy the same file to all machines"
+        )
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     trained.model.to(process.device).to(memory_format=memory_format)
     mean, std = data.mean, data.std
@@ -103,7 +105,7 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str], process: Proc
 
 
 def describe_teacher(teacher: Teacher, schedule: ScheduleConfig) -> str:
-    """Return the line on the teacher at the start of a run."""
+    """Return the line about the teacher that is printed at the start of a run."""
     trained = teacher.trained
     parameters = sum(p.numel() for p in trained.model.parameters()) / 1e6
     line = f"teacher: {trained.name}, {format_size(trained.image_size)} pixels, {parameters:.2f} M parameters"
@@ -163,10 +165,11 @@ class DistillationLoss(nn.Module):
     def _teacher_losses(self, student: Tensor, teacher: Tensor) -> Tensor:
         if not self.is_soft:
             return F.cross_entropy(student, teacher.argmax(dim=1), reduction="none")
-        expected = F.log_softmax(teacher / self.temperature, dim=1)
-        found = F.log_softmax(student / self.temperature, dim=1)[:, : expected.shape[1]]
-        divergence = F.kl_div(found, expected, reduction="none", log_target=True).sum(dim=1)
-        return self.temperature**2 * divergence
+        teacher_log_probs = F.log_softmax(teacher / self.temperature, dim=1)
+        student_log_probs = F.log_softmax(student / self.temperature, dim=1)
+        student_log_probs = student_log_probs[:, : teacher_log_probs.shape[1]]  # (B, K)
+        divergence = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True)
+        return self.temperature**2 * divergence.sum(dim=1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -65,22 +65,22 @@ def build_loss(schedule: ScheduleConfig, class_weights: torch.Tensor | None = No
     bce without label smoothing sets the target of every class of a mixed image to 1, as DeiT III (Touvron et
     al., 2022, section 4); with smoothing, soft targets stay. `bce_threshold` replaces both rules.
 
-    With `augment.splits`, the loss is the cross-entropy of the first views plus the Jensen-Shannon divergence
-    of all views, for logits (S·B, classes), first views first, and targets (B,).
+    With `augment.aug_splits` above 1, the loss is the cross-entropy of the first views plus `JSD_ALPHA` times
+    the Jensen-Shannon divergence of all S views, for logits (S·B, classes), view by view, and targets (B,).
 
     Raises:
         UserError: options that do not go together.
     """
     smoothing = schedule.label_smoothing
     threshold = schedule.bce_threshold
-    if schedule.augment.splits > 1:
+    if schedule.augment.aug_splits > 1:
         if schedule.loss != "cross_entropy":
-            raise UserError("schedule.loss", "schedule.augment.splits needs cross_entropy")
+            raise UserError("schedule.loss", "schedule.augment.aug_splits needs cross_entropy")
         if class_weights is not None:
-            raise UserError("schedule.class_weights", "cannot be combined with schedule.augment.splits")
+            raise UserError("schedule.class_weights", "cannot be combined with schedule.augment.aug_splits")
         if schedule.distillation != "none":
-            raise UserError("schedule.distillation", "cannot be combined with schedule.augment.splits")
-        return JsdCrossEntropy(schedule.augment.splits, JSD_ALPHA, smoothing)
+            raise UserError("schedule.distillation", "cannot be combined with schedule.augment.aug_splits")
+        return JsdCrossEntropy(schedule.augment.aug_splits, JSD_ALPHA, smoothing)
     if schedule.loss == "cross_entropy":
         if threshold is not None:
             raise UserError("schedule.bce_threshold", "needs schedule.loss bce")

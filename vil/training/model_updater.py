@@ -65,9 +65,9 @@ class ModelUpdater:
         self._scheduler = build_scheduler(self._optimizer, schedule, epoch_steps)
         self._epoch_steps = epoch_steps
         self._phases = training_phases(schedule, config.model.size)
-        if schedule.lr_follows_batch and len({phase.batch_size for phase in self._phases}) == 1:
+        if schedule.scale_lr_with_batch_size and len({phase.batch_size for phase in self._phases}) == 1:
             reason = "needs different batch sizes in schedule.progressive_resizing"
-            raise UserError("schedule.lr_follows_batch", reason)
+            raise UserError("schedule.scale_lr_with_batch_size", reason)
         self._scaler = grad_scaler(self.precision, process.device)
         self._class_weights: torch.Tensor | None = None
         if class_weights is not None:
@@ -133,7 +133,7 @@ class ModelUpdater:
     def _set_learning_rates(self, step: int) -> None:
         self._scheduler.step_update(self._epoch_steps.scheduled_time(step))  # type: ignore[arg-type]
         schedule = self._config.schedule
-        if schedule.lr_follows_batch:
+        if schedule.scale_lr_with_batch_size:
             batch_size = phase_at(self._phases, self._epoch_steps.locate(step)[0]).batch_size
             factor = learning_rate_factor(schedule, batch_size / schedule.batch_size)
             for group in self._optimizer.param_groups:
@@ -153,8 +153,8 @@ class ModelUpdater:
         parts = self._config.schedule.accumulation
         with self._gradient_sync(is_last=part == parts - 1):
             with autocast(self.precision, self._process.device):
-                from_teacher = () if self._teacher is None else (self._teacher(images),)
-                loss = self._loss(self._network(images), targets, *from_teacher) / parts
+                teacher_logits = () if self._teacher is None else (self._teacher(images),)
+                loss = self._loss(self._network(images), targets, *teacher_logits) / parts
             self._scaler.scale(loss).backward(loss_grad(loss))
         if self._class_weights is not None:
             self._weight += image_weights(targets, self._class_weights).mean() / parts

@@ -101,7 +101,7 @@ def check_optimizer_options(name: str, values: Mapping[str, object]) -> Tree:
         if key in configured:
             raise UserError(f"{option}.{key}", f"is set by schedule.{key}")
         if key in _IMPLEMENTATION_OPTIONS:
-            raise UserError(f"{option}.{key}", "is chosen by the trainer")
+            raise UserError(f"{option}.{key}", "cannot be set: the trainer chooses the implementation")
         if key not in known:
             hint = suggestion(key, set(known) - {*configured, *_IMPLEMENTATION_OPTIONS})
             raise UserError(f"{option}.{key}", f"{name} has no such option{hint}")
@@ -196,8 +196,8 @@ def peak_learning_rate(schedule: ScheduleConfig) -> float:
         UserError: `lr_scaling` sqrt without a batch size to scale from.
     """
     if schedule.lr_batch_size is None:
-        if schedule.lr_scaling == "sqrt" and not schedule.lr_follows_batch:
-            reason = "sqrt needs schedule.lr_batch_size or schedule.lr_follows_batch"
+        if schedule.lr_scaling == "sqrt" and not schedule.scale_lr_with_batch_size:
+            reason = "sqrt needs schedule.lr_batch_size or schedule.scale_lr_with_batch_size"
             raise UserError("schedule.lr_scaling", reason)
         return schedule.lr
     return schedule.lr * learning_rate_factor(schedule, schedule.batch_size / schedule.lr_batch_size)

@@ -36,7 +36,7 @@ from vil.evaluation.batch_halving import BatchHalving
 from vil.evaluation.metrics import METRICS
 from vil.evaluation.report import EvaluationDataset
 from vil.runtime.distributed import Process, all_reduce_sum, call_on_main, lost_rank_reason
-from vil.runtime.epoch_steps import EpochSteps, epoch_steps, phase_at, training_phases
+from vil.runtime.epoch_steps import EpochSteps, count_epoch_steps, phase_at, training_phases
 from vil.runtime.seeding import seed_generators
 from vil.runtime.signals import InterruptedEvaluation, InterruptedRun, SignalHandler
 from vil.runtime.watchdog import Watchdog
@@ -121,6 +121,19 @@ class Summary:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Monitoring:
+    """Sources of further log entries, which do not change the training.
+
+    Attributes:
+        draw_attention: returns an image of attention maps, (3, H, W) uint8; None for no images.
+        eval_sets: further data sets with unique names, which every evaluation logs.
+    """
+
+    draw_attention: Callable[[], torch.Tensor] | None = None
+    eval_sets: Sequence[EvaluationDataset] = ()
+
+
 def fit(
     model: nn.Module,
     loaders: Loaders,
@@ -129,9 +142,8 @@ def fit(
     *,
     mix: Mix | None = None,
     state: State | None = None,
-    draw_attention: Callable[[], torch.Tensor] | None = None,
     teacher: Teacher | None = None,
-    eval_sets: Sequence[EvaluationDataset] = (),
+    monitoring: Monitoring | None = None,
 ) -> Summary:
     """Train `model` from the beginning or from a checkpoint.
 
@@ -142,9 +154,8 @@ def fit(
         process: rank and device of this process.
         mix: mixup and cutmix.
         state: the checkpoint to continue from (`vil.checkpoints.training_state`); emptied.
-        draw_attention: returns an image of attention maps for the log, (3, H, W) uint8.
         teacher: the teacher of `schedule.distillation`.
-        eval_sets: further data sets with names that differ, which every evaluation logs.
+        monitoring: sources of further log entries.
 
     Raises:
         UserError: before the first step, for an option that does not fit the model or the device.
@@ -153,7 +164,7 @@ def fit(
             written.
     """
     start = time.perf_counter()
-    trainer = Trainer(model, loaders, config, process, mix, state, draw_attention, teacher, eval_sets)
+    trainer = Trainer(model, loaders, config, process, mix, state, teacher, monitoring or Monitoring())
     try:
         # Only now that everything fits: a folder with a config.yaml holds a run.
         if state is None:
@@ -223,16 +234,15 @@ class Trainer:
         process: Process,
         mix: Mix | None,
         state: State | None,
-        draw_attention: Callable[[], torch.Tensor] | None,
         teacher: Teacher | None,
-        eval_sets: Sequence[EvaluationDataset],
+        monitoring: Monitoring,
     ) -> None:
         self.model, self.loaders, self.config, self.process = model, loaders, config, process
-        self.mix, self.draw_attention, self.teacher, self.eval_sets = mix, draw_attention, teacher, eval_sets
+        self.mix, self.teacher, self.monitoring = mix, teacher, monitoring
         self.halving = BatchHalving()
         self.folder = Path(config.output or ".")
         self.phases = training_phases(config.schedule, config.model.size)
-        steps = epoch_steps(self.phases, loaders.train.steps_per_epoch, loaders.train_images)
+        steps = count_epoch_steps(self.phases, loaders.train.steps_per_epoch, loaders.train_images)
         num_logits = config.model.num_classes or len(loaders.class_names)
         total_steps = steps.first_step(config.schedule.total_epochs)
         last_step = min(total_steps, config.schedule.max_steps or total_steps)
@@ -419,8 +429,8 @@ class Trainer:
 
     def draw_attention_maps(self) -> None:
         """Add an image of attention maps to the log."""
-        if self.draw_attention is not None:
-            self.log.tensorboard.add_image("attention", self.draw_attention, self.position.step)
+        if self.monitoring.draw_attention is not None:
+            self.log.tensorboard.add_image("attention", self.monitoring.draw_attention, self.position.step)
 
     def evaluate_and_save(self) -> Tree:
         """Evaluate and save, as best.pt too if no earlier evaluation is as good."""
@@ -453,7 +463,7 @@ class Trainer:
             if not math.isfinite(results.get(key, 0.0)):
                 self.fail(step, f"the validation loss is {results[key]}")
         results["seconds"] = time.perf_counter() - start
-        per_set = {dataset.name: self.evaluate_set(dataset) for dataset in self.eval_sets}
+        per_set = {dataset.name: self.evaluate_set(dataset) for dataset in self.monitoring.eval_sets}
         for name, values in per_set.items():
             self.log.write(f"validation/{name}", step, epoch, **values)
         self.log.write("validation", step, epoch, **results)  # the last record of an evaluation

@@ -1,1 +1,1 @@
-"""Two network namespaces as two machines, and the situations that `tools/dev/two_machines.py` reproduces."""
+"""Two network namespaces as two machines, and the scenarios that `tools/dev/two_machines.py` reproduces."""

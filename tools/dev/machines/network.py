@@ -25,7 +25,7 @@ _TOOLS = ("ip", "unshare", "nsenter", "setpriv", "mount", "hostname")
 
 
 class Machine:
-    """A namespace with the `pid` of its first process; `interface` is its end of the cable."""
+    """A namespace with the `pid` of its first process; `interface` is its end of the veth pair."""
 
     def __init__(self, name: str, address: str, interface: str, pid: int) -> None:
         self.name, self.address, self.interface, self.pid = name, address, interface, pid
@@ -47,16 +47,16 @@ class Machine:
 
     def processes(self, word: str) -> list[psutil.Process]:
         """Return the processes on this machine whose command line has `word`, in the order of their start."""
-        own = os.readlink(f"/proc/{self.pid}/ns/net")
+        namespace = os.readlink(f"/proc/{self.pid}/ns/net")
         found = []
         for process in psutil.process_iter():
             with suppress(OSError, psutil.Error):  # it has ended
-                if os.readlink(f"/proc/{process.pid}/ns/net") == own and word in process.cmdline():
+                if os.readlink(f"/proc/{process.pid}/ns/net") == namespace and word in process.cmdline():
                     found.append(process)
         return [process for process in found if process.name() != "nsenter"]
 
     def cut_network(self) -> None:
-        """Take down this machine's end of the cable."""
+        """Take down this machine's network interface."""
         self.run("ip", "link", "set", self.interface, "down")
 
 
@@ -64,7 +64,7 @@ class Machine:
 def two_machines(
     folder: Path, hosts: Mapping[str, str], mounts: Mapping[Path, Path]
 ) -> Iterator[tuple[Machine, Machine]]:
-    """Create two machines with a cable between them; remove them at the end.
+    """Create two machines that a veth pair connects; remove them at the end.
 
     Args:
         folder: for the files of the set-up.
@@ -76,12 +76,12 @@ def two_machines(
     """
     if missing := [name for name in _TOOLS if shutil.which(name) is None]:
         raise UserError("", f"two machines need the programs {', '.join(missing)}")
-    cables = [f"vil{os.getpid() % 1_000_000}{end}" for end in "ab"]
+    interfaces = [f"vil{os.getpid() % 1_000_000}{end}" for end in "ab"]
     try:
         with ExitStack() as stack:
             pids = [stack.enter_context(_namespace()) for _ in NAMES]
-            machines = [Machine(*item) for item in zip(NAMES, ADDRESSES, cables, pids)]
-            _run("ip", "link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+            machines = [Machine(*item) for item in zip(NAMES, ADDRESSES, interfaces, pids)]
+            _run("ip", "link", "add", interfaces[0], "type", "veth", "peer", "name", interfaces[1])
             for machine in machines:
                 _run("ip", "link", "set", machine.interface, "netns", str(machine.pid))
             for machine in machines:

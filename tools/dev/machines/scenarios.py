@@ -1,4 +1,4 @@
-"""Situations of a job on two machines: what is started on each, and how it must end."""
+"""Scenarios of a job on two machines: what is started on each, and how it must end."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ Fault = Callable[[Machine, Machine], None]
 
 
 @dataclass(frozen=True)
-class Situation:
+class Scenario:
     """A job on two machines.
 
     Attributes:
-        row: number of the situation.
+        group: number of the group of scenarios.
         text: its description.
         statuses: exit statuses of the programs on both machines; None if one is still running.
         lines: (index of the machine, regular expression): lines that its output must have.
@@ -60,11 +60,11 @@ class Situation:
         mounts: path below the folder of the data, or in the repository → variant that B sees.
         programs: another program than train.py on a machine, by index.
         fault: called after the first steps.
-        same_losses: True if the losses must be those of the first situation.
+        same_losses: True if the losses must be those of the first scenario.
         max_count: (regular expression, number): most lines that match, on both machines.
     """
 
-    row: str
+    group: str
     text: str
     statuses: tuple[int | None, int | None]
     lines: Sequence[tuple[int, str]]
@@ -86,7 +86,7 @@ def kill_agent(first: Machine, second: Machine) -> None:
 
 
 def cut_network(first: Machine, second: Machine) -> None:
-    """Cut the cable."""
+    """Take down the network of the second machine."""
     second.cut_network()
 
 
@@ -102,9 +102,9 @@ _LOOPBACK = {"machine-a": "127.0.1.1 machine-a\n", "machine-b": "127.0.1.1 machi
 _LONG = ("--schedule.epochs=2000", "--save_every=2")
 _BOTH = r"rank 1 \(machine-b\)"
 
-SITUATIONS = {
-    "equal": Situation("–", "equal machines", (0, 0), [(0, "of 80 images")]),
-    "train-image-more": Situation(
+SCENARIOS = {
+    "equal": Scenario("–", "equal machines", (0, 0), [(0, "of 80 images")]),
+    "train-image-more": Scenario(
         "1",
         "B has one training image more",
         (1, 1),
@@ -114,7 +114,7 @@ SITUATIONS = {
         ],
         mounts={"data/train/class0": "variants/more"},
     ),
-    "validation-image-fewer": Situation(
+    "validation-image-fewer": Scenario(
         "1",
         "B has one validation image fewer",
         (1, 1),
@@ -124,21 +124,21 @@ SITUATIONS = {
         ],
         mounts={"data/val/class0": "variants/fewer_val"},
     ),
-    "renamed-image": Situation(
+    "renamed-image": Scenario(
         "1",
         "B has a training image with another name",
         (1, 1),
-        [(i, f"error: .*data.root: {_BOTH} has other training images .* than rank 0") for i in (0, 1)],
+        [(i, f"error: .*data.root: {_BOTH} has different training images .* than rank 0") for i in (0, 1)],
         mounts={"data/train/class0": "variants/renamed"},
     ),
-    "other-code": Situation(
+    "other-code": Scenario(
         "1",
         "B has other code",
         (1, 1),
-        [(i, f"error: {_BOTH} runs other code of vil .* than rank 0 .machine-a.") for i in (0, 1)],
+        [(i, f"error: {_BOTH} runs different vil code .* than rank 0 .machine-a.") for i in (0, 1)],
         mounts={"vil/training/loss.py": "variants/loss.py"},
     ),
-    "train-image-fewer": Situation(
+    "train-image-fewer": Scenario(
         "2",
         "B has one training image fewer",
         (1, 1),
@@ -148,14 +148,14 @@ SITUATIONS = {
         ],
         mounts={"data/train/class0": "variants/fewer"},
     ),
-    "wrong-line": Situation(
+    "wrong-line": Scenario(
         "3",
         "the line of B has an unknown option",
         (1, 1),
         [(0, f"error: {_BOTH} failed: .*lrr"), (1, "error: .*schedule.lrr")],
         argv=((), ("--schedule.lrr=1",)),
     ),
-    "absent-rank": Situation(
+    "absent-rank": Scenario(
         "3",
         "the rank of B never comes (start_timeout 25)",
         (1, None),
@@ -163,7 +163,7 @@ SITUATIONS = {
         argv=(("--start_timeout=25",), ()),
         programs={1: Path("sleep.py")},
     ),
-    "slurm": Situation(
+    "slurm": Scenario(
         "4",
         "srun without torchrun",
         (0, 0),
@@ -172,7 +172,7 @@ SITUATIONS = {
         environment=(_slurm(0), _slurm(1)),
         same_losses=True,
     ),
-    "sbatch": Situation(
+    "sbatch": Scenario(
         "4",
         "2 tasks in a batch script without srun",
         (2, 2),
@@ -180,7 +180,7 @@ SITUATIONS = {
         options=None,
         environment=tuple({k: v for k, v in _slurm(i).items() if "STEP" not in k} for i in (0, 1)),  # type: ignore[arg-type]
     ),
-    "other-options": Situation(
+    "other-options": Scenario(
         "5",
         "B has other options",
         (1, 1),
@@ -190,7 +190,7 @@ SITUATIONS = {
         ],
         argv=(("--schedule.lr=0.25",), ("--schedule.lr=0.5", "--seed=3")),
     ),
-    "other-root": Situation(
+    "other-root": Scenario(
         "5",
         "the images of B lie in another folder",
         (0, 0),
@@ -199,7 +199,7 @@ SITUATIONS = {
         mounts={"data": "variants/empty"},
         same_losses=True,
     ),
-    "loopback": Situation(
+    "loopback": Scenario(
         "6",
         "host names resolve to 127.0.1.1",
         (1, 1),
@@ -210,7 +210,7 @@ SITUATIONS = {
         options=("--rdzv_conf=is_host={is_host}",),
         hosts=_LOOPBACK,
     ),
-    "loopback-interface": Situation(
+    "loopback-interface": Scenario(
         "6",
         "the same with GLOO_SOCKET_IFNAME",
         (0, 0),
@@ -220,7 +220,7 @@ SITUATIONS = {
         hosts=_LOOPBACK,
         same_losses=True,
     ),
-    "cut-network": Situation(
+    "cut-network": Scenario(
         "7",
         "the network is cut, hang_action exit (torchrun of B waits for A's store)",
         (1, None),
@@ -228,15 +228,18 @@ SITUATIONS = {
         argv=((*_LONG, "--hang_timeout=8", "--hang_action=exit"),) * 2,
         fault=cut_network,
     ),
-    "killed-agent": Situation(
+    "killed-agent": Scenario(
         "8",
         "torchrun is killed on B",
         (1, -signal.SIGKILL),
-        [(0, "SIGTERM: saved after step"), (1, r"\[rank 1\] torchrun \(process \d+\) has ended: .* SIGTERM")],
+        [
+            (0, "SIGTERM: saved after step"),
+            (1, r"\[rank 1\] torchrun \(process \d+\) has exited: sending SIGTERM"),
+        ],
         argv=(_LONG, _LONG),
         fault=kill_agent,
     ),
-    "restarts": Situation(
+    "restarts": Scenario(
         "9",
         "a wrong line with --max-restarts=3",
         (1, 1),
@@ -245,7 +248,7 @@ SITUATIONS = {
         options=("--max-restarts=3",),
         max_count=(r"^error: ", 2),
     ),
-    "late-error-restarts": Situation(
+    "late-error-restarts": Scenario(
         "9",
         "a missing folder with --max-restarts=3",
         (1, 1),
@@ -254,7 +257,7 @@ SITUATIONS = {
         options=("--max-restarts=3",),
         max_count=(r"^error: ", 2),
     ),
-    "empty-world-size": Situation(
+    "empty-world-size": Scenario(
         "9",
         "an empty WORLD_SIZE=",
         (2, 2),
@@ -262,7 +265,7 @@ SITUATIONS = {
         options=None,
         environment=({"WORLD_SIZE": ""}, {"WORLD_SIZE": ""}),
     ),
-    "ablate": Situation(
+    "ablate": Scenario(
         "9",
         "tools/ablate.py under torchrun",
         (1, 1),
@@ -274,9 +277,9 @@ SITUATIONS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a situation: exit statuses, seconds, the lines to report, and what is not as expected."""
+    """The end of a scenario: exit statuses, seconds, the lines to report, and what is not as expected."""
 
-    situation: Situation
+    scenario: Scenario
     statuses: Sequence[int | None]
     seconds: float
     message: str
@@ -286,8 +289,8 @@ class Outcome:
         """Return the row of the table."""
         statuses = ", ".join("running" if status is None else str(status) for status in self.statuses)
         return {
-            "row": self.situation.row,
-            "situation": self.situation.text,
+            "group": self.scenario.group,
+            "scenario": self.scenario.text,
             "exit statuses of A, B": statuses,
             "seconds": f"{self.seconds:.0f}",
             "as expected": "yes" if not self.problems else f"no: {'; '.join(self.problems)}",
@@ -295,7 +298,7 @@ class Outcome:
         }
 
 
-class Laboratory:
+class ScenarioRunner:
     """Images, configuration and runs in a folder, and the checkout whose programs are run."""
 
     def __init__(self, folder: Path, repository: Path, timeout_s: float) -> None:
@@ -305,44 +308,44 @@ class Laboratory:
         _write_images(folder, repository)
 
     def run(self, name: str) -> Outcome:
-        """Run a situation on two new machines."""
-        situation, folder = SITUATIONS[name], self.folder / name
+        """Run a scenario on two new machines."""
+        scenario, folder = SCENARIOS[name], self.folder / name
         folder.mkdir()
-        mounts = {self._path(path): self.folder / source for path, source in situation.mounts.items()}
+        mounts = {self._path(path): self.folder / source for path, source in scenario.mounts.items()}
         start = time.monotonic()
-        with two_machines(folder, situation.hosts, mounts) as machines:
+        with two_machines(folder, scenario.hosts, mounts) as machines:
             processes = [
                 machine.start(
-                    self._command(situation, index, folder),
+                    self._command(scenario, index, folder),
                     folder / f"{machine.name}.log",
                     self.folder,
-                    self._environment(situation, index, machine),
+                    self._environment(scenario, index, machine),
                 )
                 for index, machine in enumerate(machines)
             ]
-            if situation.fault is not None:
+            if scenario.fault is not None:
                 _wait_for_steps(folder, self.timeout_s)
                 start = time.monotonic()
-                situation.fault(*machines)
-            never = [index for index, status in enumerate(situation.statuses) if status is None]
+                scenario.fault(*machines)
+            never = [index for index, status in enumerate(scenario.statuses) if status is None]
             waited = [process for index, process in enumerate(processes) if index not in never]
             wait_until_ended(waited, self.timeout_s)
             seconds = time.monotonic() - start
             statuses = [process.poll() for process in processes]
             left = []
-            if situation.fault is not None:
+            if scenario.fault is not None:
                 while (left := _ranks(machines[1])) and time.monotonic() - start < self.timeout_s:
                     time.sleep(0.2)
                 seconds = time.monotonic() - start
         logs = [(folder / f"{machine.name}.log").read_text(errors="replace") for machine in machines]
         problems = ["the rank of B still runs"] if left else []
-        if tuple(statuses) != tuple(situation.statuses):
-            problems.append(f"expected the statuses {situation.statuses}")
-        return self._judge(situation, folder, statuses, seconds, logs, problems)
+        if tuple(statuses) != tuple(scenario.statuses):
+            problems.append(f"expected the statuses {scenario.statuses}")
+        return self._check(scenario, folder, statuses, seconds, logs, problems)
 
-    def _judge(
+    def _check(
         self,
-        situation: Situation,
+        scenario: Scenario,
         folder: Path,
         statuses: Sequence[int | None],
         seconds: float,
@@ -350,27 +353,27 @@ class Laboratory:
         problems: list[str],
     ) -> Outcome:
         shown = []
-        for index, pattern in situation.lines:
+        for index, pattern in scenario.lines:
             matching = [line for line in logs[index].splitlines() if re.search(pattern, line)]
             shown += matching[:1]
             if not matching:
                 problems.append(f"no line {pattern!r} on {'AB'[index]}")
-        problems += [f"{pattern} in the output" for pattern in situation.absent if _count(pattern, logs)]
-        if situation.max_count is not None:
-            pattern, most = situation.max_count
+        problems += [f"{pattern} in the output" for pattern in scenario.absent if _count(pattern, logs)]
+        if scenario.max_count is not None:
+            pattern, most = scenario.max_count
             if (count := _count(pattern, logs)) > most:
                 problems.append(f"{count} lines {pattern!r}")
-        if situation.same_losses and _losses(folder) != _losses(self.folder / "equal"):
+        if scenario.same_losses and _losses(folder) != _losses(self.folder / "equal"):
             problems.append("other losses than on equal machines")
         if problems:
             shown += [text.strip().splitlines()[-1] for text in logs if text.strip()]
-        return Outcome(situation, statuses, seconds, " / ".join(dict.fromkeys(shown)), problems)
+        return Outcome(scenario, statuses, seconds, " / ".join(dict.fromkeys(shown)), problems)
 
     def _path(self, path: str) -> Path:
         return (self.folder if path.startswith("data") else self.repository) / path
 
-    def _command(self, situation: Situation, index: int, folder: Path) -> list[str]:
-        program = situation.programs.get(index, Path("train.py"))
+    def _command(self, scenario: Scenario, index: int, folder: Path) -> list[str]:
+        program = scenario.programs.get(index, Path("train.py"))
         path = self.repository / program if (self.repository / program).exists() else self.folder / program
         if program.name == "ablate.py":
             argv = [str(self.repository / "configs/ablations/pooling_digits.yaml"), "--output=ablations"]
@@ -379,17 +382,17 @@ class Laboratory:
         else:
             # The working folder of a process on the second machine lies below that machine's mounts.
             argv = [f"--config={self.folder / 'config.yaml'}", "--device=cpu", f"--output={folder / 'run'}"]
-            options = [option.format(folder=self.folder) for option in situation.argv[index]]
+            options = [option.format(folder=self.folder) for option in scenario.argv[index]]
             argv += [f"--data.root={self.folder / 'data'}", *options]
-        if situation.options is None:
+        if scenario.options is None:
             return [sys.executable, str(path), *argv]
-        options = [option.format(is_host=int(index == 0)) for option in situation.options]
+        options = [option.format(is_host=int(index == 0)) for option in scenario.options]
         return [*torchrun(path, *options), *argv]
 
-    def _environment(self, situation: Situation, index: int, machine: Machine) -> dict[str, str]:
+    def _environment(self, scenario: Scenario, index: int, machine: Machine) -> dict[str, str]:
         variables = {
             key: value.format(interface=machine.interface)
-            for key, value in situation.environment[index].items()
+            for key, value in scenario.environment[index].items()
         }
         return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.repository), **variables}
 

@@ -23,7 +23,9 @@ DIGITS = DataConfig(workers=0)
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_the_first_view_is_cropped_and_flipped_only(in_chans: int):
     plain = load(DIGITS, AugmentConfig(), batch_size=6, image_size=16, in_chans=in_chans)
-    split = load(DIGITS, AugmentConfig(splits=3, **AUGMIX), batch_size=6, image_size=16, in_chans=in_chans)
+    split = load(
+        DIGITS, AugmentConfig(aug_splits=3, **AUGMIX), batch_size=6, image_size=16, in_chans=in_chans
+    )
     (clean, targets), (images, split_targets) = (next(x.train.epoch(2)) for x in (plain, split))
     assert images.shape == (18, in_chans, 16, 16)
     assert torch.equal(targets, split_targets)
@@ -36,7 +38,7 @@ def test_the_first_view_is_cropped_and_flipped_only(in_chans: int):
 def test_views_are_those_of_the_policy_on_the_first_view():
     """Without draws in the policy, the others are the clean view, solarized."""
     data = DataConfig(workers=0, mean=(0, 0, 0), std=(1, 1, 1))
-    transform = train_transform(AugmentConfig(splits=3, color_jitter=0.1), data, image_size=8, in_chans=3)
+    transform = train_transform(AugmentConfig(aug_splits=3, color_jitter=0.1), data, image_size=8, in_chans=3)
     transform.augment = [lambda image: image.point(lambda value: 255 - value)]
     image = torch.arange(3 * 20 * 20).view(20, 20, 3).numpy().astype("uint8")
     clean, first, second = transform.pixels(Image.fromarray(image))
@@ -45,7 +47,7 @@ def test_views_are_those_of_the_policy_on_the_first_view():
 
 
 def test_batches_do_not_depend_on_workers_ranks_and_the_first_step():
-    augment = AugmentConfig(splits=3, repeated_augmentation=2, **AUGMIX)
+    augment = AugmentConfig(aug_splits=3, repeated_augmentation=2, **AUGMIX)
 
     def batches(workers: int = 0, start: int = 87, **options: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         loaders = load(DataConfig(workers=workers), augment, batch_size=16, image_size=8, **options)
@@ -77,8 +79,8 @@ def test_batches_do_not_depend_on_workers_ranks_and_the_first_step():
 )
 def test_impossible_combinations(options: dict[str, float], message: str):
     with pytest.raises(UserError) as refused:
-        load(DIGITS, AugmentConfig(splits=3, **options), batch_size=16)
-    assert str(refused.value) == f"schedule.augment.splits: {message}"
+        load(DIGITS, AugmentConfig(aug_splits=3, **options), batch_size=16)
+    assert str(refused.value) == f"schedule.augment.aug_splits: {message}"
 
 
 class Classifier(nn.Module):
@@ -93,7 +95,7 @@ class Classifier(nn.Module):
 
 def run(folder: Path, dropout: float = 0.2, **options: int) -> list[dict[str, float]]:
     """Train on the digits, continuing the run in the folder, and return the records of its steps."""
-    augment = AugmentConfig(splits=3, **AUGMIX)
+    augment = AugmentConfig(aug_splits=3, **AUGMIX)
     schedule = ScheduleConfig(
         **{"epochs": 2, "batch_size": 256, "warmup_epochs": 0, "augment": augment, **options}
     )

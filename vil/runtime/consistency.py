@@ -1,6 +1,6 @@
-"""Compare what the ranks of a job have read on their machines: code, libraries, options, images.
+"""Check that the ranks of a job agree on code, libraries, options and images.
 
-Ranks with other code or images would train without an error, and wrongly.
+Ranks with different code or images would train the wrong model without an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
 _MISSING = "no value"
 
 
-class RanksDifferError(UserError):
+class InconsistentRanksError(UserError):
     """Ranks differ in something that must be equal; `lines` has one line per difference."""
 
     def __init__(self, lines: Sequence[str]) -> None:
@@ -44,33 +44,35 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def library_versions() -> dict[str, str]:
+def dependency_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that results depend on."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
 
 
 def check_software(version: str) -> list[str]:
-    """Raise RanksDifferError if ranks run other code or PyTorch; return warnings about other libraries.
+    """Raise InconsistentRanksError if code or PyTorch differ; return warnings about other libraries.
 
-    Ranks with other versions of a library compute other roundings: a run is then not reproducible bit by bit.
+    Versions of a library may round differently: a run is then not reproducible bit by bit.
 
     Args:
         version: of this project.
     """
     if not is_distributed():
         return []
-    own = {"vil": f"{version}, SHA-256 {code_digest()[:12]}", **library_versions()}
-    ranks = all_gather_object((socket.gethostname(), own))
+    local = {"vil": f"{version}, SHA-256 {code_digest()[:12]}", **dependency_versions()}
+    ranks = all_gather_object((socket.gethostname(), local))
     first, versions = ranks[0]
     warnings: dict[str, None] = {}
     for rank, (host, other) in enumerate(ranks):
         names = f"rank {rank} ({host})", f"rank 0 ({first})"
         if other["vil"] != versions["vil"]:
-            reason = f"{names[0]} runs other code of vil ({other['vil']}) than {names[1]} ({versions['vil']})"
-            raise RanksDifferError([reason])
+            reason = (
+                f"{names[0]} runs different vil code ({other['vil']}) than {names[1]} ({versions['vil']})"
+            )
+            raise InconsistentRanksError([reason])
         if other["torch"].partition("+")[0] != versions["torch"].partition("+")[0]:
             reason = f"{names[0]} has torch {other['torch']}, {names[1]} has torch {versions['torch']}"
-            raise RanksDifferError([reason])
+            raise InconsistentRanksError([reason])
         for name, version in other.items():
             if version != versions[name]:
                 line = f"{name} {version} on {host}, {versions[name]} on {first}: not reproducible bit by bit"
@@ -79,7 +81,7 @@ def check_software(version: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class GivenOptions:
+class RankOptions:
     """The options of one rank, by dotted key.
 
     Attributes:
@@ -93,13 +95,13 @@ class GivenOptions:
     is_stored: bool
 
 
-def check_options(own: GivenOptions) -> None:
-    """Raise RanksDifferError if an option that is not of `MACHINE_OPTIONS` differs from rank 0's.
+def check_options(local: RankOptions) -> None:
+    """Raise InconsistentRanksError if an option that is not of `MACHINE_OPTIONS` differs from rank 0's.
 
     If the run continues, rank 0's stored configuration is used, which other machines may not see: only the
     options that the command line assigns are compared.
     """
-    ranks = all_gather_object((socket.gethostname(), own))
+    ranks = all_gather_object((socket.gethostname(), local))
     first, main = ranks[0]
     lines: dict[str, str] = {}
     for rank, (host, other) in enumerate(ranks):
@@ -111,7 +113,7 @@ def check_options(own: GivenOptions) -> None:
                 names = f"rank {rank} ({host})", f"rank 0 ({first})"
                 lines[key] = f"{key}: {value} of {names[0]} differs from {wanted} of {names[1]}"
     if lines:
-        raise RanksDifferError(list(lines.values()))
+        raise InconsistentRanksError(list(lines.values()))
 
 
 def check_data(key: str, describe: Callable[[], Mapping[str, str]]) -> None:
@@ -134,5 +136,5 @@ def check_data(key: str, describe: Callable[[], Mapping[str, str]]) -> None:
             if value.isdecimal():
                 reason = f"{names[0]} has {value} {noun}, {names[1]} has {expected[noun]}"
             else:
-                reason = f"{names[0]} has other {noun} than {names[1]}"
+                reason = f"{names[0]} has different {noun} than {names[1]}"
             raise UserError(key, reason)
