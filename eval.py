@@ -164,6 +164,7 @@ def open_evaluation(
         source = stored.weights.path
         with errors_in_option("checkpoint"):
             stored.weights.load_into(model, config.model.size)
+    consistency.check_weights("checkpoint" if source else "model", model)
     return partial(evaluate_model, model, datasets, config, process, checkpoint=source, weights=stored.kind)
 
 

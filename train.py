@@ -231,8 +231,9 @@ def build(
     for option, option_sizes in sizes.items():
         check_sizes(model, option, option_sizes, config.model.in_chans, process.device)
     if is_new:
-        for line in initialize_model(model, config.model, loaders.class_names):
+        for line in call_on_all(lambda: initialize_model(model, config.model, loaders.class_names)):
             print_on_main(process, line)
+        consistency.check_weights("model.init_from" if config.model.init_from else "model", model)
     mix = Mixing(schedule.augment, config.model.num_classes, schedule.label_smoothing, config.seed)
     return loaders, model, mix
 

@@ -57,8 +57,8 @@ def errors_in_eval_set(path: str) -> Iterator[None]:
 def eval_set_data(path: str, run: DataConfig) -> DataConfig:
     """Return the options of a data set: a folder of class folders, or a YAML file of the section data.
 
-    The evaluation transform is that of the run, so are the number of workers and the treatment of unreadable
-    images unless the file sets them.
+    The evaluation transform is that of the run, so are the number of workers and the index unless the file
+    sets them. Unreadable images are skipped by default: they do not end a run.
 
     Raises:
         UserError: the path does not exist, or the file is invalid.
@@ -74,7 +74,9 @@ def eval_set_data(path: str, run: DataConfig) -> DataConfig:
         content = {key.partition(".")[2]: value for key, value in class_folder_options(path).items()}
     if content.get("download"):
         raise UserError("data.download", "a file cannot set this option; delete it there")
-    base = {"workers": run.workers, "unreadable_images": run.unreadable_images}
+    if content.get("index") not in (None, "off"):
+        raise UserError("data.index", "a file cannot name a folder; delete it there")
+    base = {"workers": run.workers, "index": run.index, "unreadable_images": "skip"}
     transform = {key: as_tree(run)[key] for key in TRANSFORM_OPTIONS}
     for key, value in transform.items():
         if key in content and content[key] != value:

@@ -461,7 +461,7 @@ class ScheduleConfig:
     """Progressive resizing: size of the training images in pixels from a fraction of the epochs on, e.g.
     [[0, 160], [0.6, 224]] or [[0, [80, 112]], [0.6, [160, 224]]]; null is image_size throughout. Evaluation
     always uses image_size. A third number is the global batch size from there on: [[0, 128, 2048], [0.5, 224,
-    1024]]; without it, batch_size."""
+    1024]]; without it, that of the entry before, at first batch_size."""
     random_sizes: Annotated[list[ImageSize], Predicate(_is_not_empty)] | None = None
     """Multi-scale training: sizes of the training images in pixels, of which each step draws one, e.g. [160,
     192, 224]; null is image_size throughout. Evaluation always uses image_size."""

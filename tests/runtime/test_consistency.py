@@ -1,4 +1,5 @@
 import pytest
+from torch import nn
 
 from vil.config import UserError
 from vil.runtime import consistency, distributed
@@ -113,3 +114,14 @@ def test_an_error_of_one_rank_is_raised_on_all(monkeypatch: pytest.MonkeyPatch):
         assert str(caught.value) == "x.yaml: data.root: rank 1 (b): gone"
     monkeypatch.setattr(distributed, "all_gather_object", lambda local: [("a", None), ("b", None)])
     assert distributed.call_on_all(lambda: 7) == 7
+
+
+def test_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch):
+    model = nn.BatchNorm1d(2)
+    equal = consistency.model_digest(model)
+    gather(monkeypatch, equal)
+    consistency.check_weights("checkpoint", model)
+    model.running_mean += 1
+    with pytest.raises(UserError) as refused:
+        consistency.check_weights("checkpoint", model)
+    assert str(refused.value) == "checkpoint: rank 1 (b) has different weights than rank 0 (a)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def test_an_average_is_a_checkpoint_like_any_other(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_the_average_of_equal_checkpoints_is_equal_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     run = str(make_run(tmp_path / "a", 1, dtype=dtype))
-    main([run, run, "--output", str(tmp_path / "x.pt")])
+    shutil.copytree(run, tmp_path / "b")
+    main([run, str(tmp_path / "b"), "--output", str(tmp_path / "x.pt")])
     for name, value in state_dict(tmp_path / "x.pt").items():
         assert value.dtype == dtype
         assert torch.equal(value, state_dict(Path(run))[name])
@@ -195,6 +197,7 @@ def test_refusals(runs: list[str], tmp_path: Path) -> None:
     split = dataclasses.replace(DATA, val_split="train")
     paths["split"] = str(make_run(tmp_path / "split", 1, data=split)) + "/checkpoints/best.pt"
     main([a, paths["rates"], *output])
+    assert error_of([runs[0], a, *output]) == f"checkpoint: {a} occurs twice"
     cases = {
         "mask": "model.mask is exact, not None",
         "names": "it has other classes, or in another order",

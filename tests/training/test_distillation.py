@@ -391,6 +391,14 @@ REFUSALS: dict[str, tuple[dict[str, str], str]] = {
         {"teacher_weights": "x.pth"},
         "schedule.teacher_weights: requires schedule.distillation soft or hard",
     ),
+    "weight without distillation": (
+        {"distillation_alpha": 0.9},
+        "schedule.distillation_alpha: requires schedule.distillation soft or hard",
+    ),
+    "temperature of hard labels": (
+        {"distillation": "hard", "teacher": "runs/x", "distillation_temperature": 3.0},
+        "schedule.distillation_temperature: requires schedule.distillation soft",
+    ),
     "missing": (
         {"distillation": "hard", "teacher": "no/run"},
         "schedule.teacher: no/run: no such file or folder",
@@ -478,6 +486,22 @@ def test_classes_without_names_cannot_be_matched():
     with pytest.raises(UserError) as refusal:
         Teacher(trained, trained.mean, trained.std, ("cat", "dog"), CPU.device)
     assert str(refusal.value) == "schedule.teacher: no class names to find the row of the head for 'cat'"
+
+
+def test_classes_that_are_numbers_are_not_matched_with_more_classes():
+    trained = dataclasses.replace(make_teacher().trained, class_names=None, num_classes=1000)
+    with pytest.raises(UserError) as refusal:
+        Teacher(trained, trained.mean, trained.std, tuple("0123"), CPU.device)
+    reason = "has 1000 classes without names, which cannot be matched with numbers"
+    assert str(refusal.value) == f"schedule.teacher: {reason}"
+
+
+def test_logits_of_the_teacher_beyond_its_classes_are_left_out():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * SIZE * SIZE, CLASSES + 6))
+    trained = dataclasses.replace(make_teacher().trained, model=model, num_classes=CLASSES + 6)
+    teacher = Teacher(trained, trained.mean, trained.std, trained.class_names, CPU.device)
+    images = torch.randn(2, 3, 2 * SIZE, 2 * SIZE)
+    assert torch.equal(teacher(images), model(images)[:, :CLASSES])
 
 
 @pytest.mark.parametrize("option", ["distillation_alpha=1.5", "distillation_temperature=0"])

@@ -14,7 +14,7 @@ from PIL import Image
 
 import train as program
 from data import open_eval_sets
-from data.eval_sets import eval_set_names
+from data.eval_sets import eval_set_data, eval_set_names
 from vil.checkpoints.run_folder import differences
 from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
 from vil.evaluation.accuracy import evaluate
@@ -157,6 +157,7 @@ def test_sets_that_cannot_be_used(tmp_path: Path) -> None:
         "source: tape\n": f"{file}: data.source: unknown source 'tape'; expected one of ",
         "sorce: folder\n": f"{file}: data.sorce: unknown key; did you mean data.source?",
         "download: true\n": f"{file}: data.download: a file cannot set this option; delete it there",
+        "index: /tmp/x\n": f"{file}: data.index: a file cannot name a folder; delete it there",
         "- 1\n": f"{file}: expected a mapping of keys to values",
     }
     for text, message in texts.items():
@@ -176,6 +177,14 @@ def test_sets_that_cannot_be_used(tmp_path: Path) -> None:
         with pytest.raises(UserError) as refused:
             open_sets([path])
         assert str(refused.value) == f"eval_sets: {message}"
+
+
+def test_unreadable_images_are_skipped_and_the_index_is_that_of_the_run(tmp_path: Path) -> None:
+    save_images(tmp_path / "x", "ant")
+    data = eval_set_data(str(tmp_path / "x"), DataConfig(index="off"))
+    assert (data.unreadable_images, data.index) == ("skip", "off")
+    (tmp_path / "x.yaml").write_text("source: folder\nunreadable_images: fail\n")
+    assert eval_set_data(str(tmp_path / "x.yaml"), DataConfig()).unreadable_images == "fail"
 
 
 def test_paths_are_stored_absolute_and_runs_of_older_versions_have_none(

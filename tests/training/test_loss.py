@@ -71,6 +71,7 @@ def test_jensen_shannon_loss_refuses_other_losses_and_class_weights():
     augment = AugmentConfig(aug_splits=3)
     for options, weights, message in (
         ({"loss": "bce"}, None, "schedule.loss: schedule.augment.aug_splits needs cross_entropy"),
+        ({"bce_threshold": 0.2}, None, "schedule.bce_threshold: needs schedule.loss bce"),
         ({}, WEIGHTS, "schedule.class_weights: cannot be combined with schedule.augment.aug_splits"),
         (
             {"distillation": "soft"},

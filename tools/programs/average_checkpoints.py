@@ -24,6 +24,7 @@ without increasing inference time, https://arxiv.org/abs/2203.05482, recipe 1.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,9 @@ def main(argv: Sequence[str]) -> None:
     if len(paths) < 2:
         raise UserError("checkpoint", "expected at least two; --last N takes the newest N of one run")
     files = [str(find_checkpoint(path, arguments.run_checkpoint)) for path in paths]
+    real_paths = list(map(os.path.realpath, files))
+    if duplicate := next((file for file, path in zip(files, real_paths) if real_paths.count(path) > 1), None):
+        raise UserError("checkpoint", f"{duplicate} occurs twice")
     refuse_input_as_output(output, files, "--output")
     check_writable(output, "--output")
     read = partial(open_weights, published_config=arguments.released_config, weights=arguments.weights)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from vil.checkpoints.open import open_weights
@@ -13,6 +11,7 @@ from vil.checkpoints.published_config import read_published_config
 from vil.checkpoints.weights import Weights, timm_weights
 from vil.config import ModelConfig, ScheduleConfig, Size, UserError, errors_in_option
 from vil.models.zoo import pretrained_classes, pretrained_image_size
+from vil.runtime.consistency import model_digest
 from vil.validation import PRETRAINED, TIMM_PREFIX
 
 
@@ -72,7 +71,7 @@ def load_teacher(schedule: ScheduleConfig) -> TrainedTeacher:
         std,
         weights.class_names,
         num_classes,
-        _digest(model, f"{config.size} {mean} {std}"),
+        model_digest(model, f"{config.size} {mean} {std}"),
     )
 
 
@@ -109,12 +108,3 @@ def _timm_weights(name: str, schedule: ScheduleConfig) -> tuple[Weights, ModelCo
         if weights.model is not None and weights.model.name != name:
             raise UserError(weights.path, f"holds a model {weights.model.name}, not {name}")
     return weights, weights.model or config
-
-
-def _digest(model: nn.Module, description: str) -> str:
-    """Return the SHA-256 of a text and of the state dict of a model: names, types, shapes and values."""
-    digest = hashlib.sha256(description.encode())
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

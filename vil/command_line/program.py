@@ -31,7 +31,7 @@ def errors_of_one_rank() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if error.location.startswith("data."):
+        if error.location.startswith("data.") or error.location == "eval_sets":
             raise OneRankError(error.location, error.reason, error.origin) from error
         raise
 

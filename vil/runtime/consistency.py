@@ -1,4 +1,4 @@
-"""Check that the ranks of a job agree on code, libraries, options and images.
+"""Check that the ranks of a job agree on code, libraries, options, images and weights.
 
 Ranks with different code or images would train the wrong model without an error.
 """
@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from vil.config import UserError
 from vil.runtime.distributed import all_gather_object, is_distributed
@@ -138,3 +141,22 @@ def check_data(key: str, describe: Callable[[], Mapping[str, str]]) -> None:
             else:
                 reason = f"{names[0]} has different {noun} than {names[1]}"
             raise UserError(key, reason)
+
+
+def check_weights(key: str, model: nn.Module) -> None:
+    """Raise UserError if the weights of a model on a rank are not those on rank 0."""
+    if not is_distributed():
+        return
+    ranks = all_gather_object((socket.gethostname(), model_digest(model)))
+    for rank, (host, digest) in enumerate(ranks):
+        if digest != ranks[0][1]:
+            raise UserError(key, f"rank {rank} ({host}) has different weights than rank 0 ({ranks[0][0]})")
+
+
+def model_digest(model: nn.Module, description: str = "") -> str:
+    """Return the SHA-256 of a text and of the state dict of a model: names, types, shapes and values."""
+    digest = hashlib.sha256(description.encode())
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vil.checkpoints.teacher import TrainedTeacher, load_teacher
 from vil.config import ScheduleConfig, TrainConfig, UserError, format_size
 from vil.runtime.class_names import match_classes
-from vil.runtime.distributed import Process, all_reduce_sum, broadcast_object
+from vil.runtime.distributed import Process, all_reduce_sum, broadcast_object, call_on_all
 from vil.training.compilation import compile_network
 from vil.training.loss import image_weights
 
@@ -43,13 +43,19 @@ class Teacher:
         if trained.in_chans != len(mean):
             reason = f"is for images of {trained.in_chans} channels, the data has {len(mean)}"
             raise UserError("schedule.teacher", reason)
+        are_numbers = all(name.isdecimal() for name in class_names)
+        if trained.class_names is None and are_numbers and len(class_names) < trained.num_classes:
+            reason = f"has {trained.num_classes} classes without names, which cannot be matched with numbers"
+            raise UserError("schedule.teacher", reason)
         try:
             indices = match_classes(class_names, trained.class_names, trained.num_classes, hint="")
         except UserError as error:
             raise UserError("schedule.teacher", error.reason) from None
+        if indices is None:
+            indices = list(range(len(class_names)))  # without logits beyond the classes
         self.trained = trained
         self._network: nn.Module = trained.model
-        self._logit_indices = None if indices is None else torch.tensor(indices, device=device)
+        self._logit_indices = torch.tensor(indices, device=device)
         self._has_same_normalization = (tuple(mean), tuple(std)) == (trained.mean, trained.std)
         old_mean, old_std, new_mean, new_std = (
             torch.tensor(values, device=device)[:, None, None]  # (C, 1, 1)
@@ -65,7 +71,7 @@ class Teacher:
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits (B, classes of the student) of the student's images (B, C, H, W)."""
         logits: Tensor = self._network(self.preprocess(images))
-        return logits if self._logit_indices is None else logits[:, self._logit_indices]
+        return logits[:, self._logit_indices]
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Normalize and resize the student's images (B, C, H, W) for the teacher: (B, C, H', W')."""
@@ -89,8 +95,15 @@ def build_teacher(config: TrainConfig, class_names: Sequence[str], process: Proc
         for option in ("teacher", "teacher_weights", "teacher_released_config"):
             if getattr(schedule, option) is not None:
                 raise UserError(f"schedule.{option}", "requires schedule.distillation soft or hard")
+        if schedule.distillation_alpha != ScheduleConfig.distillation_alpha:
+            reason = "requires schedule.distillation soft or hard"
+            raise UserError("schedule.distillation_alpha", reason)
+    default = ScheduleConfig.distillation_temperature
+    if schedule.distillation != "soft" and schedule.distillation_temperature != default:
+        raise UserError("schedule.distillation_temperature", "requires schedule.distillation soft")
+    if schedule.distillation == "none":
         return None
-    trained = load_teacher(schedule)
+    trained = call_on_all(lambda: load_teacher(schedule))
     differs = torch.tensor(float(trained.digest != broadcast_object(trained.digest)))
     if all_reduce_sum(differs):
         raise UserError(

@@ -73,6 +73,8 @@ def build_loss(schedule: ScheduleConfig, class_weights: torch.Tensor | None = No
     """
     smoothing = schedule.label_smoothing
     threshold = schedule.bce_threshold
+    if threshold is not None and schedule.loss != "bce":
+        raise UserError("schedule.bce_threshold", "needs schedule.loss bce")
     if schedule.augment.aug_splits > 1:
         if schedule.loss != "cross_entropy":
             raise UserError("schedule.loss", "schedule.augment.aug_splits needs cross_entropy")
@@ -82,8 +84,6 @@ def build_loss(schedule: ScheduleConfig, class_weights: torch.Tensor | None = No
             raise UserError("schedule.distillation", "cannot be combined with schedule.augment.aug_splits")
         return JsdCrossEntropy(schedule.augment.aug_splits, JSD_ALPHA, smoothing)
     if schedule.loss == "cross_entropy":
-        if threshold is not None:
-            raise UserError("schedule.bce_threshold", "needs schedule.loss bce")
         return CrossEntropy(smoothing, class_weights)
     if threshold is None and not smoothing:
         threshold = 0.0

@@ -30,7 +30,7 @@ from vil.checkpoints.run_folder import (
 )
 from vil.checkpoints.training_state import State, evaluations_since_best, library_versions
 from vil.checkpoints.writer import CheckpointWriter, check_disk_space
-from vil.config import TrainConfig, Tree, UserError, one_line
+from vil.config import TrainConfig, Tree, UserError, errors_in_option, one_line
 from vil.evaluation.accuracy import evaluate
 from vil.evaluation.batch_halving import BatchHalving
 from vil.evaluation.metrics import METRICS
@@ -463,7 +463,10 @@ class Trainer:
             if not math.isfinite(results.get(key, 0.0)):
                 self.fail(step, f"the validation loss is {results[key]}")
         results["seconds"] = time.perf_counter() - start
-        per_set = {dataset.name: self.evaluate_set(dataset) for dataset in self.monitoring.eval_sets}
+        per_set = {}
+        for dataset in self.monitoring.eval_sets:
+            with errors_in_option("eval_sets"):
+                per_set[dataset.name] = self.evaluate_set(dataset)
         for name, values in per_set.items():
             self.log.write(f"validation/{name}", step, epoch, **values)
         self.log.write("validation", step, epoch, **results)  # the last record of an evaluation
