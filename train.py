@@ -131,7 +131,7 @@ def synchronize_config(command: ResolvedConfig[TrainConfig]) -> TrainConfig:
     kept = {key for key in consistency.MACHINE_OPTIONS if key in assigned or not (is_stored or is_continued)}
     if "device" in kept:
         agreed.device = config.device
-    for name in ("root", "workers"):
+    for name in ("root", "workers", "index"):
         if f"data.{name}" in kept:
             setattr(agreed.data, name, getattr(config.data, name))
     return agreed

@@ -35,7 +35,7 @@ from vil.runtime.files import (
     replacing,
 )
 
-_logger = logging.getLogger("vil.data")
+_logger = logging.getLogger("vil.data.index")  # shown on every machine
 
 OFF = "off"
 """Value of `data.index`: list the images at every start."""
@@ -67,7 +67,8 @@ _DTYPES = {
         "full_sizes": "<u4",
     }.items()
 }
-_PER_IMAGE = ("name_ends", "archives", "offsets", "sizes", "kinds", "checksums", "full_sizes")
+LOCATION_ARRAYS = ("archives", "offsets", "sizes", "kinds", "checksums", "full_sizes")
+"""Arrays of an index with the location of each image in an archive."""
 _CODES = {"u1": "U8", "i2": "I16", "u4": "U32", "u8": "U64", "i8": "I64"}
 
 Progress = Callable[[int], object]
@@ -140,6 +141,8 @@ def open_index(
     identity: Sequence[str],
     build: Callable[[Progress], Index],
     files: Iterable[Path] | None = None,
+    classes: tuple[str, ...] | None = None,
+    maps: Sequence[str] = (),
 ) -> Index:
     """Return the index in the file of a split if nothing has changed; else build and write it.
 
@@ -152,25 +155,29 @@ def open_index(
         identity: source, split and whatever else the index depends on, apart from what was listed.
         build: lists the images.
         files: the archives, if they are found before; else the index names what was listed.
+        classes: the class names, if they are known before.
+        maps: files below the root that are listed before the archives; there is no file for others.
 
     Raises:
         UserError: as `build`; or another process is not finished within `LOCK_TIMEOUT_S`.
     """
     if option == OFF:
         return _build(build, root)
-    text = json.dumps([_FORMAT, os.path.abspath(root), *identity])
     folder = Path(option or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vil"))
+    if outside := [name for name in maps if not is_inside(os.fsencode(name))]:
+        return _without_file(folder, f"{outside[0]} is not below {root}", option, _build(build, root))
     listed = None if files is None else [(str(path), *size_and_mtime(path)) for path in files]
-    problem = ""
     try:
+        text = json.dumps([_FORMAT, os.path.abspath(root), _folder_id(root), *identity])
+        expected = _Expected(text, root, listed, classes, tuple(maps), identity[0] != "folder")
         path = folder.expanduser() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
-        if (index := _read(path, text, root, listed)) is not None:
+        if (index := _read(path, expected, is_quiet=True)) is not None:
             return index
         path.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError, ValueError) as error:
         return _without_file(folder, error_reason(error), option, _build(build, root))
     with _lock(path) as has_waited:
-        index = _read(path, text, root, listed)
+        index = _read(path, expected)
         if index is None and not has_waited:
             started = time.time_ns()
             index = _build(build, root)
@@ -182,11 +189,34 @@ def open_index(
             except OSError as error:
                 return _without_file(folder, error_reason(error), option, index)
             # The mapped file instead of the arrays: processes share its memory.
-            return _read(path, text, root, None, is_new=True) or index
+            return _read(path, expected, is_new=True) or index
     if index is None:  # the process that held the lock wrote none: a small data set, or it was killed
         problem = "the process that built it has not written it"
+        if path.exists():
+            problem = "the data set has changed since another process began to list it"
         return _without_file(folder, problem, option, _build(build, root))
     return index
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """The contents of an index file that can be used; for `listed`, `classes` and `maps` see `open_index`."""
+
+    identity: str
+    root: Path
+    listed: list[tuple[str, int, int]] | None
+    classes: tuple[str, ...] | None
+    maps: tuple[str, ...]
+    has_locations: bool
+
+
+def _folder_id(path: Path) -> list[int]:
+    """Return numbers that all machines have for a folder on a shared disk, but not for copies of it.
+
+    Machines with copies at the same path, and one folder for indexes, would else replace each other's index.
+    `st_dev` differs between clients of a shared disk, whose `f_fsid` is equal (NFS: 0).
+    """
+    return [os.statvfs(path).f_fsid, os.stat(path).st_ino]
 
 
 def _build(build: Callable[[Progress], Index], root: Path) -> Index:
@@ -278,22 +308,18 @@ def _split(blob: np.ndarray) -> list[str]:
     return [os.fsdecode(name) for name in blob.tobytes().split(b"\0")[:-1]]
 
 
-def _read(
-    path: Path,
-    identity: str,
-    root: Path,
-    listed: list[tuple[str, int, int]] | None,
-    is_new: bool = False,
-) -> Index | None:
+def _read(path: Path, expected: _Expected, is_new: bool = False, is_quiet: bool = False) -> Index | None:
     """Return the index in a file; None if there is none, it is damaged, or what was listed has changed.
 
-    A new file is not compared with what was listed.
+    A new file is not compared with what was listed. Damage is logged, unless `is_quiet`.
     """
     try:
         with open_regular(path) as file:
             arrays, texts = _read_arrays(file.fileno())
-        if texts.get("identity") != identity:
+        if texts.get("identity") != expected.identity:
             raise ValueError("it describes another data set")
+        if set(arrays) != _array_names(expected.has_locations):
+            raise ValueError("its arrays are not those of its source")
         names, stamps = _split(arrays.pop("listed")), arrays.pop("stamps").reshape(-1, 2).tolist()
         index = Index(
             arrays,
@@ -301,13 +327,19 @@ def _read(
             [(name, size, time) for name, (size, time) in zip(names, stamps, strict=True)],
             (int(texts["skipped"]), texts["example"]),
         )
-        _check_arrays(index)
+        _check_contents(index, expected)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        _logger.warning("data.index: rebuilding %s: %s", path, error_reason(error))
+        if not is_quiet:
+            _logger.warning("data.index: rebuilding %s: %s", path, error_reason(error))
         return None
-    return index if is_new or _is_current(index, root, listed) else None
+    return index if is_new or _is_current(index, expected.root, expected.listed) else None
+
+
+def _array_names(has_locations: bool) -> set[str]:
+    """Return the names of the arrays of a file, with or without `LOCATION_ARRAYS`."""
+    return set(_DTYPES) - (set() if has_locations else set(LOCATION_ARRAYS))
 
 
 def _is_current(index: Index, root: Path, listed: list[tuple[str, int, int]] | None) -> bool:
@@ -348,14 +380,22 @@ def _read_arrays(descriptor: int) -> tuple[dict[str, np.ndarray], dict[str, str]
     return arrays, texts
 
 
-def _check_arrays(index: Index) -> None:
-    """Raise ValueError if the arrays of an index contradict each other."""
+def _check_contents(index: Index, expected: _Expected) -> None:
+    """Raise ValueError if parts of an index contradict each other or what is expected."""
     arrays, count = index.arrays, len(index.targets)
     ends, targets = arrays["name_ends"], index.targets
     size = int(ends[-1]) + 1 if count else 0
     is_rising = bool(np.all(ends[1:] > ends[:-1]))
-    lengths = {len(arrays[name]) for name in _PER_IMAGE if name in arrays}
+    lengths = {len(arrays[name]) for name in ("name_ends", *LOCATION_ARRAYS) if name in arrays}
     if lengths != {count} or not count or not is_rising or size != len(arrays["names"]):
         raise ValueError("its arrays are damaged")
-    if not 0 <= int(targets.min()) <= int(targets.max()) < len(index.classes):
+    is_in_range = 0 <= int(targets.min()) <= int(targets.max()) < len(index.classes)
+    if not is_in_range or expected.classes not in (None, index.classes):
         raise ValueError("its classes are damaged")
+    num_maps = len(expected.maps)
+    listed = [name for name, _, _ in index.listed]
+    has_archives = "archives" not in arrays or int(arrays["archives"].max()) < len(listed) - num_maps
+    if tuple(listed[:num_maps]) != expected.maps or not has_archives:
+        raise ValueError("its archives are damaged")
+    if index.skipped[0] < 0:
+        raise ValueError("its number of skipped files is negative")

@@ -95,17 +95,23 @@ def test_the_start_ends_after_start_timeout(tmp_path: Path, name: str):
 
 def agree(monkeypatch: pytest.MonkeyPatch, is_continued: bool, *argv: str):
     """Return the configuration of a rank with this command line, if rank 0 has other values."""
-    rank0 = resolve_train_command(["--data.root=/zero", "--data.workers=1", "--device=cuda", "--output=run"])
+    rank0 = resolve_train_command(
+        ["--data.root=/zero", "--data.workers=1", "--data.index=/zero/index", "--device=cuda", "--output=run"]
+    )
     monkeypatch.setattr(program, "call_on_main", lambda function: (rank0.config, is_continued))
     return program.synchronize_config(resolve_train_command(["--output=run", *argv]))
 
 
 def test_a_rank_keeps_the_options_of_its_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
-    config = agree(monkeypatch, False, "--data.root=/one", "--data.workers=3", "--device=cpu", "--seed=9")
-    assert (config.data.root, config.data.workers, config.device, config.seed) == ("/one", 3, "cpu", 0)
+    own = ("--data.root=/one", "--data.workers=3", "--data.index=off", "--device=cpu")
+    config = agree(monkeypatch, False, *own, "--seed=9")
+    assert (config.data.root, config.data.workers, config.data.index) == ("/one", 3, "off")
+    assert (config.device, config.seed) == ("cpu", 0)
     config = agree(monkeypatch, True, "--data.root=/one")
-    assert (config.data.root, config.data.workers, config.device) == ("/one", 1, "cuda")
+    assert (config.data.root, config.data.workers, config.data.index) == ("/one", 1, "/zero/index")
+    assert config.device == "cuda"
+    assert agree(monkeypatch, True, "--data.index=/one/index").data.index == "/one/index"
 
 
 def test_options_of_initial_weights_and_of_the_default_output_are_not_compared(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.decoding import EncodedImage, Mode
-from data.index import Index, NameWriter
+from data.index import LOCATION_ARRAYS, Index, NameWriter
 from data.sources.base import Source, validation_path
 from vil.config import DataConfig, UserError, error_reason
 from vil.runtime.images import MAX_ENCODED_BYTES
@@ -47,10 +47,6 @@ class Member(NamedTuple):
     """CRC-32 (zip)."""
     full_size: int = 0
     """Uncompressed size (zip)."""
-
-
-LOCATION_ARRAYS = ("archives", "offsets", "sizes", "kinds", "checksums", "full_sizes")
-"""Arrays of an index with the fields of each member but its name."""
 
 
 def index_members(

@@ -39,7 +39,11 @@ class ImageFolder(Source):
         present = class_folders(folder)
         check_known_classes(folder, present, class_names)
         self._index = open_index(
-            index, folder, ["folder"], lambda progress: _list_images(folder, present, progress)
+            index,
+            folder,
+            ["folder"],
+            lambda progress: _list_images(folder, present, progress),
+            classes=present,
         )
         count, example = self._index.skipped
         SkippedFiles(folder, example, count).log()

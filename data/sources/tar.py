@@ -85,7 +85,7 @@ def _open_index(data: DataConfig, archives: list[Path], known: tuple[str, ...] |
             [member for member, _ in images], targets, class_names, listed, (skipped.count, skipped.first)
         )
 
-    return open_index(data.index, folder, ["tar", *splits, *(known or ())], build, archives)
+    return open_index(data.index, folder, ["tar", *splits, *(known or ())], build, archives, known)
 
 
 def _find_archives(root: Path, split: str) -> list[Path]:

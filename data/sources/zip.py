@@ -37,7 +37,8 @@ class ZipImages(ArchivedImages):
         if split == "train" or path == training or not training.is_file():
             training = path
         names = [os.path.relpath(map_path, root) for map_path in dict.fromkeys((path, training))]
-        index = open_index(data.index, root, ["zip", *names], lambda _: _index_map(root, path, training))
+        identity = ["zip", *names]
+        index = open_index(data.index, root, identity, lambda _: _index_map(root, path, training), maps=names)
         # Behind the maps, the archives were listed.
         archives = [root / name for name, _, _ in index.listed[len(names) :]]
         return cls(archives, index, index.classes, mode)

@@ -1,5 +1,6 @@
 """The index of a data set: built once, rebuilt after a change, and never read while it is written."""
 
+import json
 import logging
 import multiprocessing
 import os
@@ -8,7 +9,9 @@ import signal
 import tarfile
 import time
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ import data.sources.folder
 from data.decoding import UnreadableImageError, decoding_errors
 from data.sources import open_source
 from data.sources.folder import ImageFolder
-from vil.command_line import resolve_train_command
+from vil.command_line import resolve_train_command, run_program
 from vil.config import DataConfig, UserError
 
 
@@ -239,10 +242,95 @@ def test_a_truncated_index_is_made_again(indexed, caplog, calls, length):
     path.write_bytes(path.read_bytes()[:length])
     with caplog.at_level(logging.WARNING, "vil.data"):
         assert contents(indexed) == expected
-    assert caplog.messages[0].startswith(f"data.index: rebuilding {path}: ")
+    (line,) = caplog.messages
+    assert line.startswith(f"data.index: rebuilding {path}: ")
     assert calls == ["train", "train"]
     assert contents(indexed) == expected
     assert len(calls) == 2
+
+
+def change_header(path: Path, change) -> None:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def swap_archives_and_checksums(header):
+    header["archives"], header["checksums"] = header["checksums"], header["archives"]
+
+
+ARRAYS_DIFFER = "its arrays are not those of its source"
+FOLDER_ARRAYS = ("names", "name_ends", "targets", "classes", "listed", "stamps")
+DAMAGES = [
+    *(("folder", name, lambda header, name=name: header.pop(name), ARRAYS_DIFFER) for name in FOLDER_ARRAYS),
+    *(
+        ("zip", name, lambda header, name=name: header.pop(name), ARRAYS_DIFFER)
+        for name in data.index.LOCATION_ARRAYS
+    ),
+    (
+        *("zip", "no locations"),
+        lambda header: [header.pop(name) for name in data.index.LOCATION_ARRAYS],
+        ARRAYS_DIFFER,
+    ),
+    (
+        *("folder", "an array of archives"),
+        lambda header: header.update(kinds={"dtype": "I16", "shape": [0], "data_offsets": [0, 0]}),
+        ARRAYS_DIFFER,
+    ),
+    ("zip", "unknown archives", swap_archives_and_checksums, "its archives are damaged"),
+    (
+        *("folder", "skipped"),
+        lambda header: header["__metadata__"].update(skipped="-1"),
+        "its number of skipped files is negative",
+    ),
+]
+
+
+@pytest.fixture
+def damaged(image_folder, tmp_path, caplog):
+    """Check that a damaged index is made again, with one line."""
+
+    def check(source, damage, reason):
+        root = image_folder
+        if source == "zip":
+            write_archives(source, root := tmp_path / "archives", image_folder)
+        age(root)
+        config = DataConfig(source=source, root=str(root), index=str(tmp_path / "index"), workers=0)
+        expected = contents(config)
+        (path,) = Path(config.index).iterdir()
+        original = path.read_bytes()
+        damage(path)
+        assert path.read_bytes() != original
+        with caplog.at_level(logging.WARNING, "vil.data"):
+            assert contents(config) == expected
+        assert caplog.messages == [f"data.index: rebuilding {path}: {reason}"]
+        assert path.read_bytes() == original
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "reason"),
+    [(source, change, reason) for source, _, change, reason in DAMAGES],
+    ids=[f"{source}, {name}" for source, name, _, _ in DAMAGES],
+)
+def test_an_index_with_a_damaged_header_is_made_again(damaged, source, change, reason):
+    damaged(source, lambda path: change_header(path, change), reason)
+
+
+@pytest.mark.parametrize(
+    ("source", "before", "after", "reason"),
+    [
+        ("folder", b"ant\0bear\0", b"gnu\0bear\0", "its classes are damaged"),
+        ("zip", b"train_map.txt\0", b"train_map.tar\0", "its archives are damaged"),
+    ],
+)
+def test_an_index_of_other_classes_or_maps_is_made_again(damaged, source, before, after, reason):
+    damaged(source, lambda path: path.write_bytes(path.read_bytes().replace(before, after)), reason)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -306,6 +394,61 @@ def test_one_process_makes_the_index_and_the_others_wait(indexed, tmp_path, monk
         process.join()
         assert process.exitcode == 0
     assert (tmp_path / "log").read_text() == "x" * listings
+
+
+def test_machines_with_copies_at_one_path_keep_their_own_index(indexed, image_folder, tmp_path, calls):
+    """Their folder for indexes is shared, and the modification times of the copies differ."""
+    own, other = image_folder / "train", tmp_path / "train of another machine"
+    shutil.copytree(own, other)
+    os.utime(other / "ant", (time.time() - 7200,) * 2)
+    expected = contents(indexed)
+    for _ in range(2):
+        own.rename(tmp_path / "moved")
+        other.rename(own)
+        (tmp_path / "moved").rename(other)
+        assert contents(indexed) == expected
+    assert calls == ["train", "train"]
+    assert len(index_files(indexed)) == 2
+
+
+def test_clients_of_a_shared_disk_have_one_index(indexed, calls, monkeypatch):
+    """Each gives another number to the file system."""
+    expected, stat = contents(indexed), os.stat
+
+    def stat_of_another_client(path, **options):
+        status = stat(path, **options)
+        fields = {name: getattr(status, name) for name in dir(status) if name.startswith("st_")}
+        return SimpleNamespace(**{**fields, "st_dev": status.st_dev + 1})
+
+    monkeypatch.setattr(data.index.os, "stat", stat_of_another_client)
+    assert contents(indexed) == expected
+    assert calls == ["train"]
+
+
+def test_a_rank_that_waited_says_that_the_data_set_has_changed(indexed, image_folder, monkeypatch, caplog):
+    contents(indexed)
+    write_image(image_folder / "train/cat/9.png", 1)
+    monkeypatch.setattr(data.index, "_lock", lambda path: nullcontext(True))
+    with caplog.at_level(logging.WARNING, "vil.data"):
+        assert len(contents(indexed)[1]) == 13
+    reason = "the data set has changed since another process began to list it; every process lists the images"
+    assert caplog.messages == [f"data.index: {indexed.index}: no index: {reason}"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "is_shown"), [("0", "0", True), ("2", "0", True), ("3", "1", False)]
+)
+def test_the_first_process_of_every_machine_shows_lines_about_the_index(
+    rank, local_rank, is_shown, monkeypatch, capsys
+):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    logger = logging.getLogger("vil.data.index")
+    run_program(lambda: logger.info("waiting"))
+    run_program(lambda: logging.getLogger("vil.data").info("not waiting"))
+    lines = ["waiting", "not waiting"] if rank == "0" else ["waiting"] * is_shown
+    assert capsys.readouterr().out.splitlines() == lines
+    assert logger is data.index._logger
 
 
 def hold_lock(path, connection):
@@ -414,6 +557,27 @@ def test_archives_are_indexed_once(source, image_folder, tmp_path, monkeypatch):
     changed = contents(config)
     assert len(changed[1]) == 6
     assert changed == contents(DataConfig(source=source, root=str(root), index="off", workers=0))
+
+
+def test_a_zip_with_maps_outside_of_the_root_has_no_index(image_folder, tmp_path, caplog, monkeypatch):
+    root = tmp_path / "archives"
+    write_archives("zip", root, image_folder)
+    (tmp_path / "maps").mkdir()
+    shutil.copy(root / "train_map.txt", tmp_path / "maps/val_map.txt")
+    age(root)
+    folder = tmp_path / "index"
+    config = DataConfig(source="zip", root=str(root), val_split="../maps/val", index=str(folder), workers=0)
+    with caplog.at_level(logging.WARNING, "vil.data"):
+        assert len(contents(config, "val")[1]) == 12
+    reason = f"no index: ../maps/val_map.txt is not below {root}; every process lists the images"
+    assert caplog.messages == [f"data.index: {folder}: {reason}"]
+    assert not folder.exists()
+    assert len(contents(config, "train")[1]) == 12  # whose map is below the root
+    assert len(index_files(config)) == 1
+    caplog.clear()
+    config.index = None  # a small data set needs none
+    contents(config, "val")
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("source", ["zip", "tar", "wds"])

@@ -20,6 +20,11 @@ def test_order_and_index(capsys):
     assert index[2][0] == "3,001"
 
 
+def test_the_simulated_folder_has_an_index(tmp_path):
+    simulate_scale.SyntheticFolder(100).open(str(tmp_path))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
 def error_with(monkeypatch, draw):
     monkeypatch.setattr(MicroBatches, "draw", draw)
     with pytest.raises(UserError) as error:

@@ -148,7 +148,8 @@ class SyntheticFolder:
 
     def open(self, index: str) -> ImageFolder:
         """Open the folder with its index in another folder."""
-        with mock.patch("os.stat", self.stat), mock.patch("os.scandir", self.scandir):
+        statvfs = mock.patch("os.statvfs", return_value=os.statvfs_result([0] * 11))
+        with statvfs, mock.patch("os.stat", self.stat), mock.patch("os.scandir", self.scandir):
             return ImageFolder(self.root, self.classes, "RGB", index)
 
 

@@ -21,6 +21,10 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
+MACHINE_LOGGER = "vil.data.index"
+"""Logger whose records concern one machine: each may wait for its own index of the images."""
+
+
 class OneRankError(UserError):
     """A UserError that may concern one rank alone."""
 
@@ -45,7 +49,8 @@ def run_program(
     1 if the machine or its GPU is out of memory, 130 for Ctrl-C. Of the processes that torchrun starts on
     one machine the first one prints the line, and for a `OneRankError` the one that raised it; an error that
     repeats after a restart by torchrun is not printed again. Other ranks that wait for this one get the line.
-    Log records of the package are printed.
+    Log records of the package are printed by rank 0, and those of `MACHINE_LOGGER` by the first process of
+    each machine.
     """
     status, line = 0, None
     more_lines: list[str] = []
@@ -53,8 +58,8 @@ def run_program(
         if isinstance(stream, io.TextIOWrapper):  # characters that the encoding lacks are replaced
             stream.reconfigure(errors="replace")
     rank, prints = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
-    handler, logger = _ConsoleHandler(), logging.getLogger("vil")
-    if rank == "0":
+    handler, logger = _ConsoleHandler(), logging.getLogger("vil" if rank == "0" else MACHINE_LOGGER)
+    if rank == "0" or prints:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
     try:

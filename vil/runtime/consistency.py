@@ -20,7 +20,7 @@ from torch import nn
 from vil.config import UserError
 from vil.runtime.distributed import all_gather_object, is_distributed
 
-MACHINE_OPTIONS = ("data.root", "data.workers", "device")
+MACHINE_OPTIONS = ("data.root", "data.workers", "data.index", "device")
 """Options that may differ between machines."""
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("vil", "data")
