@@ -26,7 +26,7 @@ from vil.training.trainer import fit
 
 DIGITS = DataConfig(workers=0, images_per_class=30)
 PLAN = [(0, 8, 150), (0.25, 8, 75), (0.5, 12, 50)]
-"""Of four epochs with 2, 4, 6 and 6 steps (300 digits)."""
+"""Four epochs with 2, 4, 6 and 6 steps (300 digits)."""
 STEPS = [2, 4, 6, 6]
 
 

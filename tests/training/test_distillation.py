@@ -529,7 +529,7 @@ OPTIONS = (
 
 
 def test_a_distilled_run_by_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """Of a model with a distillation token, continued from another folder, and its learning rates."""
+    """Train a model with a distillation token, continue from another folder, compare learning rates."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(RUN, "old")
     token = ("--model.distillation_token", "true", "--output", "run")

@@ -57,19 +57,26 @@ class Block(nn.Module):
         dim = attention.dim
         self.norm1 = LayerNorm(dim)
         self.attn = attention
-        init = config.layer_scale
-        self.ls1 = LayerScale(dim, init) if init is not None else nn.Identity()
+        self.ls1 = _layer_scale(dim, config.layer_scale)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm(dim)
         self.mlp_width = int(config.mlp_ratio * dim)
         self.mlp = Mlp(dim, self.mlp_width, drop=config.dropout)
-        self.ls2 = LayerScale(dim, init) if init is not None else nn.Identity()
+        self.ls2 = _layer_scale(dim, config.layer_scale)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         """Apply attention and MLP: (B, G+N, C) → (B, G+N, C)."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), size)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def _layer_scale(dim: int, init: float | None) -> nn.Module:
+    if init is None:
+        return nn.Identity()
+    layer = LayerScale(dim, init)
+    nn.init.constant_(layer.gamma, init)  # timm 1.0.21 leaves it uninitialized
+    return layer
 
 
 @register_notrace_module  # control flow depends on shapes, so torch.fx must treat a stage as one node
