@@ -96,7 +96,7 @@ MODEL_OPTIONS = {
         lambda model: model.head.in_features, 32, 16,
     ),
     "layer_scale": (
-        1e-4, lambda model: getattr(model.stages[2].blocks[0].ls2, "init_values", None), None, 1e-4,
+        0.5, lambda model: [p[0].item() for p in model.stages[2].blocks[0].ls2.parameters()], [], [0.5],
     ),
     "norm_embed": (
         False, lambda model: type(model.stages[2].patch_embed.norm).__name__, "LayerNorm", "Identity",
