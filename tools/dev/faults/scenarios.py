@@ -269,7 +269,8 @@ def _fail_storage(
     line, the checkpoints are unchanged, and it continues from them later.
     """
     before = checks.folder_digests(run.folder)
-    job = run.start("--loggers=tensorboard")
+    # No checkpoint is written before the fault, or in the middle of it: the next is that of the epoch's end.
+    job = run.start("--loggers=tensorboard", "--save_every=null")
     job.wait_for_step(1)
     restore = inject()
     try:
