@@ -20,6 +20,7 @@ from vil.command_line import resolve_train_command
 from vil.command_line.train_command import default_output
 from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
 from vil.models.zoo import model_from_config
+from vil.runtime import consistency
 from vil.runtime.distributed import Process
 from vil.validation import stored_tree, with_absolute_paths
 
@@ -121,6 +122,23 @@ def test_a_refused_run_writes_no_split(folder):
         program.main([*options, "--schedule.batch_size", "4", "--schedule.class_weights", "1", "2", "3"])
     assert error.value.location == "schedule.class_weights"
     assert not (folder / "run").exists()
+
+
+def test_a_run_writes_its_split_and_compares_weights_between_ranks(folder, monkeypatch):
+    for name in "ab":
+        (folder / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (16, 16)).save(folder / "photos" / name / f"{number}.png")
+    compared = []
+    monkeypatch.setattr(consistency, "check_weights", lambda key, model: compared.append(key))
+    program.main(["--data.source", "folder", "--data.root", "photos", "--data.workers", "0",
+                  "--device", "cpu",
+                  "--model", VIL_32, "--data.val_fraction", "0.5", "--output", "run",
+                  "--schedule.max_steps", "1",
+                  "--schedule.batch_size", "4", "--progress", "false", "--loggers", "[]"])  # fmt: skip
+    assert len((folder / "run" / "split.txt").read_text().splitlines()) == 4
+    eval_program.main(["--checkpoint", "run", "--device", "cpu", "--progress", "false"])
+    assert compared == ["model", "checkpoint"]
 
 
 def test_a_named_data_set_is_not_merged_with_the_digits():
