@@ -143,6 +143,17 @@ def _key_block(
 
 
 @triton.jit
+def _index_range(
+    row, rows, KEYS: tl.constexpr, WINDOW: tl.constexpr, NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr
+):
+    """Return the range of indices that a chunk needs: without the rows of chunks above and below the map."""
+    if NEIGHBORS == "all" and not CYCLIC:
+        row_of_chunks: tl.constexpr = 3 * WINDOW * WINDOW
+        return tl.where(row == 0, row_of_chunks, 0), tl.where(row == rows - 1, 2, 3) * row_of_chunks
+    return 0, KEYS
+
+
+@triton.jit
 def _chunk_tokens(m, chunk_row, chunk_column, H, W, WINDOW: tl.constexpr):
     """Return the indices on the map of the m-th tokens of a chunk, and a mask of those on the map."""
     row, column = chunk_row * WINDOW + m // WINDOW, chunk_column * WINDOW + m % WINDOW
@@ -212,7 +223,8 @@ def forward_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(0, GLOBALS + KEYS, BLOCK_K):
+    _, end = _index_range(row, rows, KEYS, WINDOW, NEIGHBORS, CYCLIC)
+    for first in range(0, GLOBALS + end, BLOCK_K):
         keys, values = _key_block(
             first, key + image * k_image + head * k_head, value + image * v_image + head * v_head,
             global_key + image * gk_image + head * gk_head, global_value + image * gv_image + head * gv_head,
@@ -257,7 +269,8 @@ def query_kernel(
         bias, row, column, head, rows, columns, row_kinds, column_kinds, num_column_kinds, b_kind, b_head
     )
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(0, GLOBALS + KEYS, BLOCK_K):
+    _, end = _index_range(row, rows, KEYS, WINDOW, NEIGHBORS, CYCLIC)
+    for first in range(0, GLOBALS + end, BLOCK_K):
         keys, values = _key_block(
             first, key + image * k_image + head * k_head, value + image * v_image + head * v_head,
             global_key + image * gk_image + head * gk_head, global_value + image * gv_image + head * gv_head,
@@ -332,7 +345,8 @@ def key_kernel(
     )
     grad_keys = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_values = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for first in range(0, KEYS, BLOCK_M):
+    start, end = _index_range(row, rows, KEYS, WINDOW, NEIGHBORS, CYCLIC)
+    for first in range(start // BLOCK_M * BLOCK_M, end, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         index, is_query = _visible_tokens(
             m, -row_offset, -column_offset, row, column, H, W, rows, columns, KEYS, WINDOW, NEIGHBORS, CYCLIC
