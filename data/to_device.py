@@ -98,8 +98,8 @@ def to_device(
 ) -> Iterator[Batch]:
     """Yield the batches on `device`.
 
-    On a GPU a batch is copied and finished on a side stream, and yielded at once: the current stream waits for
-    it, not the host. The copy overlaps with the computation that was queued before; from pinned memory only.
+    On a GPU a batch is copied and finished on a side stream, and yielded at once: the current stream waits
+    for it, not the host. The copy overlaps with the computation queued before, from pinned memory only.
     The time that `next` takes is the time spent waiting for data.
 
     Args:
