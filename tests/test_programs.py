@@ -121,6 +121,27 @@ def test_two_ranks_train_as_one_process(run, tmp_path):
     assert metrics(tmp_path, "validation")[0]["images"] == 360
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--schedule.progressive_resizing", "[[0, 16, 64], [0.5, 32, 32]]",
+         "--schedule.scale_lr_with_batch_size", "true"],
+        ["--schedule.augment.aug_splits", "3", "--schedule.augment.auto_augment", "augmix-m3"],
+    ],
+    ids=["batch size", "views"],
+)  # fmt: skip
+def test_two_ranks_train_as_one_with_other_batches(tmp_path, options):
+    argv = [*SHORT, "--schedule.max_steps", 8, "--eval_every", 2, *options]
+    one, two = tmp_path / "one", tmp_path / "two"
+    call_here(train_program.main, "--output", one, *argv)
+    call("train.py", "--output", two, *argv, ranks=2)
+    assert len(losses(one)) == 8
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    rates, epochs = ([[r[key] for r in metrics(p, "train")] for p in (one, two)] for key in ("lr", "epoch"))
+    assert rates[0] == rates[1]
+    assert epochs[0] == epochs[1]
+
+
 def test_a_killed_run_continues_bit_identically(run, tmp_path):
     process = start("train.py", "--output", tmp_path, *SHORT)
     deadline = time.monotonic() + 200

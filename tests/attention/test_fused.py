@@ -70,6 +70,26 @@ def test_masks_neighbors_and_odd_sizes(masking, map_):
     assert compare(size, window, global_tokens, bias, 8, mask=masking[0], neighbors=masking[1]) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("masking", "map_"), [(("exact", "all"), MAPS[0]), (("cyclic", 6), MAPS[2]), (("chunk", "all"), MAPS[1])]
+)
+def test_sums_that_begin_with_the_biases(monkeypatch, masking, map_):
+    """As on GPUs of compute capability 9 in half precision."""
+    monkeypatch.setattr(fused, "_begins_with_bias", lambda *_: True)
+    size, window, global_tokens, bias = map_
+    assert compare(size, window, global_tokens, bias, 8, mask=masking[0], neighbors=masking[1]) < 1e-4
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), False), ((9, 0), True), ((10, 0), False)])
+def test_where_sums_begin_with_the_biases(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    gpu = torch.device("cuda")
+    assert fused._begins_with_bias(gpu, torch.bfloat16) == expected
+    assert not fused._begins_with_bias(gpu, torch.float32)
+    assert fused.bias_factor(gpu, torch.float16, 64) == (8 if expected else fused.LOG2E)
+    assert not fused._begins_with_bias(torch.device("cpu"), torch.float16)
+
+
 @pytest.mark.parametrize("head_dim", [8, 24, 32, 96, 128])
 def test_head_widths(head_dim):
     assert compare((3, 4), 2, 1, True, head_dim, heads=1) < 1e-4

@@ -110,9 +110,11 @@ def test_gradients_are_those_of_the_weights_that_were_dropped(monkeypatch, mask,
     assert torch.autograd.gradcheck(attend, tuple(inputs.values()), fast_mode=True)
 
 
+@pytest.mark.parametrize("has_fast_products", [True, False])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_half_precision_with_and_without_autocast(dtype, bound):
+def test_half_precision_with_and_without_autocast(monkeypatch, dtype, bound, has_fast_products):
     """All gradients; and autocast changes nothing but the precision of queries, keys and values."""
+    monkeypatch.setattr(chunked, "_has_fast_products", lambda *_: has_fast_products)
     exact = make_inputs((14, 10), 4, 1, bias=True, head_dim=16, dtype=torch.float32)
     half = {name: x.detach().to(dtype) if "bias" not in name else x.detach() for name, x in exact.items()}
     half = {name: x.requires_grad_() for name, x in half.items()}
@@ -125,3 +127,22 @@ def test_half_precision_with_and_without_autocast(dtype, bound):
     with torch.autocast("cpu", dtype), torch.no_grad():
         output = local_attention(**exact, **options, backend="chunked")
     assert torch.equal(output, found[0])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cpus_without_half_precision_products_compute_in_float32(monkeypatch, dtype, dropout):
+    """Outputs and gradients are those of float32, rounded once."""
+    monkeypatch.setattr(chunked, "_has_fast_products", lambda _, dtype: dtype == torch.float32)
+    single = make_inputs((13, 10), 4, 1, bias=True, head_dim=8, dtype=torch.float32)
+    half = {name: x.detach().to(dtype) if "bias" not in name else x.detach() for name, x in single.items()}
+    results = []
+    for tensors in (half, {name: x.float() for name, x in half.items()}):
+        tensors = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        torch.manual_seed(0)
+        output = local_attention(**tensors, size=(13, 10), window=4, dropout=dropout, backend="chunked")
+        generator = torch.Generator().manual_seed(1)
+        output.backward(torch.randn(output.shape, generator=generator).to(dtype).to(output.dtype))
+        results.append([output, *(x.grad for x in tensors.values())])
+    for rounded, exact in zip(*results, strict=True):
+        assert torch.equal(rounded, exact.to(rounded.dtype))

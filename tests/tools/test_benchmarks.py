@@ -479,6 +479,19 @@ def test_a_model_with_the_baseline_computes_the_same(monkeypatch):
     assert not torch.equal(first[0], first[1])  # trained
 
 
+def test_none_replaces_the_local_attention_alone(monkeypatch):
+    candidate = models.Candidate("vil_tiny+none", 32, CPU, "float32")
+    calls = []
+    monkeypatch.setattr(vision_longformer, "local_attention", lambda *_, **__: calls.append(1))
+    candidate.train(*candidate.images(2))
+    assert not calls
+    candidate.optimizer.zero_grad()
+    candidate.loss(*candidate.images(2)).backward()
+    without = [name for name, p in candidate.model.named_parameters() if p.grad is None]
+    biases = [name for name in without if name.endswith(("bias_table", "global_bias.from_local"))]
+    assert without == biases != []
+
+
 @pytest.mark.parametrize(("limit", "batch", "note"), [(2, 2, ""), (0, 4, "out of memory")])
 def test_the_batch_is_halved_until_it_fits(limit, batch, note, monkeypatch):
     train = models.Candidate.train
@@ -552,7 +565,7 @@ def test_compile_is_used(monkeypatch):
             "argument --image-size: expected an integer of at least 1, got '0'",
         ),
         ("model --models vil_smal --device cpu", "did you mean vil_small?"),
-        ("model --models vil_tiny+fast --device cpu", "and one of sliding_chunk, auto, dense"),
+        ("model --models vil_tiny+fast --device cpu", "and one of sliding_chunk, none, auto, dense"),
         (
             "model --models timm/swin_tiny_patch4_window7_224+dense --device cpu",
             "expected a model of the zoo before +",

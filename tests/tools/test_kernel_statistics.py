@@ -42,7 +42,7 @@ def test_half_precision_fits():
     assert [row["kernel"] for row in rows] == ["forward", "query", "key", "global", "bias"] * 6
     for row in rows:
         assert int(row["shared"]) < 100_000
-        max_spilled = 8 if (row["kernel"], row["capability"], row["width"]) == ("key", "80", "48") else 0
+        max_spilled = 8 if (row["kernel"], row["capability"]) == ("key", "80") and row["width"] != "32" else 0
         assert int(row["spilled"]) <= max_spilled, row
         if row["width"] == "32" and row["kernel"] in ("forward", "key"):
             assert 200 < int(row["loop"]) < 600, row  # four times as many if a bias is not read at once

@@ -30,6 +30,8 @@ from vil.runtime.precision import autocast, grad_scaler
 
 TIMM_MODELS = ("timm/swin_tiny_patch4_window7_224", "timm/deit_small_patch16_224")
 MODELS = ("vil_small", f"vil_small+{BASELINE}", *TIMM_MODELS)
+NONE = "none"
+"""Replacement of the local attention that computes next to nothing."""
 DEFAULT_BATCH_SIZE = {"cpu": 8, "cuda": 128}
 """Images of a step, by device type."""
 
@@ -38,7 +40,7 @@ def add_options(parser: ArgumentParser) -> None:
     """Add the options of `benchmark.py model`."""
     models_help = (
         "a name of the zoo or timm/<name>; vil_small+sliding_chunk replaces the local attention by that "
-        "baseline, vil_small+chunked selects that backend"
+        "baseline, vil_small+none by next to nothing (an upper bound), vil_small+chunked selects that backend"
     )
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="MODEL", help=models_help)
     batch_help = "images of a step, halved until they fit; default: 8 on a CPU, 128 on a GPU"
@@ -51,7 +53,8 @@ class Candidate:
     """A model with its optimizer.
 
     Args:
-        name: a name of the zoo or of timm; `+` and a backend or the baseline select the local attention.
+        name: a name of the zoo or of timm; `+` and a backend, the baseline or `none` select its local
+            attention.
         compiler: returns the compiled model.
     """
 
@@ -64,7 +67,7 @@ class Candidate:
         compiler: Callable[[nn.Module], Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         model_name, _, attention = name.partition("+")
-        choices = (BASELINE, "auto", *BACKENDS)
+        choices = (BASELINE, NONE, "auto", *BACKENDS)
         if attention and (model_name.startswith("timm/") or attention not in choices):
             reason = f"{name}: expected a model of the zoo before +, and one of {', '.join(choices)} after it"
             raise UserError(COMMAND_LINE, reason)
@@ -73,14 +76,14 @@ class Candidate:
         self.model = vil.create_model(model_name, image_size=image_size, **options).to(device)
         self.forward = self.model if compiler is None else compiler(self.model)
         self.name, self.image_size, self.device, self.precision = name, image_size, device, precision
-        self.is_baseline = attention == BASELINE
+        self.replacement = {BASELINE: sliding_chunk_attention, NONE: _no_attention}.get(attention)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device.type == "cuda")
         self.scaler = grad_scaler(precision, device)
 
     def _attention_replaced(self) -> AbstractContextManager[Any]:
-        if not self.is_baseline:
+        if self.replacement is None:
             return nullcontext()
-        return mock.patch.object(vision_longformer, "local_attention", sliding_chunk_attention)
+        return mock.patch.object(vision_longformer, "local_attention", self.replacement)
 
     def loss(
         self, images: Tensor, targets: Tensor, forward: Callable[[Tensor], Tensor] | None = None
@@ -146,6 +149,11 @@ class Candidate:
             for count in (2, 3)  # batch norm refuses a single value per channel
         )
         return float(three - two)
+
+
+def _no_attention(query: Tensor, key: Tensor, value: Tensor, *_: Tensor, **__: object) -> Tensor:
+    """Return (B, h, N, D) by two additions, so that all projections still have gradients."""
+    return query + key + value
 
 
 def run(arguments: Namespace, device: torch.device, precision: Precision) -> Results:

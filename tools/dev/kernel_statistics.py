@@ -111,6 +111,8 @@ def _compile_only(target: Any) -> Iterator[list[tuple[str, Any]]]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from vil.attention.local import fused
+
     absent = mock.Mock(  # the part of a driver that the compiler uses
         get_current_target=lambda: target,
         get_current_device=lambda: int(target.arch),  # the key of Triton's cache
@@ -124,7 +126,11 @@ def _compile_only(target: Any) -> Iterator[list[tuple[str, Any]]]:
         compiled.append((kernel.fn.__name__, result))
         return result
 
-    with mock.patch.object(driver, "_active", absent), mock.patch.object(JITFunction, "run", compile_kernel):
+    with (
+        mock.patch.object(driver, "_active", absent),
+        mock.patch.object(JITFunction, "run", compile_kernel),
+        mock.patch.object(fused, "major_capability", return_value=target.arch // 10),
+    ):
         yield compiled
 
 

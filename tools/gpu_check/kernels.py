@@ -30,7 +30,6 @@ TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 ZOO_MODELS = ("vil_tiny", "vil_small", "vil_base_deep")
 HUGE_ELEMENTS = 2_500_000_000
 """Elements of a tensor whose offsets exceed 32 bits."""
-LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,20 @@ class Case:
     def inputs(self, seed: int) -> Inputs:
         """Return random inputs.
 
-        The kernels multiply biases by log₂e and round them to the precision of the queries. Large biases are
-        drawn such that this is exact: the check is of the arithmetic, and not of this rounding.
+        The kernels multiply biases by a factor and round them to the precision of the queries. Large biases
+        are drawn such that this is exact: the check is of the arithmetic, and not of this rounding.
         """
         inputs = self.shape.inputs(seed)
         if not self.large_biases:
             return inputs
+        from vil.attention.local.fused import bias_factor  # needs triton
+
+        factor = bias_factor(inputs.query.device, inputs.query.dtype, inputs.query.shape[3])
 
         def enlarge(bias: torch.Tensor | None) -> torch.Tensor:
             assert bias is not None
-            rounded = (bias.detach() * (8 * LOG2_E)).to(self.shape.dtype).float()
-            return (rounded / LOG2_E).requires_grad_()
+            rounded = (bias.detach() * (8 * factor)).to(self.shape.dtype).float()
+            return (rounded / factor).requires_grad_()
 
         return inputs._replace(bias_table=enlarge(inputs.bias_table), global_bias=enlarge(inputs.global_bias))
 

@@ -86,10 +86,8 @@ def backward(
                 grad_scores, dropped = grad_scores.to(queries.dtype), dropped.to(queries.dtype)
                 grad_queries = work.product("output", grad_scores, keys[:, chunk.keys])
                 work.store(grad_query, strip, chunk, grad_queries, work.scale)
-                part = work.product("part", grad_scores.transpose(1, 2), queries[:, index])
-                grad_keys[:, chunk.keys].add_(part)
-                part = work.product("part", dropped.transpose(1, 2), upstream[:, index])
-                grad_values[:, chunk.keys].add_(part)
+                work.add_product(grad_keys[:, chunk.keys], grad_scores.transpose(1, 2), queries[:, index])
+                work.add_product(grad_values[:, chunk.keys], dropped.transpose(1, 2), upstream[:, index])
             work.add_keys(grad_key, grad_global_key, strip, grad_keys)
             work.add_keys(grad_value, grad_global_value, strip, grad_values)
     for gradient_out, total in zip(gradients[1:5], sums):
@@ -108,6 +106,9 @@ class _ChunkedAttention:
         self.batch, self.heads, _, self.width = inputs.query.shape
         self.num_globals = inputs.global_key.shape[2]
         self.scale = self.width**-0.5
+        has_fast_products = _has_fast_products(inputs.query.device, inputs.query.dtype)
+        self.dtype = inputs.query.dtype if has_fast_products else inputs.score_dtype
+        """Type of the strips, and of products."""
         self.window_bias = window_bias(inputs, spec)  # (h or 1, w, w, 3w, 3w)
         self.biases: dict[Hashable, Tensor] = {}
         self.bias_gradients: dict[Hashable, tuple[Strip, Chunk, Tensor]] = {}
@@ -139,11 +140,11 @@ class _ChunkedAttention:
     def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return reused memory by name; allocating it anew was slower than the computation.
 
-        The type of a name is that of the queries, or `dtype`, and must not change.
+        The type of a name is that of the strips, or `dtype`, and must not change.
         """
         count = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < count:
-            self.buffers[name] = self.inputs.query.new_empty(count, dtype=dtype)
+            self.buffers[name] = self.inputs.query.new_empty(count, dtype=dtype or self.dtype)
         return self.buffers[name][:count].view(shape)
 
     def zeros(self, name: str, like: Tensor) -> Tensor:
@@ -154,10 +155,21 @@ class _ChunkedAttention:
         """Multiply matrices into the buffer `name`: (n, a, b) and (n, b, c) → (n, a, c)."""
         return torch.bmm(left, right, out=self.buffer(name, *left.shape[:2], right.shape[2]))
 
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add the product of matrices to `total`: (n, a, b) and (n, b, c) to (n, a, c)."""
+        if total.dtype == left.dtype:
+            total.baddbmm_(left, right)
+        else:
+            total.add_(self.product("part", left, right))
+
     def load_queries(self, name: str, grid: Tensor, strip: Strip, factor: float = 1.0) -> Tensor:
         """Copy a strip's queries from a grid, times a factor: (B, h, H, W, D) → (n, H·columns, D)."""
         source = self._columns(grid, slice(None), strip.columns, strip.count)
-        copy = torch.mul(source, factor, out=self.buffer(name, *source.shape))
+        copy = self.buffer(name, *source.shape)
+        if source.dtype == copy.dtype:
+            torch.mul(source, factor, out=copy)
+        else:
+            copy.copy_(source).mul_(factor)  # not rounded to the precision of the source
         return copy.view(-1, source.shape[3] * source.shape[4], self.width)
 
     def store(self, grid: Tensor, strip: Strip, chunk: Chunk, values: Tensor, factor: float = 1.0) -> None:
@@ -288,6 +300,15 @@ class _ChunkedAttention:
         side = self.spec.window
         across = grid[:, :, rows, columns.start : columns.stop + (count - 1) * side]
         return across.unfold(3, columns.stop - columns.start, side).permute(0, 3, 1, 2, 5, 4)
+
+
+def _has_fast_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return False for a half precision that this CPU does not multiply; PyTorch's fallback is slow."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return is_supported is not None and is_supported()
 
 
 def _as_slice(run: KeyRange, offset: int = 0) -> slice:

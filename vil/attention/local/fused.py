@@ -69,11 +69,13 @@ class _KernelCall:
         self.block_m, self.block_k, self.stages = blocks
         self.true_scale = self.width**-0.5
         self.scale = self.true_scale * LOG2E  # of the products of queries and keys
+        self.bias_first = _begins_with_bias(self.query.device, self.query.dtype)
+        self.bias_factor = bias_factor(self.query.device, self.query.dtype, self.width)
         size = (*spec.size, self.rows, self.columns)
         self.geometry = (*self.borders.kinds, self.heads, *size, self.scale)
 
     def query_bias(self) -> Tensor | None:
-        """Return the biases of a chunk's queries, times log₂e, in the inputs' precision; None without biases.
+        """Return the biases of a chunk's queries times a factor, in the inputs' precision; None without any.
 
         (h or 1, t, columns): global keys, local keys in order, padding.
         """
@@ -83,14 +85,14 @@ class _KernelCall:
         columns = self.bias_columns(self.num_globals)
         bias = self.query.new_zeros(max(map(len, biases)), self.per_chunk, columns)
         if self.inputs.global_bias is not None:
-            bias[..., : self.num_globals] = (self.inputs.global_bias * LOG2E)[:, None]
+            bias[..., : self.num_globals] = (self.inputs.global_bias * self.bias_factor)[:, None]
         if self.window_bias is not None:
             local = self._select_visible(self.window_bias.flatten(3).flatten(1, 2), 1)
-            bias[..., self.num_globals : self.num_globals + self.keys] = local * LOG2E
+            bias[..., self.num_globals : self.num_globals + self.keys] = local * self.bias_factor
         return bias
 
     def key_bias(self) -> Tensor | None:
-        """Return the biases of a chunk's keys, (h or 1, t, columns): queries in order, padding.
+        """Return the same of a chunk's keys, (h or 1, t, columns): queries in order, padding.
 
         A query at chunk offset s sees the key at chunk offset −s.
         """
@@ -101,7 +103,7 @@ class _KernelCall:
         turned = by_chunk.flip(3, 5).permute(0, 4, 6, 3, 1, 5, 2)  # key, and chunk and token of the query
         by_key = turned.reshape(len(turned), self.per_chunk, self.spec.num_positions)
         bias = self.query.new_zeros(len(turned), self.per_chunk, self.bias_columns(0))
-        bias[..., : self.keys] = self._select_visible(by_key, -1) * LOG2E
+        bias[..., : self.keys] = self._select_visible(by_key, -1) * self.bias_factor
         return bias
 
     def hidden_keys(self) -> Tensor:
@@ -152,6 +154,7 @@ class _KernelCall:
         return {
             "D": self.width,
             "BLOCK_D": max(16, triton.next_power_of_2(self.width)),
+            "BIAS_FIRST": self.bias_first,
             "PRECISION": _precision(self.query.dtype),
             "num_warps": 4,
             "num_stages": self.stages,
@@ -362,6 +365,29 @@ def _blocks(per_chunk: int, keys: int, width: int, dtype: torch.dtype) -> tuple[
         min(local, max(16, triton.next_power_of_2(keys))),
         stages,
     )
+
+
+def bias_factor(device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """Return the factor of biases: 1 / scale where the sums of products begin with them, else log₂e.
+
+    The biases are multiplied by it, and then rounded to the precision of the queries.
+    """
+    return width**0.5 if _begins_with_bias(device, dtype) else LOG2E
+
+
+def _begins_with_bias(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return True if the sums of the kernels' products begin with the biases.
+
+    Compiled for compute capability 9 in half precision, this takes fewer instructions, registers and shared
+    memory; for others more registers, which are then spilled.
+    """
+    return major_capability(device) == 9 and dtype != torch.float32
+
+
+def major_capability(device: torch.device) -> int:
+    """Return the major compute capability of NVIDIA's GPU, 0 for other devices."""
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    return torch.cuda.get_device_capability(device)[0] if is_nvidia else 0
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -143,6 +143,17 @@ def _key_block(
 
 
 @triton.jit
+def _index_range(
+    row, rows, KEYS: tl.constexpr, WINDOW: tl.constexpr, NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr
+):
+    """Return the range of indices that a chunk needs: without the rows of chunks above and below the map."""
+    if NEIGHBORS == "all" and not CYCLIC:
+        row_of_chunks: tl.constexpr = 3 * WINDOW * WINDOW
+        return tl.where(row == 0, row_of_chunks, 0), tl.where(row == rows - 1, 2, 3) * row_of_chunks
+    return 0, KEYS
+
+
+@triton.jit
 def _chunk_tokens(m, chunk_row, chunk_column, H, W, WINDOW: tl.constexpr):
     """Return the indices on the map of the m-th tokens of a chunk, and a mask of those on the map."""
     row, column = chunk_row * WINDOW + m // WINDOW, chunk_column * WINDOW + m % WINDOW
@@ -180,6 +191,17 @@ def _load_bias(bias, first, m, ROW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K:
 
 
 @triton.jit
+def _scores(left, right, bias, scale, BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the scores (a, b) of queries and keys (a, D) and (b, D), in either order, times log₂e.
+
+    With BIAS_FIRST the sum of the products begins with the biases, which are divided by `scale`.
+    """
+    if BIAS_FIRST:
+        return tl.dot(left, tl.trans(right), bias, input_precision=PRECISION) * scale
+    return tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale + bias
+
+
+@triton.jit
 def _accumulate(scores, value, maximum, total, output, PRECISION: tl.constexpr):
     """Update the online softmax: maximum, sum of exponentials, and weighted sum of values."""
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
@@ -202,7 +224,7 @@ def forward_kernel(
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr, GLOBALS: tl.constexpr,
     NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr, ALIGNED: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute output and logarithm of the sum of exponentials for a block of queries of one chunk."""
     m, row, column, image, head = _program_block(heads, rows, columns, WINDOW, BLOCK_M)
@@ -215,15 +237,16 @@ def forward_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(0, GLOBALS + KEYS, BLOCK_K):
+    _, end = _index_range(row, rows, KEYS, WINDOW, NEIGHBORS, CYCLIC)
+    for first in range(0, GLOBALS + end, BLOCK_K):
         keys, values = _key_block(
             first, key + image * k_image + head * k_head, value + image * v_image + head * v_head,
             global_key + image * gk_image + head * gk_head, global_value + image * gv_image + head * gv_head,
             k_token, v_token, gk_token, gv_token, row_offset, column_offset, row, column, H, W, rows, columns,
             KEYS, WINDOW, GLOBALS, NEIGHBORS, CYCLIC, ALIGNED, D, BLOCK_D, BLOCK_K,
         )  # fmt: skip
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        scores += _load_bias(bias, first, m, ROW, WINDOW, BLOCK_K)
+        biases = _load_bias(bias, first, m, ROW, WINDOW, BLOCK_K)
+        scores = _scores(queries, keys, biases, scale, BIAS_FIRST, PRECISION)
         maximum, total, result = _accumulate(scores, values, maximum, total, result, PRECISION)
     result = result / total[:, None]
     _store_rows(output + image * o_image + head * o_head, token, o_token, is_query, result, D, BLOCK_D)
@@ -242,7 +265,7 @@ def query_kernel(
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr, GLOBALS: tl.constexpr,
     NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr, ALIGNED: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of a block of queries, and the statistics that the other kernels load."""
     m, row, column, image, head = _program_block(heads, rows, columns, WINDOW, BLOCK_M)
@@ -260,15 +283,16 @@ def query_kernel(
         bias, row, column, head, rows, columns, row_kinds, column_kinds, num_column_kinds, b_kind, b_head
     )
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(0, GLOBALS + KEYS, BLOCK_K):
+    _, end = _index_range(row, rows, KEYS, WINDOW, NEIGHBORS, CYCLIC)
+    for first in range(0, GLOBALS + end, BLOCK_K):
         keys, values = _key_block(
             first, key + image * k_image + head * k_head, value + image * v_image + head * v_head,
             global_key + image * gk_image + head * gk_head, global_value + image * gv_image + head * gv_head,
             k_token, v_token, gk_token, gv_token, row_offset, column_offset, row, column, H, W, rows, columns,
             KEYS, WINDOW, GLOBALS, NEIGHBORS, CYCLIC, ALIGNED, D, BLOCK_D, BLOCK_K,
         )  # fmt: skip
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        scores += _load_bias(bias, first, m, ROW, WINDOW, BLOCK_K)
+        biases = _load_bias(bias, first, m, ROW, WINDOW, BLOCK_K)
+        scores = _scores(queries, keys, biases, scale, BIAS_FIRST, PRECISION)
         weights = tl.exp2(scores - logsum[:, None])
         grad_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
         grad_scores = weights * (grad_weights - dot[:, None])
@@ -290,8 +314,9 @@ def _statistics(statistics, query_index, is_valid):
 
 @triton.jit
 def _accumulate_gradients(
-    key, value, query, upstream, logsum, dot, scale, bias, grad_keys, grad_values, PRECISION: tl.constexpr
-):
+    key, value, query, upstream, logsum, dot, scale, bias, grad_keys, grad_values,
+    BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Add the gradients from a block of queries (M, D) to those of keys and values (K, D); bias is (K, M).
 
     Scores are transposed, (K, M), which is the layout that the following products need.
@@ -299,7 +324,7 @@ def _accumulate_gradients(
     Returns:
         The two sums, and the gradients of the scores (K, M) before scaling.
     """
-    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale + bias
+    scores = _scores(key, query, bias, scale, BIAS_FIRST, PRECISION)
     weights = tl.exp2(scores - logsum[None, :])
     grad_values = tl.dot(weights.to(upstream.dtype), upstream, grad_values, input_precision=PRECISION)
     grad_weights = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
@@ -317,7 +342,7 @@ def key_kernel(
     heads, H, W, rows, columns, scale, true_scale,
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr,
     NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a block of keys of one chunk and of their values.
 
@@ -334,7 +359,8 @@ def key_kernel(
     )
     grad_keys = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_values = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for first in range(0, KEYS, BLOCK_M):
+    start, end = _index_range(row, rows, KEYS, WINDOW, NEIGHBORS, CYCLIC)
+    for first in range(start // BLOCK_M * BLOCK_M, end, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         index, is_query = _visible_tokens(
             m, -row_offset, -column_offset, row, column, H, W, rows, columns, KEYS, WINDOW, NEIGHBORS, CYCLIC
@@ -347,8 +373,9 @@ def key_kernel(
         logsum, dot = _statistics(statistics, query_index, is_query)
         biases = _load_bias(bias, first, n, ROW, WINDOW, BLOCK_M)
         grad_keys, grad_values, _ = _accumulate_gradients(
-            keys, values, queries, upstream, logsum, dot, scale, biases, grad_keys, grad_values, PRECISION
-        )
+            keys, values, queries, upstream, logsum, dot, scale, biases, grad_keys, grad_values,
+            BIAS_FIRST, PRECISION,
+        )  # fmt: skip
     grad_keys *= true_scale
     _store_rows(grad_key + image * o_image + head * o_head, token, o_token, is_key, grad_keys, D, BLOCK_D)
     _store_rows(grad_value + image * o_image + head * o_head, token, o_token, is_key, grad_values, D, BLOCK_D)
@@ -360,7 +387,7 @@ def global_kernel(
     q_image, q_head, q_token, gk_image, gk_head, gk_token, gv_image, gv_head, gv_token,
     d_image, d_head, d_token, b_head, heads, tokens, tokens_per_part, scale, true_scale,
     GLOBALS: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a block of global keys, their values and biases, from a part of the queries.
 
@@ -373,7 +400,7 @@ def global_kernel(
     is_key = g < GLOBALS
     keys = _load_rows(global_key + image * gk_image + head * gk_head, g, gk_token, is_key, D, BLOCK_D)
     values = _load_rows(global_value + image * gv_image + head * gv_head, g, gv_token, is_key, D, BLOCK_D)
-    biases = tl.zeros([BLOCK_G, 1], tl.float32)
+    biases = tl.zeros([BLOCK_G, BLOCK_M], tl.float32)
     if HAS_BIAS:
         biases += tl.load(bias + head * b_head + g, mask=is_key, other=0.0).to(tl.float32)[:, None]
     grad_keys = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -390,8 +417,9 @@ def global_kernel(
         logsum, dot = _statistics(statistics, query_index, is_query)
         logsum = tl.where(is_query, logsum, float("inf"))
         grad_keys, grad_values, grad_scores = _accumulate_gradients(
-            keys, values, queries, upstream, logsum, dot, scale, biases, grad_keys, grad_values, PRECISION
-        )
+            keys, values, queries, upstream, logsum, dot, scale, biases, grad_keys, grad_values,
+            BIAS_FIRST, PRECISION,
+        )  # fmt: skip
         grad_biases += tl.sum(grad_scores, axis=1)
     grad_keys *= true_scale
     _store_rows(grad_key + target * GLOBALS * D, g, D, is_key, grad_keys, D, BLOCK_D)
@@ -407,7 +435,7 @@ def bias_kernel(
     heads, H, W, rows, columns, scale,
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr, GLOBALS: tl.constexpr,
     NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of a block of a head's local biases, summed over a part of all chunks and images.
 
@@ -441,7 +469,7 @@ def bias_kernel(
         dot = tl.load(statistics + 2 * query_index + 1, mask=is_query, other=0.0)
         kind = _chunk_kind(row, column, rows, columns, row_kinds, column_kinds, num_column_kinds)
         hidden_bias = tl.load(hidden + kind * ROW + first + tl.arange(0, BLOCK_K)).to(tl.float32)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale + biases
+        scores = _scores(queries, keys, biases, scale, BIAS_FIRST, PRECISION)
         weights = tl.exp2(scores + hidden_bias[None, :] - logsum[:, None])
         grad_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
         result += weights * (grad_weights - dot[:, None])
