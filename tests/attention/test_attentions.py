@@ -357,7 +357,7 @@ class OnOneMap(nn.Module):
         return self.attention(x, SIZE)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore:Converting a tensor to")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore:Converting a tensor to")
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_traces_under_autocast_equal_eager(name):
     attention = OnOneMap(build(name, **PROJECTIONS[name])).eval()
