@@ -2,7 +2,8 @@
 
 Every function maps uint8 images (B, 3, H, W) to images of the same shape. They follow Pillow's C code, whose
 rounding is part of a recipe: results differ from Pillow's by at most one level, except where a coordinate
-falls on the edge of an image.
+falls on the edge of an image. None waits for the device: shapes do not depend on values, and numbers of the
+host are arguments of operators, not tensors to be copied.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEVELS = 256
+BLUR_REACH = 2
+"""Pixels on each side that a box filter of `gaussian_blur` averages."""
 
 
 def invert(images: Tensor) -> Tensor:
@@ -46,12 +49,11 @@ def auto_contrast(images: Tensor) -> Tensor:
 
 def equalize(images: Tensor) -> Tensor:
     """Equalize the histogram of each channel."""
-    batch, channels = images.shape[:2]
-    first_bin = LEVELS * torch.arange(batch * channels, device=images.device).view(batch, channels, 1)
-    values = (images.flatten(2) + first_bin).flatten()
-    counts = torch.bincount(values, minlength=batch * channels * LEVELS).view(batch, channels, LEVELS)
+    values = images.flatten(2).long()
+    # Not `bincount`, which waits for the device to read the highest value.
+    counts = values.new_zeros(*values.shape[:2], LEVELS).scatter_add_(2, values, torch.ones_like(values))
     below = counts.cumsum(2) - counts
-    highest = images.flatten(2).amax(2, keepdim=True).long()
+    highest = values.amax(2, keepdim=True)
     step = below.gather(2, highest) // 255  # pixels below the highest value, per level
     table = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
     return _apply_table(images, torch.where(step > 0, table, _identity_table(images)))
@@ -96,17 +98,16 @@ def gaussian_blur(images: Tensor, radius: Tensor) -> Tensor:
         * (radius_int * (radius_int + 1) - 3 * variance)
         / (6 * (variance - (radius_int + 1) ** 2))
     )
-    reach = int(radius_int.max()) + 1
-    distance = torch.arange(-reach, reach + 1, device=images.device).abs()
+    distance = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=images.device).abs()
     edge = radius_int[:, None] + 1
     taps = torch.where(distance < edge, 1.0, torch.where(distance == edge, fraction[:, None], 0.0))
     taps = (taps / (2 * (radius_int + fraction) + 1)[:, None]).float()  # (B, 2·reach + 1)
     x = images.float()
     for axis in (3, 2):
         for _ in range(3):
-            padding = (reach, reach, 0, 0) if axis == 3 else (0, 0, reach, reach)
-            padded = F.pad(x, padding, mode="replicate")
-            shifted = (padded.narrow(axis, offset, x.shape[axis]) for offset in range(2 * reach + 1))
+            reach = (BLUR_REACH, BLUR_REACH)
+            padded = F.pad(x, (*reach, 0, 0) if axis == 3 else (0, 0, *reach), mode="replicate")
+            shifted = (padded.narrow(axis, offset, x.shape[axis]) for offset in range(len(distance)))
             blurred = [_per_image(taps[:, offset]) * view for offset, view in enumerate(shifted)]
             x = torch.stack(blurred).sum(0).add_(0.5).floor_()
     return x.clamp(0, 255).to(torch.uint8)
@@ -130,7 +131,7 @@ def affine(images: Tensor, coefficients: Tensor, filter: str, axis: str, fill: t
     y = torch.arange(height, device=images.device)[:, None] + 0.5
     at_x = a * x + b * y + c  # (B, H, W)
     at_y = d * x + e * y + f
-    inside = (at_x >= 0) & (at_x < width) & (at_y >= 0) & (at_y < height)
+    outside = (at_x < 0) | (at_x >= width) | (at_y < 0) | (at_y >= height)
     columns = _taps(at_x, width, filter if axis != "vertical" else "nearest")
     rows = _taps(at_y, height, filter if axis != "horizontal" else "nearest")
     pixels = images.flatten(2)  # (B, 3, H·W)
@@ -146,8 +147,9 @@ def affine(images: Tensor, coefficients: Tensor, filter: str, axis: str, fill: t
     if filter != "nearest":
         # Pillow truncates sums in double precision; these are in single precision.
         total = (total + 1e-3).clamp_(0, 255).to(torch.uint8)
-    color = torch.tensor(fill, dtype=torch.uint8, device=images.device)
-    return torch.where(inside[:, None], total, color.view(1, -1, 1, 1))
+    for channel, value in zip(total.unbind(1), fill, strict=True):
+        channel.masked_fill_(outside, value)
+    return total
 
 
 def gray(images: Tensor) -> Tensor:

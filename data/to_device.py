@@ -98,9 +98,9 @@ def to_device(
 ) -> Iterator[Batch]:
     """Yield the batches on `device`.
 
-    On a GPU the next batch is copied and finished on a side stream during the computation on the current one;
-    copies overlap with computation from pinned memory only. The time that `next` takes is the time spent
-    waiting for data.
+    On a GPU a batch is copied and finished on a side stream, and yielded at once: the current stream waits
+    for it, not the host. The copy overlaps with the computation queued before, from pinned memory only.
+    The time that `next` takes is the time spent waiting for data.
 
     Args:
         batches: (images (B, C, H, W), targets, further arguments of `finish`) on the CPU.
@@ -119,17 +119,12 @@ def to_device(
             yield move(*batch)
         return
     stream = torch.cuda.Stream(device)
-    current: Batch | None = None
     for batch in batches:
         with torch.cuda.stream(stream):
-            following = move(*batch)
+            moved = move(*batch)
             is_moved = stream.record_event()
-        if current is not None:
-            yield current
         torch.cuda.current_stream(device).wait_event(is_moved)
-        for tensor in following:
+        for tensor in moved:
             # The memory was allocated by the side stream, which must not reuse it before this stream is done.
             tensor.record_stream(torch.cuda.current_stream(device))
-        current = following
-    if current is not None:
-        yield current
+        yield moved

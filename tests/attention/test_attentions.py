@@ -5,12 +5,15 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from helpers.attention_builder import build_attention
+from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from vil.attention import ATTENTIONS
+from vil.attention.base import Attention
 from vil.attention.local import BACKENDS
 from vil.config import AttentionName, ModelConfig, UserError
 from vil.evaluation.cost import saved_bytes
@@ -293,3 +296,90 @@ def test_training_memory_of_the_window_grows_linearly(backend):
     assert (
         saved_bytes(lambda: dense(x, (28, 28))) / 28**2 > 2 * per_token[0]
     )  # so the measure does see growth
+
+
+PROJECTIONS = {
+    "vision_longformer": {},
+    "global_only": {"share_global_projection": False},
+    "linformer": {},
+    "spatial_reduction": {},
+}
+
+
+def unconverted_inputs(x, count):
+    return (x,) * count
+
+
+def normalized_tokens(attention):
+    """Float32 and not a leaf, as in a model; of leaves autocast itself remembers the conversion."""
+    return F.layer_norm(tokens(attention).requires_grad_(), (attention.dim,))
+
+
+def run_in_half(attention, dtype):
+    """Return the output under autocast and the gradients of the input and the parameters."""
+    x = normalized_tokens(attention)
+    with torch.autocast("cpu", dtype):
+        output = attention(x, SIZE)
+    return output, *torch.autograd.grad(output.float().square().sum(), (x, *attention.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_one_conversion_under_autocast_gives_the_same_bits(name, dtype, monkeypatch):
+    attention = build(name, **PROJECTIONS[name])
+    found = run_in_half(attention, dtype)
+    monkeypatch.setattr(Attention, "projection_inputs", staticmethod(unconverted_inputs))
+    for ours, expected in zip(found, run_in_half(attention, dtype), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_one_conversion_under_autocast_saves_the_memory_of_another(name, monkeypatch):
+    attention = build(name, **PROJECTIONS[name])
+    x = normalized_tokens(attention)
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            return attention(x, SIZE)
+
+    found = saved_bytes(forward)
+    monkeypatch.setattr(Attention, "projection_inputs", staticmethod(unconverted_inputs))
+    converted = x if name != "spatial_reduction" else x[:, 2:]  # its convolution sees no global tokens
+    assert found == saved_bytes(forward) - 2 * converted.numel()
+
+
+class OnOneMap(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x, SIZE)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore:Converting a tensor to")
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_traces_under_autocast_equal_eager(name):
+    attention = OnOneMap(build(name, **PROJECTIONS[name])).eval()
+    x = tokens(attention.attention)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), torch.no_grad():
+        traced = torch.jit.trace(attention, x, check_trace=False)
+        exported = torch.export.export(attention, (x,))
+        for output in (traced(x), exported.module()(x)):
+            torch.testing.assert_close(output, attention(x), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_single_images_under_autocast():
+    attention = build("linformer")
+    x = tokens(attention)
+    parameters = dict(attention.named_parameters())
+
+    def loss(parameters, image):
+        with torch.autocast("cpu", torch.bfloat16):
+            return functional_call(attention, parameters, (image[None], SIZE)).float().square().sum()
+
+    together = vmap(grad(loss), (None, 0))(parameters, x)
+    for index, image in enumerate(x):
+        for key, gradient in grad(loss)(parameters, image).items():
+            torch.testing.assert_close(together[key][index], gradient, atol=5e-2, rtol=5e-2)

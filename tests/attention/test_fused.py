@@ -8,10 +8,12 @@ import re
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers.local_inputs import largest_difference, make_inputs, run
 from torch.utils.deterministic import fill_uninitialized_memory
 
-from vil.attention.local import fused, local_attention
+from vil.attention.local import fused, kernels, local_attention
 from vil.attention.local.fused import INTERPRETED
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec
 from vil.evaluation.cost import saved_bytes
@@ -235,3 +237,33 @@ def test_no_dropout_in_the_kernel():
     with pytest.raises(ValueError, match=r"fused backend has no dropout of attention weights, got 0\.1"):
         local_attention(**inputs, size=(2, 2), window=2, dropout=0.1, backend="fused")
     assert local_attention(**inputs, size=(2, 2), window=2, dropout=0.1).isfinite().all()
+
+
+@triton.jit
+def bias_offsets(
+    bias, offsets, heads, side, b_kind, b_head, row: tl.constexpr, window: tl.constexpr, block: tl.constexpr
+):
+    """Store the offsets of the biases that each program reads, (programs, block, block)."""
+    tokens, chunk_row, chunk_column, _, head = kernels._program_block(heads, side, side, window, block)
+    kinds = (1 << 3 * 4) + (2 << 3 * 3)  # of the second and the last of three chunks
+    start = kernels._bias_pointer(
+        bias, chunk_row, chunk_column, head, side, side, kinds, kinds, 3, b_kind, b_head
+    )
+    found = kernels._bias_pointers(start, 0, tokens, row, window, block).to(tl.int64) - bias.to(tl.int64)
+    index = tl.arange(0, block)[:, None] * block + tl.arange(0, block)[None, :]
+    tl.store(offsets + tl.program_id(0) * block * block + index, found)
+
+
+@pytest.mark.parametrize("row", [2**29 - 16, 2**30])  # the last of 4 rows begins below and beyond 2³¹
+def test_offsets_of_biases_have_64_bits(row):
+    """Windows of 74 and more have biases of 2³¹ elements."""
+    heads, side, window, block = 4, 3, 2, 16
+    b_kind, b_head = 2**31 - 16, 2**30 + 16
+    offsets = torch.zeros(heads * side * side, block, block, dtype=torch.int64, device=DEVICE)
+    unused = torch.zeros(16, dtype=torch.int8, device=DEVICE)
+    bias_offsets[(len(offsets),)](unused, offsets, heads, side, b_kind, b_head, row, window, block)
+    head, kind = torch.arange(heads)[:, None], torch.arange(side * side)
+    token = torch.arange(block).clamp(max=window**2 - 1)[:, None]
+    expected = (kind * b_kind + head * b_head).view(-1, 1, 1) + token * row + torch.arange(block)
+    assert expected.max() > 2**34
+    assert torch.equal(offsets.cpu(), expected)

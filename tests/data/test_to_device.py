@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.fake_gpu import NoHostWaits, fake_gpu
 from helpers.loading import load
 
 from data.samplers import replacement_indices
@@ -50,6 +51,54 @@ def test_channels_last_changes_the_layout_alone():
 
 def test_no_batches():
     assert list(to_device([], torch.device("cpu"), unchanged)) == []
+
+
+def test_on_a_gpu_a_batch_is_yielded_before_the_next_is_loaded(monkeypatch):
+    """And moved on a side stream, on which the current stream waits; the host does not."""
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name if isinstance(name, str) else "side"
+
+        def __enter__(self):
+            events.append(f"enter {self.name}")
+
+        def __exit__(self, *_):
+            events.append(f"leave {self.name}")
+
+        def record_event(self):
+            events.append(f"record {self.name}")
+            return self.name
+
+        def wait_event(self, event):
+            events.append(f"{self.name} waits for {event}")
+
+    def load_batches():
+        for index, batch in enumerate(batches(2)):
+            events.append(f"load {index}")
+            yield batch
+
+    def finish(images):
+        events.append("finish")
+        return images
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("current"))
+    used = []
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: used.append((tensor, stream.name))
+    )
+    moved = ["enter side", "finish", "record side", "leave side", "current waits for side"]
+    with fake_gpu(monkeypatch), NoHostWaits():
+        for index, batch in enumerate(to_device(load_batches(), torch.device("cuda"), finish)):
+            assert events == [f"load {index}", *moved]
+            assert all(tensor.is_cuda for tensor in batch)
+            assert [(id(tensor), stream) for tensor, stream in used] == [(id(x), "current") for x in batch]
+            events.clear()
+            used.clear()
+    assert index == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil.attention.maps import AttentionWeights
-from vil.attention.tracing import is_exporting
+from vil.attention.tracing import is_autocast_enabled, is_exporting
 from vil.config import ModelConfig, StageConfig, UserError
 
 
@@ -93,6 +93,20 @@ class Attention(nn.Module, ABC):
         """Prepare for a training step; the trainer calls it before each. Counted from 0."""
 
     @staticmethod
+    def projection_inputs(x: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Return x (any shape) `count` times, for projections that use them in this order.
+
+        Under autocast each `nn.Linear` would convert x to half precision, and autograd would save all copies:
+        here it is converted once. Results and gradients are the same, to the bit. A compiler merges equal
+        conversions itself.
+        """
+        is_traced = torch.compiler.is_compiling() or is_exporting()
+        if is_traced or x.dtype != torch.float32 or not is_autocast_enabled(x):
+            return (x,) * count
+        converted: tuple[Tensor, ...] = _ConvertOnce.apply(x, torch.get_autocast_dtype(x.device.type), count)
+        return converted
+
+    @staticmethod
     def count_globals(x: Tensor, size: tuple[int, int]) -> int:
         """Return the number of global tokens in x (B, G+N, C)."""
         return x.shape[1] - size[0] * size[1]
@@ -128,6 +142,32 @@ class Attention(nn.Module, ABC):
     def dropout_p(self) -> float:
         """Return the dropout probability of attention weights in the current mode."""
         return self.attention_dropout if self.training else 0.0
+
+
+class _ConvertOnce(torch.autograd.Function):
+    """Return x, float32, in half precision `count` times in the same memory; add the gradients in float32.
+
+    The gradients of a single result that is used `count` times would be added in half precision.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
+        converted = x.to(dtype)
+        return tuple(converted.detach() for _ in range(count))
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor, torch.dtype, int], output: object) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        last, *others = reversed(gradients)  # autograd adds them from the last use to the first
+        total = last.float()
+        for gradient in others:
+            total += gradient
+        return total, None, None
 
 
 class GlobalBias(nn.Module):

@@ -41,19 +41,20 @@ class GlobalMemoryAttention(Attention):
         """See `Attention.forward`."""
         num_globals = self.count_globals(x, size)
         split = [num_globals, x.shape[1] - num_globals]
-        key, value = self.split_heads_many(self.key_value(x), 2)  # (B, h, G+N, D)
+        inputs = self.projection_inputs(x, 2 if self.shares_projection else 4)
+        key, value = self.split_heads_many(self.key_value(inputs[0]), 2)  # (B, h, G+N, D)
         if self.shares_projection:
-            global_query, query = self.split_heads(self.query(x)).split(split, dim=2)
+            global_query, query = self.split_heads(self.query(inputs[1])).split(split, dim=2)
         else:
-            query = self.split_heads(self.query(x[:, num_globals:]))
+            query = self.split_heads(self.query(_tokens(inputs[1], slice(num_globals, None), x)))
         global_key, local_key = key.split(split, dim=2)
         global_value, local_value = value.split(split, dim=2)
         local = self.attend_local(Inputs(query, local_key, local_value, global_key, global_value), size)
         if not num_globals:
             return self.output_dropout(self.projection(self.merge_heads(local)))
         if not self.shares_projection:
-            global_query = self.split_heads(self.global_query(x[:, :num_globals]))
-            key, value = self.split_heads_many(self.global_key_value(x), 2)
+            global_query = self.split_heads(self.global_query(_tokens(inputs[2], slice(num_globals), x)))
+            key, value = self.split_heads_many(self.global_key_value(inputs[3]), 2)
         bias = None if self.global_bias is None else self.global_bias.global_query_bias(*split)
         memory = self.attend(global_query, key, value, bias)  # (B, h, G, D)
         if self.shares_projection:
@@ -121,6 +122,14 @@ class GlobalMemoryAttention(Attention):
         local = 2 * num_locals * (self.local_keys() + self.global_tokens) * self.dim
         memory = 2 * self.global_tokens * tokens * self.dim
         return projections + local + memory
+
+
+def _tokens(converted: Tensor, tokens: slice, x: Tensor) -> Tensor:
+    """Return some tokens of `converted` (B, T, C), contiguous unless it is x, as autocast would convert them.
+
+    A linear layer adds its bias before rounding only if the input is contiguous.
+    """
+    return x[:, tokens] if converted is x else converted[:, tokens].contiguous()
 
 
 class GlobalOnlyAttention(GlobalMemoryAttention):

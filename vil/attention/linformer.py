@@ -34,8 +34,9 @@ class LinformerAttention(Attention):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`. Raise ValueError if the number of tokens differs."""
         self._check_tokens(x, size)
-        query = self.split_heads(self.query(x))  # (B, h, G+N, D)
-        key, value = self.key_value(x).chunk(2, dim=-1)  # (B, G+N, C)
+        query_input, key_input = self.projection_inputs(x, 2)
+        query = self.split_heads(self.query(query_input))  # (B, h, G+N, D)
+        key, value = self.key_value(key_input).chunk(2, dim=-1)  # (B, G+N, C)
         value_mixture = self.key_mixture if self.value_mixture is None else self.value_mixture
         key = self.split_heads(self.key_mixture.t() @ key)  # (B, h, k, D)
         value = self.split_heads(value_mixture.t() @ value)

@@ -49,7 +49,7 @@ class PerformerAttention(Attention):
         features, width = self.random_projection.shape
         blocks = [_random_orthogonal(width)[: features - start] for start in range(0, features, width)]
         norms = torch.randn(features, width).norm(dim=1, keepdim=True)
-        self.random_projection.copy_(torch.cat(blocks) * norms)
+        self.random_projection.copy_(torch.cat(blocks) * norms, non_blocking=True)
 
     def set_training_progress(self, step: int, epoch: int) -> None:
         """See `Attention.set_training_progress`: redraw every 2 + 5·epoch steps, as in the paper.

@@ -32,23 +32,27 @@ class SpatialReductionAttention(Attention):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`."""
-        query = self.split_heads(self.query(x))  # (B, h, G+N, D)
-        key, value = self._keys_values(x, size)
+        query_input, map_input = self.projection_inputs(x, 2)
+        query = self.split_heads(self.query(query_input))  # (B, h, G+N, D)
+        key, value = self._keys_values(x, map_input, size)
         output = self.attend(query, key, value)
         return self.output_dropout(self.projection(self.merge_heads(output)))
 
     def attention_weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
         """See `Attention.attention_weights`; local keys are cells of r × r positions."""
         query = self.split_heads(self.query(x[:, queries]))  # (B, h, n, D)
-        key, _ = self._keys_values(x, size)
+        key, _ = self._keys_values(x, x, size)
         cells = (size[0] // self.reduction, size[1] // self.reduction)
         weights = softmax_weights(query, key)
         return AttentionWeights.from_flat(weights, None, self.count_globals(x, size), cells, self.reduction)
 
-    def _keys_values(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Return keys and values (B, h, G+N', D) of the global tokens and the reduced map."""
+    def _keys_values(self, x: Tensor, map_input: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Return keys and values (B, h, G+N', D) of the global tokens and the reduced map.
+
+        `map_input` is x, possibly in half precision, which the convolution would convert it to.
+        """
         num_globals = self.count_globals(x, size)
-        grid = x[:, num_globals:].transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
+        grid = map_input[:, num_globals:].transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
         reduced = self.reduce(grid).flatten(2)  # (B, C, N')
         # Instance norm without weights; F.instance_norm refuses a map of a single position.
         reduced = F.layer_norm(reduced, reduced.shape[-1:]).transpose(1, 2)  # (B, N', C)

@@ -9,6 +9,7 @@ and its result is a constant of the graph.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 @torch.compiler.assume_constant_result
@@ -21,3 +22,9 @@ def is_exporting() -> bool:
 def has_autocast(device_type: str) -> bool:
     """Return True if PyTorch has mixed precision for devices of this type, enabled or not."""
     return torch.amp.is_autocast_available(device_type)
+
+
+def is_autocast_enabled(tensor: Tensor) -> bool:
+    """Return True if autocast is on for the device of the tensor."""
+    device_type = tensor.device.type
+    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)

@@ -18,7 +18,7 @@ from vil.attention.local.chunked import chunked_attention
 from vil.attention.local.dense import dense_attention
 from vil.attention.local.gathered import gathered_attention
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec, Mask, keys_per_query
-from vil.attention.tracing import has_autocast, is_exporting
+from vil.attention.tracing import is_autocast_enabled, is_exporting
 from vil.config import UserError
 
 try:
@@ -122,7 +122,7 @@ def local_attention(
     if global_bias is not None and global_bias.shape != shape:
         raise ValueError(f"global_bias must be {shape}, got {tuple(global_bias.shape)}")
 
-    if _is_autocast_enabled(query):
+    if is_autocast_enabled(query):
         dtype = torch.get_autocast_dtype(query.device.type)
         inputs = inputs._replace(**{name: getattr(inputs, name).to(dtype) for name in inputs._fields[:5]})
     if not isinstance(neighbors, str):
@@ -201,10 +201,5 @@ def _check_tensors(inputs: Inputs, size: tuple[int, int]) -> None:
             raise ValueError(f"{name} must be ({', '.join(map(str, shape))}), got {tuple(tensor.shape)}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on {query.device} as the query, is on {tensor.device}")
-        if tensor.dtype != query.dtype and not _is_autocast_enabled(query):
+        if tensor.dtype != query.dtype and not is_autocast_enabled(query):
             raise ValueError(f"{name} must be {query.dtype} as the query, is {tensor.dtype}")
-
-
-def _is_autocast_enabled(tensor: Tensor) -> bool:
-    device_type = tensor.device.type
-    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)

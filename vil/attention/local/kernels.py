@@ -70,8 +70,8 @@ def _program_block(heads, rows, columns, WINDOW: tl.constexpr, BLOCK: tl.constex
     chunk = program // blocks % (rows * columns)
     image_head = program // blocks // (rows * columns)
     tokens = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    image = (image_head // heads).to(tl.int64)  # offsets may exceed 32 bits
-    return tokens, chunk // columns, chunk % columns, image, image_head % heads
+    image, head = (image_head // heads).to(tl.int64), (image_head % heads).to(tl.int64)  # factors of offsets
+    return tokens, chunk // columns, chunk % columns, image, head
 
 
 @triton.jit
@@ -161,19 +161,33 @@ def _chunk_tokens(m, chunk_row, chunk_column, H, W, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _chunk_kind(row, column, rows, columns, row_kinds, column_kinds, num_column_kinds):
+    """Return the kind of a chunk, by rows and columns."""
+    return _kind(row, rows, row_kinds) * num_column_kinds + _kind(column, columns, column_kinds)
+
+
+@triton.jit
 def _bias_pointer(
     bias, row, column, head, rows, columns, row_kinds, column_kinds, num_column_kinds, b_kind, b_head
 ):
-    """Return the pointer to the biases of a chunk and a head."""
-    kind = _kind(row, rows, row_kinds) * num_column_kinds + _kind(column, columns, column_kinds)
-    return bias + kind * b_kind + head * b_head
+    """Return the pointer to the biases of a chunk and a head; `head` has 64 bits."""
+    kind = _chunk_kind(row, column, rows, columns, row_kinds, column_kinds, num_column_kinds)
+    return bias + head * b_head + kind.to(tl.int64) * b_kind
+
+
+@triton.jit
+def _bias_pointers(bias, first, m, ROW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return the pointers (M, K) to the biases of the queries m of a chunk and its keys from `first` on."""
+    row = tl.minimum(m, WINDOW * WINDOW - 1)  # rows beyond the last are not stored
+    if WINDOW * WINDOW * ROW >= 2**31:
+        row = row.to(tl.int64)
+    return bias + row[:, None] * ROW + first + tl.arange(0, BLOCK_K)[None, :]
 
 
 @triton.jit
 def _load_bias(bias, first, m, ROW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K: tl.constexpr):
     """Load the biases (M, K) of the queries m of a chunk and its keys from index `first` on."""
-    row = tl.minimum(m, WINDOW * WINDOW - 1)  # rows beyond the last are not stored
-    return tl.load(bias + row[:, None] * ROW + first + tl.arange(0, BLOCK_K)[None, :]).to(tl.float32)
+    return tl.load(_bias_pointers(bias, first, m, ROW, WINDOW, BLOCK_K)).to(tl.float32)
 
 
 @triton.jit
@@ -381,7 +395,7 @@ def global_kernel(
     """
     head, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     target = head.to(tl.int64) * tl.num_programs(1) + part
-    image, head = (head // heads).to(tl.int64), head % heads
+    image, head = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     g = block * BLOCK_G + tl.arange(0, BLOCK_G)
     is_key = g < GLOBALS
     keys = _load_rows(global_key + image * gk_image + head * gk_head, g, gk_token, is_key, D, BLOCK_D)
@@ -433,7 +447,7 @@ def bias_kernel(
     n = block % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     row_offset, column_offset = _neighbor_offset(neighbor, NEIGHBORS)
     first = GLOBALS + block % blocks * BLOCK_K
-    biases = _load_bias(bias + head * b_head, first, m, ROW, WINDOW, BLOCK_K)
+    biases = _load_bias(bias + head.to(tl.int64) * b_head, first, m, ROW, WINDOW, BLOCK_K)
     result = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for index in range(part, images * rows * columns, tl.num_programs(0)):
         image = (index // (rows * columns)).to(tl.int64)
@@ -453,14 +467,12 @@ def bias_kernel(
         # Loaded one by one: as one block they would need more registers than available in float32.
         logsum = tl.load(statistics + 2 * query_index, mask=is_query, other=float("inf"))
         dot = tl.load(statistics + 2 * query_index + 1, mask=is_query, other=0.0)
-        chunk_bias = _bias_pointer(
-            hidden, row, column, 0, rows, columns, row_kinds, column_kinds, num_column_kinds, ROW, 0
-        )
-        hidden_bias = tl.load(chunk_bias + first + tl.arange(0, BLOCK_K)).to(tl.float32)
+        kind = _chunk_kind(row, column, rows, columns, row_kinds, column_kinds, num_column_kinds)
+        hidden_bias = tl.load(hidden + kind * ROW + first + tl.arange(0, BLOCK_K)).to(tl.float32)
         scores = _scores(queries, keys, biases, scale, BIAS_FIRST, PRECISION)
         weights = tl.exp2(scores + hidden_bias[None, :] - logsum[:, None])
         grad_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
         result += weights * (grad_weights - dot[:, None])
     target = grad_bias + (part.to(tl.int64) * heads + head) * WINDOW * WINDOW * KEYS
     is_valid = (m < WINDOW * WINDOW)[:, None] & (n < KEYS)[None, :]
-    tl.store(target + m[:, None] * KEYS + n[None, :], result, mask=is_valid)
+    tl.store(target + m.to(tl.int64)[:, None] * KEYS + n[None, :], result, mask=is_valid)
