@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from data.decoding import UnreadableImageError, decoding_errors
 from data.order import ORDER_VERSION
@@ -23,7 +23,7 @@ from data.unreadable_images import UnreadableImages
 from data.workers import init_worker, iterate
 from vil.config import UserError
 from vil.runtime.distributed import Process
-from vil.runtime.seeding import seeded
+from vil.runtime.seeding import seed_cpu_generators, seeded
 
 UnreadableImagePolicy = Literal["fail", "skip"]
 _logger = logging.getLogger("vil.data")
@@ -82,12 +82,18 @@ class TrainingViews(Dataset[object]):
         return Sample(None, unreadable[:1])
 
     def _view(self, index: int, key: Key) -> Sample[TrainSample]:
+        if get_worker_info() is not None:  # in a process in which nothing else draws
+            seed_cpu_generators(self.seed, "augmentation", *key)
+            return self._draw_view(index)
         with seeded(self.seed, "augmentation", *key):
-            sample = _load(self.source, index, self.transform)
-            if sample.content is None:
-                return Sample(None, sample.unreadable)
-            pixels, target = sample.content
-            return Sample((pixels, target, self.transform.draw_erasing(pixels.shape)))
+            return self._draw_view(index)
+
+    def _draw_view(self, index: int) -> Sample[TrainSample]:
+        sample = _load(self.source, index, self.transform)
+        if sample.content is None:
+            return Sample(None, sample.unreadable)
+        pixels, target = sample.content
+        return Sample((pixels, target, self.transform.draw_erasing(pixels.shape)))
 
 
 @dataclass(eq=False)

@@ -27,21 +27,25 @@ def seed_generators(seed: int, purpose: str, *key: int) -> None:
     torch.manual_seed(int(seed_sequence(seed, purpose, *key).generate_state(1, np.uint64)[0]))
 
 
-@contextmanager
-def seeded(seed: int, purpose: str, *key: int) -> Iterator[None]:
-    """Seed the global CPU generators of Python, NumPy and PyTorch inside, and restore them afterwards.
-
-    timm's and torchvision's transforms draw from all three; a training process that loads its own images
-    (workers 0) keeps its generators' states.
-    """
+def seed_cpu_generators(seed: int, purpose: str, *key: int) -> None:
+    """Seed the global CPU generators of Python, NumPy and PyTorch; transforms draw from all three."""
     sequence = seed_sequence(seed, purpose, *key)
     seeds = sequence.generate_state(5)
-    python_state = random.getstate()
-    numpy_generator = mtrand.get_bit_generator()  # replaced, which is faster than saving its state
-    torch_state = torch.get_rng_state()
     random.seed(seeds[:4].tobytes())
     mtrand.set_bit_generator(np.random.PCG64(sequence))
     torch.default_generator.manual_seed(int(seeds[4]))  # not torch.manual_seed: that seeds GPUs too
+
+
+@contextmanager
+def seeded(seed: int, purpose: str, *key: int) -> Iterator[None]:
+    """Seed the generators as `seed_cpu_generators` inside, and restore them afterwards.
+
+    A training process that loads its own images (workers 0) so keeps its generators' states.
+    """
+    python_state = random.getstate()
+    numpy_generator = mtrand.get_bit_generator()  # replaced, which is faster than saving its state
+    torch_state = torch.get_rng_state()
+    seed_cpu_generators(seed, purpose, *key)
     try:
         yield
     finally:
