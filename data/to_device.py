@@ -76,11 +76,8 @@ class NormalizeAndErase:
         The rectangles are on the CPU, so that nothing waits for the device.
         """
         # Not `contiguous().float()`, which keeps the strides of a gray image in the order (H, W, C).
-        normalized = torch.empty(images.shape, device=images.device)
-        # On a CPU image by image, so that pixels stay in cache between the operations.
-        parts = zip(normalized, images) if images.device.type == "cpu" else [(normalized, images)]
-        for target, source in parts:
-            target.copy_(source).div_(self._max_level).sub_(self.mean).div_(self.std)
+        normalized = torch.empty(images.shape, device=images.device).copy_(images)
+        normalized.div_(self._max_level).sub_(self.mean).div_(self.std)
         if erased is None or not len(erased.boxes):
             return normalized
         values = erased.values.to(images.device, non_blocking=True)
