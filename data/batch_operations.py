@@ -2,8 +2,8 @@
 
 Every function maps uint8 images (B, 3, H, W) to images of the same shape. They follow Pillow's C code, whose
 rounding is part of a recipe: results differ from Pillow's by at most one level, except where a coordinate
-falls on the edge of an image. None waits for the device: shapes do not depend on values, and numbers of the
-host are arguments of operators, not tensors to be copied.
+falls on the edge of an image. None waits for the device: shapes do not depend on values, and Python
+scalars are passed to operators, not copied as tensors.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class TrainingViews(Dataset[object]):
         return Sample(None, unreadable[:1])
 
     def _view(self, index: int, key: Key) -> Sample[TrainSample]:
-        if get_worker_info() is not None:  # in a process in which nothing else draws
+        if get_worker_info() is not None:  # which draws nothing else: no state to restore
             seed_cpu_generators(self.seed, "augmentation", *key)
             return self._draw_view(index)
         with seeded(self.seed, "augmentation", *key):

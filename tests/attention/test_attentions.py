@@ -383,3 +383,11 @@ def test_gradients_of_single_images_under_autocast():
     for index, image in enumerate(x):
         for key, gradient in grad(loss)(parameters, image).items():
             torch.testing.assert_close(together[key][index], gradient, atol=5e-2, rtol=5e-2)
+
+
+def test_autocast_to_float32_converts_nothing(monkeypatch):
+    """As on a GPU, whose autocast accepts float32: a gradient must not be added in place."""
+    monkeypatch.setattr("vil.attention.base.is_autocast_enabled", lambda _: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.float32)
+    x = torch.randn(2, 3, requires_grad=True) * 1
+    assert all(given is x for given in Attention.projection_inputs(x, 2))

@@ -73,21 +73,21 @@ def test_masks_neighbors_and_odd_sizes(masking, map_):
 @pytest.mark.parametrize(
     ("masking", "map_"), [(("exact", "all"), MAPS[0]), (("cyclic", 6), MAPS[2]), (("chunk", "all"), MAPS[1])]
 )
-def test_sums_that_begin_with_the_biases(monkeypatch, masking, map_):
+def test_biases_in_the_accumulator(monkeypatch, masking, map_):
     """As on GPUs of compute capability 9 in half precision."""
-    monkeypatch.setattr(fused, "_begins_with_bias", lambda *_: True)
+    monkeypatch.setattr(fused, "_bias_in_accumulator", lambda *_: True)
     size, window, global_tokens, bias = map_
     assert compare(size, window, global_tokens, bias, 8, mask=masking[0], neighbors=masking[1]) < 1e-4
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((8, 0), False), ((9, 0), True), ((10, 0), False)])
-def test_where_sums_begin_with_the_biases(monkeypatch, capability, expected):
+def test_where_biases_are_in_the_accumulator(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     gpu = torch.device("cuda")
-    assert fused._begins_with_bias(gpu, torch.bfloat16) == expected
-    assert not fused._begins_with_bias(gpu, torch.float32)
+    assert fused._bias_in_accumulator(gpu, torch.bfloat16) == expected
+    assert not fused._bias_in_accumulator(gpu, torch.float32)
     assert fused.bias_factor(gpu, torch.float16, 64) == (8 if expected else fused.LOG2E)
-    assert not fused._begins_with_bias(torch.device("cpu"), torch.float16)
+    assert not fused._bias_in_accumulator(torch.device("cpu"), torch.float16)
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 32, 96, 128])
@@ -256,7 +256,7 @@ def bias_offsets(
 
 @pytest.mark.parametrize("row", [2**29 - 16, 2**30])  # the last of 4 rows begins below and beyond 2³¹
 def test_offsets_of_biases_have_64_bits(row):
-    """Windows of 74 and more have biases of 2³¹ elements."""
+    """With three heads, the biases of windows of 48 and more have 2³¹ elements on some maps."""
     heads, side, window, block = 4, 3, 2, 16
     b_kind, b_head = 2**31 - 16, 2**30 + 16
     offsets = torch.zeros(heads * side * side, block, block, dtype=torch.int64, device=DEVICE)

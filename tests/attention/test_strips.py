@@ -110,11 +110,11 @@ def test_gradients_are_those_of_the_weights_that_were_dropped(monkeypatch, mask,
     assert torch.autograd.gradcheck(attend, tuple(inputs.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("has_fast_products", [True, False])
+@pytest.mark.parametrize("has_fast_matmul", [True, False])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_half_precision_with_and_without_autocast(monkeypatch, dtype, bound, has_fast_products):
+def test_half_precision_with_and_without_autocast(monkeypatch, dtype, bound, has_fast_matmul):
     """All gradients; and autocast changes nothing but the precision of queries, keys and values."""
-    monkeypatch.setattr(chunked, "_has_fast_products", lambda *_: has_fast_products)
+    monkeypatch.setattr(chunked, "_has_fast_matmul", lambda *_: has_fast_matmul)
     exact = make_inputs((14, 10), 4, 1, bias=True, head_dim=16, dtype=torch.float32)
     half = {name: x.detach().to(dtype) if "bias" not in name else x.detach() for name, x in exact.items()}
     half = {name: x.requires_grad_() for name, x in half.items()}
@@ -133,7 +133,7 @@ def test_half_precision_with_and_without_autocast(monkeypatch, dtype, bound, has
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_cpus_without_half_precision_products_compute_in_float32(monkeypatch, dtype, dropout):
     """Outputs and gradients are those of float32, rounded once."""
-    monkeypatch.setattr(chunked, "_has_fast_products", lambda _, dtype: dtype == torch.float32)
+    monkeypatch.setattr(chunked, "_has_fast_matmul", lambda _, dtype: dtype == torch.float32)
     single = make_inputs((13, 10), 4, 1, bias=True, head_dim=8, dtype=torch.float32)
     half = {name: x.detach().to(dtype) if "bias" not in name else x.detach() for name, x in single.items()}
     results = []

@@ -35,7 +35,10 @@ def compile_rows(*options):
 
 @pytest.mark.slow
 def test_half_precision_fits():
-    """No register spills for the head widths of all published models, except 8 bytes of one kernel."""
+    """No register spills for the head widths of all published models, except 8 bytes of one kernel.
+
+    That kernel needs all 255 registers; which width spills differs between versions of Triton.
+    """
     rows = compile_rows(
         "--capabilities", "80", "90", "--precisions", "bfloat16", "--widths", "32", "48", "64"
     )

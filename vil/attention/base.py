@@ -103,8 +103,11 @@ class Attention(nn.Module, ABC):
         is_traced = torch.compiler.is_compiling() or is_exporting()
         if is_traced or x.dtype != torch.float32 or not is_autocast_enabled(x):
             return (x,) * count
-        converted: tuple[Tensor, ...] = _ConvertOnce.apply(x, torch.get_autocast_dtype(x.device.type), count)
-        return converted
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if dtype == torch.float32:
+            return (x,) * count
+        cast: tuple[Tensor, ...] = _CastOnce.apply(x, dtype, count)
+        return cast
 
     @staticmethod
     def count_globals(x: Tensor, size: tuple[int, int]) -> int:
@@ -144,18 +147,19 @@ class Attention(nn.Module, ABC):
         return self.attention_dropout if self.training else 0.0
 
 
-class _ConvertOnce(torch.autograd.Function):
-    """Return x, float32, in half precision `count` times in the same memory; add the gradients in float32.
+class _CastOnce(torch.autograd.Function):
+    """Return x, float32, in half precision `count` times; add the gradients in float32.
 
-    The gradients of a single result that is used `count` times would be added in half precision.
+    The results share their memory, which autograd does not know: do not modify them in
+    place. The gradients of a single result that is used `count` times would be added in half precision.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
-        converted = x.to(dtype)
-        return tuple(converted.detach() for _ in range(count))
+        cast = x.to(dtype)
+        return tuple(cast.detach() for _ in range(count))
 
     @staticmethod
     def setup_context(ctx: object, inputs: tuple[Tensor, torch.dtype, int], output: object) -> None:

@@ -40,7 +40,7 @@ def seed_cpu_generators(seed: int, purpose: str, *key: int) -> None:
 def seeded(seed: int, purpose: str, *key: int) -> Iterator[None]:
     """Seed the generators as `seed_cpu_generators` inside, and restore them afterwards.
 
-    A training process that loads its own images (workers 0) so keeps its generators' states.
+    A training process that loads its own images (workers 0) thereby keeps the state of its generators.
     """
     python_state = random.getstate()
     numpy_generator = mtrand.get_bit_generator()  # replaced, which is faster than saving its state

@@ -106,8 +106,8 @@ class _ChunkedAttention:
         self.batch, self.heads, _, self.width = inputs.query.shape
         self.num_globals = inputs.global_key.shape[2]
         self.scale = self.width**-0.5
-        has_fast_products = _has_fast_products(inputs.query.device, inputs.query.dtype)
-        self.dtype = inputs.query.dtype if has_fast_products else inputs.score_dtype
+        has_fast_matmul = _has_fast_matmul(inputs.query.device, inputs.query.dtype)
+        self.dtype = inputs.query.dtype if has_fast_matmul else inputs.score_dtype
         """Type of the strips, and of products."""
         self.window_bias = window_bias(inputs, spec)  # (h or 1, w, w, 3w, 3w)
         self.biases: dict[Hashable, Tensor] = {}
@@ -302,7 +302,7 @@ class _ChunkedAttention:
         return across.unfold(3, columns.stop - columns.start, side).permute(0, 3, 1, 2, 5, 4)
 
 
-def _has_fast_products(device: torch.device, dtype: torch.dtype) -> bool:
+def _has_fast_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     """Return False for a half precision that this CPU does not multiply; PyTorch's fallback is slow."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return True

@@ -69,13 +69,13 @@ class _KernelCall:
         self.block_m, self.block_k, self.stages = blocks
         self.true_scale = self.width**-0.5
         self.scale = self.true_scale * LOG2E  # of the products of queries and keys
-        self.bias_first = _begins_with_bias(self.query.device, self.query.dtype)
+        self.bias_in_accumulator = _bias_in_accumulator(self.query.device, self.query.dtype)
         self.bias_factor = bias_factor(self.query.device, self.query.dtype, self.width)
         size = (*spec.size, self.rows, self.columns)
         self.geometry = (*self.borders.kinds, self.heads, *size, self.scale)
 
     def query_bias(self) -> Tensor | None:
-        """Return the biases of a chunk's queries times a factor, in the inputs' precision; None without any.
+        """Return the scaled biases of a chunk's queries, in the inputs' precision; None if there are none.
 
         (h or 1, t, columns): global keys, local keys in order, padding.
         """
@@ -92,7 +92,9 @@ class _KernelCall:
         return bias
 
     def key_bias(self) -> Tensor | None:
-        """Return the same of a chunk's keys, (h or 1, t, columns): queries in order, padding.
+        """Return the biases of a chunk's keys, scaled as in `query_bias`.
+
+        (h or 1, t, columns): queries in order, padding.
 
         A query at chunk offset s sees the key at chunk offset −s.
         """
@@ -154,7 +156,7 @@ class _KernelCall:
         return {
             "D": self.width,
             "BLOCK_D": max(16, triton.next_power_of_2(self.width)),
-            "BIAS_FIRST": self.bias_first,
+            "BIAS_IN_ACCUMULATOR": self.bias_in_accumulator,
             "PRECISION": _precision(self.query.dtype),
             "num_warps": 4,
             "num_stages": self.stages,
@@ -368,18 +370,18 @@ def _blocks(per_chunk: int, keys: int, width: int, dtype: torch.dtype) -> tuple[
 
 
 def bias_factor(device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """Return the factor of biases: 1 / scale where the sums of products begin with them, else log₂e.
+    """Return the factor of biases: 1 / scale where accumulators are initialized with them, else log₂e.
 
     The biases are multiplied by it, and then rounded to the precision of the queries.
     """
-    return width**0.5 if _begins_with_bias(device, dtype) else LOG2E
+    return width**0.5 if _bias_in_accumulator(device, dtype) else LOG2E
 
 
-def _begins_with_bias(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return True if the sums of the kernels' products begin with the biases.
+def _bias_in_accumulator(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return True if the accumulators of the query–key products are initialized with the biases.
 
-    Compiled for compute capability 9 in half precision, this takes fewer instructions, registers and shared
-    memory; for others more registers, which are then spilled.
+    Compiled for compute capability 9 in half precision, this saves instructions and shared memory; for others
+    it takes more registers, which are then spilled.
     """
     return major_capability(device) == 9 and dtype != torch.float32
 

@@ -146,7 +146,7 @@ def _key_block(
 def _index_range(
     row, rows, KEYS: tl.constexpr, WINDOW: tl.constexpr, NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr
 ):
-    """Return the range of indices that a chunk needs: without the rows of chunks above and below the map."""
+    """Return the range of key indices of a chunk, excluding rows of chunks above and below the map."""
     if NEIGHBORS == "all" and not CYCLIC:
         row_of_chunks: tl.constexpr = 3 * WINDOW * WINDOW
         return tl.where(row == 0, row_of_chunks, 0), tl.where(row == rows - 1, 2, 3) * row_of_chunks
@@ -191,12 +191,12 @@ def _load_bias(bias, first, m, ROW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K:
 
 
 @triton.jit
-def _scores(left, right, bias, scale, BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(left, right, bias, scale, BIAS_IN_ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr):
     """Return the scores (a, b) of queries and keys (a, D) and (b, D), in either order, times log₂e.
 
-    With BIAS_FIRST the sum of the products begins with the biases, which are divided by `scale`.
+    With BIAS_IN_ACCUMULATOR the accumulator is initialized with the biases, which are divided by `scale`.
     """
-    if BIAS_FIRST:
+    if BIAS_IN_ACCUMULATOR:
         return tl.dot(left, tl.trans(right), bias, input_precision=PRECISION) * scale
     return tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale + bias
 
@@ -224,7 +224,7 @@ def forward_kernel(
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr, GLOBALS: tl.constexpr,
     NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr, ALIGNED: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_IN_ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute output and logarithm of the sum of exponentials for a block of queries of one chunk."""
     m, row, column, image, head = _program_block(heads, rows, columns, WINDOW, BLOCK_M)
@@ -246,7 +246,7 @@ def forward_kernel(
             KEYS, WINDOW, GLOBALS, NEIGHBORS, CYCLIC, ALIGNED, D, BLOCK_D, BLOCK_K,
         )  # fmt: skip
         biases = _load_bias(bias, first, m, ROW, WINDOW, BLOCK_K)
-        scores = _scores(queries, keys, biases, scale, BIAS_FIRST, PRECISION)
+        scores = _scores(queries, keys, biases, scale, BIAS_IN_ACCUMULATOR, PRECISION)
         maximum, total, result = _accumulate(scores, values, maximum, total, result, PRECISION)
     result = result / total[:, None]
     _store_rows(output + image * o_image + head * o_head, token, o_token, is_query, result, D, BLOCK_D)
@@ -265,7 +265,7 @@ def query_kernel(
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr, GLOBALS: tl.constexpr,
     NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr, ALIGNED: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_IN_ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of a block of queries, and the statistics that the other kernels load."""
     m, row, column, image, head = _program_block(heads, rows, columns, WINDOW, BLOCK_M)
@@ -292,7 +292,7 @@ def query_kernel(
             KEYS, WINDOW, GLOBALS, NEIGHBORS, CYCLIC, ALIGNED, D, BLOCK_D, BLOCK_K,
         )  # fmt: skip
         biases = _load_bias(bias, first, m, ROW, WINDOW, BLOCK_K)
-        scores = _scores(queries, keys, biases, scale, BIAS_FIRST, PRECISION)
+        scores = _scores(queries, keys, biases, scale, BIAS_IN_ACCUMULATOR, PRECISION)
         weights = tl.exp2(scores - logsum[:, None])
         grad_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
         grad_scores = weights * (grad_weights - dot[:, None])
@@ -315,7 +315,7 @@ def _statistics(statistics, query_index, is_valid):
 @triton.jit
 def _accumulate_gradients(
     key, value, query, upstream, logsum, dot, scale, bias, grad_keys, grad_values,
-    BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_IN_ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients from a block of queries (M, D) to those of keys and values (K, D); bias is (K, M).
 
@@ -324,7 +324,7 @@ def _accumulate_gradients(
     Returns:
         The two sums, and the gradients of the scores (K, M) before scaling.
     """
-    scores = _scores(key, query, bias, scale, BIAS_FIRST, PRECISION)
+    scores = _scores(key, query, bias, scale, BIAS_IN_ACCUMULATOR, PRECISION)
     weights = tl.exp2(scores - logsum[None, :])
     grad_values = tl.dot(weights.to(upstream.dtype), upstream, grad_values, input_precision=PRECISION)
     grad_weights = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
@@ -342,7 +342,7 @@ def key_kernel(
     heads, H, W, rows, columns, scale, true_scale,
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr,
     NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BIAS_IN_ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a block of keys of one chunk and of their values.
 
@@ -374,7 +374,7 @@ def key_kernel(
         biases = _load_bias(bias, first, n, ROW, WINDOW, BLOCK_M)
         grad_keys, grad_values, _ = _accumulate_gradients(
             keys, values, queries, upstream, logsum, dot, scale, biases, grad_keys, grad_values,
-            BIAS_FIRST, PRECISION,
+            BIAS_IN_ACCUMULATOR, PRECISION,
         )  # fmt: skip
     grad_keys *= true_scale
     _store_rows(grad_key + image * o_image + head * o_head, token, o_token, is_key, grad_keys, D, BLOCK_D)
@@ -387,7 +387,7 @@ def global_kernel(
     q_image, q_head, q_token, gk_image, gk_head, gk_token, gv_image, gv_head, gv_token,
     d_image, d_head, d_token, b_head, heads, tokens, tokens_per_part, scale, true_scale,
     GLOBALS: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BIAS_IN_ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a block of global keys, their values and biases, from a part of the queries.
 
@@ -418,7 +418,7 @@ def global_kernel(
         logsum = tl.where(is_query, logsum, float("inf"))
         grad_keys, grad_values, grad_scores = _accumulate_gradients(
             keys, values, queries, upstream, logsum, dot, scale, biases, grad_keys, grad_values,
-            BIAS_FIRST, PRECISION,
+            BIAS_IN_ACCUMULATOR, PRECISION,
         )  # fmt: skip
         grad_biases += tl.sum(grad_scores, axis=1)
     grad_keys *= true_scale
@@ -435,7 +435,7 @@ def bias_kernel(
     heads, H, W, rows, columns, scale,
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr, GLOBALS: tl.constexpr,
     NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BIAS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BIAS_IN_ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of a block of a head's local biases, summed over a part of all chunks and images.
 
@@ -469,7 +469,7 @@ def bias_kernel(
         dot = tl.load(statistics + 2 * query_index + 1, mask=is_query, other=0.0)
         kind = _chunk_kind(row, column, rows, columns, row_kinds, column_kinds, num_column_kinds)
         hidden_bias = tl.load(hidden + kind * ROW + first + tl.arange(0, BLOCK_K)).to(tl.float32)
-        scores = _scores(queries, keys, biases, scale, BIAS_FIRST, PRECISION)
+        scores = _scores(queries, keys, biases, scale, BIAS_IN_ACCUMULATOR, PRECISION)
         weights = tl.exp2(scores + hidden_bias[None, :] - logsum[:, None])
         grad_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
         result += weights * (grad_weights - dot[:, None])
