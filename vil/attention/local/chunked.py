@@ -86,8 +86,11 @@ def backward(
                 grad_scores, dropped = grad_scores.to(queries.dtype), dropped.to(queries.dtype)
                 grad_queries = work.product("output", grad_scores, keys[:, chunk.keys])
                 work.store(grad_query, strip, chunk, grad_queries, work.scale)
-                work.add_product(grad_keys[:, chunk.keys], grad_scores.transpose(1, 2), queries[:, index])
-                work.add_product(grad_values[:, chunk.keys], dropped.transpose(1, 2), upstream[:, index])
+                # Not `baddbmm_`, which rounds otherwise: runs would not continue bit-identically.
+                part = work.product("part", grad_scores.transpose(1, 2), queries[:, index])
+                grad_keys[:, chunk.keys].add_(part)
+                part = work.product("part", dropped.transpose(1, 2), upstream[:, index])
+                grad_values[:, chunk.keys].add_(part)
             work.add_keys(grad_key, grad_global_key, strip, grad_keys)
             work.add_keys(grad_value, grad_global_value, strip, grad_values)
     for gradient_out, total in zip(gradients[1:5], sums):
@@ -154,13 +157,6 @@ class _ChunkedAttention:
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """Multiply matrices into the buffer `name`: (n, a, b) and (n, b, c) → (n, a, c)."""
         return torch.bmm(left, right, out=self.buffer(name, *left.shape[:2], right.shape[2]))
-
-    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add the product of matrices to `total`: (n, a, b) and (n, b, c) to (n, a, c)."""
-        if total.dtype == left.dtype:
-            total.baddbmm_(left, right)
-        else:
-            total.add_(self.product("part", left, right))
 
     def load_queries(self, name: str, grid: Tensor, strip: Strip, factor: float = 1.0) -> Tensor:
         """Copy a strip's queries from a grid, times a factor: (B, h, H, W, D) → (n, H·columns, D)."""
