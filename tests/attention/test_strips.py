@@ -146,3 +146,15 @@ def test_cpus_without_half_precision_products_compute_in_float32(monkeypatch, dt
         results.append([output, *(x.grad for x in tensors.values())])
     for rounded, exact in zip(*results, strict=True):
         assert torch.equal(rounded, exact.to(rounded.dtype))
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_products_are_those_that_pytorch_has_instructions_for(monkeypatch, is_supported):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_supported)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: not is_supported)
+    assert chunked._has_fast_matmul(cpu, torch.bfloat16) == is_supported
+    assert chunked._has_fast_matmul(cpu, torch.float16) != is_supported
+    assert chunked._has_fast_matmul(cpu, torch.float32)
+    assert chunked._has_fast_matmul(cpu, torch.float64)
+    assert chunked._has_fast_matmul(gpu, torch.bfloat16)
