@@ -7,12 +7,19 @@ import torch
 from helpers.tiny_run import STEPS, load_last, make_config, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 
 from vil.runtime.run_files import METRICS
 from vil.training.metrics_log import cut_metrics
 from vil.training.run_log import RunLog
 from vil.training.tensorboard_log import TensorBoardLog
 from vil.training.trainer import Monitoring
+
+
+@pytest.fixture(autouse=True)
+def _files_in_order(monkeypatch: pytest.MonkeyPatch):
+    """TensorBoard sorts files that a process writes in one second by number, as text: 10 before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
 def read(folder: Path) -> list[dict]:
