@@ -19,7 +19,8 @@ Item = TypeVar("Item")
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
 _SHARED_MEMORY_ERRORS = re.compile(
-    r"shared memory.*(No space left|Bus error)|Bus error.*shared memory|unable to write to file </torch_",
+    r"unable to (allocate shared memory|write to file </torch_)|"
+    r"shared memory.*(No space left|Bus error)|Bus error.*shared memory",
     re.DOTALL,
 )
 _PARENT_POLL_S = 1.0

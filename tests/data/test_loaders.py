@@ -301,6 +301,7 @@ def test_too_little_shared_memory_is_a_one_line_error_with_advice():
             UserError,
         ),
         ("unable to write to file </torch_1_2_0>: No space left on device (28)", UserError),
+        ("unable to allocate shared memory(shm) for file </torch_1_2_0>: Success (0)", UserError),  # 2.11
         ("DataLoader worker (pid 7) is killed by signal: Killed. ", RuntimeError),
     ],
 )
