@@ -6,14 +6,15 @@ import pytest
 import torch
 from helpers.attention_builder import build_attention
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from vil.attention import ATTENTIONS
-from vil.attention.base import Attention
+from vil.attention.base import Attention, ProjectedTokens
 from vil.attention.local import BACKENDS
 from vil.config import AttentionName, ModelConfig, UserError
 from vil.evaluation.cost import saved_bytes
@@ -383,6 +384,92 @@ def test_gradients_of_single_images_under_autocast():
     for index, image in enumerate(x):
         for key, gradient in grad(loss)(parameters, image).items():
             torch.testing.assert_close(together[key][index], gradient, atol=5e-2, rtol=5e-2)
+
+
+GLOBAL_MEMORY = {
+    "shared": {},
+    "separate": {"share_global_projection": False},
+    "no global tokens": {"global_tokens": 0},
+    "relative": {"position": "relative"},
+}
+
+
+def split_by_autograd(attention, x, count, num_globals):
+    split = [num_globals, x.shape[1] - num_globals]
+    heads = (attention.split_heads(part) for part in x.chunk(count, dim=-1))
+    return tuple(ProjectedTokens(tokens, *tokens.split(split, dim=2)) for tokens in heads)
+
+
+def gradients(attention, x):
+    return torch.autograd.grad(attention(x, SIZE).square().sum(), (x, *attention.parameters()))
+
+
+@pytest.mark.parametrize("options", GLOBAL_MEMORY.values(), ids=GLOBAL_MEMORY)
+def test_gradients_of_projections_in_one_tensor_have_the_same_bits(options, monkeypatch):
+    attention = build("vision_longformer", **options)
+    x = tokens(attention).requires_grad_()
+    found = gradients(attention, x)
+    monkeypatch.setattr(Attention, "split_projection", split_by_autograd)
+    for ours, expected in zip(found, gradients(attention, x), strict=True):
+        assert torch.equal(ours, expected)
+
+
+class WrittenBytes(TorchDispatchMode):
+    """Count the bytes that operators write which copy, pad or add gradients."""
+
+    NAMES = ("cat", "stack", "clone", "copy_", "add", "add_", "zeros", "slice_backward", "select_backward")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in self.NAMES:
+            self.count += result.nbytes
+        return result
+
+
+def test_gradients_of_projections_are_copied_less_often(monkeypatch):
+    def written_bytes():
+        output = attention(x, SIZE).square().sum()
+        with WrittenBytes() as written:
+            output.backward()
+        return written.count
+
+    attention = build("vision_longformer", dim=48)
+    x = tokens(attention, batch=8).requires_grad_()
+    found = written_bytes()
+    monkeypatch.setattr(Attention, "split_projection", split_by_autograd)
+    assert found < 0.6 * written_bytes()
+
+
+def test_gradients_of_gradients_and_of_single_images():
+    attention = build("global_only")
+    x = tokens(attention).requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        (first,) = torch.autograd.grad(attention(x, SIZE).square().sum(), x, create_graph=True)
+        assert torch.autograd.grad(first.square().sum(), x)[0].norm() > 0
+        per_image = vmap(grad(lambda image: attention(image[None], SIZE).square().sum()))(x.detach())
+    torch.testing.assert_close(per_image, first)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_forward_mode_derivatives_agree_with_gradients(precision):
+    attention = build("global_only")
+    x, direction = tokens(attention), tokens(attention).flip(1)
+
+    def loss(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            return attention(x * 1, SIZE).float().square().sum()  # not a leaf, which autocast remembers
+
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
+        _, derivative = jvp(loss, (x,), (direction,))
+    expected = (grad(loss)(x) * direction).sum()
+    torch.testing.assert_close(
+        derivative, expected, rtol=5e-2 if precision == torch.bfloat16 else 1e-5, atol=1e-3
+    )
 
 
 def test_autocast_to_float32_converts_nothing(monkeypatch):

@@ -7,7 +7,7 @@ C channels, D = C / h head width. Every attention maps x (B, G+N, C), global tok
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,17 @@ from torch.nn import functional as F
 from vil.attention.maps import AttentionWeights
 from vil.attention.tracing import is_autocast_enabled, is_exporting
 from vil.config import ModelConfig, StageConfig, UserError
+
+
+class ProjectedTokens(NamedTuple):
+    """A projection of all tokens, and its two parts: views of the same memory."""
+
+    all_tokens: Tensor
+    """(B, h, G+N, D)."""
+    global_tokens: Tensor
+    """(B, h, G, D)."""
+    local_tokens: Tensor
+    """(B, h, N, D)."""
 
 
 class Attention(nn.Module, ABC):
@@ -120,7 +131,20 @@ class Attention(nn.Module, ABC):
 
     def split_heads_many(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
         """Split (B, T, count·C) → `count` tensors (B, h, T, D)."""
-        return x.unflatten(-1, (count, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return _to_heads(x, self.heads, count).unbind(0)
+
+    def split_projection(self, x: Tensor, count: int, num_globals: int) -> tuple[ProjectedTokens, ...]:
+        """Split (B, G+N, count·C) into heads, and into global and local tokens.
+
+        Autograd would pad, add, stack and copy the gradients of these views one after the other: here they
+        are written to one tensor of the shape of x. Results and gradients are the same, to the bit. A
+        compiler fuses these operations itself.
+        """
+        if torch.compiler.is_compiling() or is_exporting():
+            views = _split_projection(x, self.heads, count, num_globals)
+        else:
+            views = _SplitProjection.apply(x, self.heads, count, num_globals)
+        return tuple(ProjectedTokens(*views[first : first + 3]) for first in range(0, 3 * count, 3))
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """Reshape (B, h, T, D) → (B, T, C)."""
@@ -162,16 +186,73 @@ class _CastOnce(torch.autograd.Function):
         return tuple(cast.detach() for _ in range(count))
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor, torch.dtype, int], output: object) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype, int], output: object) -> None:
+        _, ctx.dtype, ctx.count = inputs
 
     @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         last, *others = reversed(gradients)  # autograd adds them from the last use to the first
         total = last.float()
         for gradient in others:
             total += gradient
         return total, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, ...]:
+        return _CastOnce.forward(tangent, ctx.dtype, ctx.count)
+
+
+def _to_heads(x: Tensor, heads: int, count: int) -> Tensor:
+    """Reshape (B, T, count·C) → (count, B, h, T, D), a view."""
+    return x.unflatten(-1, (count, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _split_projection(x: Tensor, heads: int, count: int, num_globals: int) -> tuple[Tensor, ...]:
+    """Split (B, G+N, count·C) → the three views of `ProjectedTokens`, `count` times."""
+    views: list[Tensor] = []
+    for tokens in _to_heads(x, heads, count).unbind(0):
+        views += tokens, tokens[:, :, :num_globals], tokens[:, :, num_globals:]
+    return tuple(views)
+
+
+class _SplitProjection(torch.autograd.Function):
+    """`_split_projection` whose backward pass writes the gradients of all views to one tensor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, heads: int, count: int, num_globals: int) -> tuple[Tensor, ...]:
+        return _split_projection(x, heads, count, num_globals)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int, int], output: object) -> None:
+        x, ctx.heads, ctx.count, ctx.num_globals = inputs
+        ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        given = next((gradient for gradient in gradients if gradient is not None), None)
+        if given is None:
+            return None, None, None, None
+        total = given.new_empty(ctx.shape)
+        targets = _to_heads(total, ctx.heads, ctx.count)
+        for index in range(ctx.count):
+            whole, *parts = gradients[3 * index : 3 * index + 3]
+            if whole is not None:
+                targets[index].copy_(whole)
+            ranges = slice(ctx.num_globals), slice(ctx.num_globals, None)
+            for part, tokens in zip(parts, ranges):
+                target = targets[index, :, :, tokens]
+                if whole is None:
+                    target.zero_() if part is None else target.copy_(part)
+                elif part is not None:
+                    target.add_(part)
+        return total, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, ...]:
+        return _split_projection(tangent, ctx.heads, ctx.count, ctx.num_globals)
 
 
 class GlobalBias(nn.Module):

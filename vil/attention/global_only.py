@@ -42,21 +42,22 @@ class GlobalMemoryAttention(Attention):
         num_globals = self.count_globals(x, size)
         split = [num_globals, x.shape[1] - num_globals]
         inputs = self.projection_inputs(x, 2 if self.shares_projection else 4)
-        key, value = self.split_heads_many(self.key_value(inputs[0]), 2)  # (B, h, G+N, D)
+        key, value = self.split_projection(self.key_value(inputs[0]), 2, num_globals)
         if self.shares_projection:
-            global_query, query = self.split_heads(self.query(inputs[1])).split(split, dim=2)
+            (queries,) = self.split_projection(self.query(inputs[1]), 1, num_globals)
+            global_query, query = queries.global_tokens, queries.local_tokens
         else:
             query = self.split_heads(self.query(_tokens(inputs[1], slice(num_globals, None), x)))
-        global_key, local_key = key.split(split, dim=2)
-        global_value, local_value = value.split(split, dim=2)
-        local = self.attend_local(Inputs(query, local_key, local_value, global_key, global_value), size)
+        local_keys = (key.local_tokens, value.local_tokens)
+        global_keys = (key.global_tokens, value.global_tokens)
+        local = self.attend_local(Inputs(query, *local_keys, *global_keys), size)
         if not num_globals:
             return self.output_dropout(self.projection(self.merge_heads(local)))
         if not self.shares_projection:
             global_query = self.split_heads(self.global_query(_tokens(inputs[2], slice(num_globals), x)))
-            key, value = self.split_heads_many(self.global_key_value(inputs[3]), 2)
+            key, value = self.split_projection(self.global_key_value(inputs[3]), 2, num_globals)
         bias = None if self.global_bias is None else self.global_bias.global_query_bias(*split)
-        memory = self.attend(global_query, key, value, bias)  # (B, h, G, D)
+        memory = self.attend(global_query, key.all_tokens, value.all_tokens, bias)  # (B, h, G, D)
         if self.shares_projection:
             return self.output_dropout(self.projection(self.merge_heads(torch.cat([memory, local], dim=2))))
         memory = self.global_projection(self.merge_heads(memory))
