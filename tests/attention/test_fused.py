@@ -151,6 +151,15 @@ def test_heads_interleaved_with_tokens_as_in_projections():
     assert inputs["value"].grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["value", "global_key"])
+def test_keys_and_values_with_different_strides(name):
+    inputs = make_inputs((3, 4), 2, 3, True, head_dim=8, dtype=torch.float32, device=DEVICE)
+    inputs[name] = inputs[name].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    options = {"size": (3, 4), "window": 2}
+    found, expected = (run(inputs, **options, backend=backend) for backend in ("fused", "dense"))
+    assert largest_difference(found, expected) < 1e-4
+
+
 def test_saved_tensors_may_return_with_other_strides():
     """For example from `save_on_cpu`, or any hook that makes them contiguous."""
     inputs = make_inputs((3, 4), 2, 1, bias=True, dtype=torch.float32, device=DEVICE, batch=1)

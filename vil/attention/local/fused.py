@@ -56,8 +56,10 @@ class _KernelCall:
 
     def __init__(self, inputs: Inputs, spec: LocalAttentionSpec) -> None:
         self.inputs, self.spec = inputs, spec
-        self.tensors = tuple(map(_as_loadable, inputs[:5]))
-        self.query, _, _, self.global_key, self.global_value = self.tensors
+        self.query = _as_loadable(inputs.query)
+        self.key, self.value = _with_equal_strides(inputs.key, inputs.value)
+        self.global_key, self.global_value = _with_equal_strides(inputs.global_key, inputs.global_value)
+        self.tensors = (self.query, self.key, self.value, self.global_key, self.global_value)
         self.batch, self.heads, self.tokens, self.width = inputs.query.shape
         self.num_globals = inputs.global_key.shape[2]
         self.rows, self.columns = (-(-length // spec.window) for length in spec.size)
@@ -243,7 +245,7 @@ def launch_forward(inputs: Inputs, spec: LocalAttentionSpec) -> tuple[Tensor, Te
     output = like_tokens(inputs.query)
     sums = inputs.query.new_empty(inputs.query.shape[:3], dtype=torch.float32)
     bias, *bias_strides, row = _combine_bias(call.query_bias(), call.hidden_keys())
-    strides = _strides(*call.tensors, output)
+    strides = _strides(call.query, call.key, call.global_key, output)
     with call.on_device():
         kernels.forward_kernel[(call.programs(call.block_m),)](
             *(*call.tensors, bias, inputs.neighbor, output, sums),
@@ -267,10 +269,9 @@ def launch_backward(
     gradients = empty_gradients(inputs, needs_bias_grad)
     gradient, output = _as_loadable(gradient), _as_loadable(output)
     statistics = sums.new_empty(*sums.shape, 2)  # per query, computed by the first kernel for the others
-    local = call.tensors[:3]
     query_bias, hidden = call.query_bias(), call.hidden_keys()
     bias, *bias_strides, row = _combine_bias(query_bias, hidden)
-    strides = _strides(*call.tensors, output, gradient, gradients[0])
+    strides = _strides(call.query, call.key, call.global_key, output, gradient, gradients[0])
     with call.on_device():
         kernels.query_kernel[(call.programs(call.block_m),)](
             *(*call.tensors, bias, inputs.neighbor, output, sums, gradient, statistics, gradients[0]),
@@ -279,10 +280,10 @@ def launch_backward(
             **call.query_arguments(),
         )
         bias, *bias_strides, row = _combine_bias(call.key_bias(), call.hidden_queries())
-        strides = _strides(*local, gradient, gradients[1])
+        strides = _strides(call.query, call.key, gradient, gradients[1])
         blocks = {"BLOCK_M": call.block_k, "BLOCK_K": call.block_m}
         kernels.key_kernel[(call.programs(call.block_m),)](
-            *(*local, bias, inputs.neighbor, statistics, gradient, gradients[1], gradients[2]),
+            *(*call.tensors[:3], bias, inputs.neighbor, statistics, gradient, gradients[1], gradients[2]),
             *(*strides, *bias_strides, *call.geometry, call.true_scale),
             ROW=row,
             **(call.chunk_arguments() | blocks),
@@ -314,7 +315,7 @@ def _fill_global_gradients(
     bias_or_unused = call.query if bias is None else bias
     kernels.global_kernel[(call.batch * call.heads, num_parts, blocks)](
         *(*tensors, bias_or_unused, statistics, gradient, grad_key, grad_value, grad_bias),
-        *(*_strides(*tensors, gradient), _head_stride(bias)),
+        *(*_strides(call.query, call.global_key, gradient), _head_stride(bias)),
         *(call.heads, call.tokens, tokens_per_part, call.scale, call.true_scale),
         **{"GLOBALS": call.num_globals, "HAS_BIAS": bias is not None},
         **{"BLOCK_M": call.block_m, "BLOCK_G": block, **call.common_arguments()},
@@ -337,7 +338,7 @@ def _table_gradient(
     options["num_warps"] = 8  # the sum of scores needs many registers
     kernels.bias_kernel[(num_parts, blocks, call.heads)](
         *(*tensors, bias, hidden, call.inputs.neighbor, statistics, gradient, grad_bias),
-        *(*_strides(*tensors, gradient), call.batch, _head_stride(bias), *call.geometry),
+        *(*_strides(call.query, call.key, gradient), call.batch, _head_stride(bias), *call.geometry),
         **options,
     )
     side, positions = call.spec.window, call.visible_positions()
@@ -403,6 +404,14 @@ def _as_loadable(tensor: Tensor) -> Tensor:
     """Return the tensor, copied unless its vectors are contiguous and its offsets fit into 32 bits."""
     span = max((length - 1) * stride for length, stride in zip(tensor.shape[1:3], tensor.stride()[1:3]))
     return tensor if tensor.stride(-1) == 1 and span < 2**30 else tensor.contiguous()
+
+
+def _with_equal_strides(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors of one shape as `_as_loadable`, copied unless their strides are equal."""
+    first, second = _as_loadable(first), _as_loadable(second)
+    if first.stride() == second.stride():
+        return first, second
+    return first.contiguous(), second.contiguous()
 
 
 def _combine_bias(bias: Tensor | None, hidden: Tensor) -> tuple[Tensor, int, int, int]:

@@ -94,19 +94,28 @@ def _on_map(position, length, chunks, WINDOW: tl.constexpr, CYCLIC: tl.constexpr
         padded = chunks * WINDOW
         position = tl.where(position < 0, position + padded, position)
         position = tl.where(position >= padded, position - padded, position)
-    return position, (position >= 0) & (position < length)
+    return position, position.to(tl.uint32) < length.to(tl.uint32)  # False for negative positions
 
 
 @triton.jit
 def _visible_tokens(
     n, row_offset, column_offset, chunk_row, chunk_column, H, W, rows, columns,
     KEYS: tl.constexpr, WINDOW: tl.constexpr, NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr,
+    LIMIT_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Return the indices on the map of the n-th visible tokens of a chunk, and a mask of those on the map."""
+    """Return the indices on the map of the n-th visible tokens of a chunk, and a mask of those on the map.
+
+    With LIMIT_ROWS, which saves instructions, tokens from index KEYS on are hidden by their rows if possible.
+    """
     row, column = _chunk_position(n, row_offset, column_offset, WINDOW, NEIGHBORS)
+    if LIMIT_ROWS and NEIGHBORS == "all" and not CYCLIC:
+        H = tl.minimum(H, (chunk_row + 2) * WINDOW)
     row, row_on_map = _on_map((chunk_row - 1) * WINDOW + row, H, rows, WINDOW, CYCLIC)
     column, column_on_map = _on_map((chunk_column - 1) * WINDOW + column, W, columns, WINDOW, CYCLIC)
-    return row * W + column, row_on_map & column_on_map & (n < KEYS)
+    is_visible = row_on_map & column_on_map
+    if not LIMIT_ROWS or NEIGHBORS != "all" or CYCLIC:
+        is_visible = is_visible & (n < KEYS)
+    return row * W + column, is_visible
 
 
 @triton.jit
@@ -118,7 +127,7 @@ def _kind(chunk, chunks, kinds):
 
 @triton.jit
 def _key_block(
-    first, key, value, global_key, global_value, k_token, v_token, gk_token, gv_token,
+    first, key, value, global_key, global_value, k_token, g_token,
     row_offset, column_offset, chunk_row, chunk_column, H, W, rows, columns,
     KEYS: tl.constexpr, WINDOW: tl.constexpr, GLOBALS: tl.constexpr, NEIGHBORS: tl.constexpr,
     CYCLIC: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -128,13 +137,13 @@ def _key_block(
     n = first + tl.arange(0, BLOCK_K)
     index, is_key = _visible_tokens(
         n - GLOBALS, row_offset, column_offset, chunk_row, chunk_column, H, W, rows, columns,
-        KEYS, WINDOW, NEIGHBORS, CYCLIC,
+        KEYS, WINDOW, NEIGHBORS, CYCLIC, LIMIT_ROWS=True,
     )  # fmt: skip
-    key_pointers, value_pointers = key + index * k_token, value + index * v_token
+    key_pointers, value_pointers = key + index * k_token, value + index * k_token
     if GLOBALS > 0:
         is_global = n < GLOBALS
-        key_pointers = tl.where(is_global, global_key + n * gk_token, key_pointers)
-        value_pointers = tl.where(is_global, global_value + n * gv_token, value_pointers)
+        key_pointers = tl.where(is_global, global_key + n * g_token, key_pointers)
+        value_pointers = tl.where(is_global, global_value + n * g_token, value_pointers)
         is_key = is_key | is_global
         if ALIGNED:  # tl.where hides the alignment from the compiler
             key_pointers = tl.multiple_of(key_pointers, 16)
@@ -191,23 +200,30 @@ def _load_bias(bias, first, m, ROW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K:
 
 
 @triton.jit
-def _scores(left, right, bias, scale, BIAS_IN_ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the scores (a, b) of queries and keys (a, D) and (b, D), in either order, times log₂e.
+def _score_factor(scale, BIAS_IN_ACCUMULATOR: tl.constexpr):
+    """Return the factor of `_scores`, with which the exponents are fused multiply-adds."""
+    return scale if BIAS_IN_ACCUMULATOR else 1.0
 
-    With BIAS_IN_ACCUMULATOR the accumulator is initialized with the biases, which are divided by `scale`.
+
+@triton.jit
+def _scores(left, right, bias, scale, BIAS_IN_ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the scores (a, b) of queries and keys (a, D) and (b, D), in either order.
+
+    Multiplied by `_score_factor`, they are scores times log₂e. With BIAS_IN_ACCUMULATOR the accumulator is
+    initialized with the biases, which are divided by `scale`.
     """
     if BIAS_IN_ACCUMULATOR:
-        return tl.dot(left, tl.trans(right), bias, input_precision=PRECISION) * scale
+        return tl.dot(left, tl.trans(right), bias, input_precision=PRECISION)
     return tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale + bias
 
 
 @triton.jit
-def _accumulate(scores, value, maximum, total, output, PRECISION: tl.constexpr):
-    """Update the online softmax: maximum, sum of exponentials, and weighted sum of values."""
+def _accumulate(scores, factor, value, maximum, total, output, PRECISION: tl.constexpr):
+    """Update the online softmax: maximum of the scores, sum of exponentials, and weighted sum of values."""
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-    safe_maximum = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # no visible key yet
-    weights = tl.exp2(scores - safe_maximum[:, None])
-    rescale = tl.exp2(maximum - safe_maximum)
+    subtrahend = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) * factor  # 0: no visible key yet
+    weights = tl.exp2(scores * factor - subtrahend[:, None])
+    rescale = tl.exp2(maximum * factor - subtrahend)
     total = total * rescale + tl.sum(weights, axis=1)
     output = output * rescale[:, None]
     output = tl.dot(weights.to(value.dtype), value, output, input_precision=PRECISION)
@@ -217,8 +233,8 @@ def _accumulate(scores, value, maximum, total, output, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     query, key, value, global_key, global_value, bias, neighbor, output, sums,
-    q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
-    gk_image, gk_head, gk_token, gv_image, gv_head, gv_token, o_image, o_head, o_token,
+    q_image, q_head, q_token, k_image, k_head, k_token,
+    g_image, g_head, g_token, o_image, o_head, o_token,
     b_kind, b_head, row_kinds, column_kinds, num_column_kinds,
     heads, H, W, rows, columns, scale,
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr, GLOBALS: tl.constexpr,
@@ -234,31 +250,33 @@ def forward_kernel(
     bias = _bias_pointer(
         bias, row, column, head, rows, columns, row_kinds, column_kinds, num_column_kinds, b_kind, b_head
     )
+    factor = _score_factor(scale, BIAS_IN_ACCUMULATOR)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     _, end = _index_range(row, rows, KEYS, WINDOW, NEIGHBORS, CYCLIC)
     for first in range(0, GLOBALS + end, BLOCK_K):
         keys, values = _key_block(
-            first, key + image * k_image + head * k_head, value + image * v_image + head * v_head,
-            global_key + image * gk_image + head * gk_head, global_value + image * gv_image + head * gv_head,
-            k_token, v_token, gk_token, gv_token, row_offset, column_offset, row, column, H, W, rows, columns,
+            first, key + image * k_image + head * k_head, value + image * k_image + head * k_head,
+            global_key + image * g_image + head * g_head, global_value + image * g_image + head * g_head,
+            k_token, g_token, row_offset, column_offset, row, column, H, W, rows, columns,
             KEYS, WINDOW, GLOBALS, NEIGHBORS, CYCLIC, ALIGNED, D, BLOCK_D, BLOCK_K,
         )  # fmt: skip
         biases = _load_bias(bias, first, m, ROW, WINDOW, BLOCK_K)
         scores = _scores(queries, keys, biases, scale, BIAS_IN_ACCUMULATOR, PRECISION)
-        maximum, total, result = _accumulate(scores, values, maximum, total, result, PRECISION)
+        maximum, total, result = _accumulate(scores, factor, values, maximum, total, result, PRECISION)
     result = result / total[:, None]
+    logsum = maximum * factor + tl.log2(total)
     _store_rows(output + image * o_image + head * o_head, token, o_token, is_query, result, D, BLOCK_D)
-    tl.store(sums + (image * heads + head) * H * W + token, (maximum + tl.log2(total)) / LOG2E, mask=is_query)
+    tl.store(sums + (image * heads + head) * H * W + token, logsum / LOG2E, mask=is_query)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     query, key, value, global_key, global_value, bias, neighbor, output, sums, gradient, statistics,
     grad_query,
-    q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
-    gk_image, gk_head, gk_token, gv_image, gv_head, gv_token, o_image, o_head, o_token,
+    q_image, q_head, q_token, k_image, k_head, k_token,
+    g_image, g_head, g_token, o_image, o_head, o_token,
     d_image, d_head, d_token, oq_image, oq_head, oq_token,
     b_kind, b_head, row_kinds, column_kinds, num_column_kinds,
     heads, H, W, rows, columns, scale, true_scale,
@@ -282,18 +300,19 @@ def query_kernel(
     bias = _bias_pointer(
         bias, row, column, head, rows, columns, row_kinds, column_kinds, num_column_kinds, b_kind, b_head
     )
+    factor = _score_factor(scale, BIAS_IN_ACCUMULATOR)
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     _, end = _index_range(row, rows, KEYS, WINDOW, NEIGHBORS, CYCLIC)
     for first in range(0, GLOBALS + end, BLOCK_K):
         keys, values = _key_block(
-            first, key + image * k_image + head * k_head, value + image * v_image + head * v_head,
-            global_key + image * gk_image + head * gk_head, global_value + image * gv_image + head * gv_head,
-            k_token, v_token, gk_token, gv_token, row_offset, column_offset, row, column, H, W, rows, columns,
+            first, key + image * k_image + head * k_head, value + image * k_image + head * k_head,
+            global_key + image * g_image + head * g_head, global_value + image * g_image + head * g_head,
+            k_token, g_token, row_offset, column_offset, row, column, H, W, rows, columns,
             KEYS, WINDOW, GLOBALS, NEIGHBORS, CYCLIC, ALIGNED, D, BLOCK_D, BLOCK_K,
         )  # fmt: skip
         biases = _load_bias(bias, first, m, ROW, WINDOW, BLOCK_K)
         scores = _scores(queries, keys, biases, scale, BIAS_IN_ACCUMULATOR, PRECISION)
-        weights = tl.exp2(scores - logsum[:, None])
+        weights = tl.exp2(scores * factor - logsum[:, None])
         grad_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
         grad_scores = weights * (grad_weights - dot[:, None])
         result = tl.dot(grad_scores.to(keys.dtype), keys, result, input_precision=PRECISION)
@@ -325,7 +344,7 @@ def _accumulate_gradients(
         The two sums, and the gradients of the scores (K, M) before scaling.
     """
     scores = _scores(key, query, bias, scale, BIAS_IN_ACCUMULATOR, PRECISION)
-    weights = tl.exp2(scores - logsum[None, :])
+    weights = tl.exp2(scores * _score_factor(scale, BIAS_IN_ACCUMULATOR) - logsum[None, :])
     grad_values = tl.dot(weights.to(upstream.dtype), upstream, grad_values, input_precision=PRECISION)
     grad_weights = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
     grad_scores = weights * (grad_weights - dot[None, :])
@@ -336,7 +355,7 @@ def _accumulate_gradients(
 @triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     query, key, value, bias, neighbor, statistics, gradient, grad_key, grad_value,
-    q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
+    q_image, q_head, q_token, k_image, k_head, k_token,
     d_image, d_head, d_token, o_image, o_head, o_token,
     b_kind, b_head, row_kinds, column_kinds, num_column_kinds,
     heads, H, W, rows, columns, scale, true_scale,
@@ -352,7 +371,7 @@ def key_kernel(
     n, row, column, image, head = _program_block(heads, rows, columns, WINDOW, BLOCK_K)
     token, is_key = _chunk_tokens(n, row, column, H, W, WINDOW)
     keys = _load_rows(key + image * k_image + head * k_head, token, k_token, is_key, D, BLOCK_D)
-    values = _load_rows(value + image * v_image + head * v_head, token, v_token, is_key, D, BLOCK_D)
+    values = _load_rows(value + image * k_image + head * k_head, token, k_token, is_key, D, BLOCK_D)
     row_offset, column_offset = _neighbor_offset(neighbor, NEIGHBORS)
     bias = _bias_pointer(
         bias, row, column, head, rows, columns, row_kinds, column_kinds, num_column_kinds, b_kind, b_head
@@ -363,8 +382,9 @@ def key_kernel(
     for first in range(start // BLOCK_M * BLOCK_M, end, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         index, is_query = _visible_tokens(
-            m, -row_offset, -column_offset, row, column, H, W, rows, columns, KEYS, WINDOW, NEIGHBORS, CYCLIC
-        )
+            m, -row_offset, -column_offset, row, column, H, W, rows, columns,
+            KEYS, WINDOW, NEIGHBORS, CYCLIC, LIMIT_ROWS=False,  # else more registers for compute capability 8
+        )  # fmt: skip
         queries = _load_rows(query + image * q_image + head * q_head, index, q_token, is_query, D, BLOCK_D)
         upstream = _load_rows(
             gradient + image * d_image + head * d_head, index, d_token, is_query, D, BLOCK_D
@@ -384,7 +404,7 @@ def key_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def global_kernel(
     query, global_key, global_value, bias, statistics, gradient, grad_key, grad_value, grad_bias,
-    q_image, q_head, q_token, gk_image, gk_head, gk_token, gv_image, gv_head, gv_token,
+    q_image, q_head, q_token, g_image, g_head, g_token,
     d_image, d_head, d_token, b_head, heads, tokens, tokens_per_part, scale, true_scale,
     GLOBALS: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BIAS_IN_ACCUMULATOR: tl.constexpr, PRECISION: tl.constexpr,
@@ -398,8 +418,8 @@ def global_kernel(
     image, head = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     g = block * BLOCK_G + tl.arange(0, BLOCK_G)
     is_key = g < GLOBALS
-    keys = _load_rows(global_key + image * gk_image + head * gk_head, g, gk_token, is_key, D, BLOCK_D)
-    values = _load_rows(global_value + image * gv_image + head * gv_head, g, gv_token, is_key, D, BLOCK_D)
+    keys = _load_rows(global_key + image * g_image + head * g_head, g, g_token, is_key, D, BLOCK_D)
+    values = _load_rows(global_value + image * g_image + head * g_head, g, g_token, is_key, D, BLOCK_D)
     biases = tl.zeros([BLOCK_G, BLOCK_M], tl.float32)
     if HAS_BIAS:
         biases += tl.load(bias + head * b_head + g, mask=is_key, other=0.0).to(tl.float32)[:, None]
@@ -430,7 +450,7 @@ def global_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def bias_kernel(
     query, key, value, bias, hidden, neighbor, statistics, gradient, grad_bias,
-    q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
+    q_image, q_head, q_token, k_image, k_head, k_token,
     d_image, d_head, d_token, images, b_head, row_kinds, column_kinds, num_column_kinds,
     heads, H, W, rows, columns, scale,
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr, GLOBALS: tl.constexpr,
@@ -455,11 +475,12 @@ def bias_kernel(
         row, column = chunk // columns, chunk % columns
         token, is_query = _chunk_tokens(m, row, column, H, W, WINDOW)
         index, is_key = _visible_tokens(
-            n, row_offset, column_offset, row, column, H, W, rows, columns, KEYS, WINDOW, NEIGHBORS, CYCLIC
-        )
+            n, row_offset, column_offset, row, column, H, W, rows, columns,
+            KEYS, WINDOW, NEIGHBORS, CYCLIC, LIMIT_ROWS=True,
+        )  # fmt: skip
         queries = _load_rows(query + image * q_image + head * q_head, token, q_token, is_query, D, BLOCK_D)
         keys = _load_rows(key + image * k_image + head * k_head, index, k_token, is_key, D, BLOCK_D)
-        values = _load_rows(value + image * v_image + head * v_head, index, v_token, is_key, D, BLOCK_D)
+        values = _load_rows(value + image * k_image + head * k_head, index, k_token, is_key, D, BLOCK_D)
         upstream = _load_rows(
             gradient + image * d_image + head * d_head, token, d_token, is_query, D, BLOCK_D
         )
@@ -470,7 +491,8 @@ def bias_kernel(
         kind = _chunk_kind(row, column, rows, columns, row_kinds, column_kinds, num_column_kinds)
         hidden_bias = tl.load(hidden + kind * ROW + first + tl.arange(0, BLOCK_K)).to(tl.float32)
         scores = _scores(queries, keys, biases, scale, BIAS_IN_ACCUMULATOR, PRECISION)
-        weights = tl.exp2(scores + hidden_bias[None, :] - logsum[:, None])
+        exponents = scores * _score_factor(scale, BIAS_IN_ACCUMULATOR) - logsum[:, None]
+        weights = tl.exp2(exponents + hidden_bias[None, :])
         grad_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
         result += weights * (grad_weights - dot[:, None])
     target = grad_bias + (part.to(tl.int64) * heads + head) * WINDOW * WINDOW * KEYS
