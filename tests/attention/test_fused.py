@@ -106,6 +106,16 @@ def test_global_tokens(global_tokens):
     assert compare((3, 4), 2, global_tokens, True, 8, heads=1) < 1e-4
 
 
+@pytest.mark.parametrize("num_parts", [1, 4, 7, 11])
+def test_sums_over_several_chunks_and_images(monkeypatch, num_parts):
+    """As with more chunks than programs: 3 × 2 chunks of 3 images, in parts of one or several."""
+    monkeypatch.setattr(fused, "_num_parts", lambda programs, limit: min(num_parts, limit))
+    inputs = make_inputs((5, 3), 2, 2, True, heads=1, head_dim=8, batch=3, device=DEVICE, dtype=torch.float32)
+    options = {"size": (5, 3), "window": 2}
+    found, expected = (run(inputs, **options, backend=backend) for backend in ("fused", "dense"))
+    assert largest_difference(found, expected) < 1e-4
+
+
 @pytest.mark.parametrize("bias", ["bias_table", "global_bias"])
 def test_one_bias_without_the_other(bias):
     inputs = make_inputs((3, 4), 2, 2, True, head_dim=8, batch=1, device=DEVICE, dtype=torch.float32)

@@ -116,6 +116,10 @@ class _KernelCall:
         hidden[:, : self.num_globals] = 0
         return hidden
 
+    def hidden_local_keys(self) -> Tensor:
+        """Return `hidden_keys` without the global ones, float32, for aligned loads."""
+        return self._hidden(0, self.borders.hidden_keys, 1).float()
+
     def hidden_queries(self) -> Tensor:
         """Return (kinds, columns), 0 for queries that see a chunk and −∞ for others, as in `key_bias`."""
         return self._hidden(0, self.borders.hidden_queries, -1)
@@ -269,8 +273,8 @@ def launch_backward(
     gradients = empty_gradients(inputs, needs_bias_grad)
     gradient, output = _as_loadable(gradient), _as_loadable(output)
     statistics = sums.new_empty(*sums.shape, 2)  # per query, computed by the first kernel for the others
-    query_bias, hidden = call.query_bias(), call.hidden_keys()
-    bias, *bias_strides, row = _combine_bias(query_bias, hidden)
+    query_bias = call.query_bias()
+    bias, *bias_strides, row = _combine_bias(query_bias, call.hidden_keys())
     strides = _strides(call.query, call.key, call.global_key, output, gradient, gradients[0])
     with call.on_device():
         kernels.query_kernel[(call.programs(call.block_m),)](
@@ -292,7 +296,7 @@ def launch_backward(
             _fill_global_gradients(call, query_bias, statistics, gradient, gradients)
         if gradients[5].numel():
             assert query_bias is not None
-            gradients[5].copy_(_table_gradient(call, query_bias, hidden, statistics, gradient))
+            gradients[5].copy_(_table_gradient(call, query_bias, statistics, gradient))
     return gradients
 
 
@@ -326,19 +330,21 @@ def _fill_global_gradients(
         gradients[6].copy_(grad_bias.sum(dim=(0, 2)))
 
 
-def _table_gradient(
-    call: _KernelCall, bias: Tensor, hidden: Tensor, statistics: Tensor, gradient: Tensor
-) -> Tensor:
+def _table_gradient(call: _KernelCall, bias: Tensor, statistics: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient of the bias table (h, 4w−1, 4w−1), float32."""
     blocks = triton.cdiv(call.per_chunk, call.block_m) * triton.cdiv(call.keys, call.block_k)
     num_parts = _num_parts(blocks * call.heads, call.batch * call.rows * call.columns)
     grad_bias = statistics.new_empty(num_parts, call.heads, call.per_chunk, call.keys)
-    tensors = call.tensors[:3]
+    tensors, hidden = call.tensors[:3], call.hidden_local_keys()
     options = {"GLOBALS": call.num_globals, "ROW": bias.stride(1), **call.chunk_arguments()}
-    options["num_warps"] = 8  # the sum of scores needs many registers
+    if major_capability(call.query.device) and call.query.dtype != torch.float32 and call.width <= 32:
+        options["maxnreg"] = (
+            168  # without spilling; a multiprocessor then holds three programs instead of two
+        )
     kernels.bias_kernel[(num_parts, blocks, call.heads)](
         *(*tensors, bias, hidden, call.inputs.neighbor, statistics, gradient, grad_bias),
-        *(*_strides(call.query, call.key, gradient), call.batch, _head_stride(bias), *call.geometry),
+        *(*_strides(call.query, call.key, gradient), hidden.stride(0), call.batch),
+        *(_head_stride(bias), *call.geometry),
         **options,
     )
     side, positions = call.spec.window, call.visible_positions()

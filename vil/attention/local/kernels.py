@@ -451,7 +451,7 @@ def global_kernel(
 def bias_kernel(
     query, key, value, bias, hidden, neighbor, statistics, gradient, grad_bias,
     q_image, q_head, q_token, k_image, k_head, k_token,
-    d_image, d_head, d_token, images, b_head, row_kinds, column_kinds, num_column_kinds,
+    d_image, d_head, d_token, h_kind, images, b_head, row_kinds, column_kinds, num_column_kinds,
     heads, H, W, rows, columns, scale,
     WINDOW: tl.constexpr, KEYS: tl.constexpr, ROW: tl.constexpr, GLOBALS: tl.constexpr,
     NEIGHBORS: tl.constexpr, CYCLIC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -469,10 +469,10 @@ def bias_kernel(
     first = GLOBALS + block % blocks * BLOCK_K
     biases = _load_bias(bias + head.to(tl.int64) * b_head, first, m, ROW, WINDOW, BLOCK_K)
     result = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for index in range(part, images * rows * columns, tl.num_programs(0)):
-        image = (index // (rows * columns)).to(tl.int64)
-        chunk = index % (rows * columns)
-        row, column = chunk // columns, chunk % columns
+    parts, chunks = tl.num_programs(0), rows * columns
+    image, row, column = (part // chunks).to(tl.int64), part // columns % rows, part % columns
+    image_step, row_step, column_step = parts // chunks, parts // columns % rows, parts % columns
+    for _ in range(part, images * chunks, parts):
         token, is_query = _chunk_tokens(m, row, column, H, W, WINDOW)
         index, is_key = _visible_tokens(
             n, row_offset, column_offset, row, column, H, W, rows, columns,
@@ -489,12 +489,18 @@ def bias_kernel(
         logsum = tl.load(statistics + 2 * query_index, mask=is_query, other=float("inf"))
         dot = tl.load(statistics + 2 * query_index + 1, mask=is_query, other=0.0)
         kind = _chunk_kind(row, column, rows, columns, row_kinds, column_kinds, num_column_kinds)
-        hidden_bias = tl.load(hidden + kind * ROW + first + tl.arange(0, BLOCK_K)).to(tl.float32)
+        hidden_bias = tl.load(hidden + kind * h_kind + block % blocks * BLOCK_K + tl.arange(0, BLOCK_K))
         scores = _scores(queries, keys, biases, scale, BIAS_IN_ACCUMULATOR, PRECISION)
         exponents = scores * _score_factor(scale, BIAS_IN_ACCUMULATOR) - logsum[:, None]
         weights = tl.exp2(exponents + hidden_bias[None, :])
         grad_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
         result += weights * (grad_weights - dot[:, None])
+        # The chunk `parts` further: divisions would take more instructions.
+        column += column_step
+        row += row_step + (column >= columns)
+        image += image_step + (row >= rows)
+        column = tl.where(column >= columns, column - columns, column)
+        row = tl.where(row >= rows, row - rows, row)
     target = grad_bias + (part.to(tl.int64) * heads + head) * WINDOW * WINDOW * KEYS
     is_valid = (m < WINDOW * WINDOW)[:, None] & (n < KEYS)[None, :]
     tl.store(target + m.to(tl.int64)[:, None] * KEYS + n[None, :], result, mask=is_valid)
