@@ -90,6 +90,19 @@ def test_where_biases_are_in_the_accumulator(monkeypatch, capability, expected):
     assert not fused._bias_in_accumulator(torch.device("cpu"), torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_biases_in_memory_are_more_exact_than_bfloat16(dtype):
+    inputs = make_inputs((4, 4), 2, 1, True, head_dim=32, dtype=torch.float32)
+    inputs = {name: tensor if "bias" in name else tensor.to(dtype) for name, tensor in inputs.items()}
+    call = fused._KernelCall(Inputs(**inputs), LocalAttentionSpec((4, 4), 2))
+    found = call.query_bias()[:, :, 1:37].flatten(1).double() / fused.LOG2E
+    table = inputs["bias_table"].detach().double()
+    index = torch.arange(2)[:, None] - torch.arange(6) + 5  # query − (key − 2) + 2·2 − 1
+    expected = table[:, index[:, None, :, None], index[None, :, None, :]].flatten(1)
+    bound = 2**-23 if dtype == torch.float32 else 2**-11
+    assert ((found - expected).abs() <= bound * expected.abs() + 1e-7).all()
+
+
 @pytest.mark.parametrize("head_dim", [8, 24, 32, 96, 128])
 def test_head_widths(head_dim):
     assert compare((3, 4), 2, 1, True, head_dim, heads=1) < 1e-4

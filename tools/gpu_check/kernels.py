@@ -42,19 +42,19 @@ class Case:
     def inputs(self, seed: int) -> Inputs:
         """Return random inputs.
 
-        The kernels multiply biases by a factor and round them to the precision of the queries. Large biases
+        The kernels multiply biases by a factor and round them, to float16 for half precision. Large biases
         are drawn such that this is exact: the check is of the arithmetic, and not of this rounding.
         """
         inputs = self.shape.inputs(seed)
         if not self.large_biases:
             return inputs
-        from vil.attention.local.fused import bias_factor  # needs triton
+        from vil.attention.local.fused import bias_dtype, bias_factor  # needs triton
 
         factor = bias_factor(inputs.query.device, inputs.query.dtype, inputs.query.shape[3])
 
         def enlarge(bias: torch.Tensor | None) -> torch.Tensor:
             assert bias is not None
-            rounded = (bias.detach() * (8 * factor)).to(self.shape.dtype).float()
+            rounded = (bias.detach() * (8 * factor)).to(bias_dtype(inputs.query.dtype)).float()
             return (rounded / factor).requires_grad_()
 
         return inputs._replace(bias_table=enlarge(inputs.bias_table), global_bias=enlarge(inputs.global_bias))
