@@ -490,9 +490,13 @@ def bias_kernel(
         dot = tl.load(statistics + 2 * query_index + 1, mask=is_query, other=0.0)
         kind = _chunk_kind(row, column, rows, columns, row_kinds, column_kinds, num_column_kinds)
         hidden_bias = tl.load(hidden + kind * h_kind + block % blocks * BLOCK_K + tl.arange(0, BLOCK_K))
-        scores = _scores(queries, keys, biases, scale, BIAS_IN_ACCUMULATOR, PRECISION)
-        exponents = scores * _score_factor(scale, BIAS_IN_ACCUMULATOR) - logsum[:, None]
-        weights = tl.exp2(exponents + hidden_bias[None, :])
+        if BIAS_IN_ACCUMULATOR:
+            masked = biases + hidden_bias[None, :]
+            scores = _scores(queries, keys, masked, scale, BIAS_IN_ACCUMULATOR, PRECISION)
+        else:  # needs fewer registers
+            scores = _scores(queries, keys, biases, scale, BIAS_IN_ACCUMULATOR, PRECISION)
+            scores += hidden_bias[None, :]
+        weights = tl.exp2(scores * _score_factor(scale, BIAS_IN_ACCUMULATOR) - logsum[:, None])
         grad_weights = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
         result += weights * (grad_weights - dot[:, None])
         # The chunk `parts` further: divisions would take more instructions.
