@@ -46,6 +46,7 @@ from data import (
     class_folder_options,
     dataset_name,
     fingerprint_sources,
+    real_labels_digest,
 )
 from vil.command_line import errors_of_one_rank, file_origin
 from vil.command_line.stored_model import StoredModel, read_stored, resolve_over_stored
@@ -210,11 +211,15 @@ def open_datasets(commands: Sequence[ResolvedConfig[EvalConfig]], process: Proce
 
 
 def check_same_images(validations: Sequence[Validation], config: EvalConfig, process: Process) -> None:
-    """Raise UserError on every rank if a rank has read other images than rank 0."""
+    """Raise UserError on every rank if a rank has read other images or ReaL labels than rank 0."""
     for number, validation in enumerate(validations, start=1):
         sources, root = {f"images in data set {number}": validation.source}, config.data.root
         describe = partial(fingerprint_sources, sources, root, process.local_rank == 0)
         consistency.check_data("data.root", describe)
+    path = config.data.real_labels
+    if validations and path is not None:
+        labels = {"ReaL labels": real_labels_digest(path)} if process.local_rank == 0 else {}
+        consistency.check_data("data.real_labels", lambda: labels)
 
 
 def match_datasets(

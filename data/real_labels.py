@@ -6,6 +6,7 @@ list with the class indices of ILSVRC2012_val_00000001.JPEG, ..2.JPEG, and so on
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,11 @@ def read_real_labels(path: str) -> list[list[int]]:
             reason = f"expected a list of classes from 0 to 999 for each image, which entry {number} is not"
             raise UserError("data.real_labels", f"{path}: {reason}")
     return [list(dict.fromkeys(row)) for row in rows]
+
+
+def real_labels_digest(path: str) -> str:
+    """Return the SHA-256 of the labels in a file, to compare ranks. Raises as `read_real_labels`."""
+    return hashlib.sha256(str(read_real_labels(path)).encode()).hexdigest()
 
 
 def image_number(source: Source, index: int, count: int) -> int:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import multiprocessing
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from vil.evaluation import cost
 from vil.evaluation.accuracy import EvaluationResult, evaluate
 from vil.evaluation.report import Result
 from vil.models.zoo import model_from_config
+from vil.runtime import consistency
 from vil.runtime.distributed import Process
 
 ROOT = Path(program.__file__).parent
@@ -395,6 +397,30 @@ def test_real_labels_are_for_imagenets_own_images(tmp_path: Path) -> None:
     assert (first["real_top1"], first["classes"]) == (100, 2)
     assert second["real_top1"] is None
     assert "sketch_1.JPEG" in error_of([*argv, str(tmp_path / "sketch")])
+
+
+def test_ranks_compare_images_and_real_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "val" / "n01440764").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "val" / "n01440764" / "ILSVRC2012_val_00000001.JPEG")
+    compared: list[tuple[str, Mapping[str, str]]] = []
+    monkeypatch.setattr(consistency, "check_data", lambda key, describe: compared.append((key, describe())))
+    labels = tmp_path / "real.json"
+    argv = [
+        *RESNET,
+        "--model.num_classes",
+        "1000",
+        "--data.workers",
+        "0",
+        "--datasets",
+        str(tmp_path / "val"),
+    ]
+    for content in ("[[0, 1]]", "[ [0, 1, 1] ]", "[[0]]"):
+        labels.write_text(content)
+        program.main([*argv, "--data.real_labels", str(labels), *QUIET])
+    assert [key for key, _ in compared] == ["data.root", "data.real_labels"] * 3
+    images, first, _, equal, _, other = (described for _, described in compared)
+    assert images["images in data set 1"] == "1"
+    assert first == equal != other
 
 
 def test_a_stored_configuration_with_an_unknown_key(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tools.programs import find_lr
 from tools.programs.find_lr import Point, main, range_test, suggest
 from vil.command_line import resolve_train_command
 from vil.config import UserError
+from vil.runtime import consistency
 from vil.runtime.distributed import Process
 
 CPU = Process(0, 0, 1, torch.device("cpu"))
@@ -42,6 +43,15 @@ def test_a_test_writes_its_files_and_nothing_else(tmp_path: Path, capsys):
     assert Image.open("out/lr.png").format == "PNG"
     assert [path.name for path in Path().iterdir()] == ["out"]
     assert sorted(path.name for path in Path("out").iterdir()) == ["lr.json", "lr.png"]
+
+
+def test_ranks_compare_images_and_weights(monkeypatch: pytest.MonkeyPatch):
+    compared = {}
+    monkeypatch.setattr(consistency, "check_data", lambda key, describe: compared.update({key: describe()}))
+    monkeypatch.setattr(consistency, "check_weights", lambda key, model: compared.update({key: model}))
+    main(["--steps", "10", *TINY])
+    assert compared["data.root"]["training images"] == "80"
+    assert isinstance(compared["model"], torch.nn.Module)
 
 
 def test_a_test_ends_when_the_loss_diverges(capsys):

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Loaders, Mixing, build_loaders
+from data import Loaders, Mixing, build_loaders, fingerprint_sources
 from tools.png import as_png
 from vil.checkpoints.initialization import initialize_model
 from vil.command_line import ToolParser, bounded_int, resolve_train_command
@@ -38,7 +38,7 @@ from vil.config import (
     errors_in_section,
 )
 from vil.models.zoo import check_device, model_from_config
-from vil.runtime import distributed
+from vil.runtime import consistency, distributed
 from vil.runtime.console import print_line
 from vil.runtime.distributed import Process, all_reduce_sum
 from vil.runtime.epoch_steps import EpochSteps
@@ -187,6 +187,9 @@ def draw(points: Sequence[Point], suggestion: float | None) -> bytes:
 def _build(config: TrainConfig, process: Process) -> tuple[Loaders, torch.nn.Module, Mixing]:
     """Build what train.py builds for a new run."""
     loaders = build_loaders(config, process)
+    sources, root = {"training images": loaders.train_source}, config.data.root
+    has_digests = process.local_rank == 0
+    consistency.check_data("data.root", lambda: fingerprint_sources(sources, root, has_digests))
     if config.model.num_classes is None:
         config.model.num_classes = len(loaders.class_names)
     elif config.model.num_classes < len(loaders.class_names):
@@ -197,6 +200,7 @@ def _build(config: TrainConfig, process: Process) -> tuple[Loaders, torch.nn.Mod
         model = model_from_config(config.model)
         check_device(model, process.device)
     initialize_model(model, config.model, loaders.class_names)
+    consistency.check_weights("model.init_from" if config.model.init_from else "model", model)
     schedule = config.schedule
     return (
         loaders,
