@@ -93,12 +93,13 @@ def test_where_biases_are_in_the_accumulator(monkeypatch, capability, expected):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_biases_in_memory_are_more_exact_than_bfloat16(dtype):
     inputs = make_inputs((4, 4), 2, 1, True, head_dim=32, dtype=torch.float32)
-    inputs = {name: tensor if "bias" in name else tensor.to(dtype) for name, tensor in inputs.items()}
+    inputs = {name: tensor.detach().to(dtype) for name, tensor in inputs.items()}  # as of a converted model
     call = fused._KernelCall(Inputs(**inputs), LocalAttentionSpec((4, 4), 2))
-    found = call.query_bias()[:, :, 1:37].flatten(1).double() / fused.LOG2E
-    table = inputs["bias_table"].detach().double()
+    found = call.query_bias()[:, :, :37].double() / fused.LOG2E
+    table, global_bias = (inputs[name].double() for name in ("bias_table", "global_bias"))
     index = torch.arange(2)[:, None] - torch.arange(6) + 5  # query − (key − 2) + 2·2 − 1
-    expected = table[:, index[:, None, :, None], index[None, :, None, :]].flatten(1)
+    local = table[:, index[:, None, :, None], index[None, :, None, :]].flatten(3).flatten(1, 2)
+    expected = torch.cat([global_bias[:, None].expand(-1, 4, -1), local], dim=-1)
     bound = 2**-23 if dtype == torch.float32 else 2**-11
     assert ((found - expected).abs() <= bound * expected.abs() + 1e-7).all()
 

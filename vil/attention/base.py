@@ -174,8 +174,9 @@ class Attention(nn.Module, ABC):
 class _CastOnce(torch.autograd.Function):
     """Return x, float32, in half precision `count` times; add the gradients in float32.
 
-    The results share their memory, which autograd does not know: do not modify them in
-    place. The gradients of a single result that is used `count` times would be added in half precision.
+    The results share their memory, which autograd does not know: do not modify them in place. The gradients
+    of a single result that is used `count` times would be added in half precision. There is no forward-mode
+    derivative: PyTorch computes nested ones of such functions wrongly.
     """
 
     generate_vmap_rule = True
@@ -186,25 +187,22 @@ class _CastOnce(torch.autograd.Function):
         return tuple(cast.detach() for _ in range(count))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype, int], output: object) -> None:
-        _, ctx.dtype, ctx.count = inputs
+    def setup_context(ctx: object, inputs: tuple[Tensor, torch.dtype, int], output: object) -> None:
+        pass
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None, None]:
         last, *others = reversed(gradients)  # autograd adds them from the last use to the first
         total = last.float()
         for gradient in others:
             total += gradient
         return total, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, ...]:
-        return _CastOnce.forward(tangent, ctx.dtype, ctx.count)
-
 
 def _to_heads(x: Tensor, heads: int, count: int) -> Tensor:
     """Reshape (B, T, count·C) → (count, B, h, T, D), a view."""
-    return x.unflatten(-1, (count, heads, -1)).permute(2, 0, 3, 1, 4)
+    # Not unflatten, for which torch.autograd.grad(..., is_grads_batched=True) has no batching rule.
+    return x.view(*x.shape[:2], count, heads, x.shape[2] // (count * heads)).permute(2, 0, 3, 1, 4)
 
 
 def _split_projection(x: Tensor, heads: int, count: int, num_globals: int) -> tuple[Tensor, ...]:

@@ -89,7 +89,8 @@ class _KernelCall:
         shape = (max(map(len, biases)), self.per_chunk, columns)
         bias = self.query.new_zeros(shape, dtype=self.bias_dtype)
         if self.inputs.global_bias is not None:
-            bias[..., : self.num_globals] = (self.inputs.global_bias * self.bias_factor)[:, None]
+            global_bias = self.inputs.global_bias.to(self.inputs.score_dtype) * self.bias_factor
+            bias[..., : self.num_globals] = global_bias[:, None]
         if self.window_bias is not None:
             local = self._select_visible(self.window_bias.flatten(3).flatten(1, 2), 1)
             bias[..., self.num_globals : self.num_globals + self.keys] = local * self.bias_factor
@@ -339,11 +340,12 @@ def _table_gradient(call: _KernelCall, bias: Tensor, statistics: Tensor, gradien
     blocks = triton.cdiv(call.per_chunk, call.block_m) * triton.cdiv(call.keys, call.block_k)
     num_parts = _num_parts(blocks * call.heads, call.batch * call.rows * call.columns)
     grad_bias = statistics.new_empty(num_parts, call.heads, call.per_chunk, call.keys)
-    tensors, hidden = call.tensors[:3], call.hidden_local_keys()
+    tensors, hidden, side = call.tensors[:3], call.hidden_local_keys(), call.spec.window
     options = {"GLOBALS": call.num_globals, "ROW": bias.stride(1), **call.chunk_arguments()}
-    if major_capability(call.query.device) and call.query.dtype != torch.float32 and call.width <= 32:
+    is_half = call.query.dtype != torch.float32
+    if major_capability(call.query.device) and is_half and call.width <= 32 and side <= 7:
         options["maxnreg"] = (
-            168  # without spilling; a multiprocessor then holds three programs instead of two
+            168  # a multiprocessor holds three programs instead of two, with few or no spills
         )
     kernels.bias_kernel[(num_parts, blocks, call.heads)](
         *(*tensors, bias, hidden, call.inputs.neighbor, statistics, gradient, grad_bias),
@@ -351,7 +353,7 @@ def _table_gradient(call: _KernelCall, bias: Tensor, statistics: Tensor, gradien
         *(_head_stride(bias), *call.geometry),
         **options,
     )
-    side, positions = call.spec.window, call.visible_positions()
+    positions = call.visible_positions()
     by_position = grad_bias.sum(dim=0)
     if positions is not None:
         all_positions = by_position.new_zeros(*by_position.shape[:2], call.spec.num_positions)
@@ -392,7 +394,7 @@ def bias_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type of the biases in memory: float16 also for bfloat16.
 
     It is eight times as exact, and converted to float32 by one instruction instead of one and a half.
-    Products of bias and factor above 65,504 are infinite.
+    Products of bias and factor beyond ±65,504 are infinite.
     """
     return torch.float32 if dtype == torch.float32 else torch.float16
 

@@ -11,7 +11,7 @@ inputs give equal gradients: of queries; of local keys and values, with a loop o
 block of keys; of global keys, values and their biases; and of the biases of local keys.
 
 Legend: w window, t = w² tokens of a chunk, M queries and K keys of a block, D head width, H × W the map.
-Scores are multiplied by log₂e, since the hardware computes powers of two.
+Exponents are multiplied by log₂e, since the hardware computes powers of two.
 """
 
 # Triton's parameters are pointers, integers and tl.constexpr, which have no Python types.
