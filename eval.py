@@ -19,13 +19,10 @@ from __future__ import annotations
 import os
 import sys
 
-# Waiting OpenMP threads sleep instead of spinning: they share the cores with the processes that load images.
-# PyTorch reads the variable when it is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from vil.command_line import ParsedArguments, ResolvedConfig, resolve_eval_command, run_program
-from vil.runtime.launch import set_ranks
+from vil.runtime.launch import set_ranks, set_torch_environment
 
+set_torch_environment()
 if __name__ == "__main__":  # before the slow import of PyTorch, for a fast --help
     run_program(set_ranks)
     ARGUMENTS = run_program(resolve_eval_command, sys.argv[1:])

@@ -10,17 +10,12 @@ Every option of vil/config.py can be given as --section.name value; --help lists
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 
 if __name__ == "__main__":
     # SIGUSR1 requests a checkpoint; by default it kills a process that is not training yet, or no longer.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-# Waiting OpenMP threads sleep instead of spinning: they share the cores with the processes that load images.
-# PyTorch reads the variable when it is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from vil.command_line import (
     ResolvedConfig,
@@ -29,8 +24,9 @@ from vil.command_line import (
     resolve_train_command,
     run_program,
 )
-from vil.runtime.launch import set_ranks
+from vil.runtime.launch import set_ranks, set_torch_environment
 
+set_torch_environment()
 if __name__ == "__main__":  # before the slow import of PyTorch, for a fast --help
     run_program(set_ranks)
     COMMAND = run_program(resolve_train_command, sys.argv[1:])

@@ -57,6 +57,19 @@ def test_a_named_model_is_not_merged_with_the_demos(folder):
     assert configure("--model.window", "3").model.stages is not None
 
 
+def test_importing_a_program_sets_defaults_for_pytorch():
+    names = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    for module in ("train", "eval"):
+        reload = f"import {module}, importlib; importlib.reload({module})"  # may be imported already
+        code = f"{reload}; import os; print(*map(os.environ.get, {names}))"
+        command = [forked.python(), "-c", code]
+        printed = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert printed.stdout == "PASSIVE 1\n"
+
+
 def test_paths_of_a_run_are_stored_absolute(folder, monkeypatch):
     config = configure(
         "--data.source", "folder", "--data.root", "photos", "--data.list_file", "x/../list.txt"

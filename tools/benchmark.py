@@ -2,8 +2,12 @@
 
 import _repository_root  # noqa: F401
 
-from tools.benchmarks.program import benchmark
-from vil.command_line import main
+from vil.runtime.launch import set_torch_environment
+
+set_torch_environment()  # like train.py
+
+from tools.benchmarks.program import benchmark  # noqa: E402
+from vil.command_line import main  # noqa: E402
 
 if __name__ == "__main__":
     main(benchmark)

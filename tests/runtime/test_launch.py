@@ -8,6 +8,7 @@ from vil.runtime.launch import (
     must_report_failure,
     read_ranks,
     set_ranks,
+    set_torch_environment,
     single_process_environment,
 )
 
@@ -45,6 +46,13 @@ def test_a_process_without_variables_is_alone(environment: dict[str, str]):
     set_ranks()
     assert not any("RANK" in name for name in environment)
     assert read_ranks() == Ranks(0, 1, 0, 1)
+
+
+def test_defaults_for_pytorch(environment: dict[str, str]):
+    environment["OMP_WAIT_POLICY"] = "ACTIVE"
+    set_torch_environment()
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    assert environment == {"OMP_WAIT_POLICY": "ACTIVE", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def test_variables_of_srun(environment: dict[str, str]):

@@ -22,6 +22,7 @@ from tools.gpu_check.runner import Options, RunningSection, Section
 from vil.command_line import ToolParser, bounded_int
 from vil.config import COMMAND_LINE, UserError
 from vil.runtime import console
+from vil.runtime.launch import set_torch_environment
 
 DESCRIPTION = """Check that everything of this project computes correctly on a GPU, and how fast.
 
@@ -137,7 +138,7 @@ def _set_environment(device: str) -> None:
     root = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # like train.py
+    set_torch_environment()  # like train.py
     if device == "cpu":
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     else:

@@ -1,4 +1,4 @@
-"""The environment variables that give a process its rank: those of torchrun, srun and mpirun.
+"""The environment variables of a process: its rank, by torchrun, srun or mpirun, and defaults for PyTorch.
 
 srun and Open MPI's mpirun set their own; `set_ranks` translates them into those of torchrun, which PyTorch
 reads. PyTorch is not imported here.
@@ -35,6 +35,17 @@ class Ranks:
     def is_multi_node(self) -> bool:
         """True if processes of the job may run on other machines."""
         return self.local_world_size < self.world_size
+
+
+def set_torch_environment() -> None:
+    """Set variables that PyTorch reads when it is imported or first allocates memory, unless they are set.
+
+    Waiting OpenMP threads sleep instead of spinning: they share the cores with the processes that load
+    images. Tensors of 2 MB or more are in huge pages, where the system allows that: page faults for every
+    4 kB of a new tensor take longer than writing it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def read_ranks() -> Ranks:
