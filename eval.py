@@ -42,8 +42,8 @@ from data import (
     build_validation,
     class_folder_options,
     dataset_name,
+    fingerprint_real_labels,
     fingerprint_sources,
-    real_labels_digest,
 )
 from vil.command_line import errors_of_one_rank, file_origin
 from vil.command_line.stored_model import StoredModel, read_stored, resolve_over_stored
@@ -213,10 +213,9 @@ def check_same_images(validations: Sequence[Validation], config: EvalConfig, pro
         sources, root = {f"images in data set {number}": validation.source}, config.data.root
         describe = partial(fingerprint_sources, sources, root, process.local_rank == 0)
         consistency.check_data("data.root", describe)
-    path = config.data.real_labels
-    if validations and path is not None:
-        labels = {"ReaL labels": real_labels_digest(path)} if process.local_rank == 0 else {}
-        consistency.check_data("data.real_labels", lambda: labels)
+    if validations:
+        labels = partial(fingerprint_real_labels, config.data.real_labels, process.local_rank == 0)
+        consistency.check_data("data.real_labels", labels)
 
 
 def match_datasets(

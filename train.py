@@ -44,6 +44,7 @@ from data import (
     Mixing,
     build_loaders,
     dataset_name,
+    fingerprint_real_labels,
     fingerprint_sources,
     open_eval_sets,
 )
@@ -235,10 +236,13 @@ def build(
 
 
 def check_same_images(loaders: Loaders, config: TrainConfig, process: Process) -> None:
-    """Raise UserError on every rank if a rank has read other images than rank 0."""
+    """Raise UserError on every rank if a rank has read other images or ReaL labels than rank 0."""
     sources = {"training images": loaders.train_source, "validation images": loaders.validation_source}
     root, key = config.data.root, "data.source" if config.data.root is None else "data.root"
-    consistency.check_data(key, lambda: fingerprint_sources(sources, root, process.local_rank == 0))
+    has_digests = process.local_rank == 0
+    consistency.check_data(key, lambda: fingerprint_sources(sources, root, has_digests))
+    labels = partial(fingerprint_real_labels, config.data.real_labels, has_digests)
+    consistency.check_data("data.real_labels", labels)
 
 
 def describe_run(

@@ -24,7 +24,7 @@ from data.mixing import Mixing
 from data.order import ORDER_VERSION
 from data.progressive_resizing import ProgressiveResizingLoader
 from data.random_sizes import RandomSizesLoader
-from data.real_labels import NotImageNetError, RealLabelImages, real_labels_digest
+from data.real_labels import NotImageNetError, RealLabelImages, fingerprint_real_labels
 from data.samplers import MicroBatches
 from data.sources import Source, dataset_name, open_source
 from data.sources.folder import class_folder_options
@@ -48,9 +48,9 @@ __all__ = [
     "check_same_classes",
     "class_folder_options",
     "dataset_name",
+    "fingerprint_real_labels",
     "fingerprint_sources",
     "open_eval_sets",
-    "real_labels_digest",
 ]
 
 

@@ -74,9 +74,15 @@ def read_real_labels(path: str) -> list[list[int]]:
     return [list(dict.fromkeys(row)) for row in rows]
 
 
-def real_labels_digest(path: str) -> str:
-    """Return the SHA-256 of the labels in a file, to compare ranks. Raises as `read_real_labels`."""
-    return hashlib.sha256(str(read_real_labels(path)).encode()).hexdigest()
+def fingerprint_real_labels(path: str | None, has_digests: bool) -> dict[str, str]:
+    """Return the SHA-256 of the labels in a file by noun, to compare ranks; empty without file or digests.
+
+    Raises:
+        UserError: the file is invalid.
+    """
+    if path is None or not has_digests:
+        return {}
+    return {"ReaL labels": hashlib.sha256(str(read_real_labels(path)).encode()).hexdigest()}
 
 
 def image_number(source: Source, index: int, count: int) -> int:

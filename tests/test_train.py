@@ -137,12 +137,13 @@ def test_a_refused_run_writes_no_split(folder):
     assert not (folder / "run").exists()
 
 
-def test_a_run_writes_its_split_and_compares_weights_between_ranks(folder, monkeypatch):
+def test_a_run_writes_its_split_and_compares_data_and_weights_between_ranks(folder, monkeypatch):
     for name in "ab":
         (folder / "photos" / name).mkdir(parents=True)
         for number in range(4):
             Image.new("RGB", (16, 16)).save(folder / "photos" / name / f"{number}.png")
     compared = []
+    monkeypatch.setattr(consistency, "check_data", lambda key, describe: compared.append(key))
     monkeypatch.setattr(consistency, "check_weights", lambda key, model: compared.append(key))
     program.main(["--data.source", "folder", "--data.root", "photos", "--data.workers", "0",
                   "--device", "cpu",
@@ -151,7 +152,8 @@ def test_a_run_writes_its_split_and_compares_weights_between_ranks(folder, monke
                   "--schedule.batch_size", "4", "--progress", "false", "--loggers", "[]"])  # fmt: skip
     assert len((folder / "run" / "split.txt").read_text().splitlines()) == 4
     eval_program.main(["--checkpoint", "run", "--device", "cpu", "--progress", "false"])
-    assert compared == ["model", "checkpoint"]
+    data = ["data.root", "data.real_labels"]
+    assert compared == [*data, "model", *data, "checkpoint"]
 
 
 def test_a_named_data_set_is_not_merged_with_the_digits():

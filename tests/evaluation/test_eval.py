@@ -405,15 +405,8 @@ def test_ranks_compare_images_and_real_labels(tmp_path: Path, monkeypatch: pytes
     compared: list[tuple[str, Mapping[str, str]]] = []
     monkeypatch.setattr(consistency, "check_data", lambda key, describe: compared.append((key, describe())))
     labels = tmp_path / "real.json"
-    argv = [
-        *RESNET,
-        "--model.num_classes",
-        "1000",
-        "--data.workers",
-        "0",
-        "--datasets",
-        str(tmp_path / "val"),
-    ]
+    argv = [*RESNET, "--model.num_classes", "1000", "--data.workers", "0"]
+    argv += ["--datasets", str(tmp_path / "val")]
     for content in ("[[0, 1]]", "[ [0, 1, 1] ]", "[[0]]"):
         labels.write_text(content)
         program.main([*argv, "--data.real_labels", str(labels), *QUIET])
