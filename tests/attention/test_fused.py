@@ -15,7 +15,7 @@ from torch.utils.deterministic import fill_uninitialized_memory
 
 from vil.attention.local import fused, kernels, local_attention
 from vil.attention.local.fused import INTERPRETED
-from vil.attention.local.geometry import Inputs, LocalAttentionSpec
+from vil.attention.local.geometry import Inputs, LocalAttentionSpec, OperatorInputs, operator_inputs
 from vil.evaluation.cost import saved_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,7 +94,8 @@ def test_where_biases_are_in_the_accumulator(monkeypatch, capability, expected):
 def test_biases_in_memory_are_more_exact_than_bfloat16(dtype):
     inputs = make_inputs((4, 4), 2, 1, True, head_dim=32, dtype=torch.float32)
     inputs = {name: tensor.detach().to(dtype) for name, tensor in inputs.items()}  # as of a converted model
-    call = fused._KernelCall(Inputs(**inputs), LocalAttentionSpec((4, 4), 2))
+    spec = LocalAttentionSpec((4, 4), 2)
+    call = fused._KernelCall(operator_inputs(Inputs(**inputs), spec), spec)
     found = call.query_bias()[:, :, :37].double() / fused.LOG2E
     table, global_bias = (inputs[name].double() for name in ("bias_table", "global_bias"))
     index = torch.arange(2)[:, None] - torch.arange(6) + 5  # query − (key − 2) + 2·2 − 1
@@ -221,7 +222,7 @@ def test_biases_are_padded_to_the_block_size(window, neighbors):
         tokens, memory = (torch.empty(1, 1, count, width, device="meta") for count in (35, globals_))
         number = torch.empty((), dtype=torch.int64, device="meta")
         call = fused._KernelCall(
-            Inputs(tokens, tokens, tokens, memory, memory, neighbor=number if neighbors == "one" else None),
+            OperatorInputs(*[tokens] * 3, *[memory] * 2, neighbor=number if neighbors == "one" else None),
             LocalAttentionSpec((5, 7), window, "chunk", neighbors),
         )
         columns = call.hidden_keys().shape[1]
@@ -240,10 +241,12 @@ def test_gradients_are_deterministic():
 @pytest.mark.parametrize("backend", ["chunked", "fused"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_bytes_saved_for_the_backward_pass(backend, bias):
-    """The inputs; with fused also the output and one number per query and head."""
+    """The inputs, with biases by position; with fused also the output and one number per query and head."""
     inputs = make_inputs((5, 4), 3, 2, bias, head_dim=8, dtype=torch.float32, device=DEVICE)
     kept = saved_bytes(lambda: local_attention(**inputs, size=(5, 4), window=3, backend=backend))
-    expected = sum(tensor.numel() for tensor in inputs.values()) * 4
+    expected = sum(tensor.numel() for name, tensor in inputs.items() if name != "bias_table") * 4
+    if bias:
+        expected += 2 * 3**2 * (3 * 3) ** 2 * 4  # heads, queries, keys
     if backend == "fused":
         expected += (inputs["query"].numel() + inputs["query"].numel() // 8) * 4
     assert kept == expected

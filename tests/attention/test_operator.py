@@ -1,8 +1,12 @@
 """Backends as operators of PyTorch: compiled, exported, counted, faked, recomputed; and how one is chosen."""
 
+import re
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from helpers.local_inputs import make_inputs, run
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +16,7 @@ from vil.attention.local.chunked import chunked_attention
 from vil.attention.local.dense import dense_attention
 from vil.attention.local.fused import INTERPRETED
 from vil.attention.local.gathered import gathered_attention
-from vil.attention.local.geometry import Inputs, LocalAttentionSpec
+from vil.attention.local.geometry import Inputs, LocalAttentionSpec, operator_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDS_KERNELS = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU and no interpreter")
@@ -27,11 +31,14 @@ def inputs_of(**change):
 
 def arguments_of(backend, bias=True, neighbors="all"):
     """Return the arguments of the operator, in order."""
-    inputs = inputs_of(bias=bias)
     neighbor = torch.tensor([3], device=DEVICE) if neighbors == "one" else None
-    tensors = [inputs.get(name) for name in Inputs._fields[:7]]
+    inputs = Inputs(**inputs_of(bias=bias), neighbor=neighbor)
+    tensors = [
+        tensor if tensor is None or tensor is neighbor else tensor.detach().requires_grad_()
+        for tensor in operator_inputs(inputs, LocalAttentionSpec((3, 4), 2))
+    ]
     operator = getattr(torch.ops.vil, f"{backend}_attention").default
-    return operator, (*tensors, neighbor, None, [3, 4], 2, "chunk", neighbors, 0.0, False)
+    return operator, (*tensors, None, [3, 4], 2, "chunk", neighbors, 0.0, False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -55,6 +62,24 @@ def test_compiles_without_a_break(backend):
     torch.testing.assert_close(output, expected)
     for ours, its in zip(gradients, torch.autograd.grad(expected.square().sum(), list(inputs.values()))):
         torch.testing.assert_close(ours, its)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_scatter_in_compiled_graphs(backend):
+    """Inductor would compute it with atomic additions, in another order in every run."""
+    inputs, operators = inputs_of(), set()
+
+    def record(graph, _):
+        operators.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    def function(*tensors):
+        return local_attention(**dict(zip(inputs, tensors)), **OPTIONS, backend=backend)
+
+    compiled = torch.compile(function, backend=aot_autograd(fw_compiler=record), fullgraph=True)
+    compiled(*inputs.values()).sum().backward()
+    assert f"vil.{backend}_attention_backward.default" in operators
+    assert not [name for name in operators if re.search(r"scatter|index_(put|add)|unfold_backward", name)]
 
 
 class Model(torch.nn.Module):

@@ -27,7 +27,7 @@ import torch
 
 from tools.markdown_table import markdown_table
 from vil import command_line
-from vil.attention.local.geometry import Inputs, LocalAttentionSpec, Mask
+from vil.attention.local.geometry import Inputs, LocalAttentionSpec, Mask, operator_inputs
 from vil.command_line import ToolParser
 from vil.config import UserError
 
@@ -87,9 +87,11 @@ def compile_kernels(
             global_bias=torch.empty(heads, global_tokens) if relative else None,
             neighbor=torch.empty((), dtype=torch.int64) if spec.neighbors == "one" else None,
         )
+        by_position = operator_inputs(inputs, spec)
     with _compile_only(GPUTarget("cuda", capability, 32)) as compiled:
-        output, sums = fused.launch_forward(inputs, spec)
-        fused.launch_backward(inputs, spec, output, sums, torch.empty_like(output), relative)
+        output, sums = fused.launch_forward(by_position, spec)
+        gradient, needs_bias_grads = torch.empty_like(output), (relative, relative)
+        fused.launch_backward(by_position, spec, output, sums, gradient, needs_bias_grads)
     return [
         KernelStatistics(
             name.removesuffix("_kernel"),

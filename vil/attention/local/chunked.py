@@ -12,13 +12,13 @@ keys, k keys of a query, D head width. Matrix products have one batch dimension 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vil.attention.local.geometry import Inputs, KeyRange, LocalAttentionSpec, fold_window_bias, window_bias
+from vil.attention.local.geometry import KeyRange, LocalAttentionSpec, OperatorInputs
 from vil.attention.local.operator import empty_gradients, like_tokens, register
 from vil.attention.local.strips import Chunk, Strip, strips
 
@@ -28,7 +28,7 @@ MAX_STRIP_ELEMENTS = 2**22
 """Elements of the keys of a strip, at least those of one column of chunks."""
 
 
-def forward(inputs: Inputs, spec: LocalAttentionSpec, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(inputs: OperatorInputs, spec: LocalAttentionSpec, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the output (B, h, N, D) and an empty tensor; see `operator.register`."""
     work = _ChunkedAttention(inputs, spec, seed)
     output = like_tokens(inputs.query)
@@ -46,17 +46,17 @@ def forward(inputs: Inputs, spec: LocalAttentionSpec, seed: Tensor | None) -> tu
 
 
 def backward(
-    inputs: Inputs,
+    inputs: OperatorInputs,
     spec: LocalAttentionSpec,
     seed: Tensor | None,
     _: Tensor,
     __: Tensor,
     gradient: Tensor,
-    needs_bias_grad: bool,
+    needs_bias_grads: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the first seven inputs; output and sums are unused; see `operator.register`."""
     work = _ChunkedAttention(inputs, spec, seed)
-    gradients = empty_gradients(inputs, needs_bias_grad)
+    gradients = empty_gradients(inputs, needs_bias_grads)
     # Summed over strips, in float32 for half precision.
     sums = [x.to(inputs.score_dtype).zero_() for x in gradients[1:5]]
     for images in work.slices():
@@ -81,7 +81,7 @@ def backward(
                 grad_scores = torch.ops.aten._softmax_backward_data.out(
                     grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
                 )
-                if needs_bias_grad:
+                if any(needs_bias_grads):
                     work.add_biases(strip, chunk, grad_scores)
                 grad_scores, dropped = grad_scores.to(queries.dtype), dropped.to(queries.dtype)
                 grad_queries = work.product("output", grad_scores, keys[:, chunk.keys])
@@ -96,7 +96,7 @@ def backward(
     for gradient_out, total in zip(gradients[1:5], sums):
         if gradient_out is not total:
             gradient_out.copy_(total)
-    if needs_bias_grad:
+    if any(needs_bias_grads):
         work.store_biases(*gradients[5:])
     return gradients
 
@@ -104,7 +104,7 @@ def backward(
 class _ChunkedAttention:
     """State of one call: its strips, biases, buffers and dropout generator."""
 
-    def __init__(self, inputs: Inputs, spec: LocalAttentionSpec, seed: Tensor | None) -> None:
+    def __init__(self, inputs: OperatorInputs, spec: LocalAttentionSpec, seed: Tensor | None) -> None:
         self.inputs, self.spec = inputs, spec
         self.batch, self.heads, _, self.width = inputs.query.shape
         self.num_globals = inputs.global_key.shape[2]
@@ -112,7 +112,6 @@ class _ChunkedAttention:
         has_fast_matmul = _has_fast_matmul(inputs.query.device, inputs.query.dtype)
         self.dtype = inputs.query.dtype if has_fast_matmul else inputs.score_dtype
         """Type of the strips, and of products."""
-        self.window_bias = window_bias(inputs, spec)  # (h or 1, w, w, 3w, 3w)
         self.biases: dict[Hashable, Tensor] = {}
         self.bias_gradients: dict[Hashable, tuple[Strip, Chunk, Tensor]] = {}
         self.buffers: dict[str, Tensor] = {}
@@ -235,7 +234,7 @@ class _ChunkedAttention:
 
     def _bias(self, strip: Strip, chunk: Chunk) -> Tensor | None:
         """Return the biases (h, t, k) of a chunk's scores, cached by signature."""
-        if self.window_bias is None and self.inputs.global_bias is None:
+        if self.inputs.window_bias is None and self.inputs.global_bias is None:
             return None
         signature = strip.signature(chunk)
         if signature not in self.biases:
@@ -243,8 +242,10 @@ class _ChunkedAttention:
             bias = self.inputs.query.new_zeros(shape, dtype=self.inputs.score_dtype)
             if self.inputs.global_bias is not None:
                 bias[..., self._global(chunk)] = self.inputs.global_bias[:, None]
-            if self.window_bias is not None:
-                for at_positions, grad_keys in self._bias_entries(self.window_bias, bias, strip, chunk):
+            if self.inputs.window_bias is not None:
+                for at_positions, grad_keys in self._bias_entries(
+                    self.inputs.window_bias, bias, strip, chunk
+                ):
                     grad_keys.copy_(at_positions)
             self.biases[signature] = bias
         return self.biases[signature]
@@ -258,20 +259,16 @@ class _ChunkedAttention:
         else:
             self.bias_gradients[signature] = strip, chunk, total
 
-    def store_biases(self, grad_table: Tensor, grad_global_bias: Tensor) -> None:
+    def store_biases(self, grad_window_bias: Tensor, grad_global_bias: Tensor) -> None:
         """Write the sums of `add_biases` to the gradients of the biases, unless these are empty."""
-        heads, side = self.heads, self.spec.window
-        shape = (heads, side, side, 3 * side, 3 * side)
-        by_position = self.inputs.query.new_zeros(shape, dtype=self.inputs.score_dtype)
-        by_key = by_position.new_zeros(heads, self.num_globals)
+        grad_window_bias.zero_()
+        grad_global_bias.zero_()
         for strip, chunk, total in self.bias_gradients.values():
-            by_key += total[..., self._global(chunk)].sum(dim=1)
-            for at_positions, grad_keys in self._bias_entries(by_position, total, strip, chunk):
-                at_positions += grad_keys
-        if grad_table.numel():
-            grad_table.copy_(fold_window_bias(by_position, side))
-        if grad_global_bias.numel():
-            grad_global_bias.copy_(by_key)
+            if grad_global_bias.numel():
+                grad_global_bias += total[..., self._global(chunk)].sum(dim=1)
+            if grad_window_bias.numel():
+                for at_positions, grad_keys in self._bias_entries(grad_window_bias, total, strip, chunk):
+                    at_positions += grad_keys
 
     def _global(self, chunk: Chunk) -> slice:
         """Return the slice of global keys among the keys of a chunk."""

@@ -6,17 +6,16 @@ This module prepares the arguments of the kernels in `kernels.py` and launches t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from functools import cache, lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 from torch import Tensor
 
 from vil.attention.local import chunked, kernels
+from vil.attention.local.borders import border_masks
 from vil.attention.local.fallback import Result, run_kernels
-from vil.attention.local.geometry import Inputs, LocalAttentionSpec, fold_window_bias, window_bias
+from vil.attention.local.geometry import LocalAttentionSpec, OperatorInputs
 from vil.attention.local.operator import empty_gradients, like_tokens, register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +53,7 @@ def unsupported(
 class _KernelCall:
     """Sizes, blocks and biases shared by the kernels of one call."""
 
-    def __init__(self, inputs: Inputs, spec: LocalAttentionSpec) -> None:
+    def __init__(self, inputs: OperatorInputs, spec: LocalAttentionSpec) -> None:
         self.inputs, self.spec = inputs, spec
         self.query = _as_loadable(inputs.query)
         self.key, self.value = _with_equal_strides(inputs.key, inputs.value)
@@ -65,8 +64,8 @@ class _KernelCall:
         self.rows, self.columns = (-(-length // spec.window) for length in spec.size)
         self.per_chunk = spec.window**2
         self.keys = {"all": 9, "self": 1, "one": 2}[spec.neighbors] * self.per_chunk
-        self.window_bias = window_bias(inputs, spec)  # (h or 1, w, w, 3w, 3w)
-        self.borders = _borders(spec.size, spec.window, spec.mask == "cyclic", inputs.query.device)
+        self.window_bias = inputs.window_bias  # (h or 1, w, w, 3w, 3w)
+        self.borders = border_masks(spec.size, spec.window, spec.mask == "cyclic", inputs.query.device)
         blocks = _blocks(self.per_chunk, self.keys, self.width, self.query.dtype)
         self.block_m, self.block_k, self.stages = blocks
         self.true_scale = self.width**-0.5
@@ -89,8 +88,7 @@ class _KernelCall:
         shape = (max(map(len, biases)), self.per_chunk, columns)
         bias = self.query.new_zeros(shape, dtype=self.bias_dtype)
         if self.inputs.global_bias is not None:
-            global_bias = self.inputs.global_bias.to(self.inputs.score_dtype) * self.bias_factor
-            bias[..., : self.num_globals] = global_bias[:, None]
+            bias[..., : self.num_globals] = self.inputs.global_bias[:, None] * self.bias_factor
         if self.window_bias is not None:
             local = self._select_visible(self.window_bias.flatten(3).flatten(1, 2), 1)
             bias[..., self.num_globals : self.num_globals + self.keys] = local * self.bias_factor
@@ -199,7 +197,7 @@ class _KernelCall:
         return self.batch * self.heads * self.rows * self.columns * triton.cdiv(self.per_chunk, block)
 
 
-def forward(inputs: Inputs, spec: LocalAttentionSpec, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(inputs: OperatorInputs, spec: LocalAttentionSpec, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the output and the sums of `launch_forward`, or the output of `chunked` and sums of 0.
 
     Raises:
@@ -214,13 +212,13 @@ def forward(inputs: Inputs, spec: LocalAttentionSpec, seed: Tensor | None) -> tu
 
 
 def backward(
-    inputs: Inputs,
+    inputs: OperatorInputs,
     spec: LocalAttentionSpec,
     seed: Tensor | None,
     output: Tensor,
     sums: Tensor,
     gradient: Tensor,
-    needs_bias_grad: bool,
+    needs_bias_grads: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the first seven inputs, from `launch_backward` or `chunked`.
 
@@ -230,7 +228,7 @@ def backward(
     Raises:
         KernelError: see `run_kernels`.
     """
-    given = (output, sums, gradient, needs_bias_grad)
+    given = (output, sums, gradient, needs_bias_grads)
     return _run(
         inputs,
         spec,
@@ -240,15 +238,18 @@ def backward(
 
 
 def _run(
-    inputs: Inputs, spec: LocalAttentionSpec, launch: Callable[[], Result], substitute: Callable[[], Result]
+    inputs: OperatorInputs,
+    spec: LocalAttentionSpec,
+    launch: Callable[[], Result],
+    substitute: Callable[[], Result],
 ) -> Result:
-    query, has_biases = inputs.query, (inputs.bias_table is not None, inputs.global_bias is not None)
+    query, has_biases = inputs.query, (inputs.window_bias is not None, inputs.global_bias is not None)
     # The properties that the kernels are compiled for; sizes of maps and batches are not.
     kind = (query.device, query.dtype, query.shape[3], inputs.global_key.shape[2], *spec[1:4], *has_biases)
     return run_kernels(launch, substitute if spec.may_fall_back else None, kind, query.device)
 
 
-def launch_forward(inputs: Inputs, spec: LocalAttentionSpec) -> tuple[Tensor, Tensor]:
+def launch_forward(inputs: OperatorInputs, spec: LocalAttentionSpec) -> tuple[Tensor, Tensor]:
     """Return the output (B, h, N, D), and the logarithm of the sum of exponentials (B, h, N), float32."""
     call = _KernelCall(inputs, spec)
     output = like_tokens(inputs.query)
@@ -266,16 +267,16 @@ def launch_forward(inputs: Inputs, spec: LocalAttentionSpec) -> tuple[Tensor, Te
 
 
 def launch_backward(
-    inputs: Inputs,
+    inputs: OperatorInputs,
     spec: LocalAttentionSpec,
     output: Tensor,
     sums: Tensor,
     gradient: Tensor,
-    needs_bias_grad: bool,
+    needs_bias_grads: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the first seven inputs; empty for biases that are absent or need none."""
     call = _KernelCall(inputs, spec)
-    gradients = empty_gradients(inputs, needs_bias_grad)
+    gradients = empty_gradients(inputs, needs_bias_grads)
     gradient, output = _as_loadable(gradient), _as_loadable(output)
     statistics = sums.new_empty(*sums.shape, 2)  # per query, computed by the first kernel for the others
     query_bias = call.query_bias()
@@ -301,7 +302,7 @@ def launch_backward(
             _fill_global_gradients(call, query_bias, statistics, gradient, gradients)
         if gradients[5].numel():
             assert query_bias is not None
-            gradients[5].copy_(_table_gradient(call, query_bias, statistics, gradient))
+            gradients[5].copy_(_window_bias_gradient(call, query_bias, statistics, gradient))
     return gradients
 
 
@@ -335,8 +336,8 @@ def _fill_global_gradients(
         gradients[6].copy_(grad_bias.sum(dim=(0, 2)))
 
 
-def _table_gradient(call: _KernelCall, bias: Tensor, statistics: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient of the bias table (h, 4w−1, 4w−1), float32."""
+def _window_bias_gradient(call: _KernelCall, bias: Tensor, statistics: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of the window biases (h, w, w, 3w, 3w), float32."""
     blocks = triton.cdiv(call.per_chunk, call.block_m) * triton.cdiv(call.keys, call.block_k)
     num_parts = _num_parts(blocks * call.heads, call.batch * call.rows * call.columns)
     grad_bias = statistics.new_empty(num_parts, call.heads, call.per_chunk, call.keys)
@@ -358,7 +359,7 @@ def _table_gradient(call: _KernelCall, bias: Tensor, statistics: Tensor, gradien
     if positions is not None:
         all_positions = by_position.new_zeros(*by_position.shape[:2], call.spec.num_positions)
         by_position = all_positions.index_copy_(2, positions, by_position)
-    return fold_window_bias(by_position.unflatten(2, (3 * side, 3 * side)).unflatten(1, (side, side)), side)
+    return by_position.view(call.heads, side, side, 3 * side, 3 * side)
 
 
 def _num_parts(programs: int, limit: int) -> int:
@@ -449,69 +450,6 @@ def _combine_bias(bias: Tensor | None, hidden: Tensor) -> tuple[Tensor, int, int
         return hidden, hidden.stride(0), 0, 0
     bias = bias + hidden[:, None, None]
     return bias, bias.stride(0), bias.stride(1) if bias.shape[1] > 1 else 0, bias.stride(2)
-
-
-class _Borders(NamedTuple):
-    """Masks of the tokens beyond the borders of the map, equal for chunks of one kind."""
-
-    kinds: tuple[int, int, int]
-    """Packed kinds of the rows and of the columns of chunks (`border_kinds`); number of kinds of columns."""
-    hidden_keys: Tensor
-    """(kinds, 9w²), kinds of rows times columns: 0 for positions that the center chunk sees, else −∞."""
-    hidden_queries: Tensor
-    """The same with 0 for queries that see the center chunk."""
-
-
-def _borders(size: tuple[int, int], side: int, cyclic: bool, device: torch.device) -> _Borders:
-    (rows, row_kinds), (columns, column_kinds) = (border_kinds(length, side, cyclic) for length in size)
-    # Of rows and columns: masks of the keys, then masks of the queries.
-    keys, queries = (_hidden(*axes, device) for axes in zip(zip(*row_kinds), zip(*column_kinds)))
-    return _Borders((rows, columns, len(column_kinds)), keys, queries)
-
-
-@cache
-def _hidden(
-    rows: tuple[tuple[bool, ...], ...], columns: tuple[tuple[bool, ...], ...], device: torch.device
-) -> Tensor:
-    """Return (kinds, 9w²), 0 where both the row and the column (3w each, by kind) are True, else −∞.
-
-    Cached forever: there are few, and CUDA graphs may hold their addresses.
-    """
-    seen = torch.tensor(rows)[:, None, :, None] & torch.tensor(columns)[None, :, None, :]
-    hidden = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-    return hidden.flatten(2).flatten(0, 1).to(device)
-
-
-@lru_cache(maxsize=4096)
-def border_kinds(
-    length: int, side: int, cyclic: bool
-) -> tuple[int, tuple[tuple[tuple[bool, ...], tuple[bool, ...]], ...]]:
-    """Return the kinds of chunks along one axis, by the chunks before and after them.
-
-    There are six cases: with or without a chunk before, and with none, one or more after. At most four occur
-    on one map, and some have equal masks.
-
-    Returns:
-        The kind of each case, three bits each, in the order of `kernels._kind`; and for each kind, two masks
-        of the 3w positions around: keys, and queries.
-    """
-    chunks = -(-length // side)
-    kinds: list[tuple[tuple[bool, ...], tuple[bool, ...]]] = []
-    packed = 0
-    for case in range(6):
-        chunks_of_case = [c for c in range(chunks) if (c > 0) * 3 + min(chunks - 1 - c, 2) == case]
-        if not chunks_of_case:
-            continue
-        keys, queries = [], []
-        for position in range((chunks_of_case[0] - 1) * side, (chunks_of_case[0] + 2) * side):
-            wrapped = position % (chunks * side) if cyclic else position
-            queries.append(0 <= wrapped < length)
-            keys.append(queries[-1] or (cyclic and position < 0))
-        kind = (tuple(keys), tuple(queries))
-        if kind not in kinds:
-            kinds.append(kind)
-        packed |= kinds.index(kind) << 3 * case
-    return packed, tuple(kinds)
 
 
 def _head_stride(bias: Tensor | None) -> int:

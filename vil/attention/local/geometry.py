@@ -40,6 +40,25 @@ class Inputs(NamedTuple):
         return torch.promote_types(self.query.dtype, torch.float32)
 
 
+class OperatorInputs(NamedTuple):
+    """`Inputs` of a backend that is registered as an operator: with biases by position, of `score_dtype`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    global_key: Tensor
+    global_value: Tensor
+    window_bias: Tensor | None = None
+    """(h or 1, w, w, 3w, 3w): see the function `window_bias`."""
+    global_bias: Tensor | None = None
+    neighbor: Tensor | None = None
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """See `Inputs.score_dtype`."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+
 class LocalAttentionSpec(NamedTuple):
     """The map, the keys that its queries see, and options of the computation."""
 
@@ -99,6 +118,12 @@ def key_ranges(
     return tuple(ranges)
 
 
+def operator_inputs(inputs: Inputs, spec: LocalAttentionSpec) -> OperatorInputs:
+    """Return the inputs of an operator, computed with differentiable functions."""
+    global_bias = None if inputs.global_bias is None else inputs.global_bias.to(inputs.score_dtype)
+    return OperatorInputs(*inputs[:5], window_bias(inputs, spec), global_bias, inputs.neighbor)
+
+
 def window_bias(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor | None:
     """Return the biases of a chunk's queries by the position of the key.
 
@@ -108,10 +133,10 @@ def window_bias(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor | None:
     """
     w, bias = spec.window, None
     if inputs.bias_table is not None:
-        # Query i and a key at position m are i − (m − w) apart, which is entry i − m + 3w − 1. In the flipped
-        # table, the entries of query i are contiguous from w − 1 − i on, and `unfold` reads them.
-        flipped = inputs.bias_table.to(inputs.score_dtype).flip(1, 2)
-        bias = flipped.unfold(1, 3 * w, 1).unfold(2, 3 * w, 1).flip(1, 2)
+        # Query i and a key at position m are i − (m − w) apart, which is entry i + (3w − 1 − m).
+        columns = _sliding_ranges(inputs.bias_table.to(inputs.score_dtype), w)  # (h, 4w−1, w, 3w)
+        both = _sliding_ranges(columns.movedim(1, 3), w)  # (h, w, 3w, w, 3w): columns, then rows
+        bias = both.permute(0, 3, 1, 4, 2).flip(3, 4)
     if spec.mask == "exact":
         query = torch.arange(w, device=inputs.query.device)[:, None]
         key = torch.arange(-w, 2 * w, device=inputs.query.device)
@@ -123,19 +148,15 @@ def window_bias(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor | None:
     return bias
 
 
-def fold_window_bias(gradient: Tensor, window: int) -> Tensor:
-    """Return the gradient of a bias table (h, 4w−1, 4w−1) from that of `window_bias` (h, w, w, 3w, 3w).
+def _sliding_ranges(x: Tensor, window: int) -> Tensor:
+    """Return entries i … i + 3w − 1 of the last axis for all i < w: (…, 4w−1) → (…, w, 3w).
 
-    The order of the sum is fixed, so the result is deterministic on every device.
+    The gradient is a sum over i. That of `Tensor.unfold` is a scatter, which a compiled graph computes with
+    atomic additions, in an order that changes from run to run.
     """
-    gradient = gradient.flip(3, 4)  # key positions from the end: the range of query i begins at entry i
-    rows = gradient.new_zeros(gradient.shape[0], 4 * window - 1, *gradient.shape[2::2])  # (h, 4w−1, w, 3w)
-    for i in range(window):
-        rows[:, i : i + 3 * window] += gradient[:, i].transpose(1, 2)
-    table = gradient.new_zeros(gradient.shape[0], 4 * window - 1, 4 * window - 1)
-    for i in range(window):
-        table[:, :, i : i + 3 * window] += rows[:, :, i]
-    return table
+    copies = x[..., None, :].expand(*x.shape[:-1], window + 1, -1).flatten(-2)
+    # In rows of 4w entries, a copy of 4w − 1 begins one entry later than the one before.
+    return copies[..., : 4 * window**2].unflatten(-1, (window, 4 * window))[..., : 3 * window]
 
 
 def pad_to_chunks(tokens: Tensor, size: tuple[int, int], window: int) -> Tensor:

@@ -120,7 +120,7 @@ def _visible_tokens(
 
 @triton.jit
 def _kind(chunk, chunks, kinds):
-    """Return the kind of a chunk along one axis: see `fused.border_kinds`."""
+    """Return the kind of a chunk along one axis: see `borders.border_kinds`."""
     case = tl.where(chunk > 0, 3, 0) + tl.minimum(chunks - 1 - chunk, 2)
     return kinds >> 3 * case & 7
 

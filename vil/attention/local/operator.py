@@ -6,14 +6,20 @@ counter treat it as one operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vil.attention.local.geometry import Inputs, LocalAttentionSpec, keys_per_query
+from vil.attention.local.geometry import (
+    Inputs,
+    LocalAttentionSpec,
+    OperatorInputs,
+    keys_per_query,
+    operator_inputs,
+)
 
 Argument = Any
 """A tensor, None, a number or a text: the flat arguments of the operator, as `_unpack` takes them apart."""
@@ -24,11 +30,11 @@ Backward = Callable[..., "tuple[Tensor, ...]"]
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor global_key, Tensor global_value, "
-    "Tensor? bias_table, Tensor? global_bias, Tensor? neighbor, Tensor? seed"
+    "Tensor? window_bias, Tensor? global_bias, Tensor? neighbor, Tensor? seed"
 )
 _SPEC = "SymInt[2] size, int window, str mask, str neighbors, float dropout, bool may_fall_back"
-_GRADIENT = "Tensor output, Tensor sums, Tensor gradient, bool needs_bias_grad"
-_INPUTS = len(Inputs._fields)
+_GRADIENT = "Tensor output, Tensor sums, Tensor gradient, bool[2] needs_bias_grads"
+_INPUTS = len(OperatorInputs._fields)
 
 
 def register(
@@ -38,12 +44,12 @@ def register(
 
     Args:
         name: name of the backend.
-        forward: (inputs, spec, seed of the dropout or None) → the output (B, h, N, D), with the strides of
-            `like_tokens`, and the logarithm of the sum of each query's exponentiated scores (B, h, N),
-            float32, or an empty tensor without `keeps_sums`.
-        backward: (inputs, spec, seed, output, sums, gradient of the output, True if biases need gradients) →
-            the gradients of the first seven tensors of `Inputs`; empty for biases that are absent or need
-            none. Output and sums are empty without `keeps_sums`.
+        forward: (`OperatorInputs`, spec, seed of the dropout or None) → the output (B, h, N, D), with the
+            strides of `like_tokens`, and the logarithm of the sum of each query's exponentiated scores
+            (B, h, N), float32, or an empty tensor without `keeps_sums`.
+        backward: (inputs, spec, seed, output, sums, gradient of the output, two bools: the window and the
+            global biases need gradients) → the gradients of the first seven inputs; empty for biases that
+            need none. Output and sums are empty without `keeps_sums`.
         keeps_sums: save output and sums for the backward pass, in addition to the inputs.
     """
     schema = f"({_TENSORS}, {_SPEC}) -> (Tensor, Tensor)"
@@ -66,7 +72,7 @@ def register(
 
     @differentiate.register_fake
     def _(*arguments: Argument) -> tuple[Tensor, ...]:
-        return empty_gradients(Inputs(*arguments[:_INPUTS]), needs_bias_grad=arguments[-1])
+        return empty_gradients(OperatorInputs(*arguments[:_INPUTS]), arguments[-1])
 
     def setup_context(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[: _INPUTS + 1], *(output if keeps_sums else ()))
@@ -76,8 +82,8 @@ def register(
         saved = ctx.saved_tensors  # read once: recomputed tensors can be unpacked only once
         tensors, kept = saved[: _INPUTS + 1], saved[_INPUTS + 1 :]
         output, sums = kept or (gradient.new_empty(0), gradient.new_empty(0))
-        needs_bias_grad = any(ctx.needs_input_grad[5:7])
-        gradients = differentiate(*tensors, *ctx.spec, output, sums, gradient, needs_bias_grad)
+        needs_bias_grads = ctx.needs_input_grad[5:7]
+        gradients = differentiate(*tensors, *ctx.spec, output, sums, gradient, needs_bias_grads)
         needed_gradients = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)]
         return (*needed_gradients, *[None] * (2 + len(ctx.spec)))
 
@@ -88,7 +94,8 @@ def register(
     def call(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor:
         # Drawn on the CPU, to avoid a synchronization; the backward pass drops the same weights.
         seed = torch.randint(2**62, (1,)) if spec.dropout else None
-        return attend(*inputs, seed, *spec)[0]
+        # The biases are part of the caller's graph: a compiler fuses them, the backward pass has them.
+        return attend(*operator_inputs(inputs, spec), seed, *spec)[0]
 
     return call
 
@@ -99,11 +106,11 @@ def like_tokens(tokens: Tensor) -> Tensor:
     return tokens.new_empty(batch, count, heads, width).transpose(1, 2)
 
 
-def empty_gradients(inputs: Inputs, needs_bias_grad: bool) -> tuple[Tensor, ...]:
+def empty_gradients(inputs: OperatorInputs, needs_bias_grads: Sequence[bool]) -> tuple[Tensor, ...]:
     """Return empty gradients of the first seven tensors of `inputs`, with the strides of all backends."""
     biases = [
-        inputs.query.new_empty(0) if bias is None or not needs_bias_grad else torch.empty_like(bias)
-        for bias in (inputs.bias_table, inputs.global_bias)
+        bias.new_empty(bias.shape) if bias is not None and needed else inputs.query.new_empty(0)
+        for bias, needed in zip((inputs.window_bias, inputs.global_bias), needs_bias_grads)
     ]
     return (
         *[like_tokens(x) for x in (inputs.query, inputs.key, inputs.value)],
@@ -112,10 +119,10 @@ def empty_gradients(inputs: Inputs, needs_bias_grad: bool) -> tuple[Tensor, ...]
     )
 
 
-def _unpack(arguments: Arguments) -> tuple[Inputs, LocalAttentionSpec, Tensor | None]:
+def _unpack(arguments: Arguments) -> tuple[OperatorInputs, LocalAttentionSpec, Tensor | None]:
     """Return inputs, spec and seed from the arguments of the operator."""
     seed, size, *options = arguments[_INPUTS:]
-    return Inputs(*arguments[:_INPUTS]), LocalAttentionSpec(tuple(size), *options), seed
+    return OperatorInputs(*arguments[:_INPUTS]), LocalAttentionSpec(tuple(size), *options), seed
 
 
 def _flops(*arguments: Argument, **_: object) -> int:
