@@ -497,7 +497,7 @@ def contact_sheet(sources: dict[str, Source], columns: int) -> bytes:
         for axes, image in zip(row, itertools.islice(_class_images(sources, target), columns)):
             axes.imshow(image)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # of scripts that matplotlib's font lacks
+        warnings.filterwarnings("ignore", message="Glyph")  # of scripts that no installed font has
         return as_png(figure)
 
 
