@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import forked
 
-from tools.gpu_check import kernels, program
+from tools.gpu_check import kernels, program, training
 from tools.gpu_check.report import (
     MAX_LINES,
     NotApplicableError,
@@ -24,6 +24,7 @@ from tools.gpu_check.report import (
 )
 from tools.gpu_check.runner import Options, RunningSection, Section
 from vil.config import UserError
+from vil.runtime import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -226,3 +227,49 @@ def test_large_biases_are_not_rounded_by_the_kernels():
     rounded = scaled.to(case.shape.dtype).float()
     torch.testing.assert_close(scaled, rounded, atol=0, rtol=1e-6)
     assert table.abs().max() > 8
+
+
+def test_runs_that_must_be_bit_identical_are_deterministic(tmp_path, monkeypatch):
+    """Without --deterministic, no two runs on a GPU are bit-identical."""
+    runs = []
+
+    class Recorder:
+        def __init__(self, options, name, steps, *arguments, patch=None):
+            runs.append((name, arguments))
+            self.folder = tmp_path / name
+
+        def finish(self):
+            raise RuntimeError("not run")
+
+    monkeypatch.setattr(training, "TrainRun", Recorder)
+    for name in ("_logits_error", "_ddp_error"):
+        monkeypatch.setattr(training, name, lambda *_: 0.0)
+    training.run(Options("cuda", tmp_path), Report(tmp_path / "rows"))
+    compared = [arguments for name, arguments in runs if name in ("full", "resumed")]
+    assert len(compared) == 2
+    assert all("--deterministic" in arguments and "--config" in arguments for arguments in compared)
+    (unsynchronized,) = [arguments for name, arguments in runs if name == "synchronizing"]
+    assert "--config" in unsynchronized  # random shift, mixup, erasing and averaging must not wait either
+
+
+@pytest.mark.parametrize(("factor", "is_equal"), [(1.0, True), (1.001, False)])
+def test_gradients_of_ddp_that_cancel_are_compared_with_the_largest(factor, is_equal, monkeypatch):
+    """On a GPU, two backward passes differ in rounding: a norm near 0 is no scale for errors."""
+
+    def perturbed(model, *_):
+        model.stages[3].blocks[0].attn.bias_table.register_hook(lambda gradient: gradient + 1e-9)
+        model.head.weight.register_hook(lambda gradient: factor * gradient)
+        return model
+
+    monkeypatch.setattr(distributed, "data_parallel", perturbed)
+    assert (training._ddp_error("cpu", "gloo") <= training.MAX_ERROR) == is_equal
+
+
+def test_memory_kept_by_pytorch_is_freed_before_the_huge_batch(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (calls.append("mem_get_info"), (0, 0))[1])
+    report = Report(tmp_path / "rows")
+    kernels._check_huge(Options("cuda", tmp_path), report, 0)
+    assert calls == ["empty_cache", "mem_get_info"]
+    assert read_rows(report.path)[0].note.startswith("skipped: needs ")
