@@ -12,7 +12,8 @@ import pytest
 import torch
 from helpers import forked
 
-from tools.gpu_check import kernels, program, training
+from data.sources import open_source
+from tools.gpu_check import kernels, loading, program, training
 from tools.gpu_check.report import (
     MAX_LINES,
     NotApplicableError,
@@ -23,7 +24,7 @@ from tools.gpu_check.report import (
     summary_table,
 )
 from tools.gpu_check.runner import Options, RunningSection, Section
-from vil.config import UserError
+from vil.config import DataConfig, UserError
 from vil.runtime import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,3 +274,18 @@ def test_memory_kept_by_pytorch_is_freed_before_the_huge_batch(tmp_path, monkeyp
     kernels._check_huge(Options("cuda", tmp_path), report, 0)
     assert calls == ["empty_cache", "mem_get_info"]
     assert read_rows(report.path)[0].note.startswith("skipped: needs ")
+
+
+def test_an_epoch_of_the_timed_loader_has_enough_batches_for_all_workers(tmp_path):
+    """The time of an epoch of two batches is that of two workers, whatever their number."""
+    root = loading._write_images(tmp_path / "images", 3)
+    (root / "train" / "class0" / "notes.txt").touch()
+    assert loading._repeat_images(root, tmp_path / "unused", 3) == root
+    repeated = loading._repeat_images(root, tmp_path / "repeated", 10)
+    source = open_source(DataConfig(source="folder", root=str(repeated)), "train", 3)
+    assert source.class_names == ("class0", "class1")
+    assert len(source) == 10
+    images = {str(path.resolve()) for path in root.glob("train/*/*.jpg")}
+    assert {os.path.realpath(source.describe(index)) for index in range(10)} == images
+    assert {source.read(index).size for index in range(10)} == {(500, 375)}
+    assert loading._repeat_images(tmp_path, tmp_path / "unused", 3) == tmp_path  # no images

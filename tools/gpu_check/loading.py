@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 from timm.data import auto_augment
 
 from data.batch_augment import Operation, apply_to_batch, apply_to_image
+from data.decoding import image_extensions
+from data.workers import limit_workers
 from tools.benchmarks.loader import train_loader
 from tools.benchmarks.models import Candidate
 from tools.benchmarks.timing import seconds_per_call, synchronize
@@ -20,6 +23,8 @@ from tools.gpu_check.runner import Options
 from vil.config import AugmentConfig, DataConfig
 
 IMAGE_SIDE, IMAGES = 48, 16
+MIN_STEPS = 40
+"""Steps for which the loader is timed, rounded up to a multiple of the workers."""
 RESAMPLING = {"resample": Image.Resampling.BICUBIC, "fillcolor": (124, 116, 104)}
 GEOMETRIC = {"shear_x": 0.2, "translate_y_rel": 0.3, "rotate": 25.0}
 OPERATIONS = {
@@ -55,10 +60,13 @@ def _to_batch(images: list[Image.Image]) -> torch.Tensor:
 def _time_overlap(options: Options, report: Report) -> None:
     device = torch.device(options.device)
     root = options.images or _write_images(options.folder / "images", 32 if options.is_small else 512)
-    batch, size, steps = (4, 64, 2) if options.is_small else (128, 224, 40)
-    workers = 0 if options.is_small else max(1, (os.cpu_count() or 1) - 1)
+    batch, size = (4, 64) if options.is_small else (128, 224)
+    workers = 0 if options.is_small else limit_workers(max(1, (os.cpu_count() or 1) - 1))
+    # Workers that start together finish their batches at about the same time: time whole rounds.
+    steps = 2 if options.is_small else -(-MIN_STEPS // workers) * workers
+    repeated = _repeat_images(root, options.folder / "repeated", batch * (steps + 1))
     data = DataConfig(
-        source="folder", root=str(root), train_split="train", val_split="train", workers=workers
+        source="folder", root=str(repeated), train_split="train", val_split="train", workers=workers
     )
     loader = train_loader(data, AugmentConfig(), size, batch, device)
     candidate = Candidate("vil_tiny", size, device, "float32" if options.is_small else "bfloat16")
@@ -66,18 +74,13 @@ def _time_overlap(options: Options, report: Report) -> None:
 
     def seconds_per_step(train: bool) -> float:
         """Return the mean duration of a step that loads a batch, without the first one."""
-        start, done, epoch = 0.0, -1, 0
-        while done < steps:
-            for loaded, _ in loader.epoch(epoch):
-                if train:
-                    candidate.train(loaded, targets[: len(loaded)])
-                done += 1
-                if done == 0:
-                    synchronize(device)
-                    start = time.perf_counter()
-                if done == steps:
-                    break
-            epoch += 1
+        start = 0.0
+        for done, (loaded, _) in enumerate(islice(loader.epoch(0), steps + 1)):
+            if train:
+                candidate.train(loaded, targets)
+            if done == 0:
+                synchronize(device)
+                start = time.perf_counter()
         synchronize(device)
         return (time.perf_counter() - start) / steps
 
@@ -89,6 +92,24 @@ def _time_overlap(options: Options, report: Report) -> None:
     report.add("vil_tiny alone", batch / compute, "images/s")
     note = f"{batch / both:.0f} images/s"
     report.add("both, relative to the slower", 100 * max(load, compute) / both, "%", target="95", note=note)
+
+
+def _repeat_images(root: Path, folder: Path, count: int) -> Path:
+    """Return `root` if train/ has at least `count` images, else a new folder with several links to each.
+
+    An epoch of fewer batches than workers would leave workers without work.
+    """
+    extensions = image_extensions()
+    files = (Path(path, name) for path, _, names in os.walk(root / "train") for name in sorted(names))
+    images = list(islice((file for file in files if file.suffix.lower() in extensions), count))
+    if not images or len(images) == count:  # the loader reports that there are none
+        return root
+    for number in range(count):
+        image = images[number % len(images)]
+        link = folder / "train" / image.relative_to(root / "train").parts[0] / f"{number}{image.suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(image.resolve())
+    return folder
 
 
 def _random_shapes(rng: np.random.Generator, width: int, height: int) -> Image.Image:
