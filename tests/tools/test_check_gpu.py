@@ -13,7 +13,8 @@ import torch
 from helpers import forked
 
 from data.sources import open_source
-from tools.gpu_check import kernels, loading, program, training
+from tools.benchmarks.timing import Measurement
+from tools.gpu_check import kernels, loading, models, program, training
 from tools.gpu_check.report import (
     MAX_LINES,
     NotApplicableError,
@@ -289,3 +290,20 @@ def test_an_epoch_of_the_timed_loader_has_enough_batches_for_all_workers(tmp_pat
     assert {os.path.realpath(source.describe(index)) for index in range(10)} == images
     assert {source.read(index).size for index in range(10)} == {(500, 375)}
     assert loading._repeat_images(tmp_path, tmp_path / "unused", 3) == tmp_path  # no images
+
+
+def test_the_time_of_compilation_does_not_omit_models_without(tmp_path, monkeypatch):
+    """Compiled models take 30 s here, the others 8 s: there is no time for a fifth compilation only."""
+    clock, measured = [0.0], []
+
+    def measure(configuration, *_):
+        clock[0] += 30 if configuration.is_compiled else 8
+        measured.append(configuration)
+        return Measurement({"batch": 128}, {"training": 0.1})
+
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(models, "_measure", measure)
+    report = Report(tmp_path / "rows")
+    models.run(Options("cuda", tmp_path, deadline=200), report)
+    assert measured == list(models.CONFIGURATIONS[:-1])
+    assert "stopped before deit_small" in "".join(row.note for row in read_rows(report.path))
