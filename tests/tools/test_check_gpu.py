@@ -307,3 +307,17 @@ def test_the_time_of_compilation_does_not_omit_models_without(tmp_path, monkeypa
     models.run(Options("cuda", tmp_path, deadline=200), report)
     assert measured == list(models.CONFIGURATIONS[:-1])
     assert "stopped before deit_small" in "".join(row.note for row in read_rows(report.path))
+
+
+def test_float32_of_the_timed_models_is_that_of_training(tmp_path, monkeypatch):
+    """PyTorch's default for convolutions on GPUs is TF32."""
+    allowed = []
+
+    def measure(*_, **__):
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return [Measurement({}, {})]
+
+    monkeypatch.setattr(models, "measure_models", measure)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    models._measure(models.Configuration("vil_tiny", "float32"), Options("cpu", tmp_path), Report(tmp_path))
+    assert allowed == [False]

@@ -16,6 +16,7 @@ from tools.gpu_check.report import Report
 from tools.gpu_check.runner import Options
 from vil.attention.local import fallback
 from vil.config import Precision
+from vil.runtime.precision import choose_precision
 
 
 class Configuration(NamedTuple):
@@ -94,6 +95,7 @@ def _measure(configuration: Configuration, options: Options, report: Report) -> 
     compiler = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
     model, precision, is_compiled = configuration
     device = torch.device(options.device)
+    choose_precision(precision, device)  # turns TF32 off, as in training
     candidate = Candidate(model, size, device, precision, compiler if is_compiled else None)
     timing = TimingOptions(1, 0.1) if options.is_small else TimingOptions(15, 2.0)
     (measurement,) = measure_models([candidate], batch, timing, inference=False)
