@@ -1,5 +1,6 @@
 """tools/check_gpu.py without a GPU: all sections with small shapes, and outcomes of sections that fail."""
 
+import itertools
 import json
 import os
 import re
@@ -218,7 +219,7 @@ def test_every_case_is_compiled_with_its_constants(monkeypatch):
     shape = kernels.list_cases("cuda", is_small=False)[0].shape
     shape = replace(shape, precision="float16", neighbors=3, window=5, global_tokens=2)
     assert kernels.compile_shape(90, shape) == 0
-    assert calls == [(90, "float16", shape.head_width, shape.spec, 2, True)]
+    assert calls == [(90, "float16", shape.head_width, shape.spec, 2, True, shape.heads)]
 
 
 def test_large_biases_are_not_rounded_by_the_kernels():
@@ -321,3 +322,12 @@ def test_float32_of_the_timed_models_is_that_of_training(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     models._measure(models.Configuration("vil_tiny", "float32"), Options("cpu", tmp_path), Report(tmp_path))
     assert allowed == [False]
+
+
+def test_the_kernels_of_the_training_runs_are_compiled_in_the_background():
+    """Each of the runs, side by side, would compile them again."""
+    shapes = kernels.trained_shapes()
+    (stage,) = {(shape.heads, shape.head_width, shape.size, shape.window) for shape in shapes}
+    assert stage == (2, 24, (8, 8), 2)
+    choices = {(shape.precision, shape.spec.neighbors) for shape in shapes}
+    assert choices == set(itertools.product(kernels.TOLERANCES, ("all", "one")))

@@ -161,14 +161,18 @@ def grad_leaves(inputs: Inputs) -> list[Tensor]:
 
 def zoo_shapes(names: Iterable[str]) -> list[AttentionShape]:
     """Return the local attention of the named models at 224 pixels, for one image in float32."""
+    return [shape for name in names for shape in model_shapes(ModelConfig(name, image_size=224))]
+
+
+def model_shapes(config: ModelConfig) -> list[AttentionShape]:
+    """Return the local attention of each stage of a model that has it, for one image in float32."""
     shapes = []
-    for name in names:
-        stages = resolve_stages(ModelConfig(name))
-        for number, (stage, size) in enumerate(zip(stages, map_sizes(stages, (224, 224))), 1):
-            if stage.attention == "vision_longformer":
-                label, width = f"{name} stage {number}", stage.dim // stage.heads
-                options = stage.window, stage.global_tokens
-                shapes.append(AttentionShape(label, 1, stage.heads, width, *size, *options))
+    stages = resolve_stages(config)
+    for number, (stage, size) in enumerate(zip(stages, map_sizes(stages, config.size)), 1):
+        if stage.attention == "vision_longformer":
+            label, width = f"{config.name} stage {number}", stage.dim // stage.heads
+            options = stage.window, stage.global_tokens
+            shapes.append(AttentionShape(label, 1, stage.heads, width, *size, *options))
     return shapes
 
 

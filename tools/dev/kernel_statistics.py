@@ -63,9 +63,18 @@ class KernelStatistics:
 
 
 def compile_kernels(
-    capability: int, precision: str, width: int, spec: LocalAttentionSpec, global_tokens: int, relative: bool
+    capability: int,
+    precision: str,
+    width: int,
+    spec: LocalAttentionSpec,
+    global_tokens: int,
+    relative: bool,
+    heads: int = 3,
 ) -> list[KernelStatistics]:
-    """Compile the kernels of a forward and a backward pass of 8 images with 3 heads."""
+    """Compile the kernels of a forward and a backward pass of 8 images.
+
+    The number of heads matters only if their width is not a multiple of 16: it decides the alignment.
+    """
     try:
         from triton.backends.compiler import GPUTarget
 
@@ -74,7 +83,7 @@ def compile_kernels(
         raise UserError("triton", "the kernels need this package") from None
     if fused.INTERPRETED:
         raise UserError("TRITON_INTERPRET", "is set: no kernel is compiled")
-    heads, tokens, dtype = 3, spec.size[0] * spec.size[1], getattr(torch, precision)
+    tokens, dtype = spec.size[0] * spec.size[1], getattr(torch, precision)
 
     def empty(count: int) -> torch.Tensor:  # strides as of projected tokens
         return torch.empty(8, count, heads, width, dtype=dtype, device="meta").transpose(1, 2)

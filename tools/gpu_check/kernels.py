@@ -18,12 +18,13 @@ from torch.utils import deterministic
 
 from tools.benchmarks.accuracy import compare_with_float64, relative_error, to_float64
 from tools.benchmarks.methods import METHODS
-from tools.benchmarks.shapes import AttentionShape, merge_equal, zoo_shapes
+from tools.benchmarks.shapes import AttentionShape, merge_equal, model_shapes, zoo_shapes
 from tools.benchmarks.timing import Missing, try_measure
 from tools.gpu_check.report import Report
 from tools.gpu_check.runner import Options
 from tools.gpu_check.speed import TUNING, override_launch, stage_shape
 from vil.attention.local.geometry import Inputs
+from vil.command_line import resolve_train_command
 
 TOLERANCES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 """Relative errors of outputs and gradients, from rounding inputs, weights and outputs once each."""
@@ -89,7 +90,7 @@ def list_cases(device: str, is_small: bool) -> list[Case]:
 
 
 def compile_all(options: Options, report: Report) -> None:
-    """Compile the kernels of all cases into Triton's cache, in parallel.
+    """Compile the kernels of all cases, and of the section `training`, into Triton's cache, in parallel.
 
     Nothing is launched. Without a GPU, one small case is compiled for compute capability 9.0.
     """
@@ -102,11 +103,11 @@ def compile_all(options: Options, report: Report) -> None:
     else:
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
-        shapes = [case.shape for case in list_cases(options.device, False)]
-    # Kernels do not depend on these: compile equal ones once.
+        shapes = [case.shape for case in list_cases(options.device, False)] + trained_shapes()
+    # Kernels do not depend on these, nor on the number of heads unless it decides the alignment.
     kinds = dict.fromkeys(
-        replace(x, label="", batch=1, heads=1, neighbors=0 if isinstance(x.neighbors, int) else x.neighbors)
-        for x in shapes
+        replace(x, label="", batch=1, neighbors=0 if isinstance(x.neighbors, int) else x.neighbors)
+        for x in (replace(x, heads=x.heads if x.head_width % 16 else 1) for x in shapes)
     )
     compiled, failures = 0, []
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2), mp_context=get_context("spawn")) as pool:
@@ -125,12 +126,23 @@ def compile_all(options: Options, report: Report) -> None:
     report.expect("all kernels compile", not failures, failures[0] if failures else "")
 
 
+def trained_shapes() -> list[AttentionShape]:
+    """Return the shapes of the section `training`: the default model, with all neighbors and a random one."""
+    choices: tuple[str | int, ...] = ("all", 0)
+    return [
+        replace(shape, precision=precision, neighbors=neighbors)
+        for shape in model_shapes(resolve_train_command([]).config.model)
+        for precision in TOLERANCES
+        for neighbors in choices
+    ]
+
+
 def compile_shape(capability: int, shape: AttentionShape) -> int:
     """Compile the kernels for a shape, in a process of the pool; return their number."""
     from tools.dev.kernel_statistics import compile_kernels
 
     arguments = (shape.precision, shape.head_width, shape.spec, shape.global_tokens, shape.is_relative)
-    return len(compile_kernels(capability, *arguments))
+    return len(compile_kernels(capability, *arguments, shape.heads))
 
 
 def compile_choice(capability: int, shape: AttentionShape, warps: int, stages: int) -> int:
