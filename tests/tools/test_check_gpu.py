@@ -15,7 +15,7 @@ from helpers import forked
 
 from data.sources import open_source
 from tools.benchmarks.timing import Measurement
-from tools.gpu_check import kernels, loading, models, program, training
+from tools.gpu_check import kernels, loading, models, program, speed, training
 from tools.gpu_check.report import (
     MAX_LINES,
     NotApplicableError,
@@ -331,3 +331,17 @@ def test_the_kernels_of_the_training_runs_are_compiled_in_the_background():
     assert stage == (2, 24, (8, 8), 2)
     choices = {(shape.precision, shape.spec.neighbors) for shape in shapes}
     assert choices == set(itertools.product(kernels.TOLERANCES, ("all", "one")))
+
+
+def test_the_share_of_the_time_in_which_the_gpu_computes(tmp_path, monkeypatch):
+    """A small attention takes the host longer to launch than the GPU to compute."""
+
+    def measure(_, shape, methods):
+        return [Measurement({"method": name}, {"forward": 1e-3, "training": 4e-3}) for name in methods]
+
+    monkeypatch.setattr(speed, "_measure", measure)
+    monkeypatch.setattr(speed, "profile_kernels", lambda _: {"forward": 1.0, "key": 2.0})
+    report = Report(tmp_path / "rows")
+    speed.compare(Options("cuda", tmp_path), report)
+    shares = {row.name: row.value for row in read_rows(report.path) if row.unit == "%"}
+    assert shares == {"stage 1: the GPU computes": 75.0, "stage 2: the GPU computes": 75.0}

@@ -30,13 +30,20 @@ def compare(options: Options, report: Report) -> None:
     """Time the kernels, full attention, the sliding-chunk baseline, and NATTEN if it is installed."""
     methods = ["chunked" if options.is_small else "fused", "full", "sliding_chunk", "natten"]
     shapes = [stage_shape(options, number) for number in (1, 2)]
+    times = []
     for number, shape in enumerate(shapes, 1):
-        _report_stage(f"stage {number}", _measure(options, shape, methods), report, is_first=number == 1)
+        measurements = _measure(options, shape, methods)
+        _report_stage(f"stage {number}", measurements, report, is_first=number == 1)
+        times.append(measurements[0].get("training", 1e-3))
     if options.is_small:
         return
-    for number, shape in enumerate(shapes, 1):
-        for name, milliseconds in profile_kernels(shape).items():
+    for number, (shape, total) in enumerate(zip(shapes, times), 1):
+        by_kernel = profile_kernels(shape)
+        for name, milliseconds in by_kernel.items():
             report.add(f"stage {number}: {name}", milliseconds, "ms", shown=number == 1)
+        busy = ratio(100 * sum(by_kernel.values()), total)
+        note = "of the time of forward + backward; in the rest it waits for the host"
+        report.add(f"stage {number}: the GPU computes", busy, "%", note=note)
     fused, full = _measure(options, replace(shapes[0], height=112, width=112, batch=32), ["fused", "full"])
     report.add("112×112: × as fast as full", _speedup(fused, full), target="8", note=_notes(fused, full))
 
