@@ -10,6 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+AxisMasks = tuple[tuple[bool, ...], ...]
+"""Masks of 3w positions along one axis, by kind: True for tokens that are visible, or see the chunk."""
 
 
 class BorderMasks(NamedTuple):
@@ -17,31 +21,49 @@ class BorderMasks(NamedTuple):
 
     kinds: tuple[int, int, int]
     """Packed kinds of the rows and of the columns of chunks (`border_kinds`); number of kinds of columns."""
-    hidden_keys: Tensor
-    """(kinds, 9w²), kinds of rows times columns: 0 for positions that the center chunk sees, else −∞."""
-    hidden_queries: Tensor
-    """The same with 0 for queries that see the center chunk."""
+    keys: tuple[AxisMasks, AxisMasks]
+    """Rows and columns: positions that the center chunk sees."""
+    queries: tuple[AxisMasks, AxisMasks]
+    """The same for queries that see the center chunk."""
 
 
-def border_masks(size: tuple[int, int], side: int, cyclic: bool, device: torch.device) -> BorderMasks:
+def border_masks(size: tuple[int, int], side: int, cyclic: bool) -> BorderMasks:
     """Return the masks for a map of `size` (H, W) in chunks of `side`."""
     (rows, row_kinds), (columns, column_kinds) = (border_kinds(length, side, cyclic) for length in size)
-    # Of rows and columns: masks of the keys, then masks of the queries.
-    keys, queries = (_hidden(*axes, device) for axes in zip(zip(*row_kinds), zip(*column_kinds)))
+    keys, queries = zip(zip(*row_kinds), zip(*column_kinds))
     return BorderMasks((rows, columns, len(column_kinds)), keys, queries)
 
 
 @cache
-def _hidden(
-    rows: tuple[tuple[bool, ...], ...], columns: tuple[tuple[bool, ...], ...], device: torch.device
+def additive_mask(
+    masks: tuple[AxisMasks, AxisMasks],
+    num_globals: int,
+    columns: int,
+    center_only: bool,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    """Return (kinds, 9w²), 0 where both the row and the column (3w each, by kind) are True, else −∞.
+    """Return a mask to add to scores: 0 for global and visible local keys, −∞ for others and padding.
 
     Cached forever: there are few, and CUDA graphs may hold their addresses.
+
+    Args:
+        masks: kinds of rows and of columns; both must be visible.
+        num_globals: number of global keys, in front.
+        columns: length of a row, at least the number of keys.
+        center_only: only the center of the nine chunks are keys.
+        dtype, device: of the result.
+
+    Returns:
+        (kinds, columns), kinds of rows times kinds of columns.
     """
-    seen = torch.tensor(rows)[:, None, :, None] & torch.tensor(columns)[None, :, None, :]
-    hidden = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-    return hidden.flatten(2).flatten(0, 1).to(device)
+    visible = torch.tensor(masks[0])[:, None, :, None] & torch.tensor(masks[1])[None, :, None, :]
+    if center_only:
+        side = visible.shape[-1] // 3
+        visible = visible[..., side : 2 * side, side : 2 * side]
+    keys = visible.flatten(2).flatten(0, 1)  # (kinds, 9w² or w²)
+    keys = F.pad(F.pad(keys, (num_globals, 0), value=True), (0, columns - num_globals - keys.shape[1]))
+    return torch.zeros(keys.shape, dtype=dtype).masked_fill(~keys, float("-inf")).to(device)
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from vil.attention.local import chunked, kernels
-from vil.attention.local.borders import border_masks
+from vil.attention.local.borders import AxisMasks, additive_mask, border_masks
 from vil.attention.local.fallback import Result, run_kernels
 from vil.attention.local.geometry import LocalAttentionSpec, OperatorInputs
 from vil.attention.local.operator import empty_gradients, like_tokens, register
@@ -65,7 +65,7 @@ class _KernelCall:
         self.per_chunk = spec.window**2
         self.keys = {"all": 9, "self": 1, "one": 2}[spec.neighbors] * self.per_chunk
         self.window_bias = inputs.window_bias  # (h or 1, w, w, 3w, 3w)
-        self.borders = border_masks(spec.size, spec.window, spec.mask == "cyclic", inputs.query.device)
+        self.borders = border_masks(spec.size, spec.window, spec.mask == "cyclic")
         blocks = _blocks(self.per_chunk, self.keys, self.width, self.query.dtype)
         self.block_m, self.block_k, self.stages = blocks
         self.true_scale = self.width**-0.5
@@ -88,10 +88,13 @@ class _KernelCall:
         shape = (max(map(len, biases)), self.per_chunk, columns)
         bias = self.query.new_zeros(shape, dtype=self.bias_dtype)
         if self.inputs.global_bias is not None:
-            bias[..., : self.num_globals] = self.inputs.global_bias[:, None] * self.bias_factor
+            global_keys = bias[..., : self.num_globals]
+            global_bias = self.inputs.global_bias[:, None].expand_as(global_keys)
+            torch.mul(global_bias, self.bias_factor, out=global_keys)
         if self.window_bias is not None:
             local = self._select_visible(self.window_bias.flatten(3).flatten(1, 2), 1)
-            bias[..., self.num_globals : self.num_globals + self.keys] = local * self.bias_factor
+            local_keys = bias[..., self.num_globals : self.num_globals + self.keys]
+            torch.mul(local.expand_as(local_keys), self.bias_factor, out=local_keys)
         return bias
 
     def key_bias(self) -> Tensor | None:
@@ -109,32 +112,36 @@ class _KernelCall:
         by_key = turned.reshape(len(turned), self.per_chunk, self.spec.num_positions)
         shape = (len(turned), self.per_chunk, self.bias_columns(0))
         bias = self.query.new_zeros(shape, dtype=self.bias_dtype)
-        bias[..., : self.keys] = self._select_visible(by_key, -1) * self.bias_factor
+        torch.mul(self._select_visible(by_key, -1), self.bias_factor, out=bias[..., : self.keys])
         return bias
 
     def hidden_keys(self) -> Tensor:
         """Return (kinds, columns), 0 for visible keys and −∞ for others, in the order of `query_bias`."""
-        hidden = self._hidden(self.num_globals, self.borders.hidden_keys, 1)
-        hidden[:, : self.num_globals] = 0
-        return hidden
+        return self._hidden(self.borders.keys, self.num_globals, 1, self.bias_dtype)
 
     def hidden_local_keys(self) -> Tensor:
         """Return `hidden_keys` without the global ones, float32, for aligned loads."""
-        return self._hidden(0, self.borders.hidden_keys, 1).float()
+        return self._hidden(self.borders.keys, 0, 1, torch.float32)
 
     def hidden_queries(self) -> Tensor:
         """Return (kinds, columns), 0 for queries that see a chunk and −∞ for others, as in `key_bias`."""
-        return self._hidden(0, self.borders.hidden_queries, -1)
+        return self._hidden(self.borders.queries, 0, -1, self.bias_dtype)
 
     def bias_columns(self, num_globals: int) -> int:
         """Return the columns of a row of biases: global keys, whole blocks of local keys, padding."""
         local = triton.cdiv(self.keys, self.block_k) * self.block_k
         return triton.cdiv(num_globals + local, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
 
-    def _hidden(self, num_globals: int, by_position: Tensor, direction: int) -> Tensor:
-        shape = (len(by_position), self.bias_columns(num_globals))
-        hidden = self.query.new_full(shape, float("-inf"), dtype=self.bias_dtype)
-        hidden[:, num_globals : num_globals + self.keys] = self._select_visible(by_position, direction)
+    def _hidden(
+        self, masks: tuple[AxisMasks, AxisMasks], num_globals: int, direction: int, dtype: torch.dtype
+    ) -> Tensor:
+        columns, target = self.bias_columns(num_globals), (dtype, self.query.device)
+        if self.spec.neighbors != "one":
+            return additive_mask(masks, num_globals, columns, self.spec.neighbors == "self", *target)
+        all_positions = additive_mask(masks, 0, self.spec.num_positions, False, *target)
+        hidden = all_positions.new_full((len(all_positions), columns), float("-inf"))
+        hidden[:, :num_globals].zero_()
+        hidden[:, num_globals : num_globals + self.keys] = self._select_visible(all_positions, direction)
         return hidden
 
     def _select_visible(self, by_position: Tensor, direction: int) -> Tensor:
@@ -276,7 +283,7 @@ def launch_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the first seven inputs; empty for biases that are absent or need none."""
     call = _KernelCall(inputs, spec)
-    gradients = empty_gradients(inputs, needs_bias_grads)
+    gradients = list(empty_gradients(inputs, needs_bias_grads))
     gradient, output = _as_loadable(gradient), _as_loadable(output)
     statistics = sums.new_empty(*sums.shape, 2)  # per query, computed by the first kernel for the others
     query_bias = call.query_bias()
@@ -299,21 +306,20 @@ def launch_backward(
             **(call.chunk_arguments() | blocks),
         )
         if call.num_globals:
-            _fill_global_gradients(call, query_bias, statistics, gradient, gradients)
+            *grad_tokens, grad_bias = _global_gradients(call, query_bias, statistics, gradient)
+            gradients[3:5] = [grad.sum(dim=2).to(call.query.dtype) for grad in grad_tokens]
+            if gradients[6].numel():
+                gradients[6] = grad_bias.sum(dim=(0, 2))
         if gradients[5].numel():
             assert query_bias is not None
-            gradients[5].copy_(_window_bias_gradient(call, query_bias, statistics, gradient))
-    return gradients
+            gradients[5] = _window_bias_gradient(call, query_bias, statistics, gradient)
+    return tuple(gradients)
 
 
-def _fill_global_gradients(
-    call: _KernelCall,
-    bias: Tensor | None,
-    statistics: Tensor,
-    gradient: Tensor,
-    gradients: tuple[Tensor, ...],
-) -> None:
-    """Compute the gradients of global keys, values and biases."""
+def _global_gradients(
+    call: _KernelCall, bias: Tensor | None, statistics: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients of global keys, values (B, h, parts, G, D) and biases (B, h, parts, G), float32."""
     block = min(call.block_k, max(16, triton.next_power_of_2(call.num_globals)))
     blocks = triton.cdiv(call.num_globals, block)
     num_parts = _num_parts(call.batch * call.heads * blocks, triton.cdiv(call.tokens, 256))
@@ -330,10 +336,7 @@ def _fill_global_gradients(
         **{"GLOBALS": call.num_globals, "HAS_BIAS": bias is not None},
         **{"BLOCK_M": call.block_m, "BLOCK_G": block, **call.common_arguments()},
     )
-    gradients[3].copy_(grad_key.sum(dim=2))
-    gradients[4].copy_(grad_value.sum(dim=2))
-    if gradients[6].numel():
-        gradients[6].copy_(grad_bias.sum(dim=(0, 2)))
+    return grad_key, grad_value, grad_bias
 
 
 def _window_bias_gradient(call: _KernelCall, bias: Tensor, statistics: Tensor, gradient: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def window_bias(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor | None:
         # Query i and a key at position m are i − (m − w) apart, which is entry i + (3w − 1 − m).
         columns = _sliding_ranges(inputs.bias_table.to(inputs.score_dtype), w)  # (h, 4w−1, w, 3w)
         both = _sliding_ranges(columns.movedim(1, 3), w)  # (h, w, 3w, w, 3w): columns, then rows
-        bias = both.permute(0, 3, 1, 4, 2).flip(3, 4)
+        bias = both.permute(0, 3, 1, 4, 2).flip(3, 4).contiguous()
     if spec.mask == "exact":
         query = torch.arange(w, device=inputs.query.device)[:, None]
         key = torch.arange(-w, 2 * w, device=inputs.query.device)
