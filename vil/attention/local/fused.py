@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import triton
@@ -61,7 +62,7 @@ class _KernelCall:
         self.tensors = (self.query, self.key, self.value, self.global_key, self.global_value)
         self.batch, self.heads, self.tokens, self.width = inputs.query.shape
         self.num_globals = inputs.global_key.shape[2]
-        self.rows, self.columns = (-(-length // spec.window) for length in spec.size)
+        self.rows, self.columns = (_ceil_divide(length, spec.window) for length in spec.size)
         self.per_chunk = spec.window**2
         self.keys = {"all": 9, "self": 1, "one": 2}[spec.neighbors] * self.per_chunk
         self.window_bias = inputs.window_bias  # (h or 1, w, w, 3w, 3w)
@@ -129,8 +130,8 @@ class _KernelCall:
 
     def bias_columns(self, num_globals: int) -> int:
         """Return the columns of a row of biases: global keys, whole blocks of local keys, padding."""
-        local = triton.cdiv(self.keys, self.block_k) * self.block_k
-        return triton.cdiv(num_globals + local, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+        local = _ceil_divide(self.keys, self.block_k) * self.block_k
+        return _ceil_divide(num_globals + local, COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
 
     def _hidden(
         self, masks: tuple[AxisMasks, AxisMasks], num_globals: int, direction: int, dtype: torch.dtype
@@ -201,7 +202,7 @@ class _KernelCall:
 
     def programs(self, block: int) -> int:
         """Return the number of programs of a kernel that processes blocks of a chunk's tokens."""
-        return self.batch * self.heads * self.rows * self.columns * triton.cdiv(self.per_chunk, block)
+        return self.batch * self.heads * self.rows * self.columns * _ceil_divide(self.per_chunk, block)
 
 
 def forward(inputs: OperatorInputs, spec: LocalAttentionSpec, seed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -321,9 +322,9 @@ def _global_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return gradients of global keys, values (B, h, parts, G, D) and biases (B, h, parts, G), float32."""
     block = min(call.block_k, max(16, triton.next_power_of_2(call.num_globals)))
-    blocks = triton.cdiv(call.num_globals, block)
-    num_parts = _num_parts(call.batch * call.heads * blocks, triton.cdiv(call.tokens, 256))
-    tokens_per_part = triton.cdiv(triton.cdiv(call.tokens, num_parts), call.block_m) * call.block_m
+    blocks = _ceil_divide(call.num_globals, block)
+    num_parts = _num_parts(call.batch * call.heads * blocks, _ceil_divide(call.tokens, 256))
+    tokens_per_part = _ceil_divide(_ceil_divide(call.tokens, num_parts), call.block_m) * call.block_m
     shape = (call.batch, call.heads, num_parts, call.num_globals)
     grad_bias = statistics.new_empty(shape)
     grad_key, grad_value = (statistics.new_empty(*shape, call.width) for _ in range(2))
@@ -341,7 +342,7 @@ def _global_gradients(
 
 def _window_bias_gradient(call: _KernelCall, bias: Tensor, statistics: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient of the window biases (h, w, w, 3w, 3w), float32."""
-    blocks = triton.cdiv(call.per_chunk, call.block_m) * triton.cdiv(call.keys, call.block_k)
+    blocks = _ceil_divide(call.per_chunk, call.block_m) * _ceil_divide(call.keys, call.block_k)
     num_parts = _num_parts(blocks * call.heads, call.batch * call.rows * call.columns)
     grad_bias = statistics.new_empty(num_parts, call.heads, call.per_chunk, call.keys)
     tensors, hidden, side = call.tensors[:3], call.hidden_local_keys(), call.spec.window
@@ -365,11 +366,17 @@ def _window_bias_gradient(call: _KernelCall, bias: Tensor, statistics: Tensor, g
     return by_position.view(call.heads, side, side, 3 * side, 3 * side)
 
 
+def _ceil_divide(dividend: int, divisor: int) -> int:
+    """Divide and round up, without the overhead of `triton.cdiv`, which is made for kernels, too."""
+    return -(-dividend // divisor)
+
+
 def _num_parts(programs: int, limit: int) -> int:
     """Return the number of parts of a sum for about `TARGET_PROGRAMS` programs, at most `limit`."""
     return max(1, min(limit, TARGET_PROGRAMS // max(1, programs)))
 
 
+@cache
 def _blocks(per_chunk: int, keys: int, width: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Return the queries and keys per block, and the number of pipeline stages.
 
