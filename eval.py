@@ -53,8 +53,9 @@ from vil.config import (
     errors_in_option,
 )
 from vil.evaluation import report
+from vil.evaluation.accuracy import EvaluationDataset
 from vil.evaluation.corruptions import add_corruption_summaries, list_datasets
-from vil.evaluation.report import EvaluationDataset, evaluate_model
+from vil.evaluation.report import evaluate_model
 from vil.runtime import consistency, console, distributed
 from vil.runtime.class_names import match_classes
 from vil.runtime.consistency import RankOptions

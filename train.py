@@ -65,7 +65,8 @@ from vil.config import (
     format_size,
     one_line,
 )
-from vil.evaluation.report import EvaluationDataset, evaluate_model, write_json
+from vil.evaluation.accuracy import EvaluationDataset
+from vil.evaluation.report import evaluate_model, write_json
 from vil.models.attention_image import attention_sheet
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import check_device, model_from_config

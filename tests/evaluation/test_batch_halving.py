@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
 from vil.config import EvalConfig, ModelConfig
-from vil.evaluation.accuracy import EvaluationResult, evaluate
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
 from vil.evaluation.batch_halving import BatchHalving
-from vil.evaluation.report import EvaluationDataset, evaluate_model
+from vil.evaluation.report import evaluate_model
 from vil.runtime.distributed import Process
 
 CPU = torch.device("cpu")
@@ -42,7 +42,8 @@ def batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
 
 
 def result(model: nn.Module, halving: BatchHalving | None = None) -> EvaluationResult:
-    return evaluate(model, batches(), device=CPU, precision="float32", num_classes=10, halving=halving)
+    options = EvaluationOptions(CPU, "float32", halving=halving or BatchHalving())
+    return evaluate(model, EvaluationDataset("random", batches(), "0123456789"), options)
 
 
 def test_parts_give_the_same_results_and_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -29,7 +29,7 @@ from vil.checkpoints.checkpoint_files import BEST, step_file
 from vil.checkpoints.training_state import library_versions, write_training_state
 from vil.config import DataConfig, EvalConfig, ModelConfig, StageConfig, TrainConfig, UserError
 from vil.evaluation import cost
-from vil.evaluation.accuracy import EvaluationResult, evaluate
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
 from vil.evaluation.report import Result
 from vil.models.zoo import model_from_config
 from vil.runtime import consistency
@@ -96,8 +96,8 @@ def error_of(argv: list[str]) -> str:
 def evaluate_data(model: nn.Module, data: DataConfig) -> EvaluationResult:
     config = EvalConfig(model=ModelConfig(image_size=32), data=data)
     images = build_validation(config, Process(0, 0, 1, CPU))
-    classes = len(images.class_names)
-    return evaluate(model, images.loader, device=CPU, precision="float32", num_classes=classes)
+    dataset = EvaluationDataset(images.name, images.loader, images.class_names)
+    return evaluate(model, dataset, EvaluationOptions(CPU, "float32"))
 
 
 @cache

@@ -16,9 +16,9 @@ from torch import nn
 
 from vil.config import EvalConfig, ModelConfig, UserError
 from vil.evaluation import cost
+from vil.evaluation.accuracy import EvaluationDataset
 from vil.evaluation.cost import Memory
 from vil.evaluation.report import (
-    EvaluationDataset,
     Result,
     evaluate_model,
     table,

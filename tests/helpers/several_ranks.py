@@ -17,7 +17,7 @@ from helpers.tiny_run import STEPS, TinyModel, TwoHeads, load_last, make_config,
 from vil.checkpoints.checkpoint_files import step_files
 from vil.checkpoints.writer import CheckpointWriter
 from vil.config import UserError
-from vil.evaluation.accuracy import evaluate
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.runtime import distributed
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.signals import InterruptedEvaluation, InterruptedRun
@@ -95,14 +95,10 @@ def stop(folder: Path, process: Process) -> dict[str, Any]:
 def end_evaluation(process: Process) -> str:
     """Evaluate with a stop on the last rank after the first batch."""
     loader = make_loaders(rank=process.rank, world_size=process.world_size).validation * 3
+    is_last = process.rank == process.world_size - 1
+    options = EvaluationOptions(process.device, "float32", should_stop=lambda: is_last)
     try:
-        evaluate(
-            TinyModel(),
-            loader,
-            device=process.device,
-            precision="float32",
-            should_stop=lambda: process.rank == process.world_size - 1,
-        )
+        evaluate(TinyModel(), EvaluationDataset("three", loader), options)
     except InterruptedEvaluation:
         return "ended"
     return "finished"

@@ -17,8 +17,7 @@ from data import open_eval_sets
 from data.eval_sets import eval_set_data, eval_set_names
 from vil.checkpoints.run_folder import differences
 from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
-from vil.evaluation.accuracy import evaluate
-from vil.evaluation.report import EvaluationDataset
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.runtime.distributed import Process
 from vil.training.metrics_log import TIMING_FIELDS
 from vil.training.tensorboard_log import record_tag
@@ -53,14 +52,7 @@ def test_every_evaluation_logs_every_set(tmp_path: Path, capsys: pytest.CaptureF
     assert [record["kind"] for record in found if record["kind"] != "train"] == 2 * kinds
     last = {record["kind"]: record for record in found}
     for dataset in (OTHER, PART):
-        expected = evaluate(
-            model,
-            dataset.loader,
-            device=CPU.device,
-            precision="float32",
-            num_classes=len(dataset.class_names),
-            logit_indices=dataset.logit_indices,
-        )
+        expected = evaluate(model, dataset, EvaluationOptions(CPU.device, "float32"))
         record = last[f"validation/{dataset.name}"]
         assert {key: record[key] for key in expected.logged()} == expected.logged()
         assert (record["step"], record["epoch"], record["images"]) == (10, 2, expected.images)

@@ -24,7 +24,7 @@ from vil.checkpoints import checkpoint_files
 from vil.checkpoints import writer as checkpoint_writer
 from vil.checkpoints.training_state import read_training_state, write_training_state
 from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
-from vil.evaluation.accuracy import EvaluationResult, evaluate
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
 from vil.runtime.distributed import Process
 from vil.training import trainer
 from vil.training.metrics_log import TIMING_FIELDS, MetricsLog
@@ -214,7 +214,8 @@ def test_ema_is_the_running_mean_and_is_evaluated(tmp_path: Path):
     assert record["ema_loss"] != record["loss"]
     averaged = TinyModel()
     averaged.load_state_dict(load_last(folders[0.5])["ema"])
-    again = evaluate(averaged, make_loaders().validation, device=torch.device("cpu"), precision="float32")
+    dataset = EvaluationDataset("validation", make_loaders().validation)
+    again = evaluate(averaged, dataset, EvaluationOptions(torch.device("cpu"), "float32"))
     assert record["ema_top1"] == again.values["top1"]
 
 

@@ -50,8 +50,7 @@ from vil.config import (
     error_reason,
     errors_in_option,
 )
-from vil.evaluation.accuracy import evaluate
-from vil.evaluation.batch_halving import BatchHalving
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.runtime.class_names import match_classes
 from vil.runtime.console import print_line
 from vil.runtime.distributed import Process
@@ -243,21 +242,12 @@ def build_evaluation(
         )
     except UserError as error:
         raise command.locate(error) from error
-    halving = BatchHalving()
+    dataset = EvaluationDataset(validation.name, validation.loader, validation.class_names, indices)
+    options = EvaluationOptions(process.device, config.precision, config.progress)
 
     def top1(weights: Weights) -> float:
         weights.load_into(model, config.model.size)
-        result = evaluate(
-            model,
-            validation.loader,
-            device=process.device,
-            precision=config.precision,
-            progress=config.progress,
-            num_classes=num_classes,
-            logit_indices=indices,
-            halving=halving,
-        )
-        return result.values["top1"]
+        return evaluate(model, dataset, options).values["top1"]
 
     return top1
 

@@ -41,7 +41,6 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from data import build_training_images, build_validation, check_same_classes, dataset_name
 from tools.ablation.results import estimate
@@ -49,13 +48,12 @@ from tools.programs.evaluation_options import check_order, parse_evaluation_opti
 from vil.command_line import ToolParser, bounded_int
 from vil.command_line.stored_model import read_stored, resolve_over_stored
 from vil.config import COMMAND_LINE, EvalConfig, UserError, error_reason, errors_in_option
-from vil.evaluation.batch_halving import BatchHalving
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, forward_batches
 from vil.runtime.console import print_line
 from vil.runtime.csv_text import csv_text
 from vil.runtime.distributed import Process
 from vil.runtime.files import check_writable, refuse_input_as_output, write_output
 from vil.runtime.modes import mode
-from vil.runtime.precision import autocast
 
 TEMPERATURE = 0.07
 """Temperature of the weights of the votes of neighbors."""
@@ -244,14 +242,13 @@ def extract_features(
     network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], config: EvalConfig, process: Process
 ) -> Features:
     """Return the features of all images of a loader, in its order, and their classes."""
-    values, targets, halving = [], [], BatchHalving()
-    is_hidden = None if config.progress else True  # None: hidden without a terminal
+    values, targets = [], []
+    images = EvaluationDataset("", loader)
+    options = EvaluationOptions(process.device, config.precision, config.progress)
     with mode(network, training=False):
-        for images, classes in tqdm(loader, desc="features", unit="batch", leave=False, disable=is_hidden):
-            with autocast(config.precision, process.device):
-                features = halving.forward(network, images)
+        for _, features, classes in forward_batches(network, images, options, "features"):
             values.append(features.float().cpu().numpy())
-            targets.append(classes.view(len(classes), -1)[:, 0].cpu().numpy())
+            targets.append(classes[:, 0].cpu().numpy())
     if not values:
         raise UserError("data", "no images")
     found = np.concatenate(values)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vil.config import EvalConfig, Size, Tree, format_size
-from vil.evaluation.accuracy import evaluate
-from vil.evaluation.batch_halving import BatchHalving
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.evaluation.cost import Cost, measure_cost
 from vil.evaluation.metrics import METRICS, ClassMetrics
 from vil.evaluation.tta import build_tta_model, count_views, describe_tta
@@ -31,24 +30,6 @@ CONFUSION_KEYS = ("confusion", "class_names")
 NO_CLASS = "(no class)"
 """Column of a confusion matrix for predictions that are none of the classes of the data."""
 _RESULT_KEYS = ("model", "checkpoint", "weights", "data")
-
-
-@dataclass(frozen=True)
-class EvaluationDataset:
-    """Images to evaluate a model on.
-
-    Attributes:
-        name: name in the results.
-        loader: batches of this rank, as for `vil.evaluation.accuracy.evaluate`.
-        class_names: classes in the order of the targets; the model may have more. None omits the metrics of
-            single classes and their means, and does not check the number of classes.
-        logit_indices: index of each class's logit; None for logit k of class k.
-    """
-
-    name: str
-    loader: Iterable[tuple[Tensor, Tensor]]
-    class_names: Sequence[str] | None = None
-    logit_indices: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,10 +130,16 @@ def evaluate_model(
         "checkpoint": checkpoint,
         "weights": weights,
     }
+    options = EvaluationOptions(
+        device,
+        config.precision,
+        progress=config.progress and process.is_main,
+        has_confusion=config.confusion_csv is not None,
+    )
     per_dataset: list[Result] = []
-    augmented, halving = build_tta_model(network, config), BatchHalving()
+    augmented = build_tta_model(network, config)
     while datasets:
-        per_dataset.append(_evaluate_dataset(augmented, datasets.pop(0), config, process, halving))
+        per_dataset.append(_evaluate_dataset(augmented, datasets.pop(0), options))
     no_metrics: Result = dict.fromkeys([*METRICS, "images", "unreadable", "classes", "data", "per_class"])
     cost: Cost = call_on_main(lambda: measure_cost(model, config, device, network))
     cost = dataclasses.replace(
@@ -166,25 +153,8 @@ def evaluate_model(
     ]
 
 
-def _evaluate_dataset(
-    model: nn.Module,
-    dataset: EvaluationDataset,
-    config: EvalConfig,
-    process: Process,
-    halving: BatchHalving,
-) -> Result:
-    names = dataset.class_names
-    result = evaluate(
-        model,
-        dataset.loader,
-        device=process.device,
-        precision=config.precision,
-        progress=config.progress and process.is_main,
-        num_classes=None if names is None else len(names),
-        logit_indices=dataset.logit_indices,
-        has_confusion=names is not None and config.confusion_csv is not None,
-        halving=halving,
-    )
+def _evaluate_dataset(model: nn.Module, dataset: EvaluationDataset, options: EvaluationOptions) -> Result:
+    names, result = dataset.class_names, evaluate(model, dataset, options)
     found: Result = {
         **result.values,
         "images": result.images,

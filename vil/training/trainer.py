@@ -31,10 +31,8 @@ from vil.checkpoints.run_folder import (
 from vil.checkpoints.training_state import State, evaluations_since_best, library_versions
 from vil.checkpoints.writer import CheckpointWriter, check_disk_space
 from vil.config import TrainConfig, Tree, UserError, errors_in_option, one_line
-from vil.evaluation.accuracy import evaluate
-from vil.evaluation.batch_halving import BatchHalving
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.evaluation.metrics import METRICS
-from vil.evaluation.report import EvaluationDataset
 from vil.runtime.distributed import Process, all_reduce_sum, call_on_main, lost_rank_reason
 from vil.runtime.epoch_steps import EpochSteps, count_epoch_steps, phase_at, training_phases
 from vil.runtime.seeding import seed_generators
@@ -239,7 +237,6 @@ class Trainer:
     ) -> None:
         self.model, self.loaders, self.config, self.process = model, loaders, config, process
         self.mix, self.teacher, self.monitoring = mix, teacher, monitoring
-        self.halving = BatchHalving()
         self.folder = Path(config.output or ".")
         self.phases = training_phases(config.schedule, config.model.size)
         steps = count_epoch_steps(self.phases, loaders.train.steps_per_epoch, loaders.train_images)
@@ -274,6 +271,12 @@ class Trainer:
         stop, last = self.signals.pending_stop, self.last_checkpoint
         self.watchdog = Watchdog(process.rank, *timeouts, stop_signal=stop, last_checkpoint=last)
         self.timer = StepTimer()
+        self.evaluation_options = EvaluationOptions(
+            process.device,
+            self.updater.precision,
+            self.log.shows_progress,
+            should_stop=self.must_stop_evaluation,
+        )
         self.epoch_losses: list[float] = []
         self.epoch_start = time.perf_counter()
         self.has_warned_input_bound = False
@@ -482,17 +485,7 @@ class Trainer:
     def evaluate_weights(self, model: nn.Module, prefix: str, dataset: EvaluationDataset) -> Tree:
         """Return metrics of one set of weights over one data set."""
         try:
-            result = evaluate(
-                model,
-                dataset.loader,
-                device=self.process.device,
-                precision=self.updater.precision,
-                progress=self.log.shows_progress,
-                num_classes=len(dataset.class_names or ()),
-                logit_indices=dataset.logit_indices,
-                should_stop=self.must_stop_evaluation,
-                halving=self.halving,
-            )
+            result = evaluate(model, dataset, self.evaluation_options)
         except InterruptedEvaluation:
             self.interrupt(self.signals.stop or signal.SIGTERM)
         best = {f"{prefix}{self.best_key}": result.values[self.best_key]}
