@@ -40,10 +40,10 @@ from data import (
     NotImageNetError,
     Validation,
     build_validation,
+    check_same_images,
+    check_same_real_labels,
     class_folder_options,
     dataset_name,
-    fingerprint_real_labels,
-    fingerprint_sources,
 )
 from vil.command_line import errors_of_one_rank, file_origin
 from vil.command_line.stored_model import StoredModel, read_stored, resolve_over_stored
@@ -154,7 +154,7 @@ def open_evaluation(
     if is_stored and not config.complexity:
         _logger.info("evaluating on %s, the data of %s", dataset_name(config.data), path)
     validations = [] if config.complexity else call_on_all(lambda: open_datasets(commands, process))
-    check_same_images(validations, config, process)
+    compare_images(validations, config, process)
     num_classes = len(validations[0].class_names) if validations else IMAGENET_CLASSES
     model = stored.build_model(config.model, num_classes, process.device)
     datasets = match_datasets(stored, config, validations, model)
@@ -208,15 +208,13 @@ def open_datasets(commands: Sequence[ResolvedConfig[EvalConfig]], process: Proce
     return validations
 
 
-def check_same_images(validations: Sequence[Validation], config: EvalConfig, process: Process) -> None:
+def compare_images(validations: Sequence[Validation], config: EvalConfig, process: Process) -> None:
     """Raise UserError on every rank if a rank has read other images or ReaL labels than rank 0."""
     for number, validation in enumerate(validations, start=1):
-        sources, root = {f"images in data set {number}": validation.source}, config.data.root
-        describe = partial(fingerprint_sources, sources, root, process.local_rank == 0)
-        consistency.check_data("data.root", describe)
+        sources = {f"images in data set {number}": validation.source}
+        check_same_images("data.root", sources, config.data.root, process)
     if validations:
-        labels = partial(fingerprint_real_labels, config.data.real_labels, process.local_rank == 0)
-        consistency.check_data("data.real_labels", labels)
+        check_same_real_labels(config.data.real_labels, process)
 
 
 def match_datasets(

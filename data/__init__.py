@@ -11,7 +11,7 @@ import numpy as np
 
 from data.eval_sets import errors_in_eval_set, eval_set_data, eval_set_names, match_eval_set
 from data.ffcv_loader import FFCVTrainLoader, build_micro_batches, uses_ffcv
-from data.fingerprint import fingerprint_sources
+from data.fingerprint import check_same_images
 from data.loaders import (
     EvaluationImages,
     LoaderOptions,
@@ -24,7 +24,7 @@ from data.mixing import Mixing
 from data.order import ORDER_VERSION
 from data.progressive_resizing import ProgressiveResizingLoader
 from data.random_sizes import RandomSizesLoader
-from data.real_labels import NotImageNetError, RealLabelImages, fingerprint_real_labels
+from data.real_labels import NotImageNetError, RealLabelImages, check_same_real_labels
 from data.samplers import MicroBatches
 from data.sources import Source, dataset_name, open_source
 from data.sources.folder import class_folder_options
@@ -46,10 +46,10 @@ __all__ = [
     "build_training_images",
     "build_validation",
     "check_same_classes",
+    "check_same_images",
+    "check_same_real_labels",
     "class_folder_options",
     "dataset_name",
-    "fingerprint_real_labels",
-    "fingerprint_sources",
     "open_eval_sets",
 ]
 

@@ -9,8 +9,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.sources import Source
+from vil.runtime import consistency
+from vil.runtime.distributed import Process
 
 _CHUNK = 65_536
+
+
+def check_same_images(key: str, sources: dict[str, Source], root: str | None, process: Process) -> None:
+    """Raise UserError for the option `key` on every rank if a rank has read other images than rank 0.
+
+    All ranks compare numbers, the first one of each machine digests; see `fingerprint_sources`.
+    """
+    has_digests = process.local_rank == 0
+    consistency.check_data(key, lambda: fingerprint_sources(sources, root, has_digests))
 
 
 def fingerprint_sources(sources: dict[str, Source], root: str | None, has_digests: bool) -> dict[str, str]:

@@ -410,8 +410,8 @@ def test_ranks_compare_images_and_real_labels(tmp_path: Path, monkeypatch: pytes
     for content in ("[[0, 1]]", "[ [0, 1, 1] ]", "[[0]]"):
         labels.write_text(content)
         program.main([*argv, "--data.real_labels", str(labels), *QUIET])
-    assert [key for key, _ in compared] == ["data.root", "data.real_labels"] * 3
-    images, first, _, equal, _, other = (described for _, described in compared)
+    assert [key for key, _ in compared] == ["data.root", "data.real_labels", "model"] * 3
+    images, first, _, _, equal, _, _, other, _ = (described for _, described in compared)
     assert images["images in data set 1"] == "1"
     assert first == equal != other
 
