@@ -40,7 +40,7 @@ from data.workers import exit_with_parent, explain_shared_memory
 from tools.png import as_png
 from vil.command_line import ToolParser, bounded_int
 from vil.config import DataConfig, Size, UserError, as_size, format_size, printable
-from vil.runtime.console import print_line
+from vil.runtime.console import align, print_line
 from vil.runtime.files import check_writable, write_output
 
 HASH_BITS = 64
@@ -414,10 +414,7 @@ def _class_table(report: Report) -> list[str]:
     rows.append(["all", *(f"{sum(counts[split].values()):,}" for split in splits)])
     ratios = [_imbalance(counts[split].values()) for split in splits]
     rows.append(["largest / smallest", *("–" if ratio is None else f"{ratio:.1f}" for ratio in ratios)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(splits) + 1)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    ]
+    return align(rows)
 
 
 def _absent_classes(report: Report) -> list[str]:

@@ -49,7 +49,7 @@ from vil.command_line import ToolParser, bounded_int
 from vil.command_line.stored_model import read_stored, resolve_over_stored
 from vil.config import COMMAND_LINE, EvalConfig, UserError, error_reason, errors_in_option
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, forward_batches
-from vil.runtime.console import print_line
+from vil.runtime.console import align, print_line
 from vil.runtime.csv_text import csv_text
 from vil.runtime.distributed import Process
 from vil.runtime.files import check_writable, refuse_input_as_output, write_output
@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
         "images": len(val.targets),
         "seed": arguments.seed,
     }
-    for line in format_table(rows).splitlines():
+    for line in format_table(rows):
         print_line(line)
     print_line(
         f"{summary['model']}, {summary['weights']} weights, {train.values.shape[1]} features; "
@@ -373,18 +373,14 @@ def choose_regularization(train: Features, seed: int) -> float:
 # --- Output -------------------------------------------------------------------------------------------------
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    """Return the rows as aligned text."""
+def format_table(rows: Sequence[Row]) -> list[str]:
+    """Return the rows as lines of aligned text."""
     lines = [("method", "images per class", "Top-1 %", "95 % interval")]
     for row in rows:
         method = f"knn, k {row.k}" if row.C is None else f"logistic, C {_range(row.C)}"
         interval = "" if row.low is None else f"{row.low:.2f} to {row.high:.2f}"
         lines.append((method, "all" if row.shots is None else str(row.shots), f"{row.top1:.2f}", interval))
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    return "\n".join(
-        f"{method:{widths[0]}}  {shots:>{widths[1]}}  {top1:>{widths[2]}}  {interval}".rstrip()
-        for method, shots, top1, interval in lines
-    )
+    return align(lines, left=(0, 3))
 
 
 def _range(values: Sequence[float]) -> str:

@@ -17,6 +17,7 @@ from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evalua
 from vil.evaluation.cost import Cost, measure_cost
 from vil.evaluation.metrics import METRICS, ClassMetrics
 from vil.evaluation.tta import build_tta_model, count_views, describe_tta
+from vil.runtime.console import align
 from vil.runtime.csv_text import csv_text
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.files import write_output
@@ -185,11 +186,11 @@ def table(results: Sequence[Result], width: int | None = None) -> str:
         values = [result.get(column.key) for result in results]
         if any(value is not None for value in values) and (column.key != "unreadable" or any(values)):
             shown.append((column, [column.text(value) for value in values]))
-    columns = [_align(column, texts) for column, texts in shown if column.is_in_table]
-    rows = ["  ".join(row).rstrip() for row in zip(*columns)]
+    in_table = [(column, texts) for column, texts in shown if column.is_in_table]
+    left = [index for index, (column, _) in enumerate(in_table) if not column.format]
+    rows = align(list(zip(*([column.heading, *texts] for column, texts in in_table))), left)
     if len(results) == 1 and width is not None and max(map(len, rows)) > width:
-        name_width = max(len(column.heading) for column, _ in shown)
-        rows = [f"{column.heading.ljust(name_width)}  {text}" for column, (text,) in shown]
+        rows = align([(column.heading, text) for column, (text,) in shown], left=(0, 1))
     notes = [
         f"{result['device']}, {result['precision']}. FLOPs: multiply-adds of one image"
         f"{'' if result.get('tta') is None else ' with all of its views'}. "
@@ -197,13 +198,6 @@ def table(results: Sequence[Result], width: int | None = None) -> str:
         for result in results
     ]
     return "\n".join([*rows, *dict.fromkeys(notes)])
-
-
-def _align(column: _Column, texts: Sequence[str]) -> list[str]:
-    """Return the heading and the cells of a column in equal width."""
-    cells = [column.heading, *texts]
-    width = max(map(len, cells))
-    return [cell.rjust(width) if column.format else cell.ljust(width) for cell in cells]
 
 
 def write_json(path: str | Path, results: Sequence[Result]) -> None:
