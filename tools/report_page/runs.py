@@ -14,6 +14,7 @@ from vil.config import TrainConfig, UserError, error_reason
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_lines, read_text
 from vil.runtime.run_files import CONFIG, METRICS, SUMMARY
 from vil.runtime.yaml_files import MAX_BYTES, read_yaml
+from vil.training.trainer import best_metric_key
 from vil.validation import stored_tree
 
 Record = dict[str, Any]
@@ -79,7 +80,7 @@ class Run:
     def best(self) -> BestResult | None:
         """The first best evaluation by `schedule.best_metric`, as train.py chooses the best checkpoint."""
         name = self.option("schedule", "best_metric", "top1")
-        metric = {"f1": "macro_f1"}.get(name, name) if isinstance(name, str) else "top1"
+        metric = best_metric_key(name) if isinstance(name, str) else "top1"
         sign = -1 if metric == "loss" else 1
         results = [
             (sign * value, BestResult(top1, weights, record.get("epoch")))
