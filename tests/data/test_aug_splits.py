@@ -18,6 +18,7 @@ from vil.training.trainer import fit
 
 AUGMIX = {"auto_augment": "augmix-m3-w3", "random_erasing": 0.5}
 DIGITS = DataConfig(workers=0)
+PART = DataConfig(workers=0, train_fraction=0.25)  # five batches of 64 images
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -97,14 +98,14 @@ def run(folder: Path, dropout: float = 0.2, **options: int) -> list[dict[str, fl
     """Train on the digits, continuing the run in the folder, and return the records of its steps."""
     augment = AugmentConfig(aug_splits=3, **AUGMIX)
     schedule = ScheduleConfig(
-        **{"epochs": 2, "batch_size": 256, "warmup_epochs": 0, "augment": augment, **options}
+        **{"epochs": 2, "batch_size": 64, "warmup_epochs": 0, "augment": augment, **options}
     )
     config = TrainConfig(
-        ModelConfig(image_size=8), schedule, DIGITS, str(folder), device="cpu", log_every=1, loggers=[]
+        ModelConfig(image_size=8), schedule, PART, str(folder), device="cpu", log_every=1, loggers=[]
     )
     state = load_last(folder) if (folder / "checkpoints").exists() else None
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    loaders = load(DIGITS, augment, batch_size=256, image_size=8, accumulation=schedule.accumulation)
+    loaders = load(PART, augment, batch_size=64, image_size=8, accumulation=schedule.accumulation)
     fit(Classifier(dropout), loaders, config, Process(0, 0, 1, torch.device("cpu")), state=state)
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in record.items() if k not in TIMING_FIELDS} for record in records
