@@ -198,13 +198,13 @@ def open_datasets(commands: Sequence[ResolvedConfig[EvalConfig]], process: Proce
     for command in commands:
         config = command.config
         try:
-            validations.append(build_validation(config, process, config.channels_last))
+            validations.append(build_validation(config, process))
         except NotImageNetError:
             num_foreign += 1
             if num_foreign == len(commands):
                 raise
             config = replace(config, data=replace(config.data, real_labels=None))
-            validations.append(build_validation(config, process, config.channels_last))
+            validations.append(build_validation(config, process))
     return validations
 
 

@@ -233,7 +233,7 @@ def build_evaluation(
         raise UserError("--greedy", f"{first.path} names no data; name the images by --data")
     config = command.config
     try:
-        validation = build_validation(config, process, config.channels_last)
+        validation = build_validation(config, process)
         num_classes = len(validation.class_names)
         model = stored.build_model(config.model, num_classes, process.device).to(process.device)
         by_position = config.match_classes == "position"
