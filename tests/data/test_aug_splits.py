@@ -1,11 +1,11 @@
 """AugMix training: the views of an image, their order in a batch, and runs with the Jensen-Shannon loss."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.loading import load
+from helpers.run_files import records
 from helpers.tiny_run import load_last
 from PIL import Image
 from torch import nn
@@ -13,7 +13,6 @@ from torch import nn
 from data.transforms import train_transform
 from vil.config import AugmentConfig, DataConfig, ModelConfig, ScheduleConfig, TrainConfig, UserError
 from vil.runtime.distributed import Process
-from vil.training.metrics_log import TIMING_FIELDS
 from vil.training.trainer import fit
 
 AUGMIX = {"auto_augment": "augmix-m3-w3", "random_erasing": 0.5}
@@ -107,9 +106,7 @@ def run(folder: Path, dropout: float = 0.2, **options: int) -> list[dict[str, fl
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     loaders = load(PART, augment, batch_size=64, image_size=8, accumulation=schedule.accumulation)
     fit(Classifier(dropout), loaders, config, Process(0, 0, 1, torch.device("cpu")), state=state)
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in record.items() if k not in TIMING_FIELDS} for record in records
-            if record["kind"] == "train"]  # fmt: skip
+    return records(folder, "train")
 
 
 def test_a_continued_run_is_bit_identical(tmp_path: Path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.run_files import records
 from helpers.tiny_run import TinyModel, make_config, run
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
@@ -81,12 +82,10 @@ class LimitedInEvaluation(TinyModel):
 
 def test_evaluations_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    records = []
     for name, model in (("plain", TinyModel()), ("limited", LimitedInEvaluation())):
         run(make_config(tmp_path / name, ema_decay=0.5), model)
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        records.append([json.loads(line) for line in lines if "validation" in line])
-    for plain, limited in zip(*records, strict=True):
+    found = (records(tmp_path / name, "validation") for name in ("plain", "limited"))
+    for plain, limited in zip(*found, strict=True):
         assert {k: limited[k] for k in ("top1", "loss", "ema_top1", "ema_loss")} == pytest.approx(
             {k: plain[k] for k in ("top1", "loss", "ema_top1", "ema_loss")}, rel=1e-6
         )

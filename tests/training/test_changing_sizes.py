@@ -1,11 +1,11 @@
 """Runs whose image size and batch size change: learning rates, resume, ranks, compiled graphs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import run_files
 from helpers.loading import load
 from helpers.tiny_run import load_last
 from torch import nn
@@ -21,7 +21,6 @@ from vil.config import (
 )
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.runtime.distributed import Process
-from vil.training.metrics_log import TIMING_FIELDS
 from vil.training.trainer import fit
 
 DIGITS = DataConfig(workers=0, images_per_class=30)
@@ -57,8 +56,7 @@ def run(folder: Path, model: nn.Module | None = None, **options: Any) -> list[di
     loaders = load(config.data, image_size=8, **options)
     process = Process(0, 0, 1, torch.device("cpu"))
     fit(Classifier() if model is None else model, loaders, config, process, state=state)
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in record.items() if k not in TIMING_FIELDS} for record in records]
+    return run_files.records(folder)
 
 
 def test_epochs_and_evaluations_follow_the_batch_size(tmp_path: Path):

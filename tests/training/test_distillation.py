@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers.run_files import losses
 from helpers.tiny_run import (
     CLASSES,
     SIZE,
@@ -177,14 +178,13 @@ def test_a_step_learns_from_both_losses_and_leaves_the_teacher_alone(tmp_path: P
     config = make_config(tmp_path, epochs=1, distillation_temperature=2.0, **options)
     model = TwoHeads()
     run(config, model, teacher=teacher)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     images, targets = make_batch(1, 16)
     start = TwoHeads()
     start.set_distilled_training()
     heads = tuple(output.detach().double().numpy() for output in start(images))
     labels = np.eye(CLASSES)[targets]
     value, _, _ = expected_loss(heads, labels, teacher(images).double().numpy(), config.schedule, np.ones(16))
-    assert records[0]["loss"] == pytest.approx(value, abs=1e-5)
+    assert losses(tmp_path)[0] == pytest.approx(value, abs=1e-5)
     state = load_last(tmp_path)
     assert state["teacher_digest"] == "seed 1"
     assert state["model"].keys() == TwoHeads().state_dict().keys()
@@ -198,13 +198,10 @@ def test_a_step_learns_from_both_losses_and_leaves_the_teacher_alone(tmp_path: P
 @pytest.mark.parametrize("weights", ["none", [1.0, 20.0, 0.1, 5.0]])
 def test_accumulation_changes_nothing(tmp_path: Path, weights: Any):
     options = {"distillation": "hard", "class_weights": weights}
-    losses = []
     for parts in (1, 4):
         run(make_config(tmp_path / str(parts), accumulation=parts, **options), teacher=make_teacher())
-        lines = (tmp_path / str(parts) / "metrics.jsonl").read_text().splitlines()
-        losses.append([r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    assert losses[0] != losses[1]
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), abs=1e-4)
+    assert losses(tmp_path / "1") != losses(tmp_path / "4")
 
 
 RESUMED: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {

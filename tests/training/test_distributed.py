@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import forked, several_ranks
+from helpers.run_files import records
 from helpers.tiny_run import load_last
 
 from vil.config import UserError
@@ -16,11 +17,6 @@ from vil.runtime.distributed import Process
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one worker, so that the runs are shared
-
-
-def records(folder: Path, kind: str) -> list[dict]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [record for record in lines if record["kind"] == kind]
 
 
 @pytest.fixture(scope="module")

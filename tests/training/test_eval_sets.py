@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.run_files import records
 from helpers.tiny_run import TinyModel, load_last, make_batch, make_config, make_loaders
 from PIL import Image
 
@@ -19,7 +19,6 @@ from vil.checkpoints.run_folder import differences
 from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.runtime.distributed import Process
-from vil.training.metrics_log import TIMING_FIELDS
 from vil.training.tensorboard_log import record_tag
 from vil.training.trainer import Monitoring, fit
 from vil.validation import stored_tree
@@ -38,11 +37,6 @@ def train(folder: Path, eval_sets: list[EvaluationDataset], **options: Any) -> T
     config, monitoring = make_config(folder, **options), Monitoring(eval_sets=eval_sets)
     fit(model, make_loaders(), config, CPU, state=state, monitoring=monitoring)
     return model
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
 
 
 def test_every_evaluation_logs_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

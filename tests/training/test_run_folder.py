@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.run_files import records
 from helpers.tiny_run import load_last, make_config, run
 
 from vil.checkpoints import run_folder
@@ -276,8 +277,7 @@ def test_the_best_checkpoint_is_restored_or_chosen_anew(tmp_path: Path, caplog: 
     assert state["best"] is None
     assert "the best of the remaining evaluations replaces it" in caplog.records[-1].getMessage()
     run(make_config(tmp_path, epochs=4, lr=1e-9), state=state)
-    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert [line["step"] for line in lines if line["kind"] == "validation"] == [5, 10, 15, 20]
+    assert [record["step"] for record in records(tmp_path, "validation")] == [5, 10, 15, 20]
     assert read_training_state(best)["best"]["epoch"] == 4
 
 
