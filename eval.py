@@ -66,8 +66,13 @@ from vil.validation import as_tree, flatten
 
 _logger = logging.getLogger("vil.eval")
 
-OUTPUTS = ("json", "csv", "per_class_csv", "confusion_csv")
-"""Options that name an output file."""
+OUTPUTS = {
+    "json": report.write_json,
+    "csv": report.write_csv,
+    "per_class_csv": report.write_per_class_csv,
+    "confusion_csv": report.write_confusion_csv,
+}
+"""Options that name an output file, and what writes it."""
 CLASS_OUTPUTS = ("per_class_csv", "confusion_csv")
 """Those that need images."""
 IMAGENET_CLASSES = 1000
@@ -244,14 +249,9 @@ def report_results(results: Sequence[report.Result], config: EvalConfig) -> None
     """Print the table, and write the output files."""
     for row in report.table(results, console.width()).splitlines():
         console.print_line(row)
-    if config.json:
-        report.write_json(config.json, results)
-    if config.csv:
-        report.write_csv(config.csv, results)
-    if config.per_class_csv:
-        report.write_per_class_csv(config.per_class_csv, results)
-    if config.confusion_csv:
-        report.write_confusion_csv(config.confusion_csv, results[0])
+    for option, write in OUTPUTS.items():
+        if path := getattr(config, option):
+            write(path, results)
 
 
 def main(argv: Sequence[str]) -> None:

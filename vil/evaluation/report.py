@@ -246,8 +246,8 @@ def write_per_class_csv(path: str | Path, results: Sequence[Result]) -> None:
     _write_rows(path, [[*_RESULT_KEYS, *CLASS_KEYS], *rows], "per_class_csv")
 
 
-def write_confusion_csv(path: str | Path, result: Result) -> None:
-    """Write the confusion matrix: a row per class of the images, a column per prediction.
+def write_confusion_csv(path: str | Path, results: Sequence[Result]) -> None:
+    """Write the confusion matrix of a single result: a row per class of the images, a column per prediction.
 
     The first column names the class. A column `(no class)`, if it is not empty, has predictions that are
     none of the classes of the data.
@@ -255,6 +255,7 @@ def write_confusion_csv(path: str | Path, result: Result) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    (result,) = results
     names, rows = result["class_names"], result["confusion"]
     columns = [*names, NO_CLASS] if any(row[-1] for row in rows) else names
     content = [[name, *row[: len(columns)]] for name, row in zip(names, rows)]
