@@ -87,8 +87,9 @@ def train(command: ResolvedConfig[TrainConfig]) -> None:
         TrainingError, LostRankError, InterruptedRun: as `vil.training.trainer.fit`.
     """
     try:
-        timeouts = (collective_timeout(command.config), command.config.start_timeout)
-        with distributed.start(command.config.device, *timeouts) as process:
+        given = command.config
+        timeout = max(1800.0, 3 * given.hang_timeout)  # every rank's watchdog has reported by then
+        with distributed.start(given.device, timeout, given.start_timeout) as process:
             for line in consistency.check_software(vil.__version__):
                 print_on_main(process, line)
             config = synchronize_config(command)
@@ -297,11 +298,6 @@ def announce(process: Process, state: State, config: TrainConfig) -> None:
     print_on_main(process, f"continuing {config.output} after step {state['step']}, epoch {state['epoch']}")
     for key, old, new in run_folder.differences(state["config"], config):
         print_on_main(process, f"  {key}: {old} → {new}")
-
-
-def collective_timeout(config: TrainConfig) -> float:
-    """Return the seconds that ranks wait for one another: every rank's watchdog has reported by then."""
-    return max(1800.0, 3 * config.hang_timeout)
 
 
 def print_on_main(process: Process, line: str) -> None:
