@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,8 +33,8 @@ def fingerprint_sources(sources: dict[str, Source], root: str | None, has_digest
     """
     found = {noun: str(len(source)) for noun, source in sources.items()}
     if has_digests:
-        first = next(iter(sources.values()))
-        found["class names"] = _digest_texts(first.class_names)
+        names = "\0".join(next(iter(sources.values())).class_names)
+        found["class names"] = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
         found |= {f"{noun} (names or classes)": _digest(source, root) for noun, source in sources.items()}
     return found
 
@@ -50,7 +49,3 @@ def _digest(source: Source, root: str | None) -> str:
         )
         digest.update(np.ascontiguousarray(source.targets[start : start + _CHUNK], dtype=np.int64).tobytes())
     return digest.hexdigest()
-
-
-def _digest_texts(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -19,7 +19,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Loaders, Mixing, build_loaders, check_same_images
+from data import Mixing, build_loaders, check_same_images
 from tools.png import as_png
 from vil.checkpoints.initialization import build_random_model, initialize_model
 from vil.command_line import ToolParser, bounded_int, resolve_train_command
@@ -121,7 +121,7 @@ def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) ->
     updater.wrap_network()
     updater.set_training_mode()
     factor = peak_learning_rate(schedule) / schedule.lr
-    batches = _batches(loaders)
+    batches = ((epoch, batch) for epoch in itertools.count() for batch in loaders.train.epoch(epoch))
     points: list[Point] = []
     average = 0.0
     skipped, max_skipped = 0, config.max_skipped_steps if config.precision == "float16" else 0
@@ -181,13 +181,6 @@ def draw(points: Sequence[Point], suggestion: float | None) -> bytes:
     axes.grid(alpha=0.3)
     axes.legend()
     return as_png(figure)
-
-
-def _batches(loaders: Loaders) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """Yield (epoch, batch) without end."""
-    for epoch in itertools.count():
-        for batch in loaders.train.epoch(epoch):
-            yield epoch, batch
 
 
 def _rate(text: str) -> float:
