@@ -32,7 +32,7 @@ STAGES = [
 ]
 ROOT = Path(__file__).parents[2]
 PARITY = ROOT / "tests" / "fixtures" / "parity"
-VIL = ModelConfig(name="vil", image_size=32, num_classes=5, stages=STAGES, in_chans=1, mask="cyclic",
+VIL = ModelConfig(name="vil", image_size=(32, 48), num_classes=5, stages=STAGES, in_chans=1, mask="cyclic",
                   pool="cls", share_global_projection=False, norm_embed=False, drop_path=0.1)  # fmt: skip
 ZOO = ModelConfig(name="vil_tiny_3stage", image_size=64, num_classes=5, blocks=(1, 1, 1), pool="cls",
                   distillation_token=True,
