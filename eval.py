@@ -47,11 +47,7 @@ from data import (
 )
 from vil.command_line import errors_of_one_rank, file_origin
 from vil.command_line.stored_model import StoredModel, read_stored, resolve_over_stored
-from vil.config import (
-    EvalConfig,
-    UserError,
-    errors_in_option,
-)
+from vil.config import EvalConfig, UserError, errors_in_option
 from vil.evaluation import report
 from vil.evaluation.accuracy import EvaluationDataset
 from vil.evaluation.corruptions import add_corruption_summaries, list_datasets

@@ -246,11 +246,7 @@ def describe_run(
 
 
 def check_sizes(
-    model: torch.nn.Module,
-    option: str,
-    sizes: Sequence[int | Size],
-    in_chans: int,
-    device: torch.device,
+    model: torch.nn.Module, option: str, sizes: Sequence[int | Size], in_chans: int, device: torch.device
 ) -> None:
     """Raise UserError if the model, which is on `device`, fails for one of the training sizes of `option`."""
     size: int | Size = 0

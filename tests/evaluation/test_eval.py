@@ -240,10 +240,7 @@ def test_errors_of_the_command_line(run: Path, tmp_path: Path) -> None:
         ([], f"checkpoint: {nothing}"),
         (["--checkpoint", "nowhere"], "checkpoint: nowhere: no such file or folder"),
         ([*best, "nowhere"], "checkpoint: nowhere: no such file or folder"),
-        (
-            ["--checkpoint", str(tmp_path)],
-            f"checkpoint: {tmp_path}: the folder holds no checkpoints/best.pt",
-        ),
+        (["--checkpoint", str(tmp_path)], f"checkpoint: {tmp_path}: the folder holds no checkpoints/best.pt"),
         (
             ["--checkpoint", str(text)],
             f"checkpoint: {text}: not a checkpoint: neither a zip, a pickle nor safetensors",

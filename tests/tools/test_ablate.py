@@ -105,26 +105,11 @@ SEEDS = "seeds: [0]\n"
         ("- a", "expected a mapping of keys to values, got ['a']"),
         (BASE + SEEDS, "factors: is missing; expected a mapping of names to plain values"),
         ("factors: {pool: {avg: null}}\n" + SEEDS, "factors.pool: expected two or more levels"),
-        (
-            "factors: {pool: {no: null, cls: null}}\n" + SEEDS,
-            "factors.pool: False is not a valid name",
-        ),
-        (
-            "factors: {pool: {a/b: null, cls: null}}\n" + SEEDS,
-            "factors.pool: 'a/b' is not a valid name",
-        ),
-        (
-            "factors: {pool: {1: null, '1': null}}\n" + SEEDS,
-            "factors.pool: two levels have the same name",
-        ),
-        (
-            "factors: {a: {x: none.yaml, y: null}}\n" + SEEDS,
-            "factors.a.x.config: none.yaml: no such file",
-        ),
-        (
-            "factors: {a: {x: 3, y: null}}\n" + SEEDS,
-            "factors.a.x: expected a YAML file, or options",
-        ),
+        ("factors: {pool: {no: null, cls: null}}\n" + SEEDS, "factors.pool: False is not a valid name"),
+        ("factors: {pool: {a/b: null, cls: null}}\n" + SEEDS, "factors.pool: 'a/b' is not a valid name"),
+        ("factors: {pool: {1: null, '1': null}}\n" + SEEDS, "factors.pool: two levels have the same name"),
+        ("factors: {a: {x: none.yaml, y: null}}\n" + SEEDS, "factors.a.x.config: none.yaml: no such file"),
+        ("factors: {a: {x: 3, y: null}}\n" + SEEDS, "factors.a.x: expected a YAML file, or options"),
         ("base: {model: none.yaml}\n" + TWO + SEEDS, "base.model: none.yaml: no such file"),
         (
             "base: {model: {pool: cls}}\n" + TWO + SEEDS,
@@ -133,10 +118,7 @@ SEEDS = "seeds: [0]\n"
         ("base: {seed: 3}\n" + TWO + SEEDS, "base.seed: is set by the grid for each run"),
         (TWO, "seeds: is missing; expected a list of integers of at least 0, e.g. [1, 2]"),
         (TWO + "seeds: [0, 0]", "seeds: expected one or more different seeds, got [0, 0]"),
-        (
-            TWO + "seeds: [true]",
-            "seeds: expected a list of integers of at least 0, e.g. [1, 2], got [True]",
-        ),
+        (TWO + "seeds: [true]", "seeds: expected a list of integers of at least 0, e.g. [1, 2], got [True]"),
         (TWO + SEEDS + "compare: model", "compare: unknown factor 'model'; expected one of pool"),
         (TWO + SEEDS + "question: [a]", "question: expected text, got ['a']"),
         ("a: 1\na: 2", "a: given twice"),
@@ -149,18 +131,12 @@ SEEDS = "seeds: [0]\n"
             BASE + "factors: {p: {a: {model.mask: exact, model.neighbors: self}, b: null}}\n" + SEEDS,
             "factors.p.a.model.neighbors: ",
         ),
-        (
-            "base: {schedule.epochs: 0}\n" + TWO + SEEDS,
-            "base.schedule.epochs: ",
-        ),
+        ("base: {schedule.epochs: 0}\n" + TWO + SEEDS, "base.schedule.epochs: "),
         (
             "base: {data.source: folder, data.root: nowhere}\n" + TWO + SEEDS,
             "base.data.root: nowhere: no such folder",
         ),
-        (
-            BASE + "factors: {p: {a: bad.yaml, b: null}}\n" + SEEDS,
-            "cell a: bad.yaml: model.x: unknown key",
-        ),
+        (BASE + "factors: {p: {a: bad.yaml, b: null}}\n" + SEEDS, "cell a: bad.yaml: model.x: unknown key"),
         (
             BASE + "factors: {p: {a: null, b: {model.name: vil_tiny}}}\n" + SEEDS,
             "factors: the cells a and b have the same configuration",
@@ -475,17 +451,7 @@ def test_results_are_inserted_between_markers(filled):
 
 
 def test_reproducing_command_hides_the_data_folder():
-    argv = [
-        "a.yaml",
-        "--data.root",
-        "/home/me/x",
-        "--report",
-        "--seeds",
-        "0",
-        "--data.root=/y",
-        "--x",
-        "a b",
-    ]
+    argv = ["a.yaml", "--data.root", "/home/me/x", "--report", "--seeds", "0", "--data.root=/y", "--x", "a b"]
     assert output.reproducing_command(argv) == (
         "python tools/ablate.py a.yaml --data.root DIR --seeds 0 --data.root=DIR --x 'a b'"
     )

@@ -103,10 +103,7 @@ def test_a_loss_that_does_not_fall_gives_no_suggestion(capsys, monkeypatch: pyte
     [
         (["--min-lr", "1"], "command line: --min-lr: expected less than --max-lr 1, got 1"),
         (["--max-lr", "nan"], "command line: argument --max-lr: expected a number above 0, got 'nan'"),
-        (
-            ["--steps", "3"],
-            "command line: argument --steps: expected an integer from 10 to 1000000, got '3'",
-        ),
+        (["--steps", "3"], "command line: argument --steps: expected an integer from 10 to 1000000, got '3'"),
         (["--curve", "."], "--curve: . cannot be written: Is a directory"),
     ],
 )

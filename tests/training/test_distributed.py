@@ -186,10 +186,7 @@ def test_one_process_needs_no_group():
 
 def test_unknown_devices():
     for device in ("gpu", "meta", "tpu:0"):
-        with (
-            pytest.raises(UserError, match="device: expected auto, cpu or cuda"),
-            distributed.start(device),
-        ):
+        with pytest.raises(UserError, match="device: expected auto, cpu or cuda"), distributed.start(device):
             pass
 
 

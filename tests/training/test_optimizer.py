@@ -314,18 +314,12 @@ def test_further_options_reach_the_optimizer():
             {"optimizer_options": {"nesterov": True}},
             "optimizer_options.nesterov: adamw has no such option; expected one of amsgrad, maximize",
         ),
-        (
-            {"optimizer_options": {"betas": [0.8, 0.9]}},
-            "optimizer_options.betas: is set by schedule.betas",
-        ),
+        ({"optimizer_options": {"betas": [0.8, 0.9]}}, "optimizer_options.betas: is set by schedule.betas"),
         (
             {"optimizer_options": {"fused": False}},
             "optimizer_options.fused: cannot be set: the trainer chooses the implementation",
         ),
-        (
-            {"optimizer_options": {"amsgrad": 1}},
-            "optimizer_options.amsgrad: expected true or false, got 1",
-        ),
+        ({"optimizer_options": {"amsgrad": 1}}, "optimizer_options.amsgrad: expected true or false, got 1"),
         (
             {"optimizer": "muon", "optimizer_options": {"ns_steps": "many"}},
             "optimizer_options: muon: '<=' not supported between instances of 'str' and 'int'",

@@ -76,14 +76,7 @@ def record_draws(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int, rank:
 
     folder.mkdir()
     (folder / "checkpoints").mkdir()
-    config = make_config(
-        folder,
-        seed=seed,
-        epochs=1,
-        max_steps=2,
-        accumulation=2,
-        model=options,
-    )
+    config = make_config(folder, seed=seed, epochs=1, max_steps=2, accumulation=2, model=options)
     mix = Mixing(AugmentConfig(mixup=0.8), CLASSES, 0.1, seed)
     validation = [(images.repeat(1, 1, 4, 4), targets) for images, targets in make_loaders().validation]
     loaders = TinyLoaders(EqualBatches(16, 2), validation)
