@@ -82,13 +82,13 @@ def stop(folder: Path, process: Process) -> dict[str, Any]:
         saved.append(state["step"])
         save(writer, state, is_best)
 
-    CheckpointWriter.save = recording  # type: ignore[method-assign, assignment]
+    CheckpointWriter.save = recording
     try:
         train(folder, process, Signalled())
     except InterruptedRun as ended:
         return {"signum": ended.signum, "reason": str(ended), "saved": saved}
     finally:
-        CheckpointWriter.save = save  # type: ignore[method-assign]
+        CheckpointWriter.save = save
     return {}
 
 
@@ -141,11 +141,11 @@ def reduced_numbers(process: Process, folder: Path, **options: Any) -> list[int]
 
         self.register_comm_hook(None, hook)
 
-    DistributedDataParallel.__init__ = counting  # type: ignore[method-assign]
+    DistributedDataParallel.__init__ = counting
     try:
         train(folder, process, TinyModel(), accumulation=4, max_steps=1, **options)
     finally:
-        DistributedDataParallel.__init__ = original  # type: ignore[method-assign]
+        DistributedDataParallel.__init__ = original
     return numbers
 
 

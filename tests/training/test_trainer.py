@@ -513,7 +513,7 @@ def test_a_log_that_can_never_be_written_fails_the_run(
 ):
     def open_on_full_disk(log: MetricsLog, *arguments: Any) -> None:
         original(log, *arguments)
-        log._file = Path("/dev/full").open("wb", buffering=0)  # type: ignore  # noqa: SIM115
+        log._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
 
     original = MetricsLog.__init__
     monkeypatch.setattr(MetricsLog, "__init__", open_on_full_disk)

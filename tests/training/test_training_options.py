@@ -142,9 +142,7 @@ def effects(folder: Path, options: Options) -> Options:
         patch.setattr(
             torch,
             "compile",
-            lambda network, **keywords: (
-                found.update(compile_options=keywords) or count("compiled", network)  # type: ignore[func-returns-value]
-            ),
+            lambda network, **keywords: found.update(compile_options=keywords) or count("compiled", network),
         )
         for name in ("LossMonitor", "Watchdog"):
             patch.setattr(trainer, name, recording(name))
