@@ -606,18 +606,23 @@ def test_unresponsive_process_is_killed(fake, folder, monkeypatch):
         os.kill(int(ready.read_text()), 0)
 
 
+def hold_lock(run_folder, host):
+    """Lock a run as the first job of a call on a host does; return the open file."""
+    run_folder.mkdir(parents=True)
+    lock = (run_folder / ".ablate.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.write(f"0 {host}")
+    lock.flush()
+    return lock
+
+
 @pytest.mark.parametrize("here", [True, False])
 def test_run_locked_by_another_process_is_waited_for(fake, folder, capsys, here):
     """After a killed call of the tool, its train.py still runs and holds the lock; on this machine it counts
     as one of the jobs."""
     grid = make_grid(folder / "runs", seeds=(0,))
-    first = grid.runs()[0].folder
-    first.mkdir(parents=True)
-    lock = (first / ".ablate.lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    lock.write(f"0 {socket.gethostname() if here else 'another'}")
-    lock.flush()
-    second = grid.runs()[1].folder
+    first, second = (run.folder for run in grid.runs())
+    lock = hold_lock(first, socket.gethostname() if here else "another")
 
     def finish():
         while not (second / "summary.json").exists() and not here:
@@ -639,11 +644,7 @@ def test_slot_of_another_process_is_not_reused(fake, folder):
     """Two slots and GPUs; a run of another call has the first slot."""
     grid = make_grid(folder / "runs", cells=("avg", "cls", "max"), seeds=(0,))
     first = grid.runs()[0].folder
-    first.mkdir(parents=True)
-    lock = (first / ".ablate.lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    lock.write(f"0 {socket.gethostname()}")
-    lock.flush()
+    lock = hold_lock(first, socket.gethostname())
 
     def finish():
         while not (grid.runs()[2].folder / "summary.json").exists():

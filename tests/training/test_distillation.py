@@ -48,6 +48,11 @@ CPU = Process(0, 0, 1, torch.device("cpu"))
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RUN = FIXTURES / "version_0_1_0" / "run"
 PUBLISHED = FIXTURES / "parity" / "vil_rpe_chunk"
+PUBLISHED_TEACHER = ScheduleConfig(
+    distillation="hard",
+    teacher=str(PUBLISHED / "model_best.pth"),
+    teacher_released_config=str(PUBLISHED / "config.yaml"),
+)
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -303,12 +308,7 @@ def test_a_run_and_a_published_checkpoint_teach():
     assert trained.mean == tuple(state["config"]["data"]["mean"])
     assert not any(p.requires_grad for p in trained.model.parameters())
     assert not trained.model.training
-    schedule = ScheduleConfig(
-        distillation="hard",
-        teacher=str(PUBLISHED / "model_best.pth"),
-        teacher_released_config=str(PUBLISHED / "config.yaml"),
-    )
-    trained = load_teacher(schedule)
+    trained = load_teacher(PUBLISHED_TEACHER)
     assert (trained.class_names, trained.num_classes, trained.image_size) == (None, 10, (64, 64))
 
 
@@ -474,12 +474,7 @@ def test_classes_and_channels_that_the_teacher_lacks(
 
 
 def test_classes_without_names_cannot_be_matched():
-    schedule = ScheduleConfig(
-        distillation="hard",
-        teacher=str(PUBLISHED / "model_best.pth"),
-        teacher_released_config=str(PUBLISHED / "config.yaml"),
-    )
-    trained = load_teacher(schedule)
+    trained = load_teacher(PUBLISHED_TEACHER)
     with pytest.raises(UserError) as refusal:
         Teacher(trained, trained.mean, trained.std, ("cat", "dog"), CPU.device)
     assert str(refusal.value) == "schedule.teacher: no class names to find the row of the head for 'cat'"
