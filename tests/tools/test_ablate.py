@@ -504,6 +504,17 @@ def fake(folder, monkeypatch):
     return execute
 
 
+def when(is_ready, act):
+    """Call `act` in the background as soon as `is_ready` returns True."""
+
+    def wait():
+        while not is_ready():
+            time.sleep(0.01)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def test_runs_share_cores_and_gpus_and_write_logs(fake, folder, capsys):
     grid = make_grid(folder / "runs", seeds=(0, 1))
     (folder / "behave.py").write_text(
@@ -569,12 +580,8 @@ def test_signal_is_forwarded_and_ends_the_runs(fake, folder, number, passed):
         "(folder / 'ready').touch(); time.sleep(60)\n"
     )
 
-    def send():
-        while not all((run.folder / "ready").exists() for run in grid.runs()):
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=send, daemon=True).start()
+    ready = [run.folder / "ready" for run in grid.runs()]
+    when(lambda: all(path.exists() for path in ready), lambda: os.kill(os.getpid(), number))
     with pytest.raises(scheduler.Stopped) as stopped:
         fake(grid, jobs=2)
     assert stopped.value.signum == number
@@ -593,13 +600,7 @@ def test_unresponsive_process_is_killed(fake, folder, monkeypatch):
         "(folder / 'ready').write_text(str(os.getpid()))\ntime.sleep(60)\n"
     )
     ready = grid.runs()[0].folder / "ready"
-
-    def send():
-        while not (ready.exists() and ready.read_text()):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=send, daemon=True).start()
+    when(lambda: ready.exists() and ready.read_text(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(scheduler.Stopped):
         fake(grid)
     with pytest.raises(ProcessLookupError):
@@ -625,14 +626,12 @@ def test_run_locked_by_another_process_is_waited_for(fake, folder, capsys, here)
     lock = hold_lock(first, socket.gethostname() if here else "another")
 
     def finish():
-        while not (second / "summary.json").exists() and not here:
-            time.sleep(0.01)
         time.sleep(0.3)
         assert second.exists() != here
         (first / "summary.json").write_text("by another call")
         lock.close()
 
-    threading.Thread(target=finish, daemon=True).start()
+    when(lambda: here or (second / "summary.json").exists(), finish)
     assert [call[0] for call in fake(grid)] == ["pool=cls"]
     assert (second / ".ablate.lock").read_text() == f"0 {socket.gethostname()}"
     shown = capsys.readouterr().out
@@ -647,12 +646,10 @@ def test_slot_of_another_process_is_not_reused(fake, folder):
     lock = hold_lock(first, socket.gethostname())
 
     def finish():
-        while not (grid.runs()[2].folder / "summary.json").exists():
-            time.sleep(0.01)
         (first / "summary.json").write_text("by another call")
         lock.close()
 
-    threading.Thread(target=finish, daemon=True).start()
+    when((grid.runs()[2].folder / "summary.json").exists, finish)
     calls = fake(grid, jobs=2, gpus=["4", "7"])
     assert [(call[0], call[3]) for call in calls] == [("pool=cls", "7"), ("pool=max", "7")]
 
@@ -716,12 +713,7 @@ def test_interrupted_grid_continues_and_failed_cell_is_reported(folder, monkeypa
     results_of = folder / "runs" / "ablations" / "grid"
     first, second = (results_of / f"what={level}" / "seed=0" for level in ("avg", "cls"))
 
-    def stop():
-        while not (second / "config.yaml").exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop, daemon=True).start()
+    when((second / "config.yaml").exists, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
         program.main(["grid.yaml"])
     assert stopped.value.code == 143
