@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -598,25 +597,17 @@ def test_steps_that_are_not_logged_do_not_wait_for_the_device(
             step += self.training
             return super().forward(x)
 
-    @contextmanager
-    def watch():
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("item", "__float__", "__bool__", "tolist", "cpu"):
-                original = getattr(torch.Tensor, name)
+    for name in ("item", "__float__", "__bool__", "tolist", "cpu"):
+        original = getattr(torch.Tensor, name)
 
-                def reading(self, *arguments, original=original, **options):
-                    if self.dtype in (torch.float32, torch.bool):
-                        reads.append(step)
-                    return original(self, *arguments, **options)
+        def reading(self, *arguments, original=original, **options):
+            if self.dtype in (torch.float32, torch.bool):
+                reads.append(step)
+            return original(self, *arguments, **options)
 
-                patch.setattr(torch.Tensor, name, reading)
-            yield
-
-    with watch():
-        run(
-            make_config(tmp_path, epochs=1, log_every=4, clip_grad=1.0, ema_decay=0.9, optimizer="momentum"),
-            Counting(),
-        )
+        monkeypatch.setattr(torch.Tensor, name, reading)
+    options = {"clip_grad": 1.0, "ema_decay": 0.9, "optimizer": "momentum"}
+    run(make_config(tmp_path, epochs=1, log_every=4, **options), Counting())
     # In the first step, the optimizer has no state yet, and reads whether the gradient is finite.
     assert {1, 4, 5} >= set(reads)
     assert {1, 4} <= set(reads)
