@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers.tiny_run import STEPS, TinyModel, TwoHeads, load_last, make_config, make_loaders, make_teacher
-from vil.checkpoints.checkpoint_files import step_files
+from helpers.tiny_run import STEPS, TinyModel, TwoHeads, find_last, make_config, make_loaders, make_teacher
 from vil.checkpoints.writer import CheckpointWriter
 from vil.config import UserError
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
@@ -39,7 +38,7 @@ def train(folder: Path, process: Process, model: nn.Module, **options: Any) -> n
         folder.mkdir(exist_ok=True)
     schedule = config.schedule
     loaders = make_loaders(schedule.batch_size, schedule.accumulation, process.rank, process.world_size)
-    state = call_on_main(lambda: load_last(folder) if step_files(folder) else None)
+    state = call_on_main(lambda: find_last(folder))
     teacher = None if schedule.distillation == "none" else make_teacher()
     trainer.fit(model, loaders, config, process, state=state, teacher=teacher)
     return model

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers.run_files import losses
+from helpers.run_files import is_equal, losses
 from helpers.tiny_run import (
     CLASSES,
     SIZE,
@@ -194,8 +194,7 @@ def test_a_step_learns_from_both_losses_and_leaves_the_teacher_alone(tmp_path: P
     assert state["teacher_digest"] == "seed 1"
     assert state["model"].keys() == TwoHeads().state_dict().keys()
     assert not teacher.trained.model.training
-    after = teacher.trained.model.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert is_equal(before, teacher.trained.model.state_dict())
     # After the run the model returns the mean of its heads, also in train mode.
     assert model.train()(images).shape == (16, CLASSES)
 
@@ -235,8 +234,7 @@ def test_a_continued_run_is_bit_identical(tmp_path: Path, model: type[nn.Module]
     run(make_config(parts, **options), model(0.2), state=state, teacher=make_teacher())
     one, other = (load_last(folder) for folder in (full, parts))
     for key in ("model", "ema"):
-        assert (one[key] is None) == (other[key] is None)
-        assert all(torch.equal(value, other[key][name]) for name, value in (one[key] or {}).items())
+        assert is_equal(one[key], other[key])
 
 
 def test_a_run_continues_with_the_same_teacher_only(tmp_path: Path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import forked, several_ranks
-from helpers.run_files import records
+from helpers.run_files import is_equal, records
 from helpers.tiny_run import load_last
 
 from vil.config import UserError
@@ -98,7 +98,7 @@ def test_two_ranks_continue_bit_identically(worlds: dict[int, Path]):
     for size in (1, 2):
         full, continued = (load_last(worlds[size] / name) for name in ("full", "continued"))
         for key in ("model", "ema"):
-            assert all(torch.equal(full[key][name], value) for name, value in continued[key].items())
+            assert is_equal(full[key], continued[key])
 
 
 def test_three_ranks_continue_bit_identically(tmp_path: Path):
@@ -106,7 +106,7 @@ def test_three_ranks_continue_bit_identically(tmp_path: Path):
     torchrun(3, tmp_path, "wide")
     full, continued = (load_last(tmp_path / name) for name in ("full", "continued"))
     for key in ("model", "ema"):
-        assert all(torch.equal(full[key][name], value) for name, value in continued[key].items())
+        assert is_equal(full[key], continued[key])
     lines = (
         [(r["loss"], r["grad_norm"]) for r in records(tmp_path / n, "train")] for n in ("full", "continued")
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.run_files import records
+from helpers.run_files import is_equal, records
 from helpers.tiny_run import SIZE, STEPS, TinyModel, load_last, make_config, run
 
 from vil.checkpoints import checkpoint_files, run_folder
@@ -114,7 +114,7 @@ def test_an_interrupted_run_stops_at_the_same_step(tmp_path: Path, max_steps: in
         )
     assert part.step == whole.step
     weights = [load_last(tmp_path / name)["model"] for name in ("whole", "part")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert is_equal(*weights)
 
 
 def test_the_attention_is_drawn_at_the_end_of_a_run_that_stops(tmp_path: Path):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.run_files import records
-from helpers.tiny_run import TinyModel, load_last, make_batch, make_config, make_loaders
+from helpers.tiny_run import CPU, TinyModel, find_last, load_last, make_batch, make_config, run
 from PIL import Image
 
 import train as program
@@ -18,24 +18,17 @@ from data.eval_sets import eval_set_data, eval_set_names
 from vil.checkpoints.run_folder import differences
 from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
-from vil.runtime.distributed import Process
 from vil.training.tensorboard_log import record_tag
-from vil.training.trainer import Monitoring, fit
+from vil.training.trainer import Monitoring
 from vil.validation import stored_tree
 
-CPU = Process(0, 0, 1, torch.device("cpu"))
 OTHER = EvaluationDataset("other", [make_batch(77, 20)], ("red", "green", "blue", "none"))
 PART = EvaluationDataset("a/part", [(make_batch(78, 9)[0], torch.arange(9) % 2)], ("blue", "red"), [2, 0])
 
 
 def train(folder: Path, eval_sets: list[EvaluationDataset], **options: Any) -> TinyModel:
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    model, state = TinyModel(0.2), None
-    if list(folder.glob("checkpoints/step*.pt")):
-        state = load_last(folder)
-    config, monitoring = make_config(folder, **options), Monitoring(eval_sets=eval_sets)
-    fit(model, make_loaders(), config, CPU, state=state, monitoring=monitoring)
+    model, monitoring = TinyModel(0.2), Monitoring(eval_sets=eval_sets)
+    run(make_config(folder, **options), model, state=find_last(folder), monitoring=monitoring)
     return model
 
 

@@ -22,9 +22,8 @@ from torch import nn
 from vil.checkpoints import checkpoint_files
 from vil.checkpoints import writer as checkpoint_writer
 from vil.checkpoints.training_state import read_training_state, write_training_state
-from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
+from vil.config import DataConfig, ModelConfig, UserError
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
-from vil.runtime.distributed import Process
 from vil.training import trainer
 from vil.training.metrics_log import MetricsLog
 from vil.training.trainer import Batch, TrainingError
@@ -121,7 +120,7 @@ def test_a_training_set_of_another_size_is_refused(tmp_path: Path):
         loaders = dataclasses.replace(make_loaders(16, 1), train_images=images)
         loaders.train.steps_per_epoch = steps
         with pytest.raises(UserError) as refusal:
-            fit_loaders(loaders, make_config(tmp_path), state)
+            run(make_config(tmp_path), loaders=loaders, state=state)
         message = (
             f"trained on 80 images, 5 steps per epoch; the data now has {images} images, {steps} steps per"
         )
@@ -133,13 +132,8 @@ def test_a_training_set_of_another_size_is_refused(tmp_path: Path):
     with pytest.raises(
         UserError, match="trained on 7 steps in 1 epochs; the data now has 80 images, 10 steps"
     ):
-        fit_loaders(loaders, make_config(tmp_path), state)
+        run(make_config(tmp_path), loaders=loaders, state=state)
     run(make_config(tmp_path), state=state)
-
-
-def fit_loaders(loaders: Any, config: TrainConfig, state: dict[str, Any]) -> None:
-    process = Process(0, 0, 1, torch.device("cpu"))
-    trainer.fit(TinyModel(), loaders, config, process, state=dict(state))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
