@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_run import CPU
 from PIL import Image
 
 from tools.programs import find_lr
@@ -14,9 +15,7 @@ from tools.programs.find_lr import Point, main, range_test, suggest
 from vil.command_line import resolve_train_command
 from vil.config import UserError
 from vil.runtime import consistency
-from vil.runtime.distributed import Process
 
-CPU = Process(0, 0, 1, torch.device("cpu"))
 TINY = (
     *("--data.source", "digits", "--data.images_per_class", "8", "--data.workers", "0", "--device", "cpu"),
     *("--schedule.batch_size", "16", "--model.image_size", "16", "--progress", "false"),

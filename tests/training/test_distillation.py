@@ -14,6 +14,7 @@ import yaml
 from helpers.run_files import is_equal, losses
 from helpers.tiny_run import (
     CLASSES,
+    CPU,
     SIZE,
     STEPS,
     TinyModel,
@@ -37,14 +38,12 @@ from vil.checkpoints.training_state import read_training_state, write_training_s
 from vil.command_line import resolve_train_command
 from vil.config import DataConfig, ScheduleConfig, UserError
 from vil.models import zoo
-from vil.runtime.distributed import Process
 from vil.runtime.epoch_steps import EpochSteps
 from vil.training.distillation import DistillationLoss, Teacher, build_teacher, describe_teacher
 from vil.training.loss import build_loss
 from vil.training.model_updater import ModelUpdater
 from vil.training.trainable import classifiers
 
-CPU = Process(0, 0, 1, torch.device("cpu"))
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RUN = FIXTURES / "version_0_1_0" / "run"
 PUBLISHED = FIXTURES / "parity" / "vil_rpe_chunk"

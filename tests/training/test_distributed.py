@@ -8,11 +8,10 @@ import pytest
 import torch
 from helpers import forked, several_ranks
 from helpers.run_files import is_equal, records
-from helpers.tiny_run import load_last
+from helpers.tiny_run import CPU, load_last
 
 from vil.config import UserError
 from vil.runtime import distributed
-from vil.runtime.distributed import Process
 
 HERE = Path(__file__).parent
 
@@ -23,9 +22,8 @@ pytestmark = pytest.mark.xdist_group("distributed")  # one worker, so that the r
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The folders of the same runs with one process and with two."""
     folders = {size: tmp_path_factory.mktemp(f"world{size}") for size in (1, 2)}
-    alone = Process(0, 0, 1, torch.device("cpu"))
     for folder in folders.values():
-        several_ranks.train(folder / "moved", alone, several_ranks.TinyModel(), max_steps=7)
+        several_ranks.train(folder / "moved", CPU, several_ranks.TinyModel(), max_steps=7)
     torchrun(2, folders[2], "all")
     several_ranks.main(folders[1])
     return folders
@@ -116,8 +114,7 @@ def test_three_ranks_continue_bit_identically(tmp_path: Path):
 def test_a_run_continues_with_another_number_of_ranks(worlds: dict[int, Path]):
     """From one to two and from two to one: the same global batches in the same order, the same losses within
     rounding."""
-    process = Process(0, 0, 1, torch.device("cpu"))
-    several_ranks.train(worlds[2] / "short", process, several_ranks.TinyModel())
+    several_ranks.train(worlds[2] / "short", CPU, several_ranks.TinyModel())
     full = records(worlds[1] / "plain", "train")
     for folder in (worlds[2] / "moved", worlds[2] / "short"):
         moved = records(folder, "train")
