@@ -40,21 +40,18 @@ from data import (
     NotImageNetError,
     Validation,
     build_validation,
+    check_same_images,
+    check_same_real_labels,
     class_folder_options,
     dataset_name,
-    fingerprint_real_labels,
-    fingerprint_sources,
 )
 from vil.command_line import errors_of_one_rank, file_origin
 from vil.command_line.stored_model import StoredModel, read_stored, resolve_over_stored
-from vil.config import (
-    EvalConfig,
-    UserError,
-    errors_in_option,
-)
+from vil.config import EvalConfig, UserError, errors_in_option
 from vil.evaluation import report
+from vil.evaluation.accuracy import EvaluationDataset
 from vil.evaluation.corruptions import add_corruption_summaries, list_datasets
-from vil.evaluation.report import EvaluationDataset, evaluate_model
+from vil.evaluation.report import evaluate_model
 from vil.runtime import consistency, console, distributed
 from vil.runtime.class_names import match_classes
 from vil.runtime.consistency import RankOptions
@@ -65,8 +62,13 @@ from vil.validation import as_tree, flatten
 
 _logger = logging.getLogger("vil.eval")
 
-OUTPUTS = ("json", "csv", "per_class_csv", "confusion_csv")
-"""Options that name an output file."""
+OUTPUTS = {
+    "json": report.write_json,
+    "csv": report.write_csv,
+    "per_class_csv": report.write_per_class_csv,
+    "confusion_csv": report.write_confusion_csv,
+}
+"""Options that name an output file, and what writes it."""
 CLASS_OUTPUTS = ("per_class_csv", "confusion_csv")
 """Those that need images."""
 IMAGENET_CLASSES = 1000
@@ -153,7 +155,7 @@ def open_evaluation(
     if is_stored and not config.complexity:
         _logger.info("evaluating on %s, the data of %s", dataset_name(config.data), path)
     validations = [] if config.complexity else call_on_all(lambda: open_datasets(commands, process))
-    check_same_images(validations, config, process)
+    compare_images(validations, config, process)
     num_classes = len(validations[0].class_names) if validations else IMAGENET_CLASSES
     model = stored.build_model(config.model, num_classes, process.device)
     datasets = match_datasets(stored, config, validations, model)
@@ -197,25 +199,23 @@ def open_datasets(commands: Sequence[ResolvedConfig[EvalConfig]], process: Proce
     for command in commands:
         config = command.config
         try:
-            validations.append(build_validation(config, process, config.channels_last))
+            validations.append(build_validation(config, process))
         except NotImageNetError:
             num_foreign += 1
             if num_foreign == len(commands):
                 raise
             config = replace(config, data=replace(config.data, real_labels=None))
-            validations.append(build_validation(config, process, config.channels_last))
+            validations.append(build_validation(config, process))
     return validations
 
 
-def check_same_images(validations: Sequence[Validation], config: EvalConfig, process: Process) -> None:
+def compare_images(validations: Sequence[Validation], config: EvalConfig, process: Process) -> None:
     """Raise UserError on every rank if a rank has read other images or ReaL labels than rank 0."""
     for number, validation in enumerate(validations, start=1):
-        sources, root = {f"images in data set {number}": validation.source}, config.data.root
-        describe = partial(fingerprint_sources, sources, root, process.local_rank == 0)
-        consistency.check_data("data.root", describe)
+        sources = {f"images in data set {number}": validation.source}
+        check_same_images("data.root", sources, config.data.root, process)
     if validations:
-        labels = partial(fingerprint_real_labels, config.data.real_labels, process.local_rank == 0)
-        consistency.check_data("data.real_labels", labels)
+        check_same_real_labels(config.data.real_labels, process)
 
 
 def match_datasets(
@@ -245,14 +245,9 @@ def report_results(results: Sequence[report.Result], config: EvalConfig) -> None
     """Print the table, and write the output files."""
     for row in report.table(results, console.width()).splitlines():
         console.print_line(row)
-    if config.json:
-        report.write_json(config.json, results)
-    if config.csv:
-        report.write_csv(config.csv, results)
-    if config.per_class_csv:
-        report.write_per_class_csv(config.per_class_csv, results)
-    if config.confusion_csv:
-        report.write_confusion_csv(config.confusion_csv, results[0])
+    for option, write in OUTPUTS.items():
+        if path := getattr(config, option):
+            write(path, results)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -32,8 +32,6 @@ if __name__ == "__main__":  # before the slow import of PyTorch, for a fast --he
     COMMAND = run_program(resolve_train_command, sys.argv[1:])
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,16 +41,16 @@ from data import (
     Loaders,
     Mixing,
     build_loaders,
+    check_same_images,
+    check_same_real_labels,
     dataset_name,
-    fingerprint_real_labels,
-    fingerprint_sources,
     open_eval_sets,
 )
 from data.order import ORDER_VERSION
 from vil.checkpoints import checkpoint_files, run_folder
-from vil.checkpoints.initialization import initialize_model
+from vil.checkpoints.initialization import build_random_model, initialize_model
 from vil.checkpoints.training_state import State, read_training_state, select_weights
-from vil.checkpoints.weights import load_state_dict, timm_options_start
+from vil.checkpoints.weights import load_state_dict
 from vil.config import (
     COMMAND_LINE,
     EvalConfig,
@@ -61,14 +59,13 @@ from vil.config import (
     UserError,
     as_size,
     errors_in_option,
-    errors_in_section,
     format_size,
     one_line,
 )
-from vil.evaluation.report import EvaluationDataset, evaluate_model, write_json
+from vil.evaluation.accuracy import EvaluationDataset
+from vil.evaluation.report import evaluate_model, write_json
 from vil.models.attention_image import attention_sheet
 from vil.models.multiscale_vit import MultiScaleViT
-from vil.models.zoo import check_device, model_from_config
 from vil.runtime import consistency, console, distributed
 from vil.runtime.consistency import RankOptions
 from vil.runtime.distributed import Process, call_on_all, call_on_main
@@ -76,7 +73,6 @@ from vil.runtime.epoch_steps import count_epoch_steps, training_phases
 from vil.runtime.modes import mode
 from vil.runtime.precision import choose_precision, set_deterministic
 from vil.runtime.run_files import CONFIG
-from vil.runtime.seeding import seed_generators
 from vil.training.distillation import build_teacher, describe_teacher
 from vil.training.experiment_trackers import check_loggers
 from vil.training.trainer import Monitoring, Summary, fit
@@ -91,8 +87,9 @@ def train(command: ResolvedConfig[TrainConfig]) -> None:
         TrainingError, LostRankError, InterruptedRun: as `vil.training.trainer.fit`.
     """
     try:
-        timeouts = (collective_timeout(command.config), command.config.start_timeout)
-        with distributed.start(command.config.device, *timeouts) as process:
+        given = command.config
+        timeout = max(1800.0, 3 * given.hang_timeout)  # every rank's watchdog has reported by then
+        with distributed.start(given.device, timeout, given.start_timeout) as process:
             for line in consistency.check_software(vil.__version__):
                 print_on_main(process, line)
             config = synchronize_config(command)
@@ -158,10 +155,7 @@ def run(config: TrainConfig, process: Process, command: ResolvedConfig[TrainConf
     teacher = build_teacher(config, loaders.class_names, process)
     opened = call_on_all(lambda: open_eval_sets(config, loaders.class_names, process))
     for found, _ in opened:
-        sources = {f"images of {found.name}": found.source}
-        consistency.check_data(
-            "eval_sets", partial(fingerprint_sources, sources, None, process.local_rank == 0)
-        )
+        check_same_images("eval_sets", {f"images of {found.name}": found.source}, None, process)
     eval_sets = [
         EvaluationDataset(found.name, found.loader, found.class_names, indices) for found, indices in opened
     ]
@@ -205,22 +199,11 @@ def build(
     """
     schedule = config.schedule
     loaders = call_on_all(lambda: build_loaders(config, process, is_new, order_version))
-    check_same_images(loaders, config, process)
-    num_classes = len(loaders.class_names)
-    if config.model.num_classes is None:
-        config.model.num_classes = num_classes
-    if config.model.num_classes < num_classes:
-        reason = f"the data has {num_classes} classes, got {config.model.num_classes}"
-        raise UserError("model.num_classes", reason)
-    seed_generators(config.seed, "weights")
-    with errors_in_section("model"):
-        architecture = config.model
-        if timm_options_start(architecture):  # `initialize` loads those weights
-            options = without_timm_start_options(as_tree(architecture))["timm_options"]
-            architecture = replace(architecture, timm_options=options)
-        model = model_from_config(architecture)
-        check_device(model, process.device)
-    model.to(process.device)  # an attention backend that an option selects may run on this device alone
+    sources = {"training images": loaders.train_source, "validation images": loaders.validation_source}
+    root = config.data.root
+    check_same_images("data.source" if root is None else "data.root", sources, root, process)
+    check_same_real_labels(config.data.real_labels, process)
+    model = build_random_model(config.model, loaders.class_names, config.seed, process.device)
     sizes = {
         "schedule.progressive_resizing": [size for _, size, *_ in schedule.progressive_resizing or []],
         "schedule.random_sizes": schedule.random_sizes or [],
@@ -228,21 +211,11 @@ def build(
     for option, option_sizes in sizes.items():
         check_sizes(model, option, option_sizes, config.model.in_chans, process.device)
     if is_new:
-        for line in call_on_all(lambda: initialize_model(model, config.model, loaders.class_names)):
+        for line in initialize_model(model, config.model, loaders.class_names):
             print_on_main(process, line)
-        consistency.check_weights("model.init_from" if config.model.init_from else "model", model)
+    assert config.model.num_classes is not None
     mix = Mixing(schedule.augment, config.model.num_classes, schedule.label_smoothing, config.seed)
     return loaders, model, mix
-
-
-def check_same_images(loaders: Loaders, config: TrainConfig, process: Process) -> None:
-    """Raise UserError on every rank if a rank has read other images or ReaL labels than rank 0."""
-    sources = {"training images": loaders.train_source, "validation images": loaders.validation_source}
-    root, key = config.data.root, "data.source" if config.data.root is None else "data.root"
-    has_digests = process.local_rank == 0
-    consistency.check_data(key, lambda: fingerprint_sources(sources, root, has_digests))
-    labels = partial(fingerprint_real_labels, config.data.real_labels, has_digests)
-    consistency.check_data("data.real_labels", labels)
 
 
 def describe_run(
@@ -273,11 +246,7 @@ def describe_run(
 
 
 def check_sizes(
-    model: torch.nn.Module,
-    option: str,
-    sizes: Sequence[int | Size],
-    in_chans: int,
-    device: torch.device,
+    model: torch.nn.Module, option: str, sizes: Sequence[int | Size], in_chans: int, device: torch.device
 ) -> None:
     """Raise UserError if the model, which is on `device`, fails for one of the training sizes of `option`."""
     size: int | Size = 0
@@ -325,11 +294,6 @@ def announce(process: Process, state: State, config: TrainConfig) -> None:
     print_on_main(process, f"continuing {config.output} after step {state['step']}, epoch {state['epoch']}")
     for key, old, new in run_folder.differences(state["config"], config):
         print_on_main(process, f"  {key}: {old} → {new}")
-
-
-def collective_timeout(config: TrainConfig) -> float:
-    """Return the seconds that ranks wait for one another: every rank's watchdog has reported by then."""
-    return max(1800.0, 3 * config.hang_timeout)
 
 
 def print_on_main(process: Process, line: str) -> None:

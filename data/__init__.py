@@ -11,7 +11,7 @@ import numpy as np
 
 from data.eval_sets import errors_in_eval_set, eval_set_data, eval_set_names, match_eval_set
 from data.ffcv_loader import FFCVTrainLoader, build_micro_batches, uses_ffcv
-from data.fingerprint import fingerprint_sources
+from data.fingerprint import check_same_images
 from data.loaders import (
     EvaluationImages,
     LoaderOptions,
@@ -24,7 +24,7 @@ from data.mixing import Mixing
 from data.order import ORDER_VERSION
 from data.progressive_resizing import ProgressiveResizingLoader
 from data.random_sizes import RandomSizesLoader
-from data.real_labels import NotImageNetError, RealLabelImages, fingerprint_real_labels
+from data.real_labels import NotImageNetError, RealLabelImages, check_same_real_labels
 from data.samplers import MicroBatches
 from data.sources import Source, dataset_name, open_source
 from data.sources.folder import class_folder_options
@@ -46,10 +46,10 @@ __all__ = [
     "build_training_images",
     "build_validation",
     "check_same_classes",
+    "check_same_images",
+    "check_same_real_labels",
     "class_folder_options",
     "dataset_name",
-    "fingerprint_real_labels",
-    "fingerprint_sources",
     "open_eval_sets",
 ]
 
@@ -116,12 +116,9 @@ def build_loaders(
         stored_split = call_on_main(lambda: read_split(folder, data))  # others may not see rank 0's folder
     source = select_subset(open_source(data, "train", model.in_chans, stored_split), data)
     micro_batches = build_micro_batches(config, source, process, schedule.batch_size, order_version)
-    validation = build_validation(
-        EvalConfig(model=model, data=data, batch_size=micro_batches.micro_batch_size),
-        process,
-        channels_last=config.channels_last,
-        stored_split=stored_split,
-    )
+    batch_size, channels_last = micro_batches.micro_batch_size, config.channels_last
+    eval_config = EvalConfig(model=model, data=data, batch_size=batch_size, channels_last=channels_last)
+    validation = build_validation(eval_config, process, stored_split)
     check_same_classes(source.class_names, validation.class_names)
     unreadable_images = UnreadableImages(len(source), data.max_unreadable_fraction, folder)
     loader_class = FFCVTrainLoader if uses_ffcv(config, source, process) else TrainLoader
@@ -167,16 +164,14 @@ def build_loaders(
 def build_validation(
     config: EvalConfig,
     process: Process,
-    channels_last: bool = False,
     stored_split: ImageList | None = None,
     persistent_workers: bool = True,
 ) -> Validation:
     """Open the validation split alone and build its loader; the training split is not needed.
 
     Args:
-        config: the data set, image size and channels of the model, and batch size per rank.
+        config: the data set, image size and channels of the model, batch size per rank and order of channels.
         process: this process.
-        channels_last: convert the images to channels-last order.
         stored_split: validation images of a run that continues, if they are held out of the training split.
         persistent_workers: keep the processes that load images for the next pass.
 
@@ -184,7 +179,7 @@ def build_validation(
         NotImageNetError: the images are not those of `data.real_labels`.
     """
     source = open_source(config.data, "val", config.model.in_chans, stored_split)
-    return _evaluation_images(config, source, process, channels_last, persistent_workers)
+    return _evaluation_images(config, source, process, persistent_workers)
 
 
 def build_training_images(config: EvalConfig, process: Process) -> Validation:
@@ -194,11 +189,11 @@ def build_training_images(config: EvalConfig, process: Process) -> Validation:
     """
     source = select_subset(open_source(config.data, "train", config.model.in_chans), config.data)
     data = replace(config.data, real_labels=None)
-    return _evaluation_images(replace(config, data=data), source, process, False, True)
+    return _evaluation_images(replace(config, data=data), source, process)
 
 
 def _evaluation_images(
-    config: EvalConfig, source: Source, process: Process, channels_last: bool, persistent_workers: bool
+    config: EvalConfig, source: Source, process: Process, persistent_workers: bool = True
 ) -> Validation:
     """Return the images of a source with the evaluation transform, and their loader."""
     data, model = config.data, config.model
@@ -209,7 +204,9 @@ def _evaluation_images(
     images = EvaluationImages(source, transform)
     if data.real_labels is not None:
         images = RealLabelImages(images, data.real_labels)
-    options = LoaderOptions(limit_workers(data.workers), process.device, channels_last, persistent_workers)
+    options = LoaderOptions(
+        limit_workers(data.workers), process.device, config.channels_last, persistent_workers
+    )
     loader = ValidationLoader(images, config.batch_size, options, process, data.unreadable_images)
     return Validation(dataset_name(data), loader, source.class_names, source)
 
@@ -237,8 +234,10 @@ def open_eval_sets(
     for path, name in zip(config.eval_sets, eval_set_names(config.eval_sets)):
         with errors_in_option("eval_sets"), errors_in_eval_set(path):
             data = eval_set_data(path, config.data)
-            eval_config = EvalConfig(model=config.model, data=data, batch_size=batch_size)
-            found = build_validation(eval_config, process, config.channels_last, persistent_workers=False)
+            eval_config = EvalConfig(
+                model=config.model, data=data, batch_size=batch_size, channels_last=config.channels_last
+            )
+            found = build_validation(eval_config, process, persistent_workers=False)
             indices = match_eval_set(found.class_names, class_names, config.model.num_classes)
         opened.append((replace(found, name=name), indices))
     return opened

@@ -25,14 +25,16 @@ def eval_set_names(paths: Sequence[str]) -> list[str]:
         UserError: a path occurs twice.
     """
     parts = [_path_parts(path) for path in paths]
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    if parts:
-        duplicate = next(path for path, part in zip(paths, parts) if parts.count(part) > 1)
+    if duplicate := next((path for path, part in zip(paths, parts) if parts.count(part) > 1), None):
         raise UserError("eval_sets", f"{duplicate} occurs twice")
-    return []
+    return unique_ends(parts)
+
+
+def unique_ends(paths: Sequence[Sequence[str]]) -> list[str]:
+    """Return the shortest ends of different paths that tell them apart: a, b; or x/a, y/a."""
+    lengths = range(1, max(map(len, paths), default=0) + 1)
+    ends = (["/".join(parts[-length:]) for parts in paths] for length in lengths)
+    return next((names for names in ends if len(set(names)) == len(names)), [])
 
 
 def _path_parts(path: str) -> list[str]:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 
 import numpy as np
 
 from data.sources import Source
+from vil.runtime import consistency
+from vil.runtime.distributed import Process
 
 _CHUNK = 65_536
+
+
+def check_same_images(key: str, sources: dict[str, Source], root: str | None, process: Process) -> None:
+    """Raise UserError for the option `key` on every rank if a rank has read other images than rank 0.
+
+    All ranks compare numbers, the first one of each machine digests; see `fingerprint_sources`.
+    """
+    has_digests = process.local_rank == 0
+    consistency.check_data(key, lambda: fingerprint_sources(sources, root, has_digests))
 
 
 def fingerprint_sources(sources: dict[str, Source], root: str | None, has_digests: bool) -> dict[str, str]:
@@ -23,8 +33,8 @@ def fingerprint_sources(sources: dict[str, Source], root: str | None, has_digest
     """
     found = {noun: str(len(source)) for noun, source in sources.items()}
     if has_digests:
-        first = next(iter(sources.values()))
-        found["class names"] = _digest_texts(first.class_names)
+        names = "\0".join(next(iter(sources.values())).class_names)
+        found["class names"] = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
         found |= {f"{noun} (names or classes)": _digest(source, root) for noun, source in sources.items()}
     return found
 
@@ -39,7 +49,3 @@ def _digest(source: Source, root: str | None) -> str:
         )
         digest.update(np.ascontiguousarray(source.targets[start : start + _CHUNK], dtype=np.int64).tobytes())
     return digest.hexdigest()
-
-
-def _digest_texts(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -318,7 +318,7 @@ def _read(path: Path, expected: _Expected, is_new: bool = False, is_quiet: bool 
             arrays, texts = _read_arrays(file.fileno())
         if texts.get("identity") != expected.identity:
             raise ValueError("it describes another data set")
-        if set(arrays) != _array_names(expected.has_locations):
+        if set(arrays) != set(_DTYPES) - set(() if expected.has_locations else LOCATION_ARRAYS):
             raise ValueError("its arrays are not those of its source")
         names, stamps = _split(arrays.pop("listed")), arrays.pop("stamps").reshape(-1, 2).tolist()
         index = Index(
@@ -335,11 +335,6 @@ def _read(path: Path, expected: _Expected, is_new: bool = False, is_quiet: bool 
             _logger.warning("data.index: rebuilding %s: %s", path, error_reason(error))
         return None
     return index if is_new or _is_current(index, expected.root, expected.listed) else None
-
-
-def _array_names(has_locations: bool) -> set[str]:
-    """Return the names of the arrays of a file, with or without `LOCATION_ARRAYS`."""
-    return set(_DTYPES) - (set() if has_locations else set(LOCATION_ARRAYS))
 
 
 def _is_current(index: Index, root: Path, listed: list[tuple[str, int, int]] | None) -> bool:

@@ -17,7 +17,9 @@ from torch import Tensor
 from data.loaders import EvaluationImages, Sample
 from data.sources import Source
 from vil.config import UserError, error_reason
+from vil.runtime import consistency
 from vil.runtime.class_names import imagenet_classes
+from vil.runtime.distributed import Process
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\b")
@@ -74,15 +76,15 @@ def read_real_labels(path: str) -> list[list[int]]:
     return [list(dict.fromkeys(row)) for row in rows]
 
 
-def fingerprint_real_labels(path: str | None, has_digests: bool) -> dict[str, str]:
-    """Return the SHA-256 of the labels in a file by noun, to compare ranks; empty without file or digests.
+def check_same_real_labels(path: str | None, process: Process) -> None:
+    """Raise UserError on every rank if the labels of a machine are not those of rank 0."""
 
-    Raises:
-        UserError: the file is invalid.
-    """
-    if path is None or not has_digests:
-        return {}
-    return {"ReaL labels": hashlib.sha256(str(read_real_labels(path)).encode()).hexdigest()}
+    def describe() -> dict[str, str]:
+        if path is None or process.local_rank > 0:
+            return {}
+        return {"ReaL labels": hashlib.sha256(str(read_real_labels(path)).encode()).hexdigest()}
+
+    consistency.check_data("data.real_labels", describe)
 
 
 def image_number(source: Source, index: int, count: int) -> int:

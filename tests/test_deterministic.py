@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.run_files import is_equal, records, without_times
 from helpers.sample_images import write_image_folder
 
 import eval as eval_program
@@ -13,7 +14,6 @@ import train as program
 from vil.checkpoints.checkpoint_files import step_files
 from vil.checkpoints.training_state import read_training_state
 from vil.runtime.precision import set_deterministic
-from vil.training.metrics_log import TIMING_FIELDS
 
 ROOT = Path(__file__).parents[1]
 ARGV = [
@@ -38,20 +38,6 @@ def strict():
     set_deterministic(False)
 
 
-def without_times(record: dict) -> dict:
-    return {key: value for key, value in record.items() if key not in TIMING_FIELDS}
-
-
-def equal(one, other) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
-
-
 def test_two_identical_runs_and_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict):
     write_image_folder(tmp_path / "images", train=32)
     for name in ("one", "other"):
@@ -65,10 +51,8 @@ def test_two_identical_runs_and_evaluations(tmp_path: Path, monkeypatch: pytest.
         eval_program.main([*argv, "--checkpoint", "run", "--json", "out.json"])
         assert torch.are_deterministic_algorithms_enabled()
     one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
-    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (one, other)]
-    records = [[without_times(json.loads(line)) for line in some] for some in lines]
-    assert len(records[0]) == 3
-    assert records[0] == records[1]
-    assert equal(*(read_training_state(step_files(folder)[0][1]) for folder in (one, other)))
+    assert len(records(one)) == 3
+    assert records(one) == records(other)
+    assert is_equal(*(read_training_state(step_files(folder)[0][1]) for folder in (one, other)))
     found = [json.loads((tmp_path / name / "out.json").read_text()) for name in ("one", "other")]
     assert without_times(found[0][0]) == without_times(found[1][0])

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -391,17 +390,6 @@ def test_memory_and_speed_are_those_of_the_size():
     images_per_second(spy, (4, 6), 3, device=CPU, precision="float32", batch_size=1, seconds=0)
     multiply_adds(spy, (4, 6), 3)
     assert shapes == {(3, 4, 6)}
-
-
-@pytest.mark.slow
-def test_onnx(folder, tmp_path, model):
-    call(export.main, folder / "run", tmp_path / "x.onnx", "--format", "onnx")
-    images = torch.randn(3, 3, *SIZE, generator=torch.Generator().manual_seed(1))
-    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
-    assert session.get_inputs()[0].shape[1:] == [3, *SIZE]
-    logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    with torch.no_grad():
-        torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=0)
 
 
 def test_files_of_other_programs_have_the_size(folder, tmp_path, model):

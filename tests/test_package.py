@@ -25,13 +25,7 @@ def test_importing_the_package_imports_neither_pytorch_nor_timm():
 
 
 @pytest.mark.parametrize(
-    "imports",
-    [
-        "import timm, vil",
-        "import vil, timm",
-        "import vil.models.stage, timm",
-        "import data, timm",
-    ],
+    "imports", ["import timm, vil", "import vil, timm", "import vil.models.stage, timm", "import data, timm"]
 )
 def test_models_are_registered_with_timm_in_any_order_of_imports(imports):
     assert python(f"{imports}; print(timm.is_model('vil_tiny'))") == "True\n"

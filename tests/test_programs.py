@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import forked
+from helpers.run_files import losses, records
 from helpers.sample_images import write_image_folder
 
 import eval as eval_program
@@ -20,7 +21,6 @@ from vil.checkpoints.checkpoint_files import step_files
 from vil.config import UserError
 
 ROOT = Path(__file__).parents[1]
-TIMING_FIELDS = {"time", "step_time", "data_wait", "images_per_second", "seconds"}
 SHORT = [
     "--schedule.epochs", "2", "--data.train_fraction", "0.3", "--log_every", "1", "--progress", "false",
 ]  # fmt: skip
@@ -47,17 +47,6 @@ def call(*argv, ranks=0, status=0):
     return out, err
 
 
-def metrics(run, kind=None):
-    """Return the records of a run without fields that depend on the clock."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
-    return [record for record in records if kind in (None, record["kind"])]
-
-
-def losses(run):
-    return [record["loss"] for record in metrics(run, "train")]
-
-
 def call_here(program, *argv):
     """Run a program in this process, for tests that do not need its exit status."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -77,11 +66,11 @@ def run(tmp_path_factory):
 def test_files_of_a_run(run):
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"} <= names
-    steps = [record["step"] for record in metrics(run, "train")]
+    steps = [record["step"] for record in records(run, "train")]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(metrics(run, "validation")) == 2
+    assert len(records(run, "validation")) == 2
     assert losses(run)[-1] < losses(run)[0]
-    assert all("ema_top1" in record and record["images"] == 360 for record in metrics(run, "validation"))
+    assert all("ema_top1" in record and record["images"] == 360 for record in records(run, "validation"))
 
 
 @pytest.mark.parametrize("ranks", [0, 3])
@@ -93,7 +82,7 @@ def test_evaluation_counts_every_image_once_on_any_number_of_ranks(run, tmp_path
     (summary,) = json.loads((run / "summary.json").read_text())
     assert result["images"] == 360
     assert result["top1"] == summary["top1"]
-    best = max(max(r["top1"], r["ema_top1"]) for r in metrics(run, "validation"))
+    best = max(max(r["top1"], r["ema_top1"]) for r in records(run, "validation"))
     assert result["top1"] == best
     assert f"{best:.2f}" in out
     assert out.count("Top-1 %") == 1
@@ -106,7 +95,7 @@ def test_number_of_workers_changes_nothing(run, tmp_path):
     argv = ["--data.workers", 0, "--schedule.max_steps", 8]  # two steps into the second epoch
     call_here(train_program.main, "--output", tmp_path, *argv, *SHORT)
     assert losses(tmp_path) == losses(run)[:8]
-    assert metrics(tmp_path, "validation")[0] == metrics(run, "validation")[0]
+    assert records(tmp_path, "validation")[0] == records(run, "validation")[0]
 
 
 def test_accumulation_changes_nothing_but_rounding(run, tmp_path):
@@ -118,7 +107,7 @@ def test_accumulation_changes_nothing_but_rounding(run, tmp_path):
 def test_two_ranks_train_as_one_process(run, tmp_path):
     call("train.py", "--output", tmp_path, "--schedule.max_steps", 8, *SHORT, ranks=2)
     assert losses(tmp_path) == pytest.approx(losses(run)[:8], abs=1e-4)
-    assert metrics(tmp_path, "validation")[0]["images"] == 360
+    assert records(tmp_path, "validation")[0]["images"] == 360
 
 
 @pytest.mark.parametrize(
@@ -137,7 +126,7 @@ def test_two_ranks_train_as_one_with_other_batches(tmp_path, options):
     call("train.py", "--output", two, *argv, ranks=2)
     assert len(losses(one)) == 8
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
-    rates, epochs = ([[r[key] for r in metrics(p, "train")] for p in (one, two)] for key in ("lr", "epoch"))
+    rates, epochs = ([[r[key] for r in records(p, "train")] for p in (one, two)] for key in ("lr", "epoch"))
     assert rates[0] == rates[1]
     assert epochs[0] == epochs[1]
 
@@ -152,7 +141,7 @@ def test_a_killed_run_continues_bit_identically(run, tmp_path):
     assert not (tmp_path / "summary.json").exists()
     out, _ = call("train.py", "--output", tmp_path)  # the folder says the rest
     assert "continuing" in out
-    assert metrics(tmp_path) == metrics(run)
+    assert records(tmp_path) == records(run)
     (ours,), (reference,) = (json.loads((p / "summary.json").read_text()) for p in (tmp_path, run))
     assert ours["top1"] == reference["top1"]
 

@@ -36,5 +36,5 @@ def test_all_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(figures) == 3
     for figure in figures:  # something is drawn in each of them
         figure.canvas.draw()
-        assert np.asarray(figure.canvas.buffer_rgba()).std() > 10  # type: ignore[attr-defined]
+        assert np.asarray(figure.canvas.buffer_rgba()).std() > 10
     plt.close("all")

@@ -26,7 +26,7 @@ from vil.checkpoints.published_config import read_published_config
 from vil.checkpoints.training_state import read_training_state
 from vil.config import DataConfig, EvalConfig, ModelConfig
 from vil.evaluation import report
-from vil.evaluation.accuracy import evaluate
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.evaluation.cost import Cost
 from vil.runtime.class_names import imagenet_classes
 from vil.runtime.distributed import Process
@@ -95,8 +95,9 @@ def by_api(photographs):
     def by_api(model, image_size, **transform):
         data = DataConfig(source="folder", root=str(photographs), workers=0, **transform)
         config = EvalConfig(model=ModelConfig(image_size=image_size), data=data)
-        images = build_validation(config, Process(0, 0, 1, torch.device("cpu"))).loader
-        return evaluate(model.eval(), images, device=torch.device("cpu"), precision="float32").values
+        images = build_validation(config, Process(0, 0, 1, torch.device("cpu")))
+        dataset = EvaluationDataset(images.name, images.loader)
+        return evaluate(model.eval(), dataset, EvaluationOptions(torch.device("cpu"), "float32")).values
 
     return by_api
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import forked
+from helpers.tiny_run import CPU
 from PIL import Image
 
 import eval as eval_program
@@ -21,7 +22,6 @@ from vil.command_line.train_command import default_output
 from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
 from vil.models.zoo import model_from_config
 from vil.runtime import consistency
-from vil.runtime.distributed import Process
 from vil.validation import stored_tree, with_absolute_paths
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +166,7 @@ def test_a_named_data_set_is_not_merged_with_the_digits():
 @pytest.mark.parametrize("name", ["timm/resnet10t", "vil_tiny"])
 def test_any_model_of_the_zoo_and_of_timm_is_built_from_its_name(name):
     config = configure("--model.name", name, "--model.image_size", "64", "--data.workers", "0")
-    _, model, _ = program.build(config, Process(0, 0, 1, torch.device("cpu")), is_new=True)
+    _, model, _ = program.build(config, CPU, is_new=True)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 

@@ -292,16 +292,16 @@ def test_checkpoints_of_other_programs(tmp_path: Path, form: str, is_zip: bool) 
         assert torch.equal(found.state_dict["a.weight"], averaged["a.weight"])
 
 
-class CfgNode(dict):  # type: ignore[type-arg]
+class CfgNode(dict):
     """Stand-in for yacs.config.CfgNode, as Swin's checkpoints hold it."""
 
 
 def test_classes_stored_with_weights_are_not_imported(tmp_path: Path) -> None:
     CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
     module = types.ModuleType("yacs.config")
-    module.CfgNode = CfgNode  # type: ignore[attr-defined]
+    module.CfgNode = CfgNode
     node = CfgNode(A=CfgNode(B=1))
-    node.frozen = True  # type: ignore[attr-defined]
+    node.frozen = True
     path = tmp_path / "x.pth"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))

@@ -7,7 +7,6 @@ on the run nor on the machine, and a larger fraction includes the images of a sm
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +18,7 @@ from data.sources.base import Source, Split, held_out_option, shorten_list
 from data.sources.class_paths import SPLIT_NAMES
 from data.sources.subsets import ImageList, Subset, image_names, unwrap_subset
 from vil.config import DataConfig, UserError
+from vil.runtime.class_names import normal_form
 from vil.runtime.files import write_durably
 from vil.runtime.run_files import SPLIT
 
@@ -81,7 +81,7 @@ def draw_validation_images(source: Source, data: DataConfig) -> np.ndarray:
     by_class: list[list[tuple[bytes, int]]] = [[] for _ in sizes]
     for index, (name, target) in enumerate(zip(names, source.targets.tolist())):
         text = f"{data.val_seed}\0{source.class_names[target]}\0{name}"
-        key = unicodedata.normalize("NFC", text).encode(errors="surrogateescape")  # the same on every machine
+        key = normal_form(text).encode(errors="surrogateescape")  # the same on every machine
         by_class[target].append((blake2b(key, digest_size=8).digest(), index))
     held_out: list[int] = []
     for ranked, size in zip(by_class, sizes.tolist()):

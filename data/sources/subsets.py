@@ -6,7 +6,6 @@ The images of a subset never depend on the run, and a larger subset contains a s
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from data.decoding import EncodedImage
 from data.sources.base import Source
 from vil.config import DataConfig, UserError, error_reason
+from vil.runtime.class_names import normal_form
 from vil.runtime.files import read_text
 from vil.runtime.seeding import seed_sequence
 
@@ -114,12 +114,12 @@ class ImageList:
         """
         by_name: dict[str, int] = {}  # -1: several images
         by_file: dict[str, int] = {}
-        for index, name in enumerate(map(_nfc, image_names(source))):
+        for index, name in enumerate(map(normal_form, image_names(source))):
             by_name[name] = -1 if name in by_name else index
             file = os.path.basename(name)
             by_file[file] = -1 if file in by_file else index
         indices: set[int] = set()
-        for number, line in enumerate(map(str.strip, map(_nfc, self.lines)), start=1):
+        for number, line in enumerate(map(str.strip, map(normal_form, self.lines)), start=1):
             if not line:
                 continue
             match = by_name.get(line.removeprefix("./"), by_file.get(line))
@@ -131,11 +131,6 @@ class ImageList:
         if not indices:
             raise UserError(self.option, f"{self.path}: does not name any image")
         return np.array(sorted(indices), dtype=np.int64)
-
-
-def _nfc(name: str) -> str:
-    """Return a name in Unicode's normal form NFC: file systems store different forms."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _ranks_in_class(source: Source) -> tuple[np.ndarray, np.ndarray]:

@@ -15,14 +15,7 @@ from data.decoding import Mode
 from data.image_files import SkippedFiles, has_image_extension, is_metadata
 from data.index import Index, Progress, open_index, size_and_mtime
 from data.sources.archive import ArchivedImages, Member, index_members
-from data.sources.base import (
-    Source,
-    Split,
-    refuse_validation_split,
-    root_folder,
-    shorten_list,
-    split_name,
-)
+from data.sources.base import Source, Split, refuse_validation_split, root_folder, shorten_list, split_name
 from data.sources.tar_index import (
     archives_if_present,
     cached_by_archives,

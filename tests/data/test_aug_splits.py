@@ -1,23 +1,23 @@
 """AugMix training: the views of an image, their order in a batch, and runs with the Jensen-Shannon loss."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_run
 from helpers.loading import load
-from helpers.tiny_run import load_last
+from helpers.run_files import is_equal, records
+from helpers.tiny_run import CPU, find_last, load_last, make_config
 from PIL import Image
 from torch import nn
 
+from data import build_loaders
 from data.transforms import train_transform
-from vil.config import AugmentConfig, DataConfig, ModelConfig, ScheduleConfig, TrainConfig, UserError
-from vil.runtime.distributed import Process
-from vil.training.metrics_log import TIMING_FIELDS
-from vil.training.trainer import fit
+from vil.config import AugmentConfig, DataConfig, ModelConfig, UserError
 
 AUGMIX = {"auto_augment": "augmix-m3-w3", "random_erasing": 0.5}
 DIGITS = DataConfig(workers=0)
+PART = DataConfig(workers=0, train_fraction=0.25)  # five batches of 64 images
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -95,20 +95,11 @@ class Classifier(nn.Module):
 
 def run(folder: Path, dropout: float = 0.2, **options: int) -> list[dict[str, float]]:
     """Train on the digits, continuing the run in the folder, and return the records of its steps."""
-    augment = AugmentConfig(aug_splits=3, **AUGMIX)
-    schedule = ScheduleConfig(
-        **{"epochs": 2, "batch_size": 256, "warmup_epochs": 0, "augment": augment, **options}
-    )
-    config = TrainConfig(
-        ModelConfig(image_size=8), schedule, DIGITS, str(folder), device="cpu", log_every=1, loggers=[]
-    )
-    state = load_last(folder) if (folder / "checkpoints").exists() else None
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    loaders = load(DIGITS, augment, batch_size=256, image_size=8, accumulation=schedule.accumulation)
-    fit(Classifier(dropout), loaders, config, Process(0, 0, 1, torch.device("cpu")), state=state)
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in record.items() if k not in TIMING_FIELDS} for record in records
-            if record["kind"] == "train"]  # fmt: skip
+    schedule = {"epochs": 2, "batch_size": 64, "augment": AugmentConfig(aug_splits=3, **AUGMIX), **options}
+    config = make_config(folder, data=PART, model=ModelConfig(image_size=8), **schedule)
+    loaders = build_loaders(config, CPU, is_new=True)
+    tiny_run.run(config, Classifier(dropout), loaders, state=find_last(folder))
+    return records(folder, "train")
 
 
 def test_a_continued_run_is_bit_identical(tmp_path: Path):
@@ -117,7 +108,7 @@ def test_a_continued_run_is_bit_identical(tmp_path: Path):
     assert run(tmp_path / "parts")[7:] == full[7:]
     assert len(full) == 10
     one, other = (load_last(tmp_path / name)["model"] for name in ("full", "parts"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert is_equal(one, other)
 
 
 def test_accumulation_changes_nothing(tmp_path: Path):

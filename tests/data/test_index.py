@@ -207,19 +207,13 @@ def run_in_process(function, *arguments):
     return process
 
 
-def die_while_writing(config, image_folder):
-    write = os.fsync
-
-    def kill(descriptor):
-        os.kill(os.getpid(), signal.SIGKILL)
-        write(descriptor)
-
-    os.fsync = kill  # the file is written, and not yet renamed
+def die_while_writing(config):
+    os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # the file is written, and not yet renamed
     contents(config)
 
 
 def test_an_index_whose_writer_was_killed_is_not_read(indexed, image_folder, calls):
-    process = run_in_process(die_while_writing, indexed, image_folder)
+    process = run_in_process(die_while_writing, indexed)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     temporary, lock = sorted(index_files(indexed), key=len, reverse=True)
@@ -230,7 +224,7 @@ def test_an_index_whose_writer_was_killed_is_not_read(indexed, image_folder, cal
     assert [Path(name).suffix for name in index_files(indexed)] == [".safetensors"]
     # The same, with an older index in its place.
     write_image(image_folder / "train/cat/9.png", 1)
-    run_in_process(die_while_writing, indexed, image_folder).join()
+    run_in_process(die_while_writing, indexed).join()
     assert len(contents(indexed)[1]) == 13
 
 

@@ -376,10 +376,7 @@ def test_samples_of_one_image_and_one_class(files, expected, tmp_path):
         ([("a.1.jpg", b""), ("a.2.jpg", b""), ("a.cls", 1)], "sample a: 2 images under one key"),
         ([("a.heic", b""), ("a.cls", 1)], "sample a: a class without an image (a.cls, a.heic)"),
         ([("a.jpg", b"")], "sample a: images without a .cls or .json file: a.jpg"),
-        (
-            [("a.jpg", b""), ("a.json", '{"caption": "ant"}')],
-            "a.json has no class: expected an integer",
-        ),
+        ([("a.jpg", b""), ("a.json", '{"caption": "ant"}')], "a.json has no class: expected an integer"),
         ([("a.jpg", b""), ("a.json", '{"label": 1, "cls": 1}')], "a.json has no class"),
         ([("a.jpg", b""), ("a.json", "true")], "a.json has no class"),
         ([("a.jpg", b""), ("a.json", "{")], "a.json is not JSON"),

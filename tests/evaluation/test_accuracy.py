@@ -26,7 +26,7 @@ from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
 from vil.config import UserError
-from vil.evaluation.accuracy import EvaluationResult, evaluate
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
 from vil.evaluation.metrics import MAX_CONFUSION_CLASSES, ClassMetrics
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -48,10 +48,17 @@ def evaluate_logits(
 
 
 def evaluate_batches(
-    batches: Batches, model: nn.Module | None = None, precision: str = "float32", **options: Any
+    batches: Batches,
+    model: nn.Module | None = None,
+    precision: str = "float32",
+    num_classes: int | None = None,
+    logit_indices: list[int] | None = None,
+    has_confusion: bool = False,
 ) -> EvaluationResult:
-    model = model or nn.Identity()
-    return evaluate(model, batches, device=torch.device("cpu"), precision=precision, **options)
+    names = None if num_classes is None else [str(index) for index in range(num_classes)]
+    options = EvaluationOptions(torch.device("cpu"), precision, has_confusion=has_confusion)
+    dataset = EvaluationDataset("random", batches, names, logit_indices)
+    return evaluate(model or nn.Identity(), dataset, options)
 
 
 @settings(deadline=None, max_examples=30)
@@ -312,11 +319,10 @@ def test_any_number_of_ranks_counts_each_image_once(tmp_path: Path) -> None:
 
 
 def test_a_confusion_matrix_of_too_many_classes_is_refused():
-    classes, device = MAX_CONFUSION_CLASSES + 1, torch.device("cpu")
+    classes = MAX_CONFUSION_CLASSES + 1
     batches = [(torch.eye(classes)[:2], torch.tensor([0, 1]))]
-    options: dict[str, Any] = {"device": device, "precision": "float32", "num_classes": classes}
-    assert evaluate(nn.Identity(), batches, **options).values["top1"] == 100
+    assert evaluate_batches(batches, num_classes=classes).values["top1"] == 100
     with pytest.raises(UserError) as refused:
-        evaluate(nn.Identity(), batches, has_confusion=True, **options)
+        evaluate_batches(batches, num_classes=classes, has_confusion=True)
     reason = "the data has 4,001 classes; a matrix of at most 4,000 is counted"
     assert str(refused.value) == f"confusion_csv: {reason}"

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.run_files import records
 from helpers.tiny_run import TinyModel, make_config, run
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
 from vil.config import EvalConfig, ModelConfig
-from vil.evaluation.accuracy import EvaluationResult, evaluate
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
 from vil.evaluation.batch_halving import BatchHalving
-from vil.evaluation.report import EvaluationDataset, evaluate_model
+from vil.evaluation.report import evaluate_model
 from vil.runtime.distributed import Process
 
 CPU = torch.device("cpu")
@@ -42,7 +43,8 @@ def batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
 
 
 def result(model: nn.Module, halving: BatchHalving | None = None) -> EvaluationResult:
-    return evaluate(model, batches(), device=CPU, precision="float32", num_classes=10, halving=halving)
+    options = EvaluationOptions(CPU, "float32", halving=halving or BatchHalving())
+    return evaluate(model, EvaluationDataset("random", batches(), "0123456789"), options)
 
 
 def test_parts_give_the_same_results_and_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -80,12 +82,10 @@ class LimitedInEvaluation(TinyModel):
 
 def test_evaluations_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    records = []
     for name, model in (("plain", TinyModel()), ("limited", LimitedInEvaluation())):
         run(make_config(tmp_path / name, ema_decay=0.5), model)
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        records.append([json.loads(line) for line in lines if "validation" in line])
-    for plain, limited in zip(*records, strict=True):
+    found = (records(tmp_path / name, "validation") for name in ("plain", "limited"))
+    for plain, limited in zip(*found, strict=True):
         assert {k: limited[k] for k in ("top1", "loss", "ema_top1", "ema_loss")} == pytest.approx(
             {k: plain[k] for k in ("top1", "loss", "ema_top1", "ema_loss")}, rel=1e-6
         )

@@ -29,7 +29,7 @@ from vil.checkpoints.checkpoint_files import BEST, step_file
 from vil.checkpoints.training_state import library_versions, write_training_state
 from vil.config import DataConfig, EvalConfig, ModelConfig, StageConfig, TrainConfig, UserError
 from vil.evaluation import cost
-from vil.evaluation.accuracy import EvaluationResult, evaluate
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
 from vil.evaluation.report import Result
 from vil.models.zoo import model_from_config
 from vil.runtime import consistency
@@ -96,8 +96,8 @@ def error_of(argv: list[str]) -> str:
 def evaluate_data(model: nn.Module, data: DataConfig) -> EvaluationResult:
     config = EvalConfig(model=ModelConfig(image_size=32), data=data)
     images = build_validation(config, Process(0, 0, 1, CPU))
-    classes = len(images.class_names)
-    return evaluate(model, images.loader, device=CPU, precision="float32", num_classes=classes)
+    dataset = EvaluationDataset(images.name, images.loader, images.class_names)
+    return evaluate(model, dataset, EvaluationOptions(CPU, "float32"))
 
 
 @cache
@@ -240,10 +240,7 @@ def test_errors_of_the_command_line(run: Path, tmp_path: Path) -> None:
         ([], f"checkpoint: {nothing}"),
         (["--checkpoint", "nowhere"], "checkpoint: nowhere: no such file or folder"),
         ([*best, "nowhere"], "checkpoint: nowhere: no such file or folder"),
-        (
-            ["--checkpoint", str(tmp_path)],
-            f"checkpoint: {tmp_path}: the folder holds no checkpoints/best.pt",
-        ),
+        (["--checkpoint", str(tmp_path)], f"checkpoint: {tmp_path}: the folder holds no checkpoints/best.pt"),
         (
             ["--checkpoint", str(text)],
             f"checkpoint: {text}: not a checkpoint: neither a zip, a pickle nor safetensors",
@@ -410,8 +407,8 @@ def test_ranks_compare_images_and_real_labels(tmp_path: Path, monkeypatch: pytes
     for content in ("[[0, 1]]", "[ [0, 1, 1] ]", "[[0]]"):
         labels.write_text(content)
         program.main([*argv, "--data.real_labels", str(labels), *QUIET])
-    assert [key for key, _ in compared] == ["data.root", "data.real_labels"] * 3
-    images, first, _, equal, _, other = (described for _, described in compared)
+    assert [key for key, _ in compared] == ["data.root", "data.real_labels", "model"] * 3
+    images, first, _, _, equal, _, _, other, _ = (described for _, described in compared)
     assert images["images in data set 1"] == "1"
     assert first == equal != other
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vil.config import UserError
-from vil.evaluation.accuracy import evaluate
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.evaluation.predictions import predict
 
 CPU = torch.device("cpu")
@@ -34,14 +34,17 @@ def draw(num_logits=CLASSES):
     return logits, torch.randint(CLASSES - 1, (IMAGES,), generator=generator)  # the last class has no image
 
 
-def run(logits, targets, size=16, **options):
-    options = {"num_classes": CLASSES, "max_mistakes": 5, **options}
-    return predict(Logits(), batches(logits, targets, size), device=CPU, precision="float32", **options)
+def dataset(batches, logit_indices=None):
+    return EvaluationDataset("random", batches, [*"abcd"], logit_indices)
+
+
+def run(logits, targets, size=16, logit_indices=None, max_mistakes=5):
+    images = dataset(batches(logits, targets, size), logit_indices)
+    return predict(Logits(), images, EvaluationOptions(CPU, "float32"), max_mistakes)
 
 
 def evaluated(logits, targets):
-    options = {"device": CPU, "precision": "float32", "num_classes": CLASSES}
-    return evaluate(Logits(), batches(logits, targets, 16), **options)
+    return evaluate(Logits(), dataset(batches(logits, targets, 16)), EvaluationOptions(CPU, "float32"))
 
 
 def top1(logits, targets):
@@ -101,5 +104,5 @@ def test_errors():
         run(logits, targets)
     assert str(caught.value) == "model.num_classes: the model has 2 classes, the data has 4"
     with pytest.raises(UserError) as caught:
-        predict(Logits(), [], device=CPU, precision="float32", num_classes=CLASSES)
+        predict(Logits(), dataset([]), EvaluationOptions(CPU, "float32"))
     assert str(caught.value) == "data: no images"

@@ -16,9 +16,9 @@ from torch import nn
 
 from vil.config import EvalConfig, ModelConfig, UserError
 from vil.evaluation import cost
+from vil.evaluation.accuracy import EvaluationDataset
 from vil.evaluation.cost import Memory
 from vil.evaluation.report import (
-    EvaluationDataset,
     Result,
     evaluate_model,
     table,
@@ -182,7 +182,7 @@ def test_csv_of_the_confusion_matrix(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, confusion_csv="x.csv")
     (result,) = evaluate_linear([batch], config=config)
     path = tmp_path / "out.csv"
-    write_confusion_csv(path, result)
+    write_confusion_csv(path, [result])
     with path.open(newline="", encoding="utf-8") as file:
         heading, *rows = csv.reader(file)
     assert heading == ["class", *NAMES]
@@ -190,7 +190,7 @@ def test_csv_of_the_confusion_matrix(tmp_path: Path) -> None:
     counts = [list(map(int, row[1:])) for row in rows]
     assert [sum(row) for row in counts] == [2] * 10
     assert sum(counts[k][k] for k in range(10)) == round(20 * result["top1"] / 100)
-    write_confusion_csv(path, {"class_names": ["a", "b"], "confusion": [[1, 0, 2], [0, 3, 0]]})
+    write_confusion_csv(path, [{"class_names": ["a", "b"], "confusion": [[1, 0, 2], [0, 3, 0]]}])
     assert path.read_text() == "class,a,b,(no class)\na,1,0,2\nb,0,3,0\n"
     write_json(tmp_path / "out.json", [result])
     assert not {"confusion", "class_names"} & set(json.loads((tmp_path / "out.json").read_text())[0])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vil.config import EvalConfig, ModelConfig
-from vil.evaluation.accuracy import evaluate
-from vil.evaluation.report import EvaluationDataset, evaluate_model, table
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
+from vil.evaluation.report import evaluate_model, table
 from vil.evaluation.tta import build_tta_model, count_views, describe_tta
 from vil.runtime.distributed import Process
 
@@ -41,9 +39,10 @@ def batch(crops: int = 1) -> tuple[Tensor, Tensor]:
 def test_views_without_a_difference_change_nothing(tta: str, precision: str) -> None:
     config = EvalConfig(tta=tta, tta_scales=[1.0, 1.1, 1.2])
     crops = 3 * (1 if tta == "hflip" else 5)
-    evaluated = functools.partial(evaluate, device=CPU, precision=precision, num_classes=7)
-    model = Mirrored()
-    assert evaluated(build_tta_model(model, config), [batch(crops)]) == evaluated(model, [batch()])
+    model, options = Mirrored(), EvaluationOptions(CPU, precision)
+    whole, views = (EvaluationDataset("x", [batch(count)], "abcdefg") for count in (1, crops))
+    augmented = evaluate(build_tta_model(model, config), views, options)
+    assert augmented == evaluate(model, whole, options)
 
 
 def test_logits_are_the_mean_over_crops_and_mirror_images() -> None:

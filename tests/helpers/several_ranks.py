@@ -13,11 +13,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers.tiny_run import STEPS, TinyModel, TwoHeads, load_last, make_config, make_loaders, make_teacher
-from vil.checkpoints.checkpoint_files import step_files
+from helpers.tiny_run import STEPS, TinyModel, TwoHeads, find_last, make_config, make_loaders, make_teacher
 from vil.checkpoints.writer import CheckpointWriter
 from vil.config import UserError
-from vil.evaluation.accuracy import evaluate
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.runtime import distributed
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.signals import InterruptedEvaluation, InterruptedRun
@@ -39,7 +38,7 @@ def train(folder: Path, process: Process, model: nn.Module, **options: Any) -> n
         folder.mkdir(exist_ok=True)
     schedule = config.schedule
     loaders = make_loaders(schedule.batch_size, schedule.accumulation, process.rank, process.world_size)
-    state = call_on_main(lambda: load_last(folder) if step_files(folder) else None)
+    state = call_on_main(lambda: find_last(folder))
     teacher = None if schedule.distillation == "none" else make_teacher()
     trainer.fit(model, loaders, config, process, state=state, teacher=teacher)
     return model
@@ -82,27 +81,23 @@ def stop(folder: Path, process: Process) -> dict[str, Any]:
         saved.append(state["step"])
         save(writer, state, is_best)
 
-    CheckpointWriter.save = recording  # type: ignore[method-assign, assignment]
+    CheckpointWriter.save = recording
     try:
         train(folder, process, Signalled())
     except InterruptedRun as ended:
         return {"signum": ended.signum, "reason": str(ended), "saved": saved}
     finally:
-        CheckpointWriter.save = save  # type: ignore[method-assign]
+        CheckpointWriter.save = save
     return {}
 
 
 def end_evaluation(process: Process) -> str:
     """Evaluate with a stop on the last rank after the first batch."""
     loader = make_loaders(rank=process.rank, world_size=process.world_size).validation * 3
+    is_last = process.rank == process.world_size - 1
+    options = EvaluationOptions(process.device, "float32", should_stop=lambda: is_last)
     try:
-        evaluate(
-            TinyModel(),
-            loader,
-            device=process.device,
-            precision="float32",
-            should_stop=lambda: process.rank == process.world_size - 1,
-        )
+        evaluate(TinyModel(), EvaluationDataset("three", loader), options)
     except InterruptedEvaluation:
         return "ended"
     return "finished"
@@ -145,11 +140,11 @@ def reduced_numbers(process: Process, folder: Path, **options: Any) -> list[int]
 
         self.register_comm_hook(None, hook)
 
-    DistributedDataParallel.__init__ = counting  # type: ignore[method-assign]
+    DistributedDataParallel.__init__ = counting
     try:
         train(folder, process, TinyModel(), accumulation=4, max_steps=1, **options)
     finally:
-        DistributedDataParallel.__init__ = original  # type: ignore[method-assign]
+        DistributedDataParallel.__init__ = original
     return numbers
 
 

@@ -19,6 +19,7 @@ from vil.training.distillation import Teacher
 from vil.training.trainer import Summary, fit
 
 CLASSES, SIZE, STEPS = 4, 8, 5
+CPU = Process(0, 0, 1, torch.device("cpu"))
 
 
 class TinyModel(nn.Module):
@@ -162,12 +163,23 @@ def load_last(folder: Path) -> dict[str, Any]:
     return read_training_state(step_files(folder)[0][1])
 
 
-def run(config: TrainConfig, model: nn.Module | None = None, **options: Any) -> Summary:
-    """Train a tiny model in the folder `config.output`."""
+def find_last(folder: Path) -> dict[str, Any] | None:
+    """Load the newest checkpoint of a run, if it has one."""
+    return load_last(folder) if step_files(folder) else None
+
+
+def run(
+    config: TrainConfig,
+    model: nn.Module | None = None,
+    loaders: Any = None,
+    process: Process = CPU,
+    **options: Any,
+) -> Summary:
+    """Train a model, by default the tiny one on its data, in the folder `config.output`."""
     Path(config.output or "").joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # small models are slower with more
-    loaders = make_loaders(config.schedule.batch_size, config.schedule.accumulation)
-    process = Process(0, 0, 1, torch.device("cpu"))
+    if loaders is None:
+        loaders = make_loaders(config.schedule.batch_size, config.schedule.accumulation)
     if options.get("state"):
         options["state"] = dict(options["state"])  # which is emptied
     return fit(model or TinyModel(), loaders, config, process, **options)

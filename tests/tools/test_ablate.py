@@ -105,26 +105,11 @@ SEEDS = "seeds: [0]\n"
         ("- a", "expected a mapping of keys to values, got ['a']"),
         (BASE + SEEDS, "factors: is missing; expected a mapping of names to plain values"),
         ("factors: {pool: {avg: null}}\n" + SEEDS, "factors.pool: expected two or more levels"),
-        (
-            "factors: {pool: {no: null, cls: null}}\n" + SEEDS,
-            "factors.pool: False is not a valid name",
-        ),
-        (
-            "factors: {pool: {a/b: null, cls: null}}\n" + SEEDS,
-            "factors.pool: 'a/b' is not a valid name",
-        ),
-        (
-            "factors: {pool: {1: null, '1': null}}\n" + SEEDS,
-            "factors.pool: two levels have the same name",
-        ),
-        (
-            "factors: {a: {x: none.yaml, y: null}}\n" + SEEDS,
-            "factors.a.x.config: none.yaml: no such file",
-        ),
-        (
-            "factors: {a: {x: 3, y: null}}\n" + SEEDS,
-            "factors.a.x: expected a YAML file, or options",
-        ),
+        ("factors: {pool: {no: null, cls: null}}\n" + SEEDS, "factors.pool: False is not a valid name"),
+        ("factors: {pool: {a/b: null, cls: null}}\n" + SEEDS, "factors.pool: 'a/b' is not a valid name"),
+        ("factors: {pool: {1: null, '1': null}}\n" + SEEDS, "factors.pool: two levels have the same name"),
+        ("factors: {a: {x: none.yaml, y: null}}\n" + SEEDS, "factors.a.x.config: none.yaml: no such file"),
+        ("factors: {a: {x: 3, y: null}}\n" + SEEDS, "factors.a.x: expected a YAML file, or options"),
         ("base: {model: none.yaml}\n" + TWO + SEEDS, "base.model: none.yaml: no such file"),
         (
             "base: {model: {pool: cls}}\n" + TWO + SEEDS,
@@ -133,10 +118,7 @@ SEEDS = "seeds: [0]\n"
         ("base: {seed: 3}\n" + TWO + SEEDS, "base.seed: is set by the grid for each run"),
         (TWO, "seeds: is missing; expected a list of integers of at least 0, e.g. [1, 2]"),
         (TWO + "seeds: [0, 0]", "seeds: expected one or more different seeds, got [0, 0]"),
-        (
-            TWO + "seeds: [true]",
-            "seeds: expected a list of integers of at least 0, e.g. [1, 2], got [True]",
-        ),
+        (TWO + "seeds: [true]", "seeds: expected a list of integers of at least 0, e.g. [1, 2], got [True]"),
         (TWO + SEEDS + "compare: model", "compare: unknown factor 'model'; expected one of pool"),
         (TWO + SEEDS + "question: [a]", "question: expected text, got ['a']"),
         ("a: 1\na: 2", "a: given twice"),
@@ -149,18 +131,12 @@ SEEDS = "seeds: [0]\n"
             BASE + "factors: {p: {a: {model.mask: exact, model.neighbors: self}, b: null}}\n" + SEEDS,
             "factors.p.a.model.neighbors: ",
         ),
-        (
-            "base: {schedule.epochs: 0}\n" + TWO + SEEDS,
-            "base.schedule.epochs: ",
-        ),
+        ("base: {schedule.epochs: 0}\n" + TWO + SEEDS, "base.schedule.epochs: "),
         (
             "base: {data.source: folder, data.root: nowhere}\n" + TWO + SEEDS,
             "base.data.root: nowhere: no such folder",
         ),
-        (
-            BASE + "factors: {p: {a: bad.yaml, b: null}}\n" + SEEDS,
-            "cell a: bad.yaml: model.x: unknown key",
-        ),
+        (BASE + "factors: {p: {a: bad.yaml, b: null}}\n" + SEEDS, "cell a: bad.yaml: model.x: unknown key"),
         (
             BASE + "factors: {p: {a: null, b: {model.name: vil_tiny}}}\n" + SEEDS,
             "factors: the cells a and b have the same configuration",
@@ -475,17 +451,7 @@ def test_results_are_inserted_between_markers(filled):
 
 
 def test_reproducing_command_hides_the_data_folder():
-    argv = [
-        "a.yaml",
-        "--data.root",
-        "/home/me/x",
-        "--report",
-        "--seeds",
-        "0",
-        "--data.root=/y",
-        "--x",
-        "a b",
-    ]
+    argv = ["a.yaml", "--data.root", "/home/me/x", "--report", "--seeds", "0", "--data.root=/y", "--x", "a b"]
     assert output.reproducing_command(argv) == (
         "python tools/ablate.py a.yaml --data.root DIR --seeds 0 --data.root=DIR --x 'a b'"
     )
@@ -536,6 +502,17 @@ def fake(folder, monkeypatch):
         return [line.split() for line in Path("calls.txt").read_text().splitlines()]
 
     return execute
+
+
+def when(is_ready, act):
+    """Call `act` in the background as soon as `is_ready` returns True."""
+
+    def wait():
+        while not is_ready():
+            time.sleep(0.01)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def test_runs_share_cores_and_gpus_and_write_logs(fake, folder, capsys):
@@ -603,12 +580,8 @@ def test_signal_is_forwarded_and_ends_the_runs(fake, folder, number, passed):
         "(folder / 'ready').touch(); time.sleep(60)\n"
     )
 
-    def send():
-        while not all((run.folder / "ready").exists() for run in grid.runs()):
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=send, daemon=True).start()
+    ready = [run.folder / "ready" for run in grid.runs()]
+    when(lambda: all(path.exists() for path in ready), lambda: os.kill(os.getpid(), number))
     with pytest.raises(scheduler.Stopped) as stopped:
         fake(grid, jobs=2)
     assert stopped.value.signum == number
@@ -627,17 +600,21 @@ def test_unresponsive_process_is_killed(fake, folder, monkeypatch):
         "(folder / 'ready').write_text(str(os.getpid()))\ntime.sleep(60)\n"
     )
     ready = grid.runs()[0].folder / "ready"
-
-    def send():
-        while not (ready.exists() and ready.read_text()):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=send, daemon=True).start()
+    when(lambda: ready.exists() and ready.read_text(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(scheduler.Stopped):
         fake(grid)
     with pytest.raises(ProcessLookupError):
         os.kill(int(ready.read_text()), 0)
+
+
+def hold_lock(run_folder, host):
+    """Lock a run as the first job of a call on a host does; return the open file."""
+    run_folder.mkdir(parents=True)
+    lock = (run_folder / ".ablate.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.write(f"0 {host}")
+    lock.flush()
+    return lock
 
 
 @pytest.mark.parametrize("here", [True, False])
@@ -645,23 +622,16 @@ def test_run_locked_by_another_process_is_waited_for(fake, folder, capsys, here)
     """After a killed call of the tool, its train.py still runs and holds the lock; on this machine it counts
     as one of the jobs."""
     grid = make_grid(folder / "runs", seeds=(0,))
-    first = grid.runs()[0].folder
-    first.mkdir(parents=True)
-    lock = (first / ".ablate.lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    lock.write(f"0 {socket.gethostname() if here else 'another'}")
-    lock.flush()
-    second = grid.runs()[1].folder
+    first, second = (run.folder for run in grid.runs())
+    lock = hold_lock(first, socket.gethostname() if here else "another")
 
     def finish():
-        while not (second / "summary.json").exists() and not here:
-            time.sleep(0.01)
         time.sleep(0.3)
         assert second.exists() != here
         (first / "summary.json").write_text("by another call")
         lock.close()
 
-    threading.Thread(target=finish, daemon=True).start()
+    when(lambda: here or (second / "summary.json").exists(), finish)
     assert [call[0] for call in fake(grid)] == ["pool=cls"]
     assert (second / ".ablate.lock").read_text() == f"0 {socket.gethostname()}"
     shown = capsys.readouterr().out
@@ -673,19 +643,13 @@ def test_slot_of_another_process_is_not_reused(fake, folder):
     """Two slots and GPUs; a run of another call has the first slot."""
     grid = make_grid(folder / "runs", cells=("avg", "cls", "max"), seeds=(0,))
     first = grid.runs()[0].folder
-    first.mkdir(parents=True)
-    lock = (first / ".ablate.lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    lock.write(f"0 {socket.gethostname()}")
-    lock.flush()
+    lock = hold_lock(first, socket.gethostname())
 
     def finish():
-        while not (grid.runs()[2].folder / "summary.json").exists():
-            time.sleep(0.01)
         (first / "summary.json").write_text("by another call")
         lock.close()
 
-    threading.Thread(target=finish, daemon=True).start()
+    when((grid.runs()[2].folder / "summary.json").exists, finish)
     calls = fake(grid, jobs=2, gpus=["4", "7"])
     assert [(call[0], call[3]) for call in calls] == [("pool=cls", "7"), ("pool=max", "7")]
 
@@ -749,12 +713,7 @@ def test_interrupted_grid_continues_and_failed_cell_is_reported(folder, monkeypa
     results_of = folder / "runs" / "ablations" / "grid"
     first, second = (results_of / f"what={level}" / "seed=0" for level in ("avg", "cls"))
 
-    def stop():
-        while not (second / "config.yaml").exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop, daemon=True).start()
+    when((second / "config.yaml").exists, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
         program.main(["grid.yaml"])
     assert stopped.value.code == 143

@@ -90,10 +90,7 @@ def test_an_average_is_a_checkpoint_like_any_other(
     eval_program.main([*argv, *QUIET])
     (result,) = json.loads((tmp_path / "x.json").read_text())
     assert (result["images"], result["data"], result["weights"]) == (360, "digits", "raw")
-    files = [
-        *(f"{run}/checkpoints/best.pt" for run in runs),
-        f"{runs[0]}/checkpoints/step_00000002.pt",
-    ]
+    files = [*(f"{run}/checkpoints/best.pt" for run in runs), f"{runs[0]}/checkpoints/step_00000002.pt"]
     expected = [{"file": file, "weights": "raw"} for file in files]
     if output.suffix == ".pt":
         assert torch.load(output)["averaged"] == expected

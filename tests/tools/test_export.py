@@ -32,7 +32,7 @@ STAGES = [
 ]
 ROOT = Path(__file__).parents[2]
 PARITY = ROOT / "tests" / "fixtures" / "parity"
-VIL = ModelConfig(name="vil", image_size=32, num_classes=5, stages=STAGES, in_chans=1, mask="cyclic",
+VIL = ModelConfig(name="vil", image_size=(32, 48), num_classes=5, stages=STAGES, in_chans=1, mask="cyclic",
                   pool="cls", share_global_projection=False, norm_embed=False, drop_path=0.1)  # fmt: skip
 ZOO = ModelConfig(name="vil_tiny_3stage", image_size=64, num_classes=5, blocks=(1, 1, 1), pool="cls",
                   distillation_token=True,
@@ -159,15 +159,20 @@ def test_a_model_card_says_what_the_model_is_and_no_path(run: Path, tmp_path: Pa
         assert file.stat().st_mode & 0o777 == 0o644
 
 
+def run_code_of_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return what the Python code of the model card prints, beside the exported folder and a photo."""
+    Image.new("RGB", (40, 60), (200, 10, 10)).save(folder.parent / "photo.jpg")
+    monkeypatch.chdir(folder.parent)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec((folder / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
+    return printed.getvalue()
+
+
 def test_the_code_of_a_model_card_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program.main([str(run), str(tmp_path / "FOLDER"), "--format", "hf"])
-    Image.new("RGB", (40, 60), (200, 10, 10)).save(tmp_path / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    code = (tmp_path / "FOLDER" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, {})
+    printed = run_code_of_card(tmp_path / "FOLDER", monkeypatch)
     ((expected, _),) = vil.load(run).predict(tmp_path / "photo.jpg", top=1)[0]
-    assert printed.getvalue() == f"{expected}\n"
+    assert printed == f"{expected}\n"
 
 
 @pytest.mark.parametrize("summary", ["{}", '[{"top1": 1, "images": 1e999}]'])
@@ -255,9 +260,4 @@ def test_the_code_of_a_model_card_without_class_names_prints_the_index(
     state_dict = model_from_config(VIL).state_dict()
     write_safetensors(tmp_path / "x.safetensors", Weights("x", "run", "raw", state_dict, VIL))
     program.main([str(tmp_path / "x.safetensors"), str(tmp_path / "FOLDER"), "--format", "hf"])
-    Image.new("RGB", (40, 60), (200, 10, 10)).save(tmp_path / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    code = (tmp_path / "FOLDER" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, {})
-    assert printed.getvalue() in {f"{index}\n" for index in range(5)}
+    assert run_code_of_card(tmp_path / "FOLDER", monkeypatch) in {f"{index}\n" for index in range(5)}

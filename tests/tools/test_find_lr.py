@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_run import CPU
 from PIL import Image
 
 from tools.programs import find_lr
@@ -14,9 +15,7 @@ from tools.programs.find_lr import Point, main, range_test, suggest
 from vil.command_line import resolve_train_command
 from vil.config import UserError
 from vil.runtime import consistency
-from vil.runtime.distributed import Process
 
-CPU = Process(0, 0, 1, torch.device("cpu"))
 TINY = (
     *("--data.source", "digits", "--data.images_per_class", "8", "--data.workers", "0", "--device", "cpu"),
     *("--schedule.batch_size", "16", "--model.image_size", "16", "--progress", "false"),
@@ -103,10 +102,7 @@ def test_a_loss_that_does_not_fall_gives_no_suggestion(capsys, monkeypatch: pyte
     [
         (["--min-lr", "1"], "command line: --min-lr: expected less than --max-lr 1, got 1"),
         (["--max-lr", "nan"], "command line: argument --max-lr: expected a number above 0, got 'nan'"),
-        (
-            ["--steps", "3"],
-            "command line: argument --steps: expected an integer from 10 to 1000000, got '3'",
-        ),
+        (["--steps", "3"], "command line: argument --steps: expected an integer from 10 to 1000000, got '3'"),
         (["--curve", "."], "--curve: . cannot be written: Is a directory"),
     ],
 )

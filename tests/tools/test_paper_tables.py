@@ -158,10 +158,7 @@ def test_the_tolerance_is_at_least_the_printed_digits():
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [
-        (["--jsn", "x"], "unrecognized arguments: --jsn x"),
-        (["extra"], "unrecognized arguments: extra"),
-    ],
+    [(["--jsn", "x"], "unrecognized arguments: --jsn x"), (["extra"], "unrecognized arguments: extra")],
 )
 def test_a_bad_command_line_is_refused_before_any_work(argv, message, monkeypatch):
     monkeypatch.setattr(paper_tables, "read_paper_results", lambda: pytest.fail("work was started"))

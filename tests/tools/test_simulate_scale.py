@@ -1,7 +1,10 @@
 """The simulation of large runs: its checks fail for a wrong order, and its tables have a row per case."""
 
+import sys
+
 import numpy as np
 import pytest
+from helpers import forked
 
 from data.samplers import MicroBatches
 from tools.dev import simulate_scale
@@ -62,7 +65,9 @@ def test_the_synthetic_folder_has_the_images(tmp_path):
 
 
 @pytest.mark.slow
-def test_start_up(capsys):
+def test_start_up(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "executable", forked.python())
+    monkeypatch.setenv("PYTHON_EXEC", forked.python())
     simulate_scale.main(["--images", "--processes", "2"])
     _, _, (processes, *_) = rows(capsys.readouterr().out)
     assert processes == "2"

@@ -164,22 +164,13 @@ def test_differing_file_is_removed(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            ["--jpeg-share", "2"],
-            "argument --jpeg-share: expected a number from 0 to 1, got '2'",
-        ),
-        (
-            ["--jpeg-quality", "0"],
-            "argument --jpeg-quality: expected an integer from 1 to 100, got '0'",
-        ),
+        (["--jpeg-share", "2"], "argument --jpeg-share: expected a number from 0 to 1, got '2'"),
+        (["--jpeg-quality", "0"], "argument --jpeg-quality: expected an integer from 1 to 100, got '0'"),
         (
             ["--max-resolution", "0"],
             "argument --max-resolution: expected an integer from 1 to 65535, got '0'",
         ),
-        (
-            ["--data.train_fraction", "0.5"],
-            "data.train_fraction: applies to training; a file holds",
-        ),
+        (["--data.train_fraction", "0.5"], "data.train_fraction: applies to training; a file holds"),
         (["--splits", "test"], "argument --splits: invalid choice: 'test'"),
     ],
 )

@@ -1,28 +1,17 @@
 """Runs whose image size and batch size change: learning rates, resume, ranks, compiled graphs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.loading import load
-from helpers.tiny_run import load_last
+from helpers import run_files, tiny_run
+from helpers.tiny_run import CPU, find_last, load_last, make_config
 from torch import nn
 
-from vil.config import (
-    AugmentConfig,
-    DataConfig,
-    ModelConfig,
-    ScheduleConfig,
-    StageConfig,
-    TrainConfig,
-    UserError,
-)
+from data import build_loaders
+from vil.config import DataConfig, ModelConfig, StageConfig, UserError
 from vil.models.multiscale_vit import MultiScaleViT
-from vil.runtime.distributed import Process
-from vil.training.metrics_log import TIMING_FIELDS
-from vil.training.trainer import fit
 
 DIGITS = DataConfig(workers=0, images_per_class=30)
 PLAN = [(0, 8, 150), (0.25, 8, 75), (0.5, 12, 50)]
@@ -44,21 +33,11 @@ class Classifier(nn.Module):
 
 def run(folder: Path, model: nn.Module | None = None, **options: Any) -> list[dict[str, Any]]:
     """Train on the digits, continuing the run in the folder, and return its records without timings."""
-    augment = AugmentConfig()
-    other = {key: options.pop(key) for key in ("compile", "compile_backend") if key in options}
-    options = {"epochs": 4, "batch_size": 150, "warmup_epochs": 0.5, "augment": augment, **options}
-    schedule = ScheduleConfig(**options)
-    config = TrainConfig(
-        ModelConfig(image_size=8), schedule, DIGITS, str(folder),
-        device="cpu", log_every=1, loggers=[], **other,
-    )  # fmt: skip
-    state = load_last(folder) if (folder / "checkpoints").exists() else None
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    loaders = load(config.data, image_size=8, **options)
-    process = Process(0, 0, 1, torch.device("cpu"))
-    fit(Classifier() if model is None else model, loaders, config, process, state=state)
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in record.items() if k not in TIMING_FIELDS} for record in records]
+    options = {"data": DIGITS, "epochs": 4, "batch_size": 150, **options}
+    config = make_config(folder, model=ModelConfig(image_size=8), **options)
+    loaders = build_loaders(config, CPU, is_new=True)
+    tiny_run.run(config, model or Classifier(), loaders, state=find_last(folder))
+    return run_files.records(folder)
 
 
 def test_epochs_and_evaluations_follow_the_batch_size(tmp_path: Path):
@@ -84,7 +63,7 @@ def test_a_continued_run_is_bit_identical(tmp_path: Path, stop: int):
     continued = run(tmp_path / "parts", **options)
     assert [r for r in continued if r["step"] > stop] == [r for r in full if r["step"] > stop]
     one, other = (load_last(tmp_path / name)["model"] for name in ("full", "parts"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert run_files.is_equal(one, other)
 
 
 @pytest.mark.parametrize(("scaling", "power"), [("linear", 1), ("sqrt", 0.5)])

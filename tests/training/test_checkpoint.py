@@ -55,7 +55,7 @@ def test_a_failure_while_saving_keeps_the_old_file(
 
     def fail(*arguments: object) -> None:
         if failing == "torch.save":
-            arguments[1].write(b"half of it")  # type: ignore[attr-defined]
+            arguments[1].write(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(failing, fail)

@@ -11,8 +11,10 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers.run_files import is_equal, losses
 from helpers.tiny_run import (
     CLASSES,
+    CPU,
     SIZE,
     STEPS,
     TinyModel,
@@ -36,17 +38,20 @@ from vil.checkpoints.training_state import read_training_state, write_training_s
 from vil.command_line import resolve_train_command
 from vil.config import DataConfig, ScheduleConfig, UserError
 from vil.models import zoo
-from vil.runtime.distributed import Process
 from vil.runtime.epoch_steps import EpochSteps
 from vil.training.distillation import DistillationLoss, Teacher, build_teacher, describe_teacher
 from vil.training.loss import build_loss
 from vil.training.model_updater import ModelUpdater
 from vil.training.trainable import classifiers
 
-CPU = Process(0, 0, 1, torch.device("cpu"))
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RUN = FIXTURES / "version_0_1_0" / "run"
 PUBLISHED = FIXTURES / "parity" / "vil_rpe_chunk"
+PUBLISHED_TEACHER = ScheduleConfig(
+    distillation="hard",
+    teacher=str(PUBLISHED / "model_best.pth"),
+    teacher_released_config=str(PUBLISHED / "config.yaml"),
+)
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -177,20 +182,18 @@ def test_a_step_learns_from_both_losses_and_leaves_the_teacher_alone(tmp_path: P
     config = make_config(tmp_path, epochs=1, distillation_temperature=2.0, **options)
     model = TwoHeads()
     run(config, model, teacher=teacher)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     images, targets = make_batch(1, 16)
     start = TwoHeads()
     start.set_distilled_training()
     heads = tuple(output.detach().double().numpy() for output in start(images))
     labels = np.eye(CLASSES)[targets]
     value, _, _ = expected_loss(heads, labels, teacher(images).double().numpy(), config.schedule, np.ones(16))
-    assert records[0]["loss"] == pytest.approx(value, abs=1e-5)
+    assert losses(tmp_path)[0] == pytest.approx(value, abs=1e-5)
     state = load_last(tmp_path)
     assert state["teacher_digest"] == "seed 1"
     assert state["model"].keys() == TwoHeads().state_dict().keys()
     assert not teacher.trained.model.training
-    after = teacher.trained.model.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert is_equal(before, teacher.trained.model.state_dict())
     # After the run the model returns the mean of its heads, also in train mode.
     assert model.train()(images).shape == (16, CLASSES)
 
@@ -198,13 +201,10 @@ def test_a_step_learns_from_both_losses_and_leaves_the_teacher_alone(tmp_path: P
 @pytest.mark.parametrize("weights", ["none", [1.0, 20.0, 0.1, 5.0]])
 def test_accumulation_changes_nothing(tmp_path: Path, weights: Any):
     options = {"distillation": "hard", "class_weights": weights}
-    losses = []
     for parts in (1, 4):
         run(make_config(tmp_path / str(parts), accumulation=parts, **options), teacher=make_teacher())
-        lines = (tmp_path / str(parts) / "metrics.jsonl").read_text().splitlines()
-        losses.append([r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    assert losses[0] != losses[1]
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), abs=1e-4)
+    assert losses(tmp_path / "1") != losses(tmp_path / "4")
 
 
 RESUMED: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -233,8 +233,7 @@ def test_a_continued_run_is_bit_identical(tmp_path: Path, model: type[nn.Module]
     run(make_config(parts, **options), model(0.2), state=state, teacher=make_teacher())
     one, other = (load_last(folder) for folder in (full, parts))
     for key in ("model", "ema"):
-        assert (one[key] is None) == (other[key] is None)
-        assert all(torch.equal(value, other[key][name]) for name, value in (one[key] or {}).items())
+        assert is_equal(one[key], other[key])
 
 
 def test_a_run_continues_with_the_same_teacher_only(tmp_path: Path):
@@ -306,12 +305,7 @@ def test_a_run_and_a_published_checkpoint_teach():
     assert trained.mean == tuple(state["config"]["data"]["mean"])
     assert not any(p.requires_grad for p in trained.model.parameters())
     assert not trained.model.training
-    schedule = ScheduleConfig(
-        distillation="hard",
-        teacher=str(PUBLISHED / "model_best.pth"),
-        teacher_released_config=str(PUBLISHED / "config.yaml"),
-    )
-    trained = load_teacher(schedule)
+    trained = load_teacher(PUBLISHED_TEACHER)
     assert (trained.class_names, trained.num_classes, trained.image_size) == (None, 10, (64, 64))
 
 
@@ -477,12 +471,7 @@ def test_classes_and_channels_that_the_teacher_lacks(
 
 
 def test_classes_without_names_cannot_be_matched():
-    schedule = ScheduleConfig(
-        distillation="hard",
-        teacher=str(PUBLISHED / "model_best.pth"),
-        teacher_released_config=str(PUBLISHED / "config.yaml"),
-    )
-    trained = load_teacher(schedule)
+    trained = load_teacher(PUBLISHED_TEACHER)
     with pytest.raises(UserError) as refusal:
         Teacher(trained, trained.mean, trained.std, ("cat", "dog"), CPU.device)
     assert str(refusal.value) == "schedule.teacher: no class names to find the row of the head for 'cat'"

@@ -7,29 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import forked, several_ranks
-from helpers.tiny_run import load_last
+from helpers.run_files import is_equal, records
+from helpers.tiny_run import CPU, load_last
 
 from vil.config import UserError
 from vil.runtime import distributed
-from vil.runtime.distributed import Process
 
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one worker, so that the runs are shared
 
 
-def records(folder: Path, kind: str) -> list[dict]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [record for record in lines if record["kind"] == kind]
-
-
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The folders of the same runs with one process and with two."""
     folders = {size: tmp_path_factory.mktemp(f"world{size}") for size in (1, 2)}
-    alone = Process(0, 0, 1, torch.device("cpu"))
     for folder in folders.values():
-        several_ranks.train(folder / "moved", alone, several_ranks.TinyModel(), max_steps=7)
+        several_ranks.train(folder / "moved", CPU, several_ranks.TinyModel(), max_steps=7)
     torchrun(2, folders[2], "all")
     several_ranks.main(folders[1])
     return folders
@@ -102,7 +96,7 @@ def test_two_ranks_continue_bit_identically(worlds: dict[int, Path]):
     for size in (1, 2):
         full, continued = (load_last(worlds[size] / name) for name in ("full", "continued"))
         for key in ("model", "ema"):
-            assert all(torch.equal(full[key][name], value) for name, value in continued[key].items())
+            assert is_equal(full[key], continued[key])
 
 
 def test_three_ranks_continue_bit_identically(tmp_path: Path):
@@ -110,7 +104,7 @@ def test_three_ranks_continue_bit_identically(tmp_path: Path):
     torchrun(3, tmp_path, "wide")
     full, continued = (load_last(tmp_path / name) for name in ("full", "continued"))
     for key in ("model", "ema"):
-        assert all(torch.equal(full[key][name], value) for name, value in continued[key].items())
+        assert is_equal(full[key], continued[key])
     lines = (
         [(r["loss"], r["grad_norm"]) for r in records(tmp_path / n, "train")] for n in ("full", "continued")
     )
@@ -120,8 +114,7 @@ def test_three_ranks_continue_bit_identically(tmp_path: Path):
 def test_a_run_continues_with_another_number_of_ranks(worlds: dict[int, Path]):
     """From one to two and from two to one: the same global batches in the same order, the same losses within
     rounding."""
-    process = Process(0, 0, 1, torch.device("cpu"))
-    several_ranks.train(worlds[2] / "short", process, several_ranks.TinyModel())
+    several_ranks.train(worlds[2] / "short", CPU, several_ranks.TinyModel())
     full = records(worlds[1] / "plain", "train")
     for folder in (worlds[2] / "moved", worlds[2] / "short"):
         moved = records(folder, "train")
@@ -190,10 +183,7 @@ def test_one_process_needs_no_group():
 
 def test_unknown_devices():
     for device in ("gpu", "meta", "tpu:0"):
-        with (
-            pytest.raises(UserError, match="device: expected auto, cpu or cuda"),
-            distributed.start(device),
-        ):
+        with pytest.raises(UserError, match="device: expected auto, cpu or cuda"), distributed.start(device):
             pass
 
 

@@ -1,12 +1,12 @@
 """The best evaluation, by any metric, and early stopping: exact when a run is continued."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.run_files import is_equal, records
 from helpers.tiny_run import SIZE, STEPS, TinyModel, load_last, make_config, run
 
 from vil.checkpoints import checkpoint_files, run_folder
@@ -50,8 +50,7 @@ def test_a_metric_that_chooses_the_best_is_logged(tmp_path: Path):
     model = TinyModel()
     model.head = torch.nn.Linear(8, 8)
     run(make_config(tmp_path, best_metric="top5", epochs=1, model=EIGHT_CLASSES), model)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert "top5" in records[-1]
+    assert "top5" in records(tmp_path)[-1]
 
 
 def test_a_run_ends_after_evaluations_without_improvement(tmp_path: Path, figures, capsys):
@@ -115,7 +114,7 @@ def test_an_interrupted_run_stops_at_the_same_step(tmp_path: Path, max_steps: in
         )
     assert part.step == whole.step
     weights = [load_last(tmp_path / name)["model"] for name in ("whole", "part")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert is_equal(*weights)
 
 
 def test_the_attention_is_drawn_at_the_end_of_a_run_that_stops(tmp_path: Path):
@@ -160,7 +159,6 @@ def test_a_continued_run_keeps_its_metric(tmp_path: Path):
 @pytest.mark.parametrize(("name", "key"), [("balanced_accuracy", "balanced_accuracy"), ("f1", "macro_f1")])
 def test_metrics_by_class_choose_the_best(tmp_path: Path, name: str, key: str):
     summary = run(make_config(tmp_path, best_metric=name))
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    values = [record[key] for record in records if record["kind"] == "validation"]
+    values = [record[key] for record in records(tmp_path, "validation")]
     assert summary.best["value"] == max(values)
     assert summary.best["epoch"] == values.index(max(values)) + 1

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_run import TinyModel, load_last, make_batch, make_config, make_loaders
+from helpers.run_files import records
+from helpers.tiny_run import CPU, TinyModel, find_last, load_last, make_batch, make_config, run
 from PIL import Image
 
 import train as program
@@ -17,33 +17,19 @@ from data import open_eval_sets
 from data.eval_sets import eval_set_data, eval_set_names
 from vil.checkpoints.run_folder import differences
 from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
-from vil.evaluation.accuracy import evaluate
-from vil.evaluation.report import EvaluationDataset
-from vil.runtime.distributed import Process
-from vil.training.metrics_log import TIMING_FIELDS
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.training.tensorboard_log import record_tag
-from vil.training.trainer import Monitoring, fit
+from vil.training.trainer import Monitoring
 from vil.validation import stored_tree
 
-CPU = Process(0, 0, 1, torch.device("cpu"))
 OTHER = EvaluationDataset("other", [make_batch(77, 20)], ("red", "green", "blue", "none"))
 PART = EvaluationDataset("a/part", [(make_batch(78, 9)[0], torch.arange(9) % 2)], ("blue", "red"), [2, 0])
 
 
 def train(folder: Path, eval_sets: list[EvaluationDataset], **options: Any) -> TinyModel:
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    model, state = TinyModel(0.2), None
-    if list(folder.glob("checkpoints/step*.pt")):
-        state = load_last(folder)
-    config, monitoring = make_config(folder, **options), Monitoring(eval_sets=eval_sets)
-    fit(model, make_loaders(), config, CPU, state=state, monitoring=monitoring)
+    model, monitoring = TinyModel(0.2), Monitoring(eval_sets=eval_sets)
+    run(make_config(folder, **options), model, state=find_last(folder), monitoring=monitoring)
     return model
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
 
 
 def test_every_evaluation_logs_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,14 +39,7 @@ def test_every_evaluation_logs_every_set(tmp_path: Path, capsys: pytest.CaptureF
     assert [record["kind"] for record in found if record["kind"] != "train"] == 2 * kinds
     last = {record["kind"]: record for record in found}
     for dataset in (OTHER, PART):
-        expected = evaluate(
-            model,
-            dataset.loader,
-            device=CPU.device,
-            precision="float32",
-            num_classes=len(dataset.class_names),
-            logit_indices=dataset.logit_indices,
-        )
+        expected = evaluate(model, dataset, EvaluationOptions(CPU.device, "float32"))
         record = last[f"validation/{dataset.name}"]
         assert {key: record[key] for key in expected.logged()} == expected.logged()
         assert (record["step"], record["epoch"], record["images"]) == (10, 2, expected.images)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.planted import Outside
+from helpers.run_files import all_records as records
 from helpers.tiny_run import STEPS, load_last, make_config, run
 
 import train as train_program
@@ -27,10 +28,6 @@ needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reas
 needs_mlflow = pytest.mark.skipif(
     importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed"
 )
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers.run_files import is_equal
 from helpers.tiny_run import TinyModel, make_batch
 from timm.optim import list_optimizers
 from torch import nn
@@ -106,11 +107,7 @@ def test_multistep_drops_at_each_milestone():
 @pytest.mark.parametrize("scheduler", ["cosine", "poly"])
 def test_the_cooldown_stays_at_the_last_rate(scheduler: str, has_prefix: bool):
     schedule = ScheduleConfig(
-        scheduler=scheduler,  # type: ignore[arg-type]
-        epochs=4,
-        warmup_epochs=1,
-        min_lr=1e-5,
-        warmup_prefix=has_prefix,
+        scheduler=scheduler, epochs=4, warmup_epochs=1, min_lr=1e-5, warmup_prefix=has_prefix
     )
     cooled = dataclasses.replace(schedule, cooldown_epochs=2)
     assert cooled.total_epochs == 6
@@ -126,12 +123,7 @@ def test_shortest_runs_without_a_warning(
     scheduler: str, steps: int, warmup: int, expected: list[float], caplog: pytest.LogCaptureFixture
 ):
     schedule = ScheduleConfig(
-        scheduler=scheduler,  # type: ignore[arg-type]
-        epochs=steps,
-        lr=1.0,
-        min_lr=0.0,
-        warmup_epochs=warmup,
-        warmup_factor=0.0,
+        scheduler=scheduler, epochs=steps, lr=1.0, min_lr=0.0, warmup_epochs=warmup, warmup_factor=0.0
     )
     assert rates(schedule, steps_per_epoch=1) == pytest.approx(expected)
     assert caplog.records == []
@@ -162,7 +154,7 @@ def test_linear_scaling_with_the_batch():
 @pytest.mark.parametrize("scheduler", ["cosine", "poly", "multistep"])
 def test_schedules_count_in_epochs_if_their_lengths_change(scheduler: str):
     schedule = ScheduleConfig(
-        scheduler=scheduler,  # type: ignore[arg-type]
+        scheduler=scheduler,
         epochs=6,
         warmup_epochs=1.5,
         min_lr=1e-5,
@@ -173,9 +165,9 @@ def test_schedules_count_in_epochs_if_their_lengths_change(scheduler: str):
     optimizer = build_optimizer(nn.Linear(2, 2), schedule)
     changing = build_scheduler(optimizer, schedule, steps)
     for epoch in range(6):
-        changing.step_update(steps.scheduled_time(steps.first_step(epoch)))  # type: ignore[arg-type]
+        changing.step_update(steps.scheduled_time(steps.first_step(epoch)))
         assert optimizer.param_groups[0]["lr"] == pytest.approx(constant[8 * epoch], rel=0.15), epoch
-    changing.step_update(steps.scheduled_time(steps.first_step(6) - 1))  # type: ignore[arg-type]
+    changing.step_update(steps.scheduled_time(steps.first_step(6) - 1))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(constant[-1])
 
 
@@ -282,7 +274,7 @@ def test_every_optimizer_of_timm_continues_exactly(name: str, lookahead: str):
         train(models[1], optimizers[1], range(7, 13))
     weights, continued = (model.state_dict() for model in models)
     assert not torch.equal(weights["head.weight"], TinyModel().head.weight)
-    assert all(torch.equal(weights[key], continued[key]) for key in weights)
+    assert is_equal(weights, continued)
 
 
 def test_options_reach_the_optimizer():
@@ -314,18 +306,12 @@ def test_further_options_reach_the_optimizer():
             {"optimizer_options": {"nesterov": True}},
             "optimizer_options.nesterov: adamw has no such option; expected one of amsgrad, maximize",
         ),
-        (
-            {"optimizer_options": {"betas": [0.8, 0.9]}},
-            "optimizer_options.betas: is set by schedule.betas",
-        ),
+        ({"optimizer_options": {"betas": [0.8, 0.9]}}, "optimizer_options.betas: is set by schedule.betas"),
         (
             {"optimizer_options": {"fused": False}},
             "optimizer_options.fused: cannot be set: the trainer chooses the implementation",
         ),
-        (
-            {"optimizer_options": {"amsgrad": 1}},
-            "optimizer_options.amsgrad: expected true or false, got 1",
-        ),
+        ({"optimizer_options": {"amsgrad": 1}}, "optimizer_options.amsgrad: expected true or false, got 1"),
         (
             {"optimizer": "muon", "optimizer_options": {"ns_steps": "many"}},
             "optimizer_options: muon: '<=' not supported between instances of 'str' and 'int'",

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from helpers.run_files import is_equal, records
 from helpers.tiny_run import load_last, make_config, run
 
 from vil.checkpoints import run_folder
@@ -257,7 +257,7 @@ def test_a_run_replaces_a_damaged_checkpoint(tmp_path: Path):
     damage(newest)
     damaged = newest.read_bytes()
     run(config, state=run_folder.open_run(tmp_path / "a", config))
-    assert all(torch.equal(whole[key], value) for key, value in load_last(tmp_path / "a")["model"].items())
+    assert is_equal(whole, load_last(tmp_path / "a")["model"])
     assert newest.with_name(newest.name + ".damaged").read_bytes() == damaged
 
 
@@ -276,8 +276,7 @@ def test_the_best_checkpoint_is_restored_or_chosen_anew(tmp_path: Path, caplog: 
     assert state["best"] is None
     assert "the best of the remaining evaluations replaces it" in caplog.records[-1].getMessage()
     run(make_config(tmp_path, epochs=4, lr=1e-9), state=state)
-    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert [line["step"] for line in lines if line["kind"] == "validation"] == [5, 10, 15, 20]
+    assert [record["step"] for record in records(tmp_path, "validation")] == [5, 10, 15, 20]
     assert read_training_state(best)["best"]["epoch"] == 4
 
 

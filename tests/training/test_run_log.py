@@ -196,7 +196,7 @@ def test_events_that_cannot_be_written_are_one_warning(
 def test_batches_are_shown_in_color(tmp_path: Path):
     log = TensorBoardLog(tmp_path)
     grids: list[torch.Tensor] = []
-    log._writer.add_image = lambda tag, grid, step: grids.append(grid)  # type: ignore[method-assign, union-attr]
+    log._writer.add_image = lambda tag, grid, step: grids.append(grid)
     config = make_config(tmp_path).data
     color = torch.tensor([0.2, 0.5, 0.8]).view(1, 3, 1, 1)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))

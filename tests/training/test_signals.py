@@ -5,11 +5,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers.run_files import records
 from helpers.tiny_run import STEPS, TinyModel, load_last, make_config, run
 
 from vil.checkpoints.checkpoint_files import step_files
 from vil.runtime.signals import InterruptedRun, SignalHandler
-from vil.training.metrics_log import TIMING_FIELDS
 
 
 class Signalled(TinyModel):
@@ -25,11 +25,6 @@ class Signalled(TinyModel):
             if self.calls in self.signals:
                 os.kill(os.getpid(), self.signals[self.calls])
         return super().forward(x)
-
-
-def records(folder: Path) -> list[dict]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in lines]
 
 
 @pytest.fixture(scope="module")

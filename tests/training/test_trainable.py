@@ -5,18 +5,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers.tiny_run import STEPS, TinyModel, load_last, make_config, run
+from helpers.tiny_run import CPU, STEPS, TinyModel, load_last, make_config, run
 from torch import nn
 
 import vil
 from vil.checkpoints import run_folder
 from vil.config import UserError
-from vil.runtime.distributed import Process
 from vil.runtime.epoch_steps import EpochSteps
 from vil.training.model_updater import ModelUpdater
 from vil.training.trainable import PartialTraining, classifiers
-
-CPU = Process(0, 0, 1, torch.device("cpu"))
 
 
 class AttentiveModel(TinyModel):

@@ -1,12 +1,11 @@
 import dataclasses
 import functools
-import json
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.run_files import all_records, is_equal, losses, records
 from helpers.tiny_run import (
     CLASSES,
     SIZE,
@@ -23,61 +22,34 @@ from torch import nn
 from vil.checkpoints import checkpoint_files
 from vil.checkpoints import writer as checkpoint_writer
 from vil.checkpoints.training_state import read_training_state, write_training_state
-from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
-from vil.evaluation.accuracy import EvaluationResult, evaluate
-from vil.runtime.distributed import Process
+from vil.config import DataConfig, ModelConfig, UserError
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
 from vil.training import trainer
-from vil.training.metrics_log import TIMING_FIELDS, MetricsLog
+from vil.training.metrics_log import MetricsLog
 from vil.training.trainer import Batch, TrainingError
-
-
-def metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Return the records of a run without the fields that depend on the clock."""
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [
-        {key: value for key, value in record.items() if key not in TIMING_FIELDS}
-        for record in records
-        if kind in (None, record["kind"])
-    ]
-
-
-def losses(folder: Path) -> list[float]:
-    return [record["loss"] for record in metrics(folder, "train")]
-
-
-def is_equal(one: Any, other: Any) -> bool:
-    """Return True if two checkpoints are equal to the bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(is_equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(is_equal, one, other))
-    return one == other
 
 
 def test_it_learns_and_logs(tmp_path: Path):
     summary = run(make_config(tmp_path, epochs=6))
-    train = metrics(tmp_path, "train")
+    train = records(tmp_path, "train")
     assert [record["step"] for record in train] == list(range(1, 6 * STEPS + 1))
     assert [record["epoch"] for record in train] == [1 + step // STEPS for step in range(6 * STEPS)]
     assert sum(losses(tmp_path)[-5:]) < 0.8 * sum(losses(tmp_path)[:5])
     assert train[-1]["lr"] == pytest.approx(1e-6)
     assert all(record["grad_norm"] > 0 for record in train)
-    validation = metrics(tmp_path, "validation")
+    validation = records(tmp_path, "validation")
     assert [(r["step"], r["epoch"], r["images"]) for r in validation] == [
         (STEPS * epoch, epoch, 30) for epoch in range(1, 7)
     ]
     assert summary.best["top1"] == max(r["top1"] for r in validation) > 60
     assert summary.step == 30
-    raw = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert {"step_time", "data_wait", "images_per_second", "time"} <= json.loads(raw[0]).keys()
+    assert {"step_time", "data_wait", "images_per_second", "time"} <= all_records(tmp_path)[0].keys()
 
 
 def test_the_first_the_last_and_every_nth_step_are_logged(tmp_path: Path):
     run(make_config(tmp_path, log_every=4, epochs=2, eval_every=5))
-    assert [r["step"] for r in metrics(tmp_path, "train")] == [1, 4, 8, 10]
-    assert [r["epoch"] for r in metrics(tmp_path, "validation")] == [2]
+    assert [r["step"] for r in records(tmp_path, "train")] == [1, 4, 8, 10]
+    assert [r["epoch"] for r in records(tmp_path, "validation")] == [2]
 
 
 def test_logged_loss_is_that_of_the_global_batch(tmp_path: Path):
@@ -120,7 +92,7 @@ def test_a_continued_run_is_bit_identical(tmp_path: Path, options: dict[str, Any
     run(make_config(parts, **options), TinyModel(dropout=0.2), state=state)
 
     def after(folder: Path) -> list[dict[str, Any]]:
-        return [record for record in metrics(folder) if record["step"] > stop]
+        return [record for record in records(folder) if record["step"] > stop]
 
     assert after(parts) == after(full)
     assert len(after(full)) > STEPS
@@ -148,7 +120,7 @@ def test_a_training_set_of_another_size_is_refused(tmp_path: Path):
         loaders = dataclasses.replace(make_loaders(16, 1), train_images=images)
         loaders.train.steps_per_epoch = steps
         with pytest.raises(UserError) as refusal:
-            fit_loaders(loaders, make_config(tmp_path), state)
+            run(make_config(tmp_path), loaders=loaders, state=state)
         message = (
             f"trained on 80 images, 5 steps per epoch; the data now has {images} images, {steps} steps per"
         )
@@ -160,13 +132,8 @@ def test_a_training_set_of_another_size_is_refused(tmp_path: Path):
     with pytest.raises(
         UserError, match="trained on 7 steps in 1 epochs; the data now has 80 images, 10 steps"
     ):
-        fit_loaders(loaders, make_config(tmp_path), state)
+        run(make_config(tmp_path), loaders=loaders, state=state)
     run(make_config(tmp_path), state=state)
-
-
-def fit_loaders(loaders: Any, config: TrainConfig, state: dict[str, Any]) -> None:
-    process = Process(0, 0, 1, torch.device("cpu"))
-    trainer.fit(TinyModel(), loaders, config, process, state=dict(state))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -191,7 +158,7 @@ def test_float16_overflow_skips_a_step(tmp_path: Path):
     before = model.head.weight.detach().clone()
     run(make_config(tmp_path, precision="float16", max_steps=1), model)
     assert torch.equal(model.head.weight, before)
-    assert metrics(tmp_path, "train")[0]["grad_norm"] is None
+    assert records(tmp_path, "train")[0]["grad_norm"] is None
     assert load_last(tmp_path)["scaler"]["scale"] == 2**15
 
 
@@ -210,11 +177,12 @@ def test_ema_is_the_running_mean_and_is_evaluated(tmp_path: Path):
     mean = load_last(tmp_path / "steps3")["ema"]["head.weight"]
     assert torch.allclose(mean, weights[0] / 4 + weights[1] / 4 + weights[2] / 2)
 
-    record = metrics(folders[0.5], "validation")[0]
+    record = records(folders[0.5], "validation")[0]
     assert record["ema_loss"] != record["loss"]
     averaged = TinyModel()
     averaged.load_state_dict(load_last(folders[0.5])["ema"])
-    again = evaluate(averaged, make_loaders().validation, device=torch.device("cpu"), precision="float32")
+    dataset = EvaluationDataset("validation", make_loaders().validation)
+    again = evaluate(averaged, dataset, EvaluationOptions(torch.device("cpu"), "float32"))
     assert record["ema_top1"] == again.values["top1"]
 
 
@@ -240,7 +208,7 @@ def test_clipping(tmp_path: Path, mode: str, largest: float | None):
     run(make_config(tmp_path, max_steps=1, clip_grad=0.01, clip_mode=mode, **options), model)
     steps = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     norm = torch.cat([step.flatten() for step in steps.values()]).norm()
-    unclipped = metrics(tmp_path, "train")[0]["grad_norm"]
+    unclipped = records(tmp_path, "train")[0]["grad_norm"]
     if mode == "norm":
         assert norm == pytest.approx(0.01, rel=1e-3)
     elif mode == "value":
@@ -402,7 +370,7 @@ def test_a_step_that_is_not_finite_is_skipped(
             run(make_config(folder, max_steps=steps, **options), model)
             states[steps] = load_last(folder)
     after = states[bad_step]
-    assert metrics(tmp_path / str(bad_step), "train")[-1]["skipped_steps"] == 1
+    assert records(tmp_path / str(bad_step), "train")[-1]["skipped_steps"] == 1
     assert after["watched"]["skipped"] == after["watched"]["skipped_in_a_row"] == 1
     if bad_step == 1:
         assert is_equal(after["model"], dict(Faulty(set(), norm=nn.BatchNorm2d).state_dict()))
@@ -416,7 +384,7 @@ def test_a_step_that_is_not_finite_is_skipped(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_continues_after_skipped_steps(tmp_path: Path, optimizer: str):
     run(make_config(tmp_path, epochs=6, optimizer=optimizer, lr=0.01), Faulty({1, 3, 4, 12}))
-    found = metrics(tmp_path, "train")
+    found = records(tmp_path, "train")
     assert [r["step"] for r in found if r["loss"] is None] == [1, 3, 4, 12]
     assert found[-1]["skipped_steps"] == 4
     assert found[-1]["loss"] < found[1]["loss"]
@@ -467,12 +435,12 @@ def test_a_loss_spike_is_logged_with_the_samples(tmp_path: Path):
     run(make_config(tmp_path / "parts", epochs=7, log_every=4, max_steps=5 * STEPS))
     run(make_config(tmp_path / "parts", epochs=7, log_every=4), spiking, state=load_last(tmp_path / "parts"))
     for folder in (tmp_path / "full", tmp_path / "parts"):
-        (spike,) = metrics(folder, "spike")
+        (spike,) = records(folder, "spike")
         assert spike["step"] == 5 * STEPS + 2
         assert spike["epoch"] == 6
         assert spike["samples"] == [f"epoch 5 step 1 image {number}" for number in range(16)]
         assert spike["loss"] > 10 > spike["mean"]
-    assert metrics(tmp_path / "full", "spike") == metrics(tmp_path / "parts", "spike")
+    assert records(tmp_path / "full", "spike") == records(tmp_path / "parts", "spike")
 
 
 @pytest.mark.parametrize(
@@ -505,7 +473,7 @@ def test_a_checkpoint_that_can_never_be_written_fails_the_run(
     with pytest.raises(TrainingError, match=r"step 15: .*No space left on device; nothing was saved yet"):
         run(make_config(tmp_path))
     assert len([r for r in caplog.records if "training continues" in r.getMessage()]) >= 3
-    assert [r["step"] for r in metrics(tmp_path, "train")] == list(range(1, 16))
+    assert [r["step"] for r in records(tmp_path, "train")] == list(range(1, 16))
 
 
 def test_a_failed_checkpoint_is_written_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -538,7 +506,7 @@ def test_a_log_that_can_never_be_written_fails_the_run(
 ):
     def open_on_full_disk(log: MetricsLog, *arguments: Any) -> None:
         original(log, *arguments)
-        log._file = Path("/dev/full").open("wb", buffering=0)  # type: ignore  # noqa: SIM115
+        log._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
 
     original = MetricsLog.__init__
     monkeypatch.setattr(MetricsLog, "__init__", open_on_full_disk)
@@ -597,10 +565,10 @@ def test_other_classes_than_those_of_the_run_are_refused(tmp_path: Path, root: s
 
 def test_a_finished_run_returns_at_once(tmp_path: Path):
     first = run(make_config(tmp_path))
-    before = metrics(tmp_path)
+    before = records(tmp_path)
     again = run(make_config(tmp_path), state=load_last(tmp_path))
     assert again.best == first.best
-    assert metrics(tmp_path) == before
+    assert records(tmp_path) == before
 
 
 def test_a_run_cut_short_at_an_epoch_without_evaluation_is_evaluated(tmp_path: Path):
@@ -623,25 +591,17 @@ def test_steps_that_are_not_logged_do_not_wait_for_the_device(
             step += self.training
             return super().forward(x)
 
-    @contextmanager
-    def watch():
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("item", "__float__", "__bool__", "tolist", "cpu"):
-                original = getattr(torch.Tensor, name)
+    for name in ("item", "__float__", "__bool__", "tolist", "cpu"):
+        original = getattr(torch.Tensor, name)
 
-                def reading(self, *arguments, original=original, **options):
-                    if self.dtype in (torch.float32, torch.bool):
-                        reads.append(step)
-                    return original(self, *arguments, **options)
+        def reading(self, *arguments, original=original, **options):
+            if self.dtype in (torch.float32, torch.bool):
+                reads.append(step)
+            return original(self, *arguments, **options)
 
-                patch.setattr(torch.Tensor, name, reading)
-            yield
-
-    with watch():
-        run(
-            make_config(tmp_path, epochs=1, log_every=4, clip_grad=1.0, ema_decay=0.9, optimizer="momentum"),
-            Counting(),
-        )
+        monkeypatch.setattr(torch.Tensor, name, reading)
+    options = {"clip_grad": 1.0, "ema_decay": 0.9, "optimizer": "momentum"}
+    run(make_config(tmp_path, epochs=1, log_every=4, **options), Counting())
     # In the first step, the optimizer has no state yet, and reads whether the gradient is finite.
     assert {1, 4, 5} >= set(reads)
     assert {1, 4} <= set(reads)

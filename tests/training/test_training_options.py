@@ -2,13 +2,13 @@
 
 import dataclasses
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import run_files
 from helpers.tiny_run import CLASSES, SIZE, TinyModel, load_last, make_config, make_teacher, run
 
 from vil.checkpoints.checkpoint_files import step_files
@@ -142,9 +142,7 @@ def effects(folder: Path, options: Options) -> Options:
         patch.setattr(
             torch,
             "compile",
-            lambda network, **keywords: (
-                found.update(compile_options=keywords) or count("compiled", network)  # type: ignore[func-returns-value]
-            ),
+            lambda network, **keywords: found.update(compile_options=keywords) or count("compiled", network),
         )
         for name in ("LossMonitor", "Watchdog"):
             patch.setattr(trainer, name, recording(name))
@@ -163,8 +161,7 @@ def effects(folder: Path, options: Options) -> Options:
             monitoring = trainer.Monitoring(lambda: count("attention_images", draw))
             run(config, model, teacher=teacher, monitoring=monitoring)
             found["recompile_limit"] = torch._dynamo.config.recompile_limit
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    train = [record for record in records if record["kind"] == "train"]
+    train = run_files.records(folder, "train")
     state = load_last(folder)
     groups = state["optimizer"]["param_groups"]
     for key in ("betas", "momentum", "dampening", "eps", "weight_decay", "lr_scale", "params"):
@@ -175,7 +172,7 @@ def effects(folder: Path, options: Options) -> Options:
         "losses": [record["loss"] for record in train],
         "learning_rates": [record["lr"] for record in train],
         "best": state["best"],
-        "evaluations": len(records) - len(train),
+        "evaluations": len(run_files.records(folder)) - len(train),
         "optimizer": set(state["optimizer"]["state"][0]),
         "weights": [value.tolist() for value in state["model"].values()],
         "ema": state["ema"] and [value.tolist() for value in state["ema"].values()],

@@ -147,10 +147,7 @@ def _set_environment(device: str) -> None:
 
 def _parser() -> ToolParser:
     sections = "\n".join(f"  {section.name:10} {section.description}" for section in SECTIONS.values())
-    parser = ToolParser(
-        prog="check_gpu.py",
-        description=f"{DESCRIPTION}\nsections:\n{sections}",
-    )
+    parser = ToolParser(prog="check_gpu.py", description=f"{DESCRIPTION}\nsections:\n{sections}")
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--sections", nargs="+", choices=SECTIONS, metavar="SECTION", help="run only these")

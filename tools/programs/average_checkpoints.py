@@ -50,8 +50,7 @@ from vil.config import (
     error_reason,
     errors_in_option,
 )
-from vil.evaluation.accuracy import evaluate
-from vil.evaluation.batch_halving import BatchHalving
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.runtime.class_names import match_classes
 from vil.runtime.console import print_line
 from vil.runtime.distributed import Process
@@ -234,7 +233,7 @@ def build_evaluation(
         raise UserError("--greedy", f"{first.path} names no data; name the images by --data")
     config = command.config
     try:
-        validation = build_validation(config, process, config.channels_last)
+        validation = build_validation(config, process)
         num_classes = len(validation.class_names)
         model = stored.build_model(config.model, num_classes, process.device).to(process.device)
         by_position = config.match_classes == "position"
@@ -243,21 +242,12 @@ def build_evaluation(
         )
     except UserError as error:
         raise command.locate(error) from error
-    halving = BatchHalving()
+    dataset = EvaluationDataset(validation.name, validation.loader, validation.class_names, indices)
+    options = EvaluationOptions(process.device, config.precision, config.progress)
 
     def top1(weights: Weights) -> float:
         weights.load_into(model, config.model.size)
-        result = evaluate(
-            model,
-            validation.loader,
-            device=process.device,
-            precision=config.precision,
-            progress=config.progress,
-            num_classes=num_classes,
-            logit_indices=indices,
-            halving=halving,
-        )
-        return result.values["top1"]
+        return evaluate(model, dataset, options).values["top1"]
 
     return top1
 

@@ -136,11 +136,6 @@ def _write_onnx_metadata(model: nn.Module, path: Path) -> None:
     onnx.save(exported, path)
 
 
-def export_safetensors(model: nn.Module, weights: Weights, path: Path) -> None:
-    """Write the weights, with configuration, class names and transform as metadata."""
-    write_safetensors(path, weights)
-
-
 def export_hub(model: nn.Module, weights: Weights, path: Path) -> None:
     """Write a folder in timm's format for the Hugging Face hub: config.json and model.safetensors."""
     cfg: Any = model.pretrained_cfg
@@ -159,7 +154,7 @@ def export_hub(model: nn.Module, weights: Weights, path: Path) -> None:
 FORMATS: dict[str, Callable[[nn.Module, Weights, Path], None]] = {
     "torch": export_torch,
     "onnx": export_onnx,
-    "safetensors": export_safetensors,
+    "safetensors": lambda _, weights, path: write_safetensors(path, weights),
     "hf": export_hub,
 }
 

@@ -19,7 +19,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,20 +27,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Loaders, Mixing, build_loaders, fingerprint_sources
+from data import Mixing, build_loaders, check_same_images
 from tools.png import as_png
-from vil.checkpoints.initialization import initialize_model
+from vil.checkpoints.initialization import build_random_model, initialize_model
 from vil.command_line import ToolParser, bounded_int, resolve_train_command
-from vil.config import (
-    COMMAND_LINE,
-    TrainConfig,
-    UserError,
-    errors_in_section,
-)
-from vil.models.zoo import check_device, model_from_config
-from vil.runtime import consistency, distributed
+from vil.config import COMMAND_LINE, TrainConfig, UserError
+from vil.runtime import distributed
 from vil.runtime.console import print_line
-from vil.runtime.distributed import Process, all_reduce_sum
+from vil.runtime.distributed import Process, all_reduce_sum, call_on_all
 from vil.runtime.epoch_steps import EpochSteps
 from vil.runtime.files import check_writable, write_output
 from vil.runtime.precision import choose_precision, set_deterministic
@@ -113,22 +107,27 @@ def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) ->
     schedule.ema_decay = None
     config.precision = choose_precision(config.precision, process.device)
     set_deterministic(config.deterministic)
-    loaders, model, mix = _build(config, process)
-    num_logits = config.model.num_classes or len(loaders.class_names)
+    loaders = call_on_all(lambda: build_loaders(config, process))
+    sources, class_names = {"training images": loaders.train_source}, loaders.class_names
+    check_same_images("data.root", sources, config.data.root, process)
+    model = build_random_model(config.model, class_names, config.seed, process.device)
+    initialize_model(model, config.model, class_names)
+    num_logits = config.model.num_classes or len(class_names)
+    mix = Mixing(schedule.augment, num_logits, schedule.label_smoothing, config.seed)
     weights = class_weights(schedule.class_weights, loaders.class_counts, num_logits)
-    teacher = build_teacher(config, loaders.class_names, process)
+    teacher = build_teacher(config, class_names, process)
     steps = EpochSteps.constant(loaders.train.steps_per_epoch)
     updater = ModelUpdater(model, config, process, steps, weights, teacher)
     updater.wrap_network()
     updater.set_training_mode()
     factor = peak_learning_rate(schedule) / schedule.lr
-    batches = _batches(loaders)
+    batches = ((epoch, batch) for epoch in itertools.count() for batch in loaders.train.epoch(epoch))
     points: list[Point] = []
     average = 0.0
     skipped, max_skipped = 0, config.max_skipped_steps if config.precision == "float16" else 0
-    for step, rate in enumerate(
-        tqdm(rates, desc="learning rates", unit="step", leave=False, disable=_bar_is_off(config, process))
-    ):
+    is_hidden = None if config.progress and process.is_main else True  # None: hidden without a terminal
+    bar = tqdm(rates, desc="learning rates", unit="step", leave=False, disable=is_hidden)
+    for step, rate in enumerate(bar):
         updater.begin_step(step, rate * factor)
         share = torch.zeros((), device=process.device)
         for part in range(schedule.accumulation):
@@ -182,43 +181,6 @@ def draw(points: Sequence[Point], suggestion: float | None) -> bytes:
     axes.grid(alpha=0.3)
     axes.legend()
     return as_png(figure)
-
-
-def _build(config: TrainConfig, process: Process) -> tuple[Loaders, torch.nn.Module, Mixing]:
-    """Build what train.py builds for a new run."""
-    loaders = build_loaders(config, process)
-    sources, root = {"training images": loaders.train_source}, config.data.root
-    has_digests = process.local_rank == 0
-    consistency.check_data("data.root", lambda: fingerprint_sources(sources, root, has_digests))
-    if config.model.num_classes is None:
-        config.model.num_classes = len(loaders.class_names)
-    elif config.model.num_classes < len(loaders.class_names):
-        reason = f"the data has {len(loaders.class_names)} classes, got {config.model.num_classes}"
-        raise UserError("model.num_classes", reason)
-    seed_generators(config.seed, "weights")
-    with errors_in_section("model"):
-        model = model_from_config(config.model)
-        check_device(model, process.device)
-    initialize_model(model, config.model, loaders.class_names)
-    consistency.check_weights("model.init_from" if config.model.init_from else "model", model)
-    schedule = config.schedule
-    return (
-        loaders,
-        model,
-        Mixing(schedule.augment, config.model.num_classes, schedule.label_smoothing, config.seed),
-    )
-
-
-def _batches(loaders: Loaders) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """Yield (epoch, batch) without end."""
-    for epoch in itertools.count():
-        for batch in loaders.train.epoch(epoch):
-            yield epoch, batch
-
-
-def _bar_is_off(config: TrainConfig, process: Process) -> bool | None:
-    """Return True for no progress bar, None for one in a terminal only."""
-    return None if config.progress and process.is_main else True
 
 
 def _rate(text: str) -> float:

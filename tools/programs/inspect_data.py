@@ -20,10 +20,10 @@ import json
 import os
 import sys
 import warnings
-from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from data.workers import exit_with_parent, explain_shared_memory
 from tools.png import as_png
 from vil.command_line import ToolParser, bounded_int
 from vil.config import DataConfig, Size, UserError, as_size, format_size, printable
-from vil.runtime.console import print_line
+from vil.runtime.console import align, print_line
 from vil.runtime.files import check_writable, write_output
 
 HASH_BITS = 64
@@ -114,26 +114,31 @@ class DuplicatePair:
         return {"images": images, "distance": self.distance, "exact": self.is_exact}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
     """The findings about a data set.
 
     Attributes:
         images: all images, split by split.
         class_names: names of the classes, by index.
-        duplicates: pairs of similar images.
         image_size: (height, width) of the model's images in pixels, or one number for both.
+        duplicates: pairs of similar images.
     """
 
     images: list[ImageRecord]
     class_names: tuple[str, ...]
     image_size: int | Size
-    duplicates: list[DuplicatePair] = field(default_factory=list)
+    duplicates: list[DuplicatePair]
 
     @property
     def readable(self) -> list[ImageRecord]:
         """Images that can be read."""
         return [image for image in self.images if image.error is None]
+
+    @property
+    def unreadable(self) -> list[ImageRecord]:
+        """Images that cannot be read."""
+        return [image for image in self.images if image.error is not None]
 
     def images_per_class(self, split: str) -> Counter[str]:
         """Return the number of images of each class in a split, 0 for absent classes."""
@@ -161,34 +166,31 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: with status 1 if an image cannot be read.
     """
     arguments = _parser().parse_args(argv)
-    for path, option in ((arguments.json, "--json"), (arguments.sheet, "--sheet")):
-        if path is not None:
-            check_writable(path, option)
+    for option in ("json", "sheet"):
+        if path := getattr(arguments, option):
+            check_writable(path, f"--{option}")
     sources = open_splits(arguments.root, arguments.source, arguments.splits)
     images = list(read_images(sources, arguments.workers))
-    report = Report(images, next(iter(sources.values())).class_names, arguments.image_size)
-    report.duplicates = find_duplicates(report.readable, arguments.near_distance)
+    class_names = next(iter(sources.values())).class_names
+    duplicates = find_duplicates(images, arguments.near_distance)
+    report = Report(images, class_names, arguments.image_size, duplicates)
     if arguments.json is not None:
         write_output(arguments.json, json.dumps(as_json(report), indent=1) + "\n", "--json")
     if arguments.sheet is not None:
         write_output(arguments.sheet, contact_sheet(sources, arguments.columns), "--sheet")
     for line in as_text(report).splitlines():
         print_line(line)  # also into a pipe that is closed, as of head
-    if len(report.readable) < len(images):
+    if report.unreadable:
         raise SystemExit(1)
 
 
 def _parser() -> ToolParser:
-    parser = ToolParser(
-        prog="inspect_data.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(prog="inspect_data.py", description=__doc__)
     add, workers = parser.add_argument, min(4, os.cpu_count() or 1)
     add("root", help="folder of the data set, as data.root")
     add("--source", default="folder", help=f"as data.source: {', '.join(SOURCES)} (default: folder)")
-    splits_help = (
-        "as data.train_split and data.val_split; default: those that exist of train and val, or the "
-    )
-    splits_help += "images of the root itself"
+    splits_help = "as data.train_split and data.val_split; default: those that exist of train and val, or "
+    splits_help += "the images of the root itself"
     add("--splits", nargs="+", metavar="NAME", help=splits_help)
     size_help = "PIXELS or HEIGHT,WIDTH of the model: smaller images are counted (default: 224)"
     add("--image-size", type=_image_size, default=224, metavar="PIXELS", help=size_help)
@@ -287,14 +289,15 @@ def read_images(sources: dict[str, Source], workers: int) -> Iterator[ImageRecor
 
 
 def find_duplicates(images: Sequence[ImageRecord], distance: int) -> list[DuplicatePair]:
-    """Return the pairs of images with equal pixels or hashes of at most this distance.
+    """Return the pairs of readable images with equal pixels or hashes of at most this distance.
 
     Pairs of different splits or classes come first. Of a group of images with equal pixels, or with equal
     hashes, each is paired with the first of the group alone.
     """
     groups: dict[bytes, list[ImageRecord]] = defaultdict(list)
     for image in images:
-        groups[image.pixels].append(image)
+        if image.error is None:
+            groups[image.pixels].append(image)
     pairs = [
         DuplicatePair(group[0], other, 0, is_exact=True) for group in groups.values() for other in group[1:]
     ]
@@ -362,11 +365,7 @@ def as_json(report: Report) -> dict[str, object]:
             {"split": x.split, "name": x.name, "width": x.width, "height": x.height}
             for x in report.smaller_images()
         ],
-        "unreadable": [
-            {"split": x.split, "name": x.name, "reason": x.error}
-            for x in report.images
-            if x.error is not None
-        ],
+        "unreadable": [{"split": x.split, "name": x.name, "reason": x.error} for x in report.unreadable],
         "duplicates": [pair.as_json() for pair in report.duplicates],
     }
 
@@ -378,21 +377,16 @@ def as_text(report: Report) -> str:
     lines += _class_table(report)
     lines += ["", *_absent_classes(report)]
     if readable:
-        for name, values in (
-            ("width", [x.width for x in readable]),
-            ("height", [x.height for x in readable]),
-        ):
-            low, middle, high = _quartiles(values)[::2]
+        for name in ("width", "height"):
+            low, middle, high = _quartiles([getattr(x, name) for x in readable])[::2]
             lines.append(f"{name:12}{low} to {high} pixels, median {middle}")
     lines.append(f"{'formats':12}{_counted(x.file_format for x in readable)}")
     lines.append(f"{'modes':12}{_counted(_mode_name(x.mode) for x in readable)}")
-    small = report.smaller_images()
-    if small:
+    if small := report.smaller_images():
         size = report.image_size if isinstance(report.image_size, int) else format_size(report.image_size)
         example = f"the smallest is {small[0]}, {small[0].width}×{small[0].height}"
         lines.append(f"{'small':12}{len(small):,} images are smaller than {size}; {example}")
-    unreadable = [image for image in report.images if image.error is not None]
-    if unreadable:
+    if unreadable := report.unreadable:
         lines.append(f"{'unreadable':12}{len(unreadable):,}")
         lines += _limited([printable(f"{image}: {image.error}") for image in unreadable])
     lines += _duplicate_lines(report.duplicates)
@@ -403,8 +397,7 @@ def _class_table(report: Report) -> list[str]:
     """Return the images per class and split: all classes, or the largest and smallest ones."""
     splits = report.splits
     counts = {split: report.images_per_class(split) for split in splits}
-    names = list(report.class_names)
-    shown = names
+    shown = names = list(report.class_names)
     if len(names) > 2 * MAX_SHOWN:
         by_size = sorted(names, key=lambda name: -counts[splits[0]][name])
         shown = [*by_size[:MAX_SHOWN], *by_size[-MAX_SHOWN:]]
@@ -414,17 +407,13 @@ def _class_table(report: Report) -> list[str]:
     rows.append(["all", *(f"{sum(counts[split].values()):,}" for split in splits)])
     ratios = [_imbalance(counts[split].values()) for split in splits]
     rows.append(["largest / smallest", *("–" if ratio is None else f"{ratio:.1f}" for ratio in ratios)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(splits) + 1)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    ]
+    return align(rows)
 
 
 def _absent_classes(report: Report) -> list[str]:
     lines = []
     for split in report.splits:
-        absent = [name for name, count in report.images_per_class(split).items() if not count]
-        if absent:
+        if absent := [name for name, count in report.images_per_class(split).items() if not count]:
             names = printable(shorten_list(absent, MAX_SHOWN))
             lines.append(f"{split} lacks {len(absent)} of {len(report.class_names)} classes: {names}")
     return lines
@@ -440,11 +429,8 @@ def _duplicate_lines(pairs: Sequence[DuplicatePair]) -> list[str]:
         lines.append(f"{title:12}{count}, {splits:,} across splits, {classes:,} across classes")
         notes = []
         for pair in selected:
-            kinds = [
-                *(["across splits"] if pair.is_across_splits else []),
-                *(["across classes"] if pair.is_across_classes else []),
-                *([] if is_exact else [f"{pair.distance} bits"]),
-            ]
+            kinds = ["across splits"] * pair.is_across_splits + ["across classes"] * pair.is_across_classes
+            kinds += [] if is_exact else [f"{pair.distance} bits"]
             notes.append(f"{pair.first} = {pair.second}" + (f" ({', '.join(kinds)})" if kinds else ""))
         lines += _limited(notes)
     return lines

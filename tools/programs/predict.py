@@ -38,6 +38,7 @@ from vil.command_line import ToolParser, bounded_int
 from vil.config import Precision, UserError, printable
 from vil.models.zoo import check_device
 from vil.runtime import distributed
+from vil.runtime.console import align
 from vil.runtime.csv_text import csv_text
 from vil.runtime.files import refuse_input_as_output, write_output
 from vil.runtime.precision import autocast, choose_precision
@@ -237,11 +238,7 @@ def as_table(predictions: Sequence[Prediction]) -> str:
             percent = f"{100 * probability:.2f} %"
             name = printable(class_name.name)
             lines.append(("" if rank else image, str(class_name.index), percent, name))
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    return "".join(
-        f"{image:{widths[0]}}  {index:>{widths[1]}}  {percent:>{widths[2]}}  {name}".rstrip() + "\n"
-        for image, index, percent, name in lines
-    )
+    return "".join(f"{line}\n" for line in align(lines, left=(0, 3)))
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:

@@ -41,7 +41,6 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from data import build_training_images, build_validation, check_same_classes, dataset_name
 from tools.ablation.results import estimate
@@ -49,13 +48,12 @@ from tools.programs.evaluation_options import check_order, parse_evaluation_opti
 from vil.command_line import ToolParser, bounded_int
 from vil.command_line.stored_model import read_stored, resolve_over_stored
 from vil.config import COMMAND_LINE, EvalConfig, UserError, error_reason, errors_in_option
-from vil.evaluation.batch_halving import BatchHalving
-from vil.runtime.console import print_line
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, forward_batches
+from vil.runtime.console import align, print_line
 from vil.runtime.csv_text import csv_text
 from vil.runtime.distributed import Process
 from vil.runtime.files import check_writable, refuse_input_as_output, write_output
 from vil.runtime.modes import mode
-from vil.runtime.precision import autocast
 
 TEMPERATURE = 0.07
 """Temperature of the weights of the votes of neighbors."""
@@ -151,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
         "images": len(val.targets),
         "seed": arguments.seed,
     }
-    for line in format_table(rows).splitlines():
+    for line in format_table(rows):
         print_line(line)
     print_line(
         f"{summary['model']}, {summary['weights']} weights, {train.values.shape[1]} features; "
@@ -244,14 +242,13 @@ def extract_features(
     network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], config: EvalConfig, process: Process
 ) -> Features:
     """Return the features of all images of a loader, in its order, and their classes."""
-    values, targets, halving = [], [], BatchHalving()
-    is_hidden = None if config.progress else True  # None: hidden without a terminal
+    values, targets = [], []
+    images = EvaluationDataset("", loader)
+    options = EvaluationOptions(process.device, config.precision, config.progress)
     with mode(network, training=False):
-        for images, classes in tqdm(loader, desc="features", unit="batch", leave=False, disable=is_hidden):
-            with autocast(config.precision, process.device):
-                features = halving.forward(network, images)
+        for _, features, classes in forward_batches(network, images, options, "features"):
             values.append(features.float().cpu().numpy())
-            targets.append(classes.view(len(classes), -1)[:, 0].cpu().numpy())
+            targets.append(classes[:, 0].cpu().numpy())
     if not values:
         raise UserError("data", "no images")
     found = np.concatenate(values)
@@ -376,18 +373,14 @@ def choose_regularization(train: Features, seed: int) -> float:
 # --- Output -------------------------------------------------------------------------------------------------
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    """Return the rows as aligned text."""
+def format_table(rows: Sequence[Row]) -> list[str]:
+    """Return the rows as lines of aligned text."""
     lines = [("method", "images per class", "Top-1 %", "95 % interval")]
     for row in rows:
         method = f"knn, k {row.k}" if row.C is None else f"logistic, C {_range(row.C)}"
         interval = "" if row.low is None else f"{row.low:.2f} to {row.high:.2f}"
         lines.append((method, "all" if row.shots is None else str(row.shots), f"{row.top1:.2f}", interval))
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    return "\n".join(
-        f"{method:{widths[0]}}  {shots:>{widths[1]}}  {top1:>{widths[2]}}  {interval}".rstrip()
-        for method, shots, top1, interval in lines
-    )
+    return align(lines, left=(0, 3))
 
 
 def _range(values: Sequence[float]) -> str:

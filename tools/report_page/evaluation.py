@@ -17,6 +17,7 @@ from vil import command_line
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.weights import stored_model_config
 from vil.config import EvalConfig
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions
 from vil.evaluation.complexity import measure_complexity
 from vil.evaluation.predictions import Mistake, Predictions, predict
 from vil.models.zoo import check_device, model_from_config
@@ -54,16 +55,10 @@ def evaluate_run(
     argv = [] if root is None else [f"--data.root={root}"]
     config = command_line.parse(EvalConfig, argv, base_values=stored).config
     validation = build_validation(config, process)
-    predictions = predict(
-        model.to(device),
-        validation.loader,
-        device=device,
-        precision=choose_precision(None, device),
-        num_classes=len(validation.class_names),
-        logit_indices=match_classes(validation.class_names, weights.class_names, config.model.num_classes),
-        max_mistakes=max_mistakes,
-        progress=sys.stderr.isatty(),
-    )
+    indices = match_classes(validation.class_names, weights.class_names, config.model.num_classes)
+    dataset = EvaluationDataset(validation.name, validation.loader, validation.class_names, indices)
+    options = EvaluationOptions(device, choose_precision(None, device), progress=sys.stderr.isatty())
+    predictions = predict(model.to(device), dataset, options, max_mistakes)
     images = [image_url(mistake, config.data.mean, config.data.std) for mistake in predictions.mistakes]
     return Evaluation(predictions, validation.class_names, weights.kind, images)
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.eval_sets import unique_ends
 from vil.checkpoints.run_folder import UNTRACKED_OPTIONS
 from vil.config import TrainConfig, UserError, error_reason
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_lines, read_text
 from vil.runtime.run_files import CONFIG, METRICS, SUMMARY
 from vil.runtime.yaml_files import MAX_BYTES, read_yaml
+from vil.training.trainer import best_metric_key
 from vil.validation import stored_tree
 
 Record = dict[str, Any]
@@ -79,7 +81,7 @@ class Run:
     def best(self) -> BestResult | None:
         """The first best evaluation by `schedule.best_metric`, as train.py chooses the best checkpoint."""
         name = self.option("schedule", "best_metric", "top1")
-        metric = {"f1": "macro_f1"}.get(name, name) if isinstance(name, str) else "top1"
+        metric = best_metric_key(name) if isinstance(name, str) else "top1"
         sign = -1 if metric == "loss" else 1
         results = [
             (sign * value, BestResult(top1, weights, record.get("epoch")))
@@ -145,7 +147,8 @@ def open_runs(folders: Sequence[str]) -> list[Run]:
     """Read the runs in these folders, each once."""
     given = {Path(folder).resolve(): folder for folder in reversed(folders)}
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
-    return [open_run(path, given[path], name) for path, name in zip(paths, _unique_names(paths))]
+    names = unique_ends([path.parts for path in paths])
+    return [open_run(path, given[path], name) for path, name in zip(paths, names)]
 
 
 def open_run(path: Path, given: str, name: str) -> Run:
@@ -163,15 +166,6 @@ def open_run(path: Path, given: str, name: str) -> Run:
     for warning in warnings:
         _logger.warning("warning: %s", warning)
     return Run(path, name, read_text(path / CONFIG, MAX_BYTES), config, records, summary, warnings)
-
-
-def _unique_names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that are unique: a, b; or x/a, y/a."""
-    for parts in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def _read_records(path: Path, shown: str, warnings: list[str]) -> dict[str, list[Record]]:

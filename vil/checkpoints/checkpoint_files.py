@@ -61,6 +61,17 @@ def step_files(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), folder / FOLDER / match[0]) for match in matches), reverse=True)
 
 
+def describe_last(folder: Path) -> str:
+    """Return a clause for messages that names the newest checkpoint of the run in `folder`."""
+    if not (folder / FOLDER).exists():
+        return f"{folder} is gone"
+    try:
+        files = step_files(folder)
+    except UserError as error:
+        return str(error)
+    return f"the last checkpoint is {files[0][1]}" if files else "nothing was saved yet"
+
+
 def digest_file(path: Path) -> Path:
     """Return the path of the file with the digest of `path`."""
     return path.with_name(path.name + ".sha256")

@@ -166,8 +166,8 @@ class ToolParser(argparse.ArgumentParser):
     Its errors are `UserError`s.
     """
 
-    def __init__(self, *, formatter_class: Any = argparse.RawDescriptionHelpFormatter, **kwargs: Any) -> None:
-        super().__init__(formatter_class=formatter_class, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.add_argument("--version", action="version", version=f"vil {vil.__version__}")
 
     def error(self, message: str) -> NoReturn:

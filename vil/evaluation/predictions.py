@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from vil.config import Precision, UserError
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, forward_batches
 from vil.evaluation.metrics import ClassMetrics
 from vil.runtime.modes import mode
-from vil.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -75,42 +72,26 @@ class Predictions:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    *,
-    device: torch.device,
-    precision: Precision,
-    num_classes: int,
-    logit_indices: Sequence[int] | None = None,
-    max_mistakes: int = 24,
-    progress: bool = False,
+    model: nn.Module, dataset: EvaluationDataset, options: EvaluationOptions, max_mistakes: int = 24
 ) -> Predictions:
-    """Run `model` on all images of the loader, in one process.
+    """Run `model` on all images of a data set whose classes are known, in one process.
 
     Args:
-        model, loader, device, precision, num_classes, logit_indices, progress: as in
-            `vil.evaluation.accuracy.evaluate`; probabilities are computed in float64.
+        model, dataset, options: as in `vil.evaluation.accuracy.evaluate`; probabilities are computed in
+            float64.
         max_mistakes: number of mistakes to keep.
 
     Raises:
         UserError: there are no images, or the model has fewer classes than the data.
     """
-    indices = None if logit_indices is None else torch.tensor(logit_indices, device=device)
-    num_logits = max(logit_indices) + 1 if logit_indices else num_classes
+    num_classes = dataset.num_classes
     class_images = torch.zeros(num_classes, dtype=torch.int64)
     confusion: Tensor | None = None
     mistakes: list[Mistake] = []
     images_seen = 0
     with mode(model, training=False):
-        is_hidden = None if progress else True  # None: hidden without a terminal
-        for images, targets in tqdm(loader, desc="predict", unit="batch", leave=False, disable=is_hidden):
-            with autocast(precision, device):
-                logits = model(images.to(device, non_blocking=True))  # (B, logits)
-            if logits.shape[1] < num_logits:
-                reason = f"the model has {logits.shape[1]} classes, the data has {num_classes}"
-                raise UserError("model.num_classes", reason)
-            logits = (logits if indices is None else logits[:, indices]).double().cpu()
-            targets = targets.view(len(targets), -1)[:, 0].cpu()  # (B,)
+        for images, logits, targets in forward_batches(model, dataset, options, "predict"):
+            logits, targets = logits.cpu(), targets[:, 0].cpu()  # (B, logits), (B,)
             if confusion is None:
                 confusion = torch.zeros(num_classes, logits.shape[1], dtype=torch.int64)
             class_images += targets.bincount(minlength=num_classes)
@@ -124,10 +105,9 @@ def predict(
                 mistakes.sort(key=lambda mistake: (-mistake.confidence, mistake.index))
                 del mistakes[max_mistakes:]
             images_seen += len(targets)
-    unreadable = int(getattr(loader, "unreadable", 0))
+    unreadable = int(getattr(dataset.loader, "unreadable", 0))
     if confusion is None:
-        reason = f"none of the {unreadable} images can be read" if unreadable else "no images"
-        raise UserError("data", reason)
+        raise dataset.no_images_error(unreadable)
     return Predictions(class_images, confusion, mistakes, unreadable)
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vil.config import EvalConfig, Size, Tree, format_size
-from vil.evaluation.accuracy import evaluate
-from vil.evaluation.batch_halving import BatchHalving
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.evaluation.cost import Cost, measure_cost
 from vil.evaluation.metrics import METRICS, ClassMetrics
 from vil.evaluation.tta import build_tta_model, count_views, describe_tta
+from vil.runtime.console import align
 from vil.runtime.csv_text import csv_text
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.files import write_output
@@ -31,24 +31,6 @@ CONFUSION_KEYS = ("confusion", "class_names")
 NO_CLASS = "(no class)"
 """Column of a confusion matrix for predictions that are none of the classes of the data."""
 _RESULT_KEYS = ("model", "checkpoint", "weights", "data")
-
-
-@dataclass(frozen=True)
-class EvaluationDataset:
-    """Images to evaluate a model on.
-
-    Attributes:
-        name: name in the results.
-        loader: batches of this rank, as for `vil.evaluation.accuracy.evaluate`.
-        class_names: classes in the order of the targets; the model may have more. None omits the metrics of
-            single classes and their means, and does not check the number of classes.
-        logit_indices: index of each class's logit; None for logit k of class k.
-    """
-
-    name: str
-    loader: Iterable[tuple[Tensor, Tensor]]
-    class_names: Sequence[str] | None = None
-    logit_indices: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,10 +131,16 @@ def evaluate_model(
         "checkpoint": checkpoint,
         "weights": weights,
     }
+    options = EvaluationOptions(
+        device,
+        config.precision,
+        progress=config.progress and process.is_main,
+        has_confusion=config.confusion_csv is not None,
+    )
     per_dataset: list[Result] = []
-    augmented, halving = build_tta_model(network, config), BatchHalving()
+    augmented = build_tta_model(network, config)
     while datasets:
-        per_dataset.append(_evaluate_dataset(augmented, datasets.pop(0), config, process, halving))
+        per_dataset.append(_evaluate_dataset(augmented, datasets.pop(0), options))
     no_metrics: Result = dict.fromkeys([*METRICS, "images", "unreadable", "classes", "data", "per_class"])
     cost: Cost = call_on_main(lambda: measure_cost(model, config, device, network))
     cost = dataclasses.replace(
@@ -166,25 +154,8 @@ def evaluate_model(
     ]
 
 
-def _evaluate_dataset(
-    model: nn.Module,
-    dataset: EvaluationDataset,
-    config: EvalConfig,
-    process: Process,
-    halving: BatchHalving,
-) -> Result:
-    names = dataset.class_names
-    result = evaluate(
-        model,
-        dataset.loader,
-        device=process.device,
-        precision=config.precision,
-        progress=config.progress and process.is_main,
-        num_classes=None if names is None else len(names),
-        logit_indices=dataset.logit_indices,
-        has_confusion=names is not None and config.confusion_csv is not None,
-        halving=halving,
-    )
+def _evaluate_dataset(model: nn.Module, dataset: EvaluationDataset, options: EvaluationOptions) -> Result:
+    names, result = dataset.class_names, evaluate(model, dataset, options)
     found: Result = {
         **result.values,
         "images": result.images,
@@ -215,11 +186,11 @@ def table(results: Sequence[Result], width: int | None = None) -> str:
         values = [result.get(column.key) for result in results]
         if any(value is not None for value in values) and (column.key != "unreadable" or any(values)):
             shown.append((column, [column.text(value) for value in values]))
-    columns = [_align(column, texts) for column, texts in shown if column.is_in_table]
-    rows = ["  ".join(row).rstrip() for row in zip(*columns)]
+    in_table = [(column, texts) for column, texts in shown if column.is_in_table]
+    left = [index for index, (column, _) in enumerate(in_table) if not column.format]
+    rows = align(list(zip(*([column.heading, *texts] for column, texts in in_table))), left)
     if len(results) == 1 and width is not None and max(map(len, rows)) > width:
-        name_width = max(len(column.heading) for column, _ in shown)
-        rows = [f"{column.heading.ljust(name_width)}  {text}" for column, (text,) in shown]
+        rows = align([(column.heading, text) for column, (text,) in shown], left=(0, 1))
     notes = [
         f"{result['device']}, {result['precision']}. FLOPs: multiply-adds of one image"
         f"{'' if result.get('tta') is None else ' with all of its views'}. "
@@ -227,13 +198,6 @@ def table(results: Sequence[Result], width: int | None = None) -> str:
         for result in results
     ]
     return "\n".join([*rows, *dict.fromkeys(notes)])
-
-
-def _align(column: _Column, texts: Sequence[str]) -> list[str]:
-    """Return the heading and the cells of a column in equal width."""
-    cells = [column.heading, *texts]
-    width = max(map(len, cells))
-    return [cell.rjust(width) if column.format else cell.ljust(width) for cell in cells]
 
 
 def write_json(path: str | Path, results: Sequence[Result]) -> None:
@@ -282,8 +246,8 @@ def write_per_class_csv(path: str | Path, results: Sequence[Result]) -> None:
     _write_rows(path, [[*_RESULT_KEYS, *CLASS_KEYS], *rows], "per_class_csv")
 
 
-def write_confusion_csv(path: str | Path, result: Result) -> None:
-    """Write the confusion matrix: a row per class of the images, a column per prediction.
+def write_confusion_csv(path: str | Path, results: Sequence[Result]) -> None:
+    """Write the confusion matrix of a single result: a row per class of the images, a column per prediction.
 
     The first column names the class. A column `(no class)`, if it is not empty, has predictions that are
     none of the classes of the data.
@@ -291,6 +255,7 @@ def write_confusion_csv(path: str | Path, result: Result) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    (result,) = results
     names, rows = result["class_names"], result["confusion"]
     columns = [*names, NO_CLASS] if any(row[-1] for row in rows) else names
     content = [[name, *row[: len(columns)]] for name, row in zip(names, rows)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import TextIO
 
@@ -22,6 +23,18 @@ def width() -> int | None:
     with suppress(ValueError, AttributeError):  # the stream is closed
         is_known |= sys.stdout.isatty()
     return shutil.get_terminal_size().columns if is_known else None
+
+
+def align(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Return the rows as lines of aligned columns: those of `left` to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def flush_streams() -> None:

@@ -54,8 +54,8 @@ def read_ranks() -> Ranks:
     Raises:
         UserError: a variable is no number, or they do not fit one another.
     """
-    world_size, local_world_size = (_read(name, 1, 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    rank, local_rank = (_read(name, 0, 0) for name in ("RANK", "LOCAL_RANK"))
+    world_size, local_world_size = (_read(name, 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    rank, local_rank = (_read(name, 0) for name in ("RANK", "LOCAL_RANK"))
     if rank >= world_size:
         raise UserError("RANK", f"expected an integer below WORLD_SIZE, {world_size}, got {rank}", _ORIGIN)
     if world_size > 1:
@@ -63,14 +63,15 @@ def read_ranks() -> Ranks:
             if not os.environ.get(name):
                 reason = f"is not set, but WORLD_SIZE is {world_size}; start the program by torchrun"
                 raise UserError(name, reason, _ORIGIN)
-        _read("MASTER_PORT", 1, 1)
+        _read("MASTER_PORT", 1)
     return Ranks(rank, world_size, local_rank, local_world_size)
 
 
-def _read(name: str, default: int, minimum: int) -> int:
+def _read(name: str, minimum: int) -> int:
+    """Return an integer of the environment; `minimum` if the variable is not set."""
     text = os.environ.get(name)
     if text is None:
-        return default
+        return minimum
     if not text.isdecimal() or int(text) < minimum:
         raise UserError(name, f"expected an integer of at least {minimum}, got {text!r}", _ORIGIN)
     return int(text)
@@ -93,7 +94,7 @@ def set_ranks() -> None:
 
 def _mpi_variables() -> dict[str, str]:
     """Return torchrun's variables for a process of Open MPI's mpirun; empty for any other."""
-    size, local_size = (_read(f"OMPI_COMM_WORLD_{name}", 1, 1) for name in ("SIZE", "LOCAL_SIZE"))
+    size, local_size = (_read(f"OMPI_COMM_WORLD_{name}", 1) for name in ("SIZE", "LOCAL_SIZE"))
     if size == 1:
         return {}
     if local_size < size and not os.environ.get("MASTER_ADDR"):
@@ -101,9 +102,9 @@ def _mpi_variables() -> dict[str, str]:
         raise UserError("MASTER_ADDR", reason, _ORIGIN)
     job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("OMPI_MCA_ess_base_jobid", "")  # noqa: SIM112
     return {
-        "RANK": str(_read("OMPI_COMM_WORLD_RANK", 0, 0)),
+        "RANK": str(_read("OMPI_COMM_WORLD_RANK", 0)),
         "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(_read("OMPI_COMM_WORLD_LOCAL_RANK", 0, 0)),
+        "LOCAL_RANK": str(_read("OMPI_COMM_WORLD_LOCAL_RANK", 0)),
         "LOCAL_WORLD_SIZE": str(local_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_port(zlib.crc32(job.encode()))),
@@ -118,23 +119,23 @@ def _slurm_variables() -> dict[str, str]:
     """
     is_step = "SLURM_STEP_ID" in os.environ
     name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
-    size = _read(name, 1, 1)
+    size = _read(name, 1)
     if size == 1 or "SLURM_PROCID" not in os.environ:
         return {}
     if not is_step:
         reason = f"{size}, but srun did not start this process; use srun python ..., torchrun, or"
         raise UserError(name, f"{reason} {_SINGLE_PROCESS_COMMAND}", _ORIGIN)
-    node = _read("SLURM_NODEID", 0, 0)
+    node = _read("SLURM_NODEID", 0)
     hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     if not hosts and not os.environ.get("MASTER_ADDR"):
         raise UserError("MASTER_ADDR", "is not set, and neither is SLURM_JOB_NODELIST", _ORIGIN)
     return {
-        "RANK": str(_read("SLURM_PROCID", 0, 0)),
+        "RANK": str(_read("SLURM_PROCID", 0)),
         "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(_read("SLURM_LOCALID", 0, 0)),
+        "LOCAL_RANK": str(_read("SLURM_LOCALID", 0)),
         "LOCAL_WORLD_SIZE": str(_tasks_of_node(node, size)),
         "MASTER_ADDR": first_host(hosts),
-        "MASTER_PORT": str(_port(_read("SLURM_JOB_ID", 0, 0) + _read("SLURM_STEP_ID", 0, 0))),
+        "MASTER_PORT": str(_port(_read("SLURM_JOB_ID", 0) + _read("SLURM_STEP_ID", 0))),
     }
 
 
@@ -176,12 +177,12 @@ def has_agent() -> bool:
 
 def max_restarts() -> int:
     """Return the number of times that torchrun restarts failed processes."""
-    return _read("TORCHELASTIC_MAX_RESTARTS", 0, 0)
+    return _read("TORCHELASTIC_MAX_RESTARTS", 0)
 
 
 def restart_count() -> int:
     """Return how often torchrun has restarted the processes of this machine."""
-    return _read("TORCHELASTIC_RESTART_COUNT", 0, 0)
+    return _read("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def must_report_failure(status: int) -> bool:

@@ -29,7 +29,7 @@ class InterruptedRun(Exception):  # noqa: N818 (not an error)
     """A signal ended the run, which is saved; the same command continues it."""
 
     def __init__(self, signum: int, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(f"{signal.Signals(signum).name}: {reason}")
         self.signum = signum
         self.exit_status = 128 + signum
 

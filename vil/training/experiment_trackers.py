@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from vil.config import TrainConfig, Tree, UserError, error_reason
 from vil.runtime.files import parse_json, read_text, refuse_link, write_durably
 from vil.runtime.run_files import MLFLOW, TRACKERS, WANDB
-from vil.training.tensorboard_log import record_tag
+from vil.training.tensorboard_log import record_scalars
 from vil.validation import PATH_OPTIONS, flatten, stored_tree
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Tracker:
 
     def add_record(self, record: Tree) -> None:
         """Log the numbers of a record of metrics.jsonl."""
-        values = _numbers(record)
+        values = record_scalars(record)
         self._call(lambda: self._log(values, record["step"]))
 
     def flush(self) -> None:
@@ -208,15 +208,6 @@ def _base_names(value: object, is_path: bool) -> object:
     if isinstance(value, str) and (is_path or os.path.isabs(os.path.expanduser(value))):
         return os.path.basename(os.path.abspath(os.path.expanduser(value)))
     return value
-
-
-def _numbers(record: Tree) -> dict[str, float]:
-    """Return the numbers of a record of metrics.jsonl by tag, as in TensorBoard."""
-    return {
-        record_tag(record["kind"], key): float(value)
-        for key, value in record.items()
-        if key not in ("kind", "step", "epoch", "time") and isinstance(value, int | float)
-    }
 
 
 def _tracker_id(folder: Path, name: str, create: Callable[[], str]) -> str:

@@ -204,6 +204,10 @@ class ModelUpdater:
         self._weight = torch.zeros_like(mean_weight)
         return loss / mean_weight
 
+    def models(self) -> dict[str, nn.Module]:
+        """Return the model and, if there is one, the model of the averaged weights, by kind: raw, ema."""
+        return {"raw": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
+
     def learning_rates(self) -> list[float]:
         """Return the learning rate of each parameter group."""
         return [group["lr"] for group in self._optimizer.param_groups]

@@ -68,12 +68,7 @@ def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.O
     groups, lr = parameter_groups(model, schedule), peak_learning_rate(schedule)
     try:
         return create_optimizer_v2(
-            groups,
-            opt=name,
-            lr=lr,
-            weight_decay=schedule.weight_decay,
-            momentum=schedule.momentum,
-            **options,
+            groups, opt=name, lr=lr, weight_decay=schedule.weight_decay, momentum=schedule.momentum, **options
         )
     except (TypeError, ValueError, ImportError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

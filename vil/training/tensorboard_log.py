@@ -72,9 +72,8 @@ class TensorBoardLog:
 
     def add_record(self, record: Tree) -> None:
         """Add the numbers of a record of metrics.jsonl as scalars."""
-        for key, value in record.items():
-            if key not in ("kind", "step", "epoch", "time") and isinstance(value, int | float):
-                self._add_scalar(record_tag(record["kind"], key), value, record["step"])
+        for tag, value in record_scalars(record).items():
+            self._add_scalar(tag, value, record["step"])
 
     def add_best(self, step: int, top1: float) -> None:
         """Add the best Top-1 so far, in percent, of raw or averaged weights."""
@@ -141,6 +140,15 @@ def _silence_writer_thread() -> None:
             original(raised)
 
     threading.excepthook = excepthook
+
+
+def record_scalars(record: Tree) -> dict[str, float]:
+    """Return the numbers of a record of metrics.jsonl by tag."""
+    return {
+        record_tag(record["kind"], key): float(value)
+        for key, value in record.items()
+        if key not in ("kind", "step", "epoch", "time") and isinstance(value, int | float)
+    }
 
 
 def record_tag(kind: str, key: str) -> str:

@@ -19,7 +19,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import nn
 
-from vil.checkpoints import checkpoint_files
+from vil.checkpoints.checkpoint_files import describe_last
 from vil.checkpoints.run_folder import (
     begin_run,
     check_class_names,
@@ -31,10 +31,8 @@ from vil.checkpoints.run_folder import (
 from vil.checkpoints.training_state import State, evaluations_since_best, library_versions
 from vil.checkpoints.writer import CheckpointWriter, check_disk_space
 from vil.config import TrainConfig, Tree, UserError, errors_in_option, one_line
-from vil.evaluation.accuracy import evaluate
-from vil.evaluation.batch_halving import BatchHalving
+from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.evaluation.metrics import METRICS
-from vil.evaluation.report import EvaluationDataset
 from vil.runtime.distributed import Process, all_reduce_sum, call_on_main, lost_rank_reason
 from vil.runtime.epoch_steps import EpochSteps, count_epoch_steps, phase_at, training_phases
 from vil.runtime.seeding import seed_generators
@@ -50,6 +48,8 @@ from vil.training.step_timer import StepTimer, input_bound_warning
 from vil.validation import stored_tree
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+PREFIXES = {"raw": "", "ema": "ema_"}
+"""Kind of weights -> what precedes the names of its metrics."""
 
 
 class TrainLoader(Protocol):
@@ -182,7 +182,7 @@ def fit(
         reason = lost_rank_reason(error) or lost_worker_reason(error)
         if reason is None:
             raise
-        message = f"step {trainer.position.step + 1}: {reason}; {trainer.last_checkpoint()}"
+        message = f"step {trainer.position.step + 1}: {reason}; {describe_last(trainer.folder)}"
         raise TrainingError(message) from error
     finally:
         trainer.writer.close()
@@ -239,7 +239,6 @@ class Trainer:
     ) -> None:
         self.model, self.loaders, self.config, self.process = model, loaders, config, process
         self.mix, self.teacher, self.monitoring = mix, teacher, monitoring
-        self.halving = BatchHalving()
         self.folder = Path(config.output or ".")
         self.phases = training_phases(config.schedule, config.model.size)
         steps = count_epoch_steps(self.phases, loaders.train.steps_per_epoch, loaders.train_images)
@@ -271,9 +270,13 @@ class Trainer:
         self.writer = CheckpointWriter(self.folder, keep, prepare=self.log.flush)
         self.signals = SignalHandler()
         timeouts = (config.hang_timeout, config.grace_period, config.hang_action == "exit")
-        stop, last = self.signals.pending_stop, self.last_checkpoint
-        self.watchdog = Watchdog(process.rank, *timeouts, stop_signal=stop, last_checkpoint=last)
+        stop, folder = self.signals.pending_stop, self.folder
+        self.watchdog = Watchdog(
+            process.rank, *timeouts, stop_signal=stop, last_checkpoint=lambda: describe_last(folder)
+        )
         self.timer = StepTimer()
+        options = (process.device, self.updater.precision, self.log.shows_progress)
+        self.evaluation_options = EvaluationOptions(*options, should_stop=self.must_stop_evaluation)
         self.epoch_losses: list[float] = []
         self.epoch_start = time.perf_counter()
         self.has_warned_input_bound = False
@@ -384,14 +387,13 @@ class Trainer:
         """Raise InterruptedRun if a signal arrived after the last epoch."""
         stop = call_on_main(lambda: self.signals.stop)
         if stop:
-            name = signal.Signals(stop).name
-            raise InterruptedRun(stop, f"{name}: training is complete; run the same command to evaluate it")
+            raise InterruptedRun(stop, "training is complete; run the same command to evaluate it")
 
     def interrupt(self, signum: int) -> NoReturn:
         """Save, and raise InterruptedRun."""
         self.save(is_best=False)
         reason = f"saved after step {self.position.step}; run the same command to continue"
-        raise InterruptedRun(signum, f"{signal.Signals(signum).name}: {reason}")
+        raise InterruptedRun(signum, reason)
 
     # --- End of an epoch ------------------------------------------------------------------------------------
 
@@ -436,10 +438,9 @@ class Trainer:
         """Evaluate and save, as best.pt too if no earlier evaluation is as good."""
         results = self.evaluate()
         key, sign = self.best_key, 1 if METRICS[self.best_key].higher_is_better else -1
-        kinds = {"raw": ""} | ({"ema": "ema_"} if self.updater.ema is not None else {})
         # The first of equal ones: raw weights, an earlier epoch.
-        weights = max(kinds, key=lambda kind: sign * results[f"{kinds[kind]}{key}"])
-        value, top1 = (results[f"{kinds[weights]}{name}"] for name in (key, "top1"))
+        weights = max(self.updater.models(), key=lambda kind: sign * results[f"{PREFIXES[kind]}{key}"])
+        value, top1 = (results[f"{PREFIXES[weights]}{name}"] for name in (key, "top1"))
         best = self.position.best
         is_best = best is None or sign * value > sign * best["value" if "value" in best else "top1"]
         if best is None or is_best:
@@ -474,29 +475,15 @@ class Trainer:
 
     def evaluate_set(self, dataset: EvaluationDataset) -> Tree:
         """Return metrics of the weights, and of their average as `ema_...`, over one data set."""
-        found = self.evaluate_weights(self.model, "", dataset)
-        if self.updater.ema is not None:
-            found |= self.evaluate_weights(self.updater.ema.module, "ema_", dataset)
+        found: Tree = {}
+        for kind, model in self.updater.models().items():
+            try:
+                result = evaluate(model, dataset, self.evaluation_options)
+            except InterruptedEvaluation:
+                self.interrupt(self.signals.stop or signal.SIGTERM)
+            counts = {"images": result.images, "unreadable": result.unreadable}
+            found |= result.logged(PREFIXES[kind]) | counts
         return found
-
-    def evaluate_weights(self, model: nn.Module, prefix: str, dataset: EvaluationDataset) -> Tree:
-        """Return metrics of one set of weights over one data set."""
-        try:
-            result = evaluate(
-                model,
-                dataset.loader,
-                device=self.process.device,
-                precision=self.updater.precision,
-                progress=self.log.shows_progress,
-                num_classes=len(dataset.class_names or ()),
-                logit_indices=dataset.logit_indices,
-                should_stop=self.must_stop_evaluation,
-                halving=self.halving,
-            )
-        except InterruptedEvaluation:
-            self.interrupt(self.signals.stop or signal.SIGTERM)
-        best = {f"{prefix}{self.best_key}": result.values[self.best_key]}
-        return {**result.logged(prefix), **best, "images": result.images, "unreadable": result.unreadable}
 
     def must_stop_evaluation(self) -> bool:
         """Report progress after a batch; return True if this process received a signal."""
@@ -548,7 +535,7 @@ class Trainer:
 
     def check_weights(self) -> None:
         """Raise TrainingError on every rank if weights, or the sum of their squares, are not finite."""
-        for model in filter(None, (self.model, self.updater.ema and self.updater.ema.module)):
+        for model in self.updater.models().values():
             values = [value.float() for value in model.state_dict().values() if value.is_floating_point()]
             if not math.isfinite(all_reduce_sum(nn.utils.get_total_norm(values))):
                 self.fail(self.position.step, "the weights are not finite")
@@ -563,9 +550,9 @@ class Trainer:
     def fail(self, step: int, problem: str) -> NoReturn:
         """Raise TrainingError for a problem in a step, counted from 1, which may be an earlier one."""
         self.updater.begin_step(step - 1)  # sets its learning rate
-        rate = self.learning_rate()
+        problem += f", at learning rate {self.learning_rate():.2e}"
         self.writer.wait()
-        raise TrainingError(f"step {step}: {problem}, at learning rate {rate:.2e}; {self.last_checkpoint()}")
+        raise TrainingError(f"step {step}: {problem}; {describe_last(self.folder)}")
 
     # --- Checkpoints ----------------------------------------------------------------------------------------
 
@@ -633,14 +620,4 @@ class Trainer:
         self.watchdog.report_progress("writing the last checkpoint")
         problem = call_on_main(lambda: self.writer.finish() or self.log.finish())
         if problem is not None:
-            raise TrainingError(f"step {self.position.step}: {problem}; {self.last_checkpoint()}")
-
-    def last_checkpoint(self) -> str:
-        """Return a clause that names the last checkpoint of the run."""
-        if not (self.folder / checkpoint_files.FOLDER).exists():
-            return f"{self.folder} is gone"
-        try:
-            files = checkpoint_files.step_files(self.folder)
-        except UserError as error:
-            return str(error)
-        return f"the last checkpoint is {files[0][1]}" if files else "nothing was saved yet"
+            raise TrainingError(f"step {self.position.step}: {problem}; {describe_last(self.folder)}")

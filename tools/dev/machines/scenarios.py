@@ -98,61 +98,57 @@ def _slurm(rank: int, **variables: str) -> dict[str, str]:
     )
 
 
+def _on_both(pattern: str) -> list[tuple[int, str]]:
+    return [(0, pattern), (1, pattern)]
+
+
+_FINISHED = [(0, "of 80 images")]
 _LOOPBACK = {"machine-a": "127.0.1.1 machine-a\n", "machine-b": "127.0.1.1 machine-b\n"}
 _LONG = ("--schedule.epochs=2000", "--save_every=2")
-_BOTH = r"rank 1 \(machine-b\)"
+_RANK_1 = r"rank 1 \(machine-b\)"
 
 SCENARIOS = {
-    "equal": Scenario("–", "equal machines", (0, 0), [(0, "of 80 images")]),
+    "equal": Scenario("–", "equal machines", (0, 0), _FINISHED),
     "train-image-more": Scenario(
         "1",
         "B has one training image more",
         (1, 1),
-        [
-            (i, f"error: .*data.root: {_BOTH} has 81 training images, rank 0 .machine-a. has 80")
-            for i in (0, 1)
-        ],
+        _on_both(f"error: .*data.root: {_RANK_1} has 81 training images, rank 0 .machine-a. has 80"),
         mounts={"data/train/class0": "variants/more"},
     ),
     "validation-image-fewer": Scenario(
         "1",
         "B has one validation image fewer",
         (1, 1),
-        [
-            (i, f"error: .*data.root: {_BOTH} has 79 validation images, rank 0 .machine-a. has")
-            for i in (0, 1)
-        ],
+        _on_both(f"error: .*data.root: {_RANK_1} has 79 validation images, rank 0 .machine-a. has"),
         mounts={"data/val/class0": "variants/fewer_val"},
     ),
     "renamed-image": Scenario(
         "1",
         "B has a training image with another name",
         (1, 1),
-        [(i, f"error: .*data.root: {_BOTH} has different training images .* than rank 0") for i in (0, 1)],
+        _on_both(f"error: .*data.root: {_RANK_1} has different training images .* than rank 0"),
         mounts={"data/train/class0": "variants/renamed"},
     ),
     "other-code": Scenario(
         "1",
         "B has other code",
         (1, 1),
-        [(i, f"error: {_BOTH} runs different vil code .* than rank 0 .machine-a.") for i in (0, 1)],
+        _on_both(f"error: {_RANK_1} runs different vil code .* than rank 0 .machine-a."),
         mounts={"vil/training/loss.py": "variants/loss.py"},
     ),
     "train-image-fewer": Scenario(
         "2",
         "B has one training image fewer",
         (1, 1),
-        [
-            (i, f"error: .*data.root: {_BOTH} has 79 training images, rank 0 .machine-a. has 80")
-            for i in (0, 1)
-        ],
+        _on_both(f"error: .*data.root: {_RANK_1} has 79 training images, rank 0 .machine-a. has 80"),
         mounts={"data/train/class0": "variants/fewer"},
     ),
     "wrong-line": Scenario(
         "3",
         "the line of B has an unknown option",
         (1, 1),
-        [(0, f"error: {_BOTH} failed: .*lrr"), (1, "error: .*schedule.lrr")],
+        [(0, f"error: {_RANK_1} failed: .*lrr"), (1, "error: .*schedule.lrr")],
         argv=((), ("--schedule.lrr=1",)),
     ),
     "absent-rank": Scenario(
@@ -167,7 +163,7 @@ SCENARIOS = {
         "4",
         "srun without torchrun",
         (0, 0),
-        [(0, "of 80 images")],
+        _FINISHED,
         options=None,
         environment=(_slurm(0), _slurm(1)),
         same_losses=True,
@@ -176,7 +172,7 @@ SCENARIOS = {
         "4",
         "2 tasks in a batch script without srun",
         (2, 2),
-        [(i, "error: environment: SLURM_NTASKS: 2, but srun did not start this process") for i in (0, 1)],
+        _on_both("error: environment: SLURM_NTASKS: 2, but srun did not start this process"),
         options=None,
         environment=tuple({k: v for k, v in _slurm(i).items() if "STEP" not in k} for i in (0, 1)),  # type: ignore[arg-type]
     ),
@@ -185,7 +181,7 @@ SCENARIOS = {
         "B has other options",
         (1, 1),
         [
-            (1, f"error: {key}: {value} of {_BOTH} differs from {other} of rank 0")
+            (1, f"error: {key}: {value} of {_RANK_1} differs from {other} of rank 0")
             for key, value, other in (("schedule.lr", "0.5", "0.25"), ("seed", "3", "0"))
         ],
         argv=(("--schedule.lr=0.25",), ("--schedule.lr=0.5", "--seed=3")),
@@ -194,7 +190,7 @@ SCENARIOS = {
         "5",
         "the images of B lie in another folder",
         (0, 0),
-        [(0, "of 80 images")],
+        _FINISHED,
         argv=((), ("--data.root={folder}/elsewhere", "--data.workers=1")),
         mounts={"data": "variants/empty"},
         same_losses=True,
@@ -203,10 +199,7 @@ SCENARIOS = {
         "6",
         "host names resolve to 127.0.1.1",
         (1, 1),
-        [
-            (i, r"error: .*machine-., the host of rank ., resolves to 127\.0\.1\.1.*GLOO_SOCKET_IFNAME")
-            for i in (0, 1)
-        ],
+        _on_both(r"error: .*machine-., the host of rank ., resolves to 127\.0\.1\.1.*GLOO_SOCKET_IFNAME"),
         options=("--rdzv_conf=is_host={is_host}",),
         hosts=_LOOPBACK,
     ),
@@ -214,7 +207,7 @@ SCENARIOS = {
         "6",
         "the same with GLOO_SOCKET_IFNAME",
         (0, 0),
-        [(0, "of 80 images")],
+        _FINISHED,
         options=("--rdzv_conf=is_host={is_host}",),
         environment=({"GLOO_SOCKET_IFNAME": "{interface}"}, {"GLOO_SOCKET_IFNAME": "{interface}"}),
         hosts=_LOOPBACK,
@@ -224,7 +217,7 @@ SCENARIOS = {
         "7",
         "the network is cut, hang_action exit (torchrun of B waits for A's store)",
         (1, None),
-        [(i, r"no progress for 8 s .*: exiting; the last checkpoint is .*step_\d+") for i in (0, 1)],
+        _on_both(r"no progress for 8 s .*: exiting; the last checkpoint is .*step_\d+"),
         argv=((*_LONG, "--hang_timeout=8", "--hang_action=exit"),) * 2,
         fault=cut_network,
     ),
@@ -339,20 +332,19 @@ class ScenarioRunner:
                 seconds = time.monotonic() - start
         logs = [(folder / f"{machine.name}.log").read_text(errors="replace") for machine in machines]
         problems = ["the rank of B still runs"] if left else []
-        if tuple(statuses) != tuple(scenario.statuses):
+        if tuple(statuses) != scenario.statuses:
             problems.append(f"expected the statuses {scenario.statuses}")
-        return self._check(scenario, folder, statuses, seconds, logs, problems)
+        shown, unmet = self._check_output(scenario, folder, logs)
+        problems += unmet
+        if problems:
+            shown += [text.strip().splitlines()[-1] for text in logs if text.strip()]
+        return Outcome(scenario, statuses, seconds, " / ".join(dict.fromkeys(shown)), problems)
 
-    def _check(
-        self,
-        scenario: Scenario,
-        folder: Path,
-        statuses: Sequence[int | None],
-        seconds: float,
-        logs: Sequence[str],
-        problems: list[str],
-    ) -> Outcome:
-        shown = []
+    def _check_output(
+        self, scenario: Scenario, folder: Path, logs: Sequence[str]
+    ) -> tuple[list[str], list[str]]:
+        """Return the expected lines, and what is not as expected."""
+        shown, problems = [], []
         for index, pattern in scenario.lines:
             matching = [line for line in logs[index].splitlines() if re.search(pattern, line)]
             shown += matching[:1]
@@ -365,9 +357,7 @@ class ScenarioRunner:
                 problems.append(f"{count} lines {pattern!r}")
         if scenario.same_losses and _losses(folder) != _losses(self.folder / "equal"):
             problems.append("other losses than on equal machines")
-        if problems:
-            shown += [text.strip().splitlines()[-1] for text in logs if text.strip()]
-        return Outcome(scenario, statuses, seconds, " / ".join(dict.fromkeys(shown)), problems)
+        return shown, problems
 
     def _path(self, path: str) -> Path:
         return (self.folder if path.startswith("data") else self.repository) / path
