@@ -162,3 +162,55 @@ def test_metrics_by_class_choose_the_best(tmp_path: Path, name: str, key: str):
     values = [record[key] for record in records(tmp_path, "validation")]
     assert summary.best["value"] == max(values)
     assert summary.best["epoch"] == values.index(max(values)) + 1
+
+
+def test_a_lost_best_checkpoint_is_restored_from_the_same_evaluation(tmp_path: Path, figures, caplog):
+    """Not from one that follows it, in the same epoch or the next, at which `max_steps` ended a run."""
+    options = {"epochs": 3, "keep_checkpoints": 9}
+    figures(top1=[60.0, 50.0, 70.0, 65.0], loss=[1.0] * 4)  # after steps 5 and 7, then 9 and 10
+    config = make_config(tmp_path, **options, max_steps=STEPS + 2)
+    run(config)
+    best = tmp_path / checkpoint_files.BEST
+    for max_steps, best_step, top1 in (
+        (STEPS + 2, STEPS, 60.0),
+        (2 * STEPS - 1, 2 * STEPS - 1, 70.0),
+        (2 * STEPS, 2 * STEPS - 1, 70.0),
+    ):
+        state = run_folder.open_run(tmp_path, config)
+        config = make_config(tmp_path, **options, max_steps=max_steps)
+        run(config, state=state)
+        content = best.read_bytes()
+        best.unlink()
+        state = run_folder.open_run(tmp_path, config)
+        restored = checkpoint_files.step_file(tmp_path, best_step)
+        assert caplog.records[-1].getMessage().endswith(f"; restored from {restored}")
+        assert best.read_bytes() == content
+        assert state["best"]["top1"] == top1
+
+
+@pytest.mark.parametrize(
+    ("state", "is_best"),
+    [
+        ({"epoch": 2, "epoch_step": 0, "evaluations_since_best": 0}, True),
+        ({"epoch": 2, "epoch_step": 3, "evaluations_since_best": 0}, False),  # ended in the next epoch
+        ({"epoch": 1, "epoch_step": 3, "evaluations_since_best": 0}, True),
+        ({"epoch": 1, "epoch_step": 0, "evaluations_since_best": 0}, False),
+        ({"epoch": 2, "epoch_step": 0, "evaluations_since_best": 1}, False),
+        ({"epoch": 2}, True),  # of version 0.1.0
+        ({"epoch": 3}, False),
+    ],
+)
+def test_the_best_checkpoint_without_a_log(tmp_path: Path, state: dict, is_best: bool):
+    best = {"top1": 60.0, "weights": "raw", "epoch": 2}
+    assert run_folder._is_best_evaluation(tmp_path, {"step": 10, "best": best, **state}) == is_best
+
+
+@pytest.mark.parametrize("text", ["NaN", "1e999", "-1", "101", '"nan"'])
+def test_a_damaged_summary_is_not_a_result(tmp_path: Path, text: str):
+    config = make_config(tmp_path)
+    run(config)
+    state = run_folder.open_run(tmp_path, config)
+    (tmp_path / "summary.json").write_text('[{"top1": 50.0}]')
+    assert run_folder.finished_top1(tmp_path, state, config) == 50
+    (tmp_path / "summary.json").write_text(f'[{{"top1": {text}}}]')
+    assert run_folder.finished_top1(tmp_path, state, config) is None

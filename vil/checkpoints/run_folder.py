@@ -215,9 +215,12 @@ def _restore_best(folder: Path, state: State) -> None:
             candidate = read_training_state(path, digest_required=True)
         except UserError:
             continue
-        # The epoch of the best counts from 1, and a run may end within an epoch.
-        is_epoch = state["best"]["epoch"] in (candidate["epoch"], candidate["epoch"] + 1)
-        if candidate["best"] != state["best"] or step != candidate["finished_step"] or not is_epoch:
+        is_evaluated = step == candidate["finished_step"]
+        if (
+            candidate["best"] != state["best"]
+            or not is_evaluated
+            or not _is_best_evaluation(folder, candidate)
+        ):
             continue
         try:
             checkpoint_files.keep_damaged(best)
@@ -229,6 +232,37 @@ def _restore_best(folder: Path, state: State) -> None:
         return
     state["best"], state["evaluations_since_best"] = None, 0
     _logger.warning("%s; the best of the remaining evaluations replaces it", problem)
+
+
+def _is_best_evaluation(folder: Path, state: State) -> bool:
+    """Return True if the evaluation of a checkpoint of the run in `folder` is `best`.
+
+    An evaluation at which `max_steps` ended the run may follow the best one in the next epoch, or in the same
+    one, in which the log tells them apart.
+    """
+    best = state["best"]
+    # The epoch of the best counts from 1, and a run may end within an epoch.
+    epochs = {state["epoch"], state["epoch"] + 1}
+    if "epoch_step" in state:  # older versions do not store it
+        epochs = {state["epoch"] + (state["epoch_step"] > 0)}
+    if best["epoch"] not in epochs or state.get("evaluations_since_best", 0) > 0:
+        return False
+    return _logged_step(folder, best) in (None, state["step"])
+
+
+def _logged_step(folder: Path, best: State) -> int | None:
+    """Return the step of the best evaluation by metrics.jsonl, of equal ones the first; None if unknown."""
+    key = "top1" if best["weights"] == "raw" else "ema_top1"
+    steps = []
+    with suppress(OSError):
+        for line in files.read_lines(folder / METRICS):
+            with suppress(ValueError, LookupError, TypeError):
+                record = files.parse_json(line)
+                is_epoch = (record["kind"], record["epoch"]) == ("validation", best["epoch"])
+                has_value = "value" not in best or best["value"] in record.values()
+                if is_epoch and has_value and record[key] == best["top1"]:
+                    steps.append(int(record["step"]))
+    return min(steps, default=None)
 
 
 def differences(stored: State, config: TrainConfig) -> list[tuple[str, object, object]]:
@@ -337,6 +371,7 @@ def finished_top1(folder: Path, state: State, config: TrainConfig) -> float | No
     if not is_trained and not is_stopped_early(evaluations, config.schedule.patience):
         return None
     try:
-        return float(files.parse_json(files.read_text(folder / SUMMARY, MAX_JSON_BYTES))[0]["top1"])
+        top1 = float(files.parse_json(files.read_text(folder / SUMMARY, MAX_JSON_BYTES))[0]["top1"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
+    return top1 if 0 <= top1 <= 100 else None
