@@ -1,5 +1,6 @@
 """Command lines: precedence, lists and flags, and one line that names the file and the key."""
 
+import argparse
 import contextlib
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vil.command_line import parse, resolve_train_command
+from vil.command_line import bounded_int, parse, resolve_train_command
 from vil.config import EvalConfig, StageConfig, TrainConfig, UserError, errors_in_section
 
 ROOT = Path(__file__).parents[1]
@@ -270,3 +271,18 @@ def test_an_open_range_is_described_with_both_ends():
     assert str(error.value) == (
         "command line: data.val_fraction: expected a number between 0 and 1, both excluded or null, got 1"
     )
+
+
+def test_help_without_docstrings():
+    """python -OO, or PYTHONOPTIMIZE=2, removes docstrings, which describe some ranges."""
+    argv = [sys.executable, "-OO", str(ROOT / "train.py"), "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--schedule.augment.mixup VALUE" in done.stdout
+
+
+@pytest.mark.parametrize("text", ["1" + "0" * 18, "9" * 5000])
+def test_integers_of_tools_have_at_most_18_digits(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"of at least 1, of at most 18 digits$"):
+        bounded_int(1)(text)
+    assert bounded_int(1)("9" * 18) == 10**18 - 1

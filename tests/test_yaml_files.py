@@ -90,3 +90,9 @@ def test_any_text_is_a_tree_or_one_line(tmp_path_factory, text):
         except UserError as error:
             message = str(error)
         assert len(message.splitlines()) <= 1
+
+
+def test_a_leading_zero_is_no_octal_number(tmp_path):
+    """YAML 1.1 reads 010 as 8 and 08 as text, YAML 1.2 both as decimal numbers."""
+    text = "[010, 08, -017, +09, 00, 0, 007, 0x10, 0o17, 0.5, 08.5]"
+    assert read_yaml(written(tmp_path, text)) == [10, 8, -17, 9, 0, 0, 7, 16, "0o17", 0.5, 8.5]

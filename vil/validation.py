@@ -300,6 +300,8 @@ def _range_name(bounds: Sequence[TypeHint]) -> str:
     for bound in bounds:
         if isinstance(bound, Predicate):
             text = (bound.func.__doc__ or "").rstrip(".")
+            if not text:  # python -OO removes it
+                return ""
             return f", {text[0].lower()}{text[1:]}"
         texts |= {type(bound): f"{value:,}" for value in dataclasses.astuple(bound)}
     low, above, high, below = (texts.get(kind) for kind in (Ge, Gt, Le, Lt))

@@ -276,3 +276,13 @@ def test_names_with_invalid_layer_numbers(tmp_path, name):
     with pytest.raises(UserError) as error:
         load_released(CASES[0] / "config.yaml", tmp_path / "model.pth")
     assert f"1 unexpected: {name[:1000]}" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{[]: 1}", "{{}}", "{1: {[]}}", "1if 1else 2", "'\\\\d'"])
+def test_literals_that_python_refuses_or_warns_about(tmp_path, text, recwarn):
+    tree = yaml.safe_load((CASES[0] / "config.yaml").read_text())
+    tree["MODEL"]["VIT"]["DROP"] = text
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=r"config\.yaml: MODEL\.VIT\.DROP: expected a value like 0\.0, got "):
+        read_published_config(tmp_path / "config.yaml")
+    assert not recwarn.list

@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import forked
 
+from vil.command_line import run_program
 from vil.runtime import console
 from vil.runtime.console import print_line
 
@@ -113,3 +115,41 @@ def test_yaml_is_read_as_utf8_in_any_locale(tmp_path: Path):
     environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, env=environment, capture_output=True, cwd=ROOT, check=True)
     assert "train_split: été" in done.stdout.decode()
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)], ids=str)
+def test_closed_streams_are_replaced(tmp_path: Path, closed: tuple[int, ...]):
+    """`train.py >&-`: otherwise the next file has the number of standard output, and printing fails."""
+    program = f"""
+import os, sys
+from vil.command_line import main
+
+def program(argv):
+    path = {str(tmp_path / "file")!r}
+    with open(path, "wb") as file:
+        assert file.fileno() > 2
+        print("text", flush=True)
+        os.write(2, b"of a library")
+        file.write(b"content")
+
+main(program)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os\nfor n in {closed}: os.close(n)\nos.execv({sys.executable!r}, "
+         f"[{sys.executable!r}, '-c', {program!r}])"],
+        cwd=ROOT, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (b"" if 1 in closed else b"text\n")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_too_many_open_files_are_one_line(capsys: pytest.CaptureFixture[str]):
+    def fail() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with pytest.raises(SystemExit) as ended:
+        run_program(fail)
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error == "error: Too many open files; raise the limit (ulimit -n), or use fewer worker processes\n"

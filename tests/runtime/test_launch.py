@@ -167,3 +167,18 @@ def test_failures_that_other_ranks_must_know(environment: dict[str, str]):
     assert not must_report_failure(1)
     environment.update(restarts)
     assert must_report_failure(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "maximum"),
+    [
+        ("MASTER_PORT", "65536", "65,535"),
+        ("MASTER_PORT", "9" * 5000, "65,535"),
+        ("WORLD_SIZE", "9" * 30, "1,000,000"),
+        ("LOCAL_WORLD_SIZE", "1000001", "1,000,000"),
+    ],
+)
+def test_numbers_that_pytorch_cannot_use(environment: dict[str, str], name: str, value: str, maximum: str):
+    environment.update({**TORCHRUN, **STORE, name: value})
+    with pytest.raises(UserError, match=f"^environment: {name}: expected an integer up to {maximum}, got '"):
+        set_ranks()

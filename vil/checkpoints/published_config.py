@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,8 +150,10 @@ def _typed(key: str, value: object, default: object) -> object:
     """Return a value of the type of its default; numbers and tuples may be written as Python literals."""
     if isinstance(value, str) and not isinstance(default, str):
         try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Python's parser
+                value = ast.literal_eval(value.strip())
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise UserError(key, f"expected a value like {default}, got {value!r}") from None
     if isinstance(default, list) and isinstance(value, list | tuple):
         is_valid = len(value) == len(default) and all(isinstance(item, int | float) for item in value)

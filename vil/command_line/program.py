@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -15,7 +16,8 @@ from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 import vil
 from vil.config import COMMAND_LINE, UserError, error_reason, printable
 from vil.runtime import launch
-from vil.runtime.console import flush_streams, print_line
+from vil.runtime.console import flush_streams, open_standard_streams, print_line
+from vil.validation import MAX_DIGITS
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -46,12 +48,14 @@ def run_program(
     """Call a program and return its result; end the process if it raises.
 
     Exit status 2 and one line on standard error for a UserError, `exit_status` of an exception that has one,
-    1 if the machine or its GPU is out of memory, 130 for Ctrl-C. Of the processes that torchrun starts on
-    one machine the first one prints the line, and for a `OneRankError` the one that raised it; an error that
-    repeats after a restart by torchrun is not printed again. Other ranks that wait for this one get the line.
+    1 if the machine or its GPU is out of memory or too many files are open, 130 for Ctrl-C. Of the processes
+    that torchrun starts on one machine the first one prints the line, and for a `OneRankError` the one that
+    raised it; an error that repeats after a restart by torchrun is not printed again. Other ranks that wait
+    for this one get the line.
     Log records of the package are printed by rank 0, and those of `MACHINE_LOGGER` by the first process of
     each machine.
     """
+    open_standard_streams()
     status, line = 0, None
     more_lines: list[str] = []
     for stream in (sys.stdout, sys.stderr):
@@ -83,6 +87,8 @@ def run_program(
             line = f"error: {reason}; smaller batches or images, or a smaller model, need less"
             if rank != "0":
                 prints, line = True, f"[rank {rank}] {line}"
+        elif getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            line = f"error: {error_reason(error)}; raise the limit (ulimit -n), or use fewer worker processes"
         elif _has_process_group():
             traceback.print_exc()
         else:
@@ -149,10 +155,15 @@ class _ConsoleHandler(logging.Handler):
 
 
 def bounded_int(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    """Return an argparse type for integers from `minimum` to `maximum`, both included and not negative."""
+    """Return an argparse type for integers from `minimum` to `maximum`, both included and not negative.
+
+    They have at most `MAX_DIGITS` digits, as in configurations.
+    """
     limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
 
     def parse(text: str) -> int:
+        if text.isdecimal() and len(text) > MAX_DIGITS:
+            raise argparse.ArgumentTypeError(f"expected an integer {limits}, of at most {MAX_DIGITS} digits")
         if not text.isdecimal() or int(text) < minimum or (maximum is not None and int(text) > maximum):
             raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text!r}")
         return int(text)

@@ -12,6 +12,24 @@ from typing import TextIO
 from vil.config import printable
 
 
+def open_standard_streams() -> None:
+    """Open /dev/null in place of standard streams that are closed (`>&-`).
+
+    Otherwise the next file that is opened, such as a checkpoint, would get the number of standard output or
+    standard error, on which libraries print.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (until the process ends)
+
+
 def print_line(line: str, stream: TextIO | None = None) -> None:
     """Print one line, escaped if necessary; ignore a stream that is closed, or on a full disk."""
     write(f"{printable(line)}\n", stream)

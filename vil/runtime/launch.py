@@ -17,6 +17,7 @@ from vil.config import UserError
 _ORIGIN = "environment"
 _USER_ERROR = 2
 """Exit status of a `UserError`."""
+_MAX_RANKS, _MAX_PORT, _MAX_NUMBER = 1_000_000, 65_535, 10**18 - 1
 _SINGLE_PROCESS_COMMAND = "RANK=0 WORLD_SIZE=1 python ... for one process"
 
 _is_rendezvous_complete = False
@@ -54,7 +55,8 @@ def read_ranks() -> Ranks:
     Raises:
         UserError: a variable is no number, or they do not fit one another.
     """
-    world_size, local_world_size = (_read(name, 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    sizes = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    world_size, local_world_size = (_read(name, 1, _MAX_RANKS) for name in sizes)
     rank, local_rank = (_read(name, 0) for name in ("RANK", "LOCAL_RANK"))
     if rank >= world_size:
         raise UserError("RANK", f"expected an integer below WORLD_SIZE, {world_size}, got {rank}", _ORIGIN)
@@ -63,18 +65,21 @@ def read_ranks() -> Ranks:
             if not os.environ.get(name):
                 reason = f"is not set, but WORLD_SIZE is {world_size}; start the program by torchrun"
                 raise UserError(name, reason, _ORIGIN)
-        _read("MASTER_PORT", 1)
+        _read("MASTER_PORT", 1, _MAX_PORT)
     return Ranks(rank, world_size, local_rank, local_world_size)
 
 
-def _read(name: str, minimum: int) -> int:
+def _read(name: str, minimum: int, maximum: int = _MAX_NUMBER) -> int:
     """Return an integer of the environment; `minimum` if the variable is not set."""
     text = os.environ.get(name)
     if text is None:
         return minimum
-    if not text.isdecimal() or int(text) < minimum:
+    number = int(text) if text.isdecimal() and len(text) < 19 else -1
+    if not text.isdecimal() or 0 <= number < minimum:
         raise UserError(name, f"expected an integer of at least {minimum}, got {text!r}", _ORIGIN)
-    return int(text)
+    if not 0 <= number <= maximum:
+        raise UserError(name, f"expected an integer up to {maximum:,}, got {text!r}", _ORIGIN)
+    return number
 
 
 def set_ranks() -> None:

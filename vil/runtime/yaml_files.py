@@ -58,10 +58,12 @@ class _StrictLoader(yaml.SafeLoader):
     """
 
     def construct_number(self, node: yaml.ScalarNode) -> object:
-        """Construct a number of YAML 1.2: 1:30 is text, not a number of base 60."""
+        """Construct a number of YAML 1.2: 1:30 is text, not of base 60, and 010 is ten, not of base 8."""
         text = self.construct_scalar(node)
         if ":" in text:
             return text
+        if decimal := re.fullmatch(r"([-+]?)0+([0-9]+)", text):
+            node = yaml.ScalarNode(node.tag, f"{decimal[1]}{decimal[2]}", node.start_mark, node.end_mark)
         if len(text) > MAX_NUMBER_LENGTH:
             raise yaml.constructor.ConstructorError(None, None, "a number that is too long", node.start_mark)
         is_float = node.tag.endswith(":float")
@@ -109,6 +111,11 @@ _StrictLoader.add_implicit_resolver(
     list("-+.0123456789"),
 )
 
+
+# 08 is no octal number: YAML 1.1 has it as text, 1.2 as a decimal number.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?0[0-9]*[89][0-9]*$"), list("-+0")
+)
 
 for _kind in ("int", "float"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _StrictLoader.construct_number)
