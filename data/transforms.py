@@ -186,7 +186,9 @@ class RandomResizedCrop:
     def draw(self, width: int, height: int) -> tuple[Box, str]:
         """Draw box and interpolation for an image of this size from Python's global generator."""
         image = _ImageSize(width, height)
-        box = RandomResizedCropAndInterpolation.get_params(image, self.scale, self.ratio)
+        top, left, rows, columns = RandomResizedCropAndInterpolation.get_params(image, self.scale, self.ratio)
+        # timm rounds the side of a tiny area, or of an extreme aspect ratio, to 0, at the last edge, too.
+        box = (min(top, height - 1), min(left, width - 1), max(1, rows), max(1, columns))
         return box, random.choice(_interpolations(self.interpolation))  # noqa: S311
 
 

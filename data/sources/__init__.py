@@ -6,6 +6,7 @@ To add a source, write a file with a subclass of `Source` and add one line to `S
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from data.sources.timm_datasets import StreamedDataset, TimmDataset
 from data.sources.webdataset import WebDataset
 from data.sources.zip import ZipImages
 from vil.config import DataConfig, UserError
+from vil.runtime.class_names import normal_form
 
 __all__ = ["SOURCES", "Source", "Split", "dataset_name", "open_source"]
 
@@ -100,6 +102,10 @@ def _check_classes(source: Source, data: DataConfig, split: Split) -> None:
     if {name.lower() for name in names} <= SPLIT_NAMES:
         reason = f"the classes are named like splits ({shorten_list(names)})"
         raise UserError(key, f"{location}: {reason}; expected <split>/<class>/<images>")
+    forms = Counter(map(normal_form, names))
+    if duplicate := next((name for name, count in forms.items() if count > 1), None):
+        reason = f"two classes are named {duplicate!r}, in different forms of Unicode; rename one of them"
+        raise UserError(key, f"{location}: {reason}")
     invalid = np.flatnonzero((source.targets < 0) | (source.targets >= len(names)))
     if len(invalid):
         reason = f"{source.describe(int(invalid[0]))} has the class {source.targets[invalid[0]]}"

@@ -331,3 +331,13 @@ def test_images_without_a_class_are_rejected(split, target, monkeypatch):
     error = error_of(DataConfig(source="hfds/digits"), split, 1)
     assert error.location == "data.source"
     assert f"has the class {target}, expected 0 to 9" in error.reason
+
+
+def test_classes_that_differ_in_the_form_of_unicode_alone_are_rejected(tmp_path):
+    """Evaluation compares names in one form, and could not tell them apart."""
+    for number, name in enumerate(("\u00e9", "e\u0301", "ant")):
+        write_image(tmp_path / "train" / name / "0.png", number)
+    error = error_of(DataConfig(source="folder", root=str(tmp_path)))
+    assert error.location == "data.root"
+    reason = "two classes are named 'é', in different forms of Unicode; rename one of them"
+    assert error.reason.endswith(reason)

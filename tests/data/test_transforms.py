@@ -13,7 +13,7 @@ import yaml
 from helpers.sample_images import NO_AUGMENT, write_image
 from PIL import Image
 
-from data.transforms import channel_statistics, evaluation_transform, train_transform
+from data.transforms import RandomResizedCrop, channel_statistics, evaluation_transform, train_transform
 from vil.config import AugmentConfig, DataConfig, UserError
 from vil.runtime.seeding import seeded
 
@@ -353,3 +353,24 @@ def test_the_recipe_runs_over_photographs(photographs):
                 out = transform(pil_image)
             assert out.shape == (3, 64, 64)
             assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scale": (1e-12, 1e-12)}, {"ratio": (1e-3, 1e-3)}, {"ratio": (1e3, 1e3)}, {"scale": (1e-5, 1.0)}],
+    ids=str,
+)
+def test_a_crop_has_at_least_one_pixel(image, options):
+    """timm rounds a side of less than half a pixel to 0."""
+    views = apply(image, AugmentConfig(**BASE | options), times=50)
+    assert views.shape == (50, 3, 32, 32)
+    assert views.isfinite().all()
+    crop = RandomResizedCrop(
+        32, options.get("scale", (0.08, 1.0)), options.get("ratio", (0.75, 4 / 3)), "random"
+    )
+    random.seed(0)
+    for width, height in ((1, 1), (1, 300), (300, 1), (9, 7)):
+        for _ in range(50):
+            (top, left, rows, columns), _ = crop.draw(width, height)
+            assert 0 <= top < top + rows <= height
+            assert 0 <= left < left + columns <= width
