@@ -23,6 +23,7 @@ from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.training_state import select_weights
 from vil.checkpoints.weights import Weights, stored_model_config
 from vil.config import ModelConfig, StageConfig, UserError
+from vil.models.zoo import model_from_config
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"
 MODEL = ModelConfig(name="vil", image_size=32, num_classes=3, stages=[StageConfig(dim=8, heads=2)])
@@ -336,3 +337,31 @@ def test_every_option_of_a_model_is_kept() -> None:
     )
     assert stored_model_config(dataclasses.asdict(rich)) == rich
     assert stored_model_config(json.loads(json.dumps(dataclasses.asdict(rich)))) == rich
+
+
+def test_more_names_than_rows_of_the_head_are_refused(tmp_path: Path) -> None:
+    state_dict = model_from_config(MODEL).state_dict()
+    for names, message in (
+        (("a", "b", "c", "d"), "damaged: it names 4 classes, and its head has 3 rows"),
+        (("a", "b", "c"), None),
+        (("a", "b"), None),  # further rows have no class
+    ):
+        path = tmp_path / "x.safetensors"
+        write_safetensors(path, Weights("x", "run", "raw", state_dict, MODEL, class_names=names))
+        if message is None:
+            assert open_weights(path).class_names == names
+        else:
+            with pytest.raises(UserError, match=f"^{path}: {message}$"):
+                open_weights(path)
+
+
+def test_an_empty_list_of_class_names(tmp_path: Path) -> None:
+    """It names no class; in a checkpoint of train.py it is damage."""
+    torch.save(run_state(class_names=[]), tmp_path / "x.pt")
+    with pytest.raises(UserError, match="damaged: no model or class names"):
+        open_weights(tmp_path / "x.pt")
+    state_dict = model_from_config(MODEL).state_dict()
+    write_safetensors(
+        tmp_path / "x.safetensors", Weights("x", "run", "raw", state_dict, MODEL, class_names=())
+    )
+    assert open_weights(tmp_path / "x.safetensors").class_names is None

@@ -203,3 +203,22 @@ def test_published_checkpoints_have_the_transform_of_their_configuration() -> No
     data = timm.data.resolve_model_data_config(model)
     assert (data["input_size"], data["interpolation"]) == ((3, *model.img_size), "bicubic")
     assert (model.pretrained_cfg["num_classes"], model.pretrained_cfg["label_names"]) == (10, None)
+
+
+def test_an_image_without_finite_logits_is_an_error(tmp_path: Path) -> None:
+    write_model(tmp_path / "x.safetensors")
+    loaded = load(tmp_path / "x.safetensors")
+    image = random_image("RGB", (40, 40))
+    assert len(loaded.predict([image] * 3, batch_size=2)) == 3
+    with torch.no_grad():
+        loaded.model.head.weight[1] = float("inf")
+    with pytest.raises(UserError, match=r"^images: the logits are not finite for image 0$"):
+        loaded.predict(image)
+
+
+def test_a_model_without_classes_predicts_none(tmp_path: Path) -> None:
+    config = write_model(tmp_path / "x.safetensors")
+    model = vil.create_model(None, checkpoint=tmp_path / "x.safetensors", num_classes=0)
+    loaded = load(tmp_path / "x.safetensors")._replace(model=model)
+    with pytest.raises(UserError, match=r"^model\.num_classes: the model has no classifier"):
+        loaded.predict(random_image("RGB", config.size))

@@ -16,11 +16,11 @@ from tools.report_page.runs import Run
 from vil import command_line
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.weights import stored_model_config
-from vil.config import EvalConfig
+from vil.config import EvalConfig, errors_in_section
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions
 from vil.evaluation.complexity import measure_complexity
 from vil.evaluation.predictions import Mistake, Predictions, predict
-from vil.models.zoo import check_device, model_from_config
+from vil.models.zoo import check_device, check_logits, model_from_config
 from vil.runtime.class_names import match_classes
 from vil.runtime.distributed import Process
 from vil.runtime.images import denormalize
@@ -55,10 +55,12 @@ def evaluate_run(
     argv = [] if root is None else [f"--data.root={root}"]
     config = command_line.parse(EvalConfig, argv, base_values=stored).config
     validation = build_validation(config, process)
+    with errors_in_section("model"):
+        check_logits(model.to(device), model_config)
     indices = match_classes(validation.class_names, weights.class_names, config.model.num_classes)
     dataset = EvaluationDataset(validation.name, validation.loader, validation.class_names, indices)
     options = EvaluationOptions(device, choose_precision(None, device), progress=sys.stderr.isatty())
-    predictions = predict(model.to(device), dataset, options, max_mistakes)
+    predictions = predict(model, dataset, options, max_mistakes)
     images = [image_url(mistake, config.data.mean, config.data.std) for mistake in predictions.mistakes]
     return Evaluation(predictions, validation.class_names, weights.kind, images)
 

@@ -12,7 +12,7 @@ from vil.checkpoints.open import open_weights
 from vil.checkpoints.published_config import read_published_config
 from vil.checkpoints.weights import Weights, timm_options_start, timm_weights
 from vil.config import ModelConfig, UserError, errors_in_option, errors_in_section
-from vil.models.zoo import check_device, model_from_config
+from vil.models.zoo import check_device, check_logits, model_from_config
 from vil.runtime import consistency
 from vil.runtime.distributed import call_on_all
 from vil.runtime.seeding import seed_generators
@@ -40,7 +40,9 @@ def build_random_model(
             architecture = replace(config, timm_options=options)
         model = model_from_config(architecture)
         check_device(model, device)
-    return model.to(device)  # an attention backend that an option selects may run on this device alone
+        model.to(device)  # an attention backend that an option selects may run on this device alone
+        check_logits(model, config)
+    return model
 
 
 def initial_weights(model: ModelConfig) -> Weights:

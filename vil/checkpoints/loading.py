@@ -35,6 +35,7 @@ from vil.config import (
 )
 from vil.models import zoo
 from vil.models.multiscale_vit import MultiScaleViT
+from vil.runtime.class_names import check_has_classes
 from vil.runtime.files import read_bytes
 from vil.runtime.images import (
     MAX_ENCODED_BYTES,
@@ -44,6 +45,9 @@ from vil.runtime.images import (
     supported_formats,
 )
 from vil.validation import validate
+
+NOT_FINITE = "the logits are not finite"
+"""Reason why an image has no prediction."""
 
 ImageInput = Image.Image | str | Path
 """An image of Pillow, or the path of an image file."""
@@ -80,8 +84,10 @@ class LoadedModel(NamedTuple):
             first. Without `class_names`, 1,000 classes have ImageNet's WordNet ids, others their number.
 
         Raises:
-            UserError: an image cannot be read or is of another type, or a number is below 1.
+            UserError: an image cannot be read or is of another type, the logits of one are not finite, a
+                number is below 1, or the model has no classes.
         """
+        check_has_classes(getattr(self.model, "num_classes", None))
         for name, number in (("top", top), ("batch_size", batch_size)):
             if number < 1:
                 raise UserError(name, f"expected a number from 1, got {number}")
@@ -95,6 +101,9 @@ class LoadedModel(NamedTuple):
             batch = torch.stack([self._read(image) for image in images[start : start + batch_size]])
             logits = self.model(batch.to(device=parameter.device, dtype=parameter.dtype))  # (B, classes)
             names = name_rows(self.class_names, logits.shape[1])
+            for index, is_finite in enumerate(logits.isfinite().all(dim=1).tolist(), start):
+                if not is_finite:
+                    raise UserError("images", f"{NOT_FINITE} for image {index}")
             top_classes = logits.float().softmax(dim=1).topk(min(top, len(names)), dim=1)
             for indices, values in zip(top_classes.indices.tolist(), top_classes.values.tolist()):
                 predictions.append([(names[index], value) for index, value in zip(indices, values)])

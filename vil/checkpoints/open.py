@@ -66,6 +66,9 @@ def open_weights(
             raise UserError("", "holds no weights")
         for name, value in opened.state_dict.items():
             _check_weight(name, value)
+        names, rows = opened.class_names or (), opened.head_rows()
+        if rows is not None and len(names) > rows:
+            raise UserError("", f"damaged: it names {len(names):,} classes, and its head has {rows:,} rows")
         if published_config is None:
             return dataclasses.replace(opened, path=str(file))
         if opened.format != "published":

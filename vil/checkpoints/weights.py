@@ -98,7 +98,7 @@ class Weights:
         transform = {key: options.pop(key) for key in TRANSFORM_OPTIONS if key in options}
         with errors_in_option(""):
             config = None if model is None else stored_model_config(model)
-        names = None if class_names is None else tuple(class_names)
+        names = tuple(class_names or ()) or None
         return cls("", format, kind, state_dict, config, options, transform, names)
 
     def data_with_split(self) -> dict[str, object]:
@@ -175,7 +175,7 @@ class Weights:
         Raises:
             UserError: options that do not go together, or a model that is much larger than the weights.
         """
-        num_classes = self._head_rows(config.name) or num_classes
+        num_classes = self.head_rows(config.name) or num_classes
         with self._size_limit() as max_bytes:
             return model_from_config(config, num_classes, max_bytes)
 
@@ -326,8 +326,15 @@ class Weights:
             reason = f"describes a model of more than {max_bytes / 1e6:,.0f} MB"
             raise UserError("", f"{reason}, and holds {size / 1e6:,.1f} MB of weights", self.path) from None
 
-    def _head_rows(self, name: str) -> int | None:
-        """Return the classes of the weights of the model with this name; None if they have no head."""
+    def head_rows(self, name: str | None = None) -> int | None:
+        """Return the rows of the head of these weights; None if they have no head or are of an unknown model.
+
+        `name` is that of their model; None is the name that the file describes.
+        """
+        if name is None:
+            if self.model is None:
+                return None
+            name = self.model.name
         cfg = get_pretrained_cfg(name.removeprefix("timm/"))
         weight = self.state_dict.get(f"{_as_list((cfg and cfg.classifier) or 'head')[0]}.weight")
         return len(weight) if weight is not None and weight.dim() else None

@@ -24,10 +24,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vil.attention import Attention
-from vil.config import AttentionName, ModelConfig, Size, StageConfig, Tree, UserError, error_reason
+from vil.config import (
+    AttentionName,
+    ModelConfig,
+    Size,
+    StageConfig,
+    Tree,
+    UserError,
+    error_reason,
+    format_size,
+)
 from vil.models.limits import check_model_size
 from vil.models.multiscale_vit import MAX_BLOCKS, MultiScaleViT
 from vil.models.state_dict import has_published_names, translate_state_dict
+from vil.runtime.modes import mode
 from vil.validation import INITIALIZATION, TIMM_START_OPTIONS, timm_start_options, validate
 
 MAX_REASON_LENGTH = 300
@@ -194,6 +204,31 @@ def check_device(model: nn.Module, device: torch.device) -> None:
             module.check_device(device)
 
 
+@torch.no_grad()
+def check_logits(model: nn.Module, config: ModelConfig) -> None:
+    """Raise UserError if a model of timm does not compute the logits of its classes for an image.
+
+    timm builds models whose options do not fit one another or the size of the images, and others that return
+    feature maps. The model computes one image, in eval mode and on its device.
+    """
+    if isinstance(model, MultiScaleViT):
+        return
+    device = next((parameter.device for parameter in model.parameters()), None)
+    option = "timm_options" if config.timm_options else "name"
+    try:
+        with mode(model, training=False):
+            logits = model(torch.zeros(1, config.in_chans, *config.size, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any type
+        reason = error_reason(error, MAX_REASON_LENGTH)
+        size = f"images of {format_size(config.size)} pixels"
+        raise UserError(option, f"{config.name} cannot compute {size}: {reason}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (1, getattr(model, "num_classes", -1)):
+        shape = f"of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(option, f"the output of {config.name} is {shape}, expected one logit per class")
+
+
 def resolve_stages(config: ModelConfig) -> list[StageConfig]:
     """Return the stages of a configuration: those of the zoo, or `config.stages`, with its options applied.
 
@@ -286,6 +321,11 @@ def _timm_model(config: ModelConfig, max_bytes: int | None = None, more: Tree | 
         if field.name not in _TIMM_OPTIONS and getattr(config, field.name) != field.default:
             raise UserError(field.name, f"{config.name} has no such option; see timm_options")
     arguments: Tree = dict(config.timm_options or {})
+    for key in ("num_classes", "in_chans"):
+        if key in arguments:
+            raise UserError("timm_options", f"{key}: set model.{key} instead")
+    if not more and arguments.get("features_only"):
+        raise UserError("timm_options", "features_only: the model would have no classes")
     _check_timm_numbers(arguments)
     arguments["num_classes"] = config.num_classes
     if config.in_chans != ModelConfig.in_chans:
@@ -322,6 +362,8 @@ def _check_timm_numbers(options: Mapping[str, object]) -> None:
         limit = MAX_BLOCKS if key in ("depth", "depths", "layers") else MAX_TIMM_OPTION
         if not all(abs(number) <= limit for number in numbers):  # also false for nan
             raise UserError("timm_options", f"{key}: numbers must be from -{limit:,} to {limit:,}")
+        if key.endswith("_rate") and not all(0 <= number <= 1 for number in numbers):
+            raise UserError("timm_options", f"{key}: expected a number from 0 to 1")
 
 
 def pretrained_classes(name: str, options: Mapping[str, object] | None = None) -> int:

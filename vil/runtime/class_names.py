@@ -14,6 +14,13 @@ from vil.config import UserError
 _HINT = "; --match_classes position takes class k for row k"
 
 
+def check_has_classes(num_classes: object) -> None:
+    """Raise UserError for a model without classes: its output is features, which must not count as logits."""
+    if num_classes == 0:
+        reason = "the model has no classifier (0 classes): its output is features, not classes"
+        raise UserError("model.num_classes", reason)
+
+
 @cache
 def imagenet_classes() -> tuple[str, ...]:
     """Return the WordNet ids of ImageNet's 1,000 classes, in the order of their indices."""
@@ -89,8 +96,9 @@ def match_classes(
         One index per name; None if the targets are the indices.
 
     Raises:
-        UserError: names and logits do not match, or there are no names to match by.
+        UserError: names and logits do not match, there are no names to match by, or the model has no logits.
     """
+    check_has_classes(num_logits)
     names = _normalize(names, "the data has")
     imagenet = imagenet_classes()
     is_numbered = _are_numbers(names, 1000)
