@@ -16,7 +16,6 @@ not, which is logged. --help lists all options (`EvalConfig` in vil/config.py).
 
 from __future__ import annotations
 
-import os
 import sys
 
 from vil.command_line import ParsedArguments, ResolvedConfig, resolve_eval_command, run_program
@@ -44,19 +43,21 @@ from data import (
     check_same_real_labels,
     class_folder_options,
     dataset_name,
+    refuse_images_as_outputs,
 )
 from vil.command_line import errors_of_one_rank, file_origin
 from vil.command_line.stored_model import StoredModel, read_stored, resolve_over_stored
-from vil.config import EvalConfig, UserError, errors_in_option
+from vil.config import COMMAND_LINE, EvalConfig, UserError, errors_in_option, errors_in_section
 from vil.evaluation import report
 from vil.evaluation.accuracy import EvaluationDataset
 from vil.evaluation.corruptions import add_corruption_summaries, list_datasets
 from vil.evaluation.report import evaluate_model
+from vil.models.zoo import check_logits
 from vil.runtime import consistency, console, distributed
 from vil.runtime.class_names import match_classes
 from vil.runtime.consistency import RankOptions
 from vil.runtime.distributed import Process, call_on_all, call_on_main
-from vil.runtime.files import check_writable, is_stream, refuse_input_as_output
+from vil.runtime.files import check_outputs, check_writable
 from vil.runtime.precision import choose_precision, set_deterministic
 from vil.validation import as_tree, flatten
 
@@ -71,6 +72,7 @@ OUTPUTS = {
 """Options that name an output file, and what writes it."""
 CLASS_OUTPUTS = ("per_class_csv", "confusion_csv")
 """Those that need images."""
+NO_IMAGES = "requires images; complexity evaluates none"
 IMAGENET_CLASSES = 1000
 """Classes of a model if neither data nor weights nor configuration determine them."""
 
@@ -92,7 +94,7 @@ def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConf
                 _logger.warning("%s", line)
             options = flatten(as_tree(config))
             consistency.check_options(RankOptions(options, {}, is_stored=False))
-            check_outputs(args, config)
+            check_output_files(args, command)
             check_single_result(args, config)
             choose_precision(config.precision, process.device)
             set_deterministic(config.deterministic)
@@ -106,25 +108,27 @@ def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConf
         raise command.locate(error) from error
 
 
-def check_outputs(args: ParsedArguments[EvalConfig], config: EvalConfig) -> None:
-    """Raise UserError if an output file cannot be written, or is an input or another output."""
-    datasets = [name for name in config.datasets or () if Path(name).is_file()]
-    named = (config.released_config, config.data.list_file, config.data.val_list, config.data.real_labels)
-    inputs = [*args.files(), *datasets, *(config.checkpoint or ()), *filter(None, named)]
-    seen: dict[str, str] = {}
-    for option in OUTPUTS:
-        output = getattr(config, option)
-        if not output:
-            continue
-        if config.complexity and option in CLASS_OUTPUTS:
-            raise UserError(option, "requires images; complexity evaluates none")
-        if (
-            not is_stream(Path(output))
-            and (other := seen.setdefault(os.path.realpath(output), option)) != option
-        ):
-            raise UserError(option, f"{output} is the output of {other} too; name another file")
-        refuse_input_as_output(Path(output), inputs, option)
-        call_on_main(partial(check_writable, Path(output), option))
+def check_output_files(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConfig]) -> None:
+    """Raise UserError if an output file cannot be written, or is an input or another output.
+
+    Options that need images are refused with `complexity`.
+    """
+    outputs = output_files(command.config)
+    for option in CLASS_OUTPUTS:
+        if command.config.complexity and outputs[option] is not None:
+            raise UserError(option, NO_IMAGES)
+    call_on_main(partial(check_outputs, outputs, [*args.files(), *command.inputs()]))
+    for option in ("datasets", "match_classes", "data.real_labels"):
+        if command.config.complexity and command.origins.get(option) == COMMAND_LINE:
+            raise UserError(option, NO_IMAGES)
+    for option, output in outputs.items():
+        if output is not None:
+            call_on_main(partial(check_writable, Path(output), option))
+
+
+def output_files(config: EvalConfig) -> dict[str, str | None]:
+    """Return the output file of each option in `OUTPUTS`; None for one that is not requested."""
+    return {option: getattr(config, option) for option in OUTPUTS}
 
 
 def check_single_result(args: ParsedArguments[EvalConfig], config: EvalConfig) -> None:
@@ -151,6 +155,8 @@ def open_evaluation(
     commands = [resolve_over_stored(dataset_args, stored) for dataset_args in args_per_dataset]
     args_per_dataset[0].finish(commands[0])
     config = commands[0].config
+    roots = [command.config.data.root for command in commands]
+    call_on_main(partial(refuse_images_as_outputs, output_files(config), roots))
     is_stored = path is not None and commands[0].origins.get("data.source") == file_origin(path)
     if is_stored and not config.complexity:
         _logger.info("evaluating on %s, the data of %s", dataset_name(config.data), path)
@@ -164,6 +170,9 @@ def open_evaluation(
         source = stored.weights.path
         with errors_in_option("checkpoint"):
             stored.weights.load_into(model, config.model.size)
+    if validations:
+        with errors_in_section("model"):
+            check_logits(model.to(process.device), config.model)
     consistency.check_weights("checkpoint" if source else "model", model)
     return partial(evaluate_model, model, datasets, config, process, checkpoint=source, weights=stored.kind)
 
@@ -225,7 +234,7 @@ def match_datasets(
     trained_names = stored.weights.class_names if stored.weights is not None else None
     if stored.kind == "untrained" and validations and config.model.num_classes is None:
         trained_names = validations[0].class_names
-    num_logits = config.model.num_classes or getattr(model, "num_classes", None)
+    num_logits = getattr(model, "num_classes", config.model.num_classes)
     by_position = config.match_classes == "position" or stored.kind == "untrained"
     datasets = []
     for validation in validations:

@@ -22,6 +22,7 @@ from data.loaders import (
 )
 from data.mixing import Mixing
 from data.order import ORDER_VERSION
+from data.outputs import refuse_images_as_outputs
 from data.progressive_resizing import ProgressiveResizingLoader
 from data.random_sizes import RandomSizesLoader
 from data.real_labels import NotImageNetError, RealLabelImages, check_same_real_labels
@@ -51,6 +52,7 @@ __all__ = [
     "class_folder_options",
     "dataset_name",
     "open_eval_sets",
+    "refuse_images_as_outputs",
 ]
 
 

@@ -442,3 +442,54 @@ def test_a_checkpoint_of_timm_with_a_named_model(tmp_path: Path) -> None:
     assert found["loss"] == results([*argv, *same], tmp_path)[0]["loss"]
     assert found["loss"] != results([*argv, "--data.mean", "[0.4, 0.5, 0.5]"], tmp_path)[0]["loss"]
     assert "does not describe its model" in error_of(["--checkpoint", str(path)])
+
+
+HEADLESS = ": the model has no classifier (0 classes): its output is features, not classes"
+
+
+def test_features_are_no_logits(run: Path, tmp_path: Path) -> None:
+    """A model without a head would have a Top-1 whose classes are channels."""
+    best = ["--checkpoint", str(run)]
+    assert error_of([*best, "--model.num_classes", "0"]).endswith(HEADLESS)
+    config = dataclasses.asdict(TrainConfig(model=dataclasses.replace(MODEL, num_classes=0), data=DATA))
+    headless = ["--checkpoint", str(make_run(tmp_path / "headless", config=config))]
+    assert error_of(headless).endswith(HEADLESS)
+    (found,) = results([*headless, "--complexity"], tmp_path)
+    assert found["params"] == sum(value.numel() for value in weights(1).values()) - 10 * 17
+    argv = ["--model", str(ROOT / "configs/models/vil_32.yaml"), "--model.num_classes", "0"]
+    assert error_of(argv).endswith(HEADLESS)
+
+
+def test_options_that_need_images_are_refused_without_any(run: Path) -> None:
+    argv = ["--checkpoint", str(run), "--complexity"]
+    for option, value in (("datasets", "none"), ("match_classes", "position"), ("data.real_labels", "none")):
+        message = f"{option}: requires images; complexity evaluates none"
+        assert error_of([*argv, f"--{option}", value]) == message
+
+
+def test_an_output_without_a_name_is_refused(run: Path) -> None:
+    for option in ("json", "csv", "per_class_csv", "confusion_csv"):
+        message = error_of(["--checkpoint", str(run), f"--{option}", ""])
+        assert message == f"{option}: expected the name of a file, got ''"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{global_pool: ''}", "timm_options: timm/resnet10t cannot compute images of 32×32 pixels: mat1 and"),
+        ("{num_classes: 7}", "timm_options: num_classes: set model.num_classes instead"),
+        ("{in_chans: 1}", "timm_options: in_chans: set model.in_chans instead"),
+        ("{features_only: true}", "timm_options: features_only: the model would have no classes"),
+        ("{drop_rate: 2}", "timm_options: drop_rate: expected a number from 0 to 1"),
+        ("{stem_width: 0}", "timm_options: timm/resnet10t cannot compute images of 32×32 pixels: "),
+    ],
+)
+def test_models_of_timm_without_logits_are_refused(options: str, message: str) -> None:
+    argv = ["--model.name", "timm/resnet10t", "--model.image_size", "32", "--data.source", "digits"]
+    assert error_of([*argv, "--model.timm_options", options]).startswith(f"model.{message}")
+
+
+def test_images_that_a_model_of_timm_cannot_compute_are_refused() -> None:
+    argv = ["--model.name", "timm/inception_v3", "--model.image_size", "32", "--data.source", "digits"]
+    message = error_of(argv)
+    assert message.startswith("model.name: timm/inception_v3 cannot compute images of 32×32 pixels: ")

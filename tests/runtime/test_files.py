@@ -189,3 +189,20 @@ def test_an_input_is_refused_as_output(tmp_path: Path):
 def test_json_that_cannot_be_used(text: str):
     with pytest.raises(ValueError):
         files.parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("naïve", "naïve".encode()),
+        ("ant\udcff", b"ant\xff"),
+        ("a\ud800", rb"a\ud800"),
+        ("é\udcff\ud800", None),
+    ],
+)
+def test_names_that_are_not_utf8_are_written(tmp_path: Path, text: str, content: bytes | None):
+    """Of class folders, with their bytes; other surrogates, as JSON may hold them, are escaped."""
+    for number, write in enumerate((write_durably, write_output)):
+        write(tmp_path / str(number), text)
+        found = (tmp_path / str(number)).read_bytes()
+        assert found == (content or text.encode(errors="backslashreplace"))

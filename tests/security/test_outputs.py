@@ -11,14 +11,15 @@ import pytest
 import torch
 from helpers.planted import Outside
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from tools.ablation import main as ablate
 from tools.ablation import output, scheduler
 from tools.ablation.grid import read_grid
 from tools.ablation.results import collect
+from tools.benchmarks.program import benchmark
 from tools.dev import draw_attention
-from tools.programs import export, predict
+from tools.programs import export, find_lr, inspect_data, predict, probe
 from tools.report_page import main as report
 from tools.visualization import main as visualize
 from vil.checkpoints.safetensors_file import write_safetensors
@@ -198,3 +199,147 @@ def test_links_in_other_folders_of_results(tmp_path: Path, weights: Path, monkey
     monkeypatch.setattr(draw_attention, "FIGURES", {"masks": draw_attention.draw_neighbors})
     draw_attention.main(["--folder", str(tmp_path)])
     assert outside.changes() == []
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder of two classes with training and validation images, and a YAML file that names it."""
+    root = tmp_path / "photographs"
+    for number, name in enumerate(("train/ant", "train/bee", "val/ant", "val/bee")):
+        (root / name).mkdir(parents=True)
+        for index in range(2):
+            color = (number, index, 9 * index)
+            Image.new("RGB", (16, 16), color).save(root / name / f"{index}.png")
+    (tmp_path / "data.yaml").write_text(f"source: folder\nroot: {root}\nworkers: 0\n")
+    (tmp_path / "list.txt").write_text("ant/0.png\nant/1.png\nbee/0.png\nbee/1.png\n")
+    return root
+
+
+@pytest.fixture
+def two_classes(tmp_path: Path) -> Path:
+    stage = StageConfig(dim=8, heads=2, blocks=1, patch=4, attention="full")
+    config = ModelConfig(name="vil", stages=[stage], image_size=16, num_classes=2)
+    state_dict = model_from_config(config).state_dict()
+    content = Weights("x", "run", "raw", state_dict, config, class_names=("ant", "bee"))
+    write_safetensors(tmp_path / "two.safetensors", content)
+    return tmp_path / "two.safetensors"
+
+
+def test_inputs_of_programs_over_data_are_not_replaced(tmp_path: Path, photographs: Path, two_classes: Path):
+    """YAML files, lists of images and initial weights, and the images themselves."""
+    import eval as eval_program
+
+    quiet = ["--device", "cpu", "--progress", "false"]
+    data = ["--data", tmp_path / "data.yaml", "--data.list_file", tmp_path / "list.txt"]
+    model = ["--model.init_from", two_classes, "--schedule.batch_size", "2"]
+    image = photographs / "val" / "ant" / "0.png"
+    link = tmp_path / "link.json"
+    link.symlink_to(image)
+    lines = {
+        find_lr.main: [*data, *model, *quiet, "--steps", "10", "--json"],
+        probe.main: [two_classes, *data, *quiet, "--methods", "knn", "--k", "1", "--shots", "--json"],
+        eval_program.main: ["--checkpoint", two_classes, *data, *quiet, "--json"],
+    }
+    named = [tmp_path / "data.yaml", tmp_path / "list.txt", two_classes]
+    for program, line in lines.items():
+        for path in named:
+            refused(program, [*line, path], path)
+        for path in (image, link):
+            with pytest.raises(UserError, match="is an image of the data set; name another file"):
+                program(list(map(str, [*line, path])))
+            assert Image.open(image).size == (16, 16)
+    datasets = ["--checkpoint", two_classes, *quiet, "--datasets", photographs / "val", "--csv", image]
+    for program, line in (
+        (eval_program.main, datasets),
+        (inspect_data.main, [photographs, "--workers", "0", "--json", image]),
+    ):
+        with pytest.raises(UserError, match="is an image of the data set"):
+            program(list(map(str, line)))
+    archive = photographs / "train.tar"
+    archive.write_bytes(b"archive")
+    with pytest.raises(UserError, match="is an image of the data set"):
+        inspect_data.main([str(photographs), "--sheet", str(archive)])
+
+
+def test_a_figure_replaces_an_earlier_one_beside_the_classes(photographs: Path):
+    argv = [str(photographs / "val"), "--workers", "0", "--sheet", str(photographs / "val" / "sheet.png")]
+    for _ in range(2):
+        inspect_data.main(argv)
+    assert Image.open(photographs / "val" / "sheet.png").width > 100
+
+
+def test_two_outputs_of_a_command_differ(tmp_path: Path, photographs: Path, two_classes: Path):
+    output = str(tmp_path / "output")
+    other = str(tmp_path / "photographs" / ".." / "output")
+    lines = {
+        inspect_data.main: [photographs, "--json", output, "--sheet", other],
+        probe.main: [two_classes, "--data", tmp_path / "data.yaml", "--json", output, "--csv", other],
+        find_lr.main: ["--data", tmp_path / "data.yaml", "--json", output, "--curve", other],
+        benchmark: ["loader", "--sources", "digits=.", "--csv", output, "--markdown", other],
+    }
+    for program, line in lines.items():
+        with pytest.raises(UserError, match=r"is the output of .* too; name another file"):
+            program(list(map(str, line)))
+    assert not (tmp_path / "output").exists()
+
+
+def test_files_beside_a_checkpoint_are_not_replaced(tmp_path: Path, image: Path, two_classes: Path):
+    """Its digest; of a checkpoint in a run's folder, all files of the run."""
+    import eval as eval_program
+
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.pt"
+    checkpoint.write_bytes(two_classes.read_bytes())
+    two_classes.with_name("two.safetensors.sha256").write_text("digest\n")
+    (tmp_path / "run" / "config.yaml").write_text("{}\n")
+    digest = tmp_path / "run" / "checkpoints" / "best.pt.sha256"
+    for given, path in (
+        (checkpoint, digest),
+        (checkpoint, tmp_path / "run" / "config.yaml"),
+        (two_classes, two_classes.with_name("two.safetensors.sha256")),
+    ):
+        refused_argv = ["--checkpoint", given, "--data.source", "digits", "--json", path]
+        path.write_text("content\n")
+        refused(eval_program.main, refused_argv, path)
+        refused(export.main, [given, path, "--format", "safetensors"], path)
+    (tmp_path / "page.yaml").write_text(GRID + "# <!-- begin page --> <!-- end page -->\n")
+    refused(
+        ablate.main, [tmp_path / "page.yaml", "--markdown", tmp_path / "page.yaml"], tmp_path / "page.yaml"
+    )
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "loop", "folder", ""])
+def test_names_that_cannot_be_written_are_refused_before_any_work(
+    tmp_path: Path, name: str, weights: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also a name that is too long for the file system, and a link to itself."""
+    import eval as eval_program
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(eval_program, "open_evaluation", lambda *_: pytest.fail("was not refused"))
+    monkeypatch.setattr(predict, "predict", lambda *_: pytest.fail("was not refused"))
+    argv = ["--checkpoint", str(weights), "--device", "cpu", "--json", name]
+    with pytest.raises(UserError, match=r"^(command line: )?json: "):
+        eval_program.main(argv)
+    for program, line in (
+        (predict.main, [weights, image, "--device", "cpu", "--workers", "0", "--output", name]),
+        (report.main, [tmp_path, "--output", name]),
+        (inspect_data.main, [tmp_path, "--json", name]),
+    ):
+        with pytest.raises(UserError, match=r"^--\w+: "):
+            program(list(map(str, line)))
+
+
+def test_a_long_name_is_exported(tmp_path: Path, weights: Path):
+    path = tmp_path / ("n" * 250)
+    export.main([str(weights), str(path), "--format", "safetensors"])
+    assert load_file(path)
+
+
+def test_standard_output_holds_the_export_alone(weights: Path, capfdbinary: pytest.CaptureFixture[bytes]):
+    export.main([str(weights), "/dev/stdout", "--format", "safetensors"])
+    out, err = capfdbinary.readouterr()
+    assert load(out)
+    assert err == b"/dev/stdout: safetensors, raw weights\n"

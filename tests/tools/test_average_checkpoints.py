@@ -240,6 +240,10 @@ def test_refusals(runs: list[str], tmp_path: Path) -> None:
             [a, b, *output, "--greedy", "--tta", "hflip"],
             "command line: --tta: is not an option of average_checkpoints.py",
         ),
+        (
+            [runs[0], "--last", "2", "--run-checkpoint", "last", *output],
+            "command line: --run-checkpoint: cannot be combined with --last",
+        ),
         ([a, b, "--output", a], f"--output: {a} is an input of this command; name another file"),
         ([a, str(tmp_path / "none"), *output], f"{tmp_path / 'none'}: no such file or folder"),
         ([a, str(tmp_path / "y.pt"), *output], f"{tmp_path / 'y.pt'}: the file is empty"),

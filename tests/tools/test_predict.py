@@ -14,6 +14,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from data.transforms import evaluation_transform
+from data.workers import limit_workers
 from tools.programs import predict as program
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
@@ -220,3 +221,55 @@ def test_invalid_arguments(folder, argv, message):
     with pytest.raises(UserError) as error:
         program.main(argv)
     assert str(error.value).removeprefix("command line: ").startswith(message)
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_an_image_without_finite_logits_has_no_prediction(folder, capsys, monkeypatch, form):
+    """Weights and pixels are finite, but their products are not."""
+    monkeypatch.setattr(sys, "argv", [])
+    torch.manual_seed(0)
+    model = model_from_config(CONFIG)
+    state_dict = {name: value * 1e30 for name, value in model.state_dict().items()}
+    weights = Weights("x", "run", "raw", state_dict, CONFIG, transform=DATA, class_names=NAMES)
+    write_safetensors("x.safetensors", weights)
+    argv = ["x.safetensors", "pics/img2.png", "--workers", "0", "--format", form]
+    status, out, err = run(capsys, *argv)
+    assert (status, err) == (1, "pics/img2.png: the logits are not finite\n")
+    assert "nan" not in out.lower()
+    assert "the logits are not finite" in out
+
+
+def test_features_are_no_classes(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    state_dict = model_from_config(CONFIG).state_dict()
+    config = ModelConfig(name="vil", image_size=32, num_classes=0, stages=STAGES)
+    write_safetensors("x.safetensors", Weights("x", "run", "raw", state_dict, config))
+    status, out, err = run(capsys, "x.safetensors", "pics/img2.png", "--workers", "0")
+    assert status == 2
+    assert "%" not in out
+    assert err.startswith("error: model.num_classes: the model has no classifier (0 classes)")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_predictions_that_cannot_be_written_are_an_error(folder, capsys, monkeypatch):
+    write_checkpoint(folder / "x.safetensors")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        status, _, err = run(capsys, "x.safetensors", "pics/img2.png", "--workers", "0")
+    assert status == 2
+    assert err == "error: --output: standard output cannot be written: No space left on device\n"
+
+
+def test_workers_are_limited_to_the_cores(folder, capsys, monkeypatch):
+    write_checkpoint(folder / "x.safetensors")
+    counts = []
+    loader = program.DataLoader
+
+    def counted(*arguments, num_workers, **options):
+        counts.append(num_workers)
+        return loader(*arguments, num_workers=0, **options)
+
+    monkeypatch.setattr(program, "DataLoader", counted)
+    status, _, err = run(capsys, "x.safetensors", "pics/img2.png", "--workers", "1000000")
+    assert status == 0, err
+    assert counts == [limit_workers(1_000_000)]

@@ -402,3 +402,11 @@ def test_worst_of_many_classes_are_shown():
 
 class NamedRun:
     name = "run"
+
+
+def test_names_that_are_not_utf8_do_not_end_the_report(tmp_path):
+    """Such as class folders; a title takes the same way into the page."""
+    write_run(tmp_path / "run")
+    argv = [str(tmp_path / "run"), "--no-predictions", "--title", "ant \udcff"]
+    report([*argv, "--output", str(tmp_path / "report.html")])
+    assert b"ant \xff" in (tmp_path / "report.html").read_bytes()

@@ -27,6 +27,7 @@ from tools.ablation.scheduler import Stopped, execute, visible_gpus
 from vil.command_line import ToolParser, bounded_int
 from vil.config import COMMAND_LINE, UserError
 from vil.runtime.console import print_line
+from vil.runtime.files import refuse_input_as_output
 from vil.runtime.launch import read_ranks
 
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
         if names.count(name) > 1:
             raise UserError(COMMAND_LINE, f"two grids are called {name}; their runs would share a folder")
     if arguments.markdown:
+        refuse_input_as_output(arguments.markdown, arguments.grids, "--markdown")
         output.check_markers(arguments.markdown, names)
     grids = [
         read_grid(path, arguments.output, train_options, arguments.seeds, check_data=not arguments.report)

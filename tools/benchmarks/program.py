@@ -14,7 +14,7 @@ from tools.benchmarks.timing import describe_machine
 from vil.command_line import ToolParser, bounded_int
 from vil.config import Precision
 from vil.runtime import console, distributed
-from vil.runtime.files import check_writable, write_output
+from vil.runtime.files import check_outputs, check_writable, write_output
 from vil.runtime.precision import choose_precision
 
 DESCRIPTION = """Time local attention, whole models, and data loaders.
@@ -44,9 +44,11 @@ def benchmark(argv: Sequence[str]) -> None:
     Exit with status 1 if a backend breaks down or `--check` finds a wrong result.
     """
     arguments = parser().parse_args(argv)
-    for option in ("csv", "markdown"):
-        if path := getattr(arguments, option):
-            check_writable(Path(path), f"--{option}")
+    outputs = {"--csv": arguments.csv, "--markdown": arguments.markdown}
+    check_outputs(outputs, ())
+    for option, path in outputs.items():
+        if path is not None:
+            check_writable(Path(path), option)
     with distributed.start(arguments.device) as process:
         device = process.device
     is_loader = arguments.command == "loader"

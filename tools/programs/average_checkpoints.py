@@ -34,7 +34,7 @@ from torch import Tensor
 
 from data import build_validation
 from tools.programs.evaluation_options import check_order, parse_evaluation_options, start_single_process
-from vil.checkpoints.checkpoint_files import step_files
+from vil.checkpoints.checkpoint_files import digest_file, step_files
 from vil.checkpoints.open import find_checkpoint, open_weights
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.training_state import library_versions, write_training_state
@@ -49,8 +49,10 @@ from vil.config import (
     UserError,
     error_reason,
     errors_in_option,
+    errors_in_section,
 )
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
+from vil.models.zoo import check_logits
 from vil.runtime.class_names import match_classes
 from vil.runtime.console import print_line
 from vil.runtime.distributed import Process
@@ -77,6 +79,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--output", f"expected a name that ends with .pt or .safetensors, got {output}")
     paths = arguments.checkpoint
     if arguments.last is not None:
+        if arguments.run_checkpoint != "best":
+            raise UserError("--run-checkpoint", "cannot be combined with --last", COMMAND_LINE)
         paths = last_checkpoints(paths, arguments.last)
     if len(paths) < 2:
         raise UserError("checkpoint", "expected at least two; --last N takes the newest N of one run")
@@ -84,11 +88,13 @@ def main(argv: Sequence[str]) -> None:
     real_paths = list(map(os.path.realpath, files))
     if duplicate := next((file for file, path in zip(files, real_paths) if real_paths.count(path) > 1), None):
         raise UserError("checkpoint", f"{duplicate} occurs twice")
-    refuse_input_as_output(output, files, "--output")
+    args = parse_evaluation_options(others, "average_checkpoints.py", frozenset({"match_classes"}))
+    inputs = [*files, *filter(None, [arguments.released_config]), *args.resolve().inputs()]
+    for path in (output, digest_file(output)):
+        refuse_input_as_output(path, inputs, "--output")
     check_writable(output, "--output")
     read = partial(open_weights, published_config=arguments.released_config, weights=arguments.weights)
     if arguments.greedy:
-        args = parse_evaluation_options(others, "average_checkpoints.py", frozenset({"match_classes"}))
         with start_single_process(args.resolve().config) as process:
             weights, averaged = greedy_average(files, read, args, process)
     else:
@@ -236,6 +242,8 @@ def build_evaluation(
         validation = build_validation(config, process)
         num_classes = len(validation.class_names)
         model = stored.build_model(config.model, num_classes, process.device).to(process.device)
+        with errors_in_section("model"):
+            check_logits(model, config.model)
         by_position = config.match_classes == "position"
         indices = match_classes(
             validation.class_names, first.class_names, config.model.num_classes, by_position

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ from vil.checkpoints.weights import Weights
 from vil.command_line import ToolParser
 from vil.config import UserError, error_reason
 from vil.runtime.console import print_line
-from vil.runtime.files import move_output, refuse_input_as_output
+from vil.runtime.files import is_standard_output, move_output, refuse_input_as_output
 
 TOLERANCE = 1e-4
 """Largest difference between a logit of the model and of its export."""
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     model = weights.build_model()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name[:50]}.", dir=output.parent) as folder:
             temporary = Path(folder) / "export" / output.name
             temporary.parent.mkdir()
             with (Path(folder) / "mode").open("x") as file:  # libraries write files that others cannot read
@@ -83,7 +84,8 @@ def main(argv: Sequence[str]) -> None:
                 move_output(temporary, output)
     except OSError as error:
         raise UserError(str(output), f"cannot be written: {error_reason(error)}") from None
-    print_line(f"{output}: {arguments.format}, {weights.kind} weights")
+    line = f"{output}: {arguments.format}, {weights.kind} weights"
+    print_line(line, sys.stderr if is_standard_output(output) else None)
 
 
 def export_torch(model: nn.Module, weights: Weights, path: Path) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Mixing, build_loaders, check_same_images
+from data import Mixing, build_loaders, check_same_images, refuse_images_as_outputs
 from tools.png import as_png
 from vil.checkpoints.initialization import build_random_model, initialize_model
 from vil.command_line import ToolParser, bounded_int, resolve_train_command
@@ -36,7 +36,7 @@ from vil.runtime import distributed
 from vil.runtime.console import print_line
 from vil.runtime.distributed import Process, all_reduce_sum, call_on_all
 from vil.runtime.epoch_steps import EpochSteps
-from vil.runtime.files import check_writable, write_output
+from vil.runtime.files import check_outputs, check_writable, write_output
 from vil.runtime.precision import choose_precision, set_deterministic
 from vil.runtime.seeding import seed_generators
 from vil.training.distillation import build_teacher
@@ -67,10 +67,13 @@ def main(argv: Sequence[str]) -> None:
     if arguments.min_lr >= arguments.max_lr:
         reason = f"expected less than --max-lr {arguments.max_lr:g}, got {arguments.min_lr:g}"
         raise UserError("--min-lr", reason, COMMAND_LINE)
-    for option in ("curve", "json"):
-        if path := getattr(arguments, option):
-            check_writable(path, f"--{option}")
     command = resolve_train_command(others)
+    outputs = {"--curve": arguments.curve, "--json": arguments.json}
+    check_outputs(outputs, command.inputs())
+    refuse_images_as_outputs(outputs, [command.config.data.root])
+    for option, path in outputs.items():
+        if path is not None:
+            check_writable(path, option)
     try:
         with distributed.start(command.config.device) as process:
             rates = np.geomspace(arguments.min_lr, arguments.max_lr, arguments.steps).tolist()

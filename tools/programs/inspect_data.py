@@ -33,15 +33,16 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data import refuse_images_as_outputs
 from data.decoding import EncodedImage, UnreadableImageError, decoding_errors
 from data.sources import SOURCES, open_source
 from data.sources.base import Source, shorten_list
-from data.workers import exit_with_parent, explain_shared_memory
+from data.workers import exit_with_parent, explain_shared_memory, limit_workers
 from tools.png import as_png
 from vil.command_line import ToolParser, bounded_int
 from vil.config import DataConfig, Size, UserError, as_size, format_size, printable
 from vil.runtime.console import align, print_line
-from vil.runtime.files import check_writable, write_output
+from vil.runtime.files import check_outputs, check_writable, write_output
 
 HASH_BITS = 64
 MAX_NEAR_DISTANCE = 12
@@ -166,9 +167,12 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: with status 1 if an image cannot be read.
     """
     arguments = _parser().parse_args(argv)
-    for option in ("json", "sheet"):
-        if path := getattr(arguments, option):
-            check_writable(path, f"--{option}")
+    outputs = {"--json": arguments.json, "--sheet": arguments.sheet}
+    check_outputs(outputs, ())
+    refuse_images_as_outputs(outputs, [arguments.root])
+    for option, path in outputs.items():
+        if path is not None:
+            check_writable(path, option)
     sources = open_splits(arguments.root, arguments.source, arguments.splits)
     images = list(read_images(sources, arguments.workers))
     class_names = next(iter(sources.values())).class_names
@@ -277,7 +281,10 @@ def describe_image(encoded: EncodedImage, split: str, class_name: str, name: str
 def read_images(sources: dict[str, Source], workers: int) -> Iterator[ImageRecord]:
     """Yield the record of every image, with a progress bar on standard error."""
     loader = DataLoader(
-        _Images(sources), batch_size=None, num_workers=workers, worker_init_fn=exit_with_parent
+        _Images(sources),
+        batch_size=None,
+        num_workers=limit_workers(workers),
+        worker_init_fn=exit_with_parent,
     )
     with tqdm(total=len(loader), unit="image", disable=None, file=sys.stderr, leave=False) as bar:
         for record in explain_shared_memory(loader):

@@ -8,8 +8,9 @@ Folders are searched recursively, in natural order: img2 before img10. Images ar
 evaluation transform stored with the weights. Class names are those stored with the weights; ImageNet synsets
 (n01440764) are translated, and 1000 classes without stored names are assumed to be ImageNet's.
 
-Unreadable images are reported on standard error and in the output. Exit status: 0 if all images were read, 1
-if some were not, 2 for invalid arguments or weights.
+Images that cannot be read, and those whose logits are not finite, are reported on standard error and in the
+output. Exit status: 0 if all images have a prediction, 1 if some have none, 2 for invalid arguments or
+weights.
 """
 
 from __future__ import annotations
@@ -31,16 +32,18 @@ from tqdm import tqdm
 
 from data.decoding import UnreadableImageError
 from data.image_files import has_image_extension, is_metadata
-from data.workers import exit_with_parent, explain_shared_memory
+from data.workers import exit_with_parent, explain_shared_memory, limit_workers
 from tools.image_reader import ImageReader
+from vil.checkpoints.loading import NOT_FINITE
 from vil.checkpoints.open import open_weights
 from vil.command_line import ToolParser, bounded_int
-from vil.config import Precision, UserError, printable
-from vil.models.zoo import check_device
+from vil.config import Precision, UserError, error_reason, errors_in_option, printable
+from vil.models.zoo import check_device, check_logits
 from vil.runtime import distributed
+from vil.runtime.class_names import check_has_classes
 from vil.runtime.console import align
 from vil.runtime.csv_text import csv_text
-from vil.runtime.files import refuse_input_as_output, write_output
+from vil.runtime.files import check_writable, refuse_input_as_output, write_output
 from vil.runtime.precision import autocast, choose_precision
 
 IMAGENET_CLASSES = 1000
@@ -57,7 +60,7 @@ class ClassName:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image file, each with its probability, or why it could not be read."""
+    """The most probable classes of an image file, each with its probability, or why there are none."""
 
     image: str
     classes: tuple[tuple[ClassName, float], ...] = ()
@@ -65,14 +68,17 @@ class Prediction:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Predict all images and write the predictions; exit with status 1 if an image could not be read."""
+    """Predict all images and write the predictions; exit with status 1 if an image has none."""
     arguments = _parser().parse_intermixed_args(argv)
-    if arguments.output is not None and arguments.output.is_dir():
-        raise UserError("--output", f"{arguments.output} is a folder; expected a file")
+    if arguments.output is not None:
+        if os.path.isdir(arguments.output):
+            raise UserError("--output", f"{arguments.output} is a folder; expected a file")
+        check_writable(arguments.output, "--output")
     weights = open_weights(
         arguments.checkpoint, arguments.released_config, arguments.run_checkpoint, arguments.weights
     )
     model = weights.build_model()
+    check_has_classes(getattr(model, "num_classes", None))
     reader = ImageReader(weights.require_model(), weights.transform, arguments.checkpoint)
     with distributed.start(arguments.device) as process:
         precision = choose_precision(arguments.precision, process.device)
@@ -84,19 +90,21 @@ def main(argv: Sequence[str]) -> None:
         loader = DataLoader(
             images,
             arguments.batch_size,
-            num_workers=arguments.workers,
+            num_workers=limit_workers(arguments.workers),
             collate_fn=_collate,
             worker_init_fn=exit_with_parent,
             pin_memory=process.device.type == "cuda",
         )
         model = model.to(process.device)
+        with errors_in_option(arguments.checkpoint):
+            check_logits(model, weights.require_model())
         predictions: list[Prediction] = []
         with tqdm(total=len(images), unit="image", disable=None, file=sys.stderr, leave=False) as bar:
             for prediction in predict(model, loader, weights.class_names, arguments.top, precision):
                 predictions.append(prediction)
                 bar.update()
                 if prediction.error is not None:
-                    line = f"{prediction.image}: cannot be read: {prediction.error}"
+                    line = f"{prediction.image}: {failure(prediction.error)}"
                     tqdm.write(printable(line), file=sys.stderr)
     write(FORMATS[arguments.format](predictions), arguments.output)
     if any(prediction.error is not None for prediction in predictions):
@@ -201,10 +209,14 @@ def predict(
                 logits = model(images.to(device, non_blocking=True))  # (B, classes)
             classes = name_classes(logits.shape[1], names)
             probabilities, indices = logits.float().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
-            pairs = zip(indices.tolist(), probabilities.tolist())
-            top_classes = (tuple((classes[i], p) for i, p in zip(*row)) for row in pairs)
+            rows = zip(indices.tolist(), probabilities.tolist(), logits.isfinite().all(dim=1).tolist())
+            top_classes = (
+                tuple((classes[i], p) for i, p in zip(row, values)) if is_finite else ()
+                for row, values, is_finite in rows
+            )
         for path, error in files:
-            yield Prediction(path, next(top_classes) if error is None else (), error)
+            found = next(top_classes) if error is None else ()
+            yield Prediction(path, found, error or (None if found else NOT_FINITE))
 
 
 def name_classes(count: int, names: Sequence[str] | None) -> list[ClassName]:
@@ -224,6 +236,11 @@ def name_classes(count: int, names: Sequence[str] | None) -> list[ClassName]:
     ]
 
 
+def failure(error: str) -> str:
+    """Return a line on an image without prediction."""
+    return error if error == NOT_FINITE else f"cannot be read: {error}"
+
+
 # --- Output -------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +250,7 @@ def as_table(predictions: Sequence[Prediction]) -> str:
     for prediction in predictions:
         image = printable(prediction.image)
         if prediction.error is not None:
-            lines.append((image, "", "", f"cannot be read: {printable(prediction.error)}"))
+            lines.append((image, "", "", printable(failure(prediction.error))))
         for rank, (class_name, probability) in enumerate(prediction.classes):
             percent = f"{100 * probability:.2f} %"
             name = printable(class_name.name)
@@ -285,8 +302,11 @@ def write(text: str, path: Path | None) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:  # a reader such as head has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing raises at the end again
+        if not isinstance(error, BrokenPipeError):  # as of a reader such as head that has ended
+            reason = f"standard output cannot be written: {error_reason(error)}"
+            raise UserError("--output", reason) from None
 
 
 def _as_utf8(text: str) -> str:

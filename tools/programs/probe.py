@@ -42,7 +42,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import build_training_images, build_validation, check_same_classes, dataset_name
+from data import (
+    build_training_images,
+    build_validation,
+    check_same_classes,
+    dataset_name,
+    refuse_images_as_outputs,
+)
 from tools.ablation.results import estimate
 from tools.programs.evaluation_options import check_order, parse_evaluation_options, start_single_process
 from vil.command_line import ToolParser, bounded_int
@@ -52,7 +58,7 @@ from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, forwar
 from vil.runtime.console import align, print_line
 from vil.runtime.csv_text import csv_text
 from vil.runtime.distributed import Process
-from vil.runtime.files import check_writable, refuse_input_as_output, write_output
+from vil.runtime.files import check_outputs, check_writable, write_output
 from vil.runtime.modes import mode
 
 TEMPERATURE = 0.07
@@ -112,16 +118,18 @@ def main(argv: Sequence[str]) -> None:
     name = "--model.name" if arguments.model.startswith("timm/") else "--checkpoint"
     more = frozenset({"checkpoint", "model", "weights", "run_checkpoint", "released_config"})
     args = parse_evaluation_options([name, arguments.model, *others], "probe.py", more)
-    for option in OUTPUTS:
-        if path := getattr(arguments, option):
-            refuse_input_as_output(path, [*args.files(), arguments.model], f"--{option}")
-            check_writable(path, f"--{option}")
+    outputs = {f"--{option}": getattr(arguments, option) for option in OUTPUTS}
     command = args.resolve()
+    check_outputs(outputs, [*command.inputs(), arguments.model])
+    for option, path in outputs.items():
+        if path is not None:
+            check_writable(path, option)
     if len(command.config.checkpoint or [""]) > 1:
         raise UserError("--checkpoint", "expected one model", COMMAND_LINE)
     stored = read_stored(arguments.model if name == "--checkpoint" else None, command)
     command = resolve_over_stored(args, stored)
     config = command.config
+    refuse_images_as_outputs(outputs, [config.data.root])
     try:
         with start_single_process(config) as process:
             training, validation = build_training_images(config, process), build_validation(config, process)

@@ -11,10 +11,12 @@ mistakes; if that fails, one line gives the reason and the rest of the page is c
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from data import refuse_images_as_outputs
 from tools.report_page.evaluation import Evaluation, count_cost, evaluate_run
 from tools.report_page.page import render
 from tools.report_page.runs import Run, open_runs
@@ -23,7 +25,7 @@ from vil.config import UserError, one_line
 from vil.runtime import distributed
 from vil.runtime.console import print_line
 from vil.runtime.distributed import Process
-from vil.runtime.files import check_writable, refuse_input_as_output, write_output
+from vil.runtime.files import check_writable, is_standard_output, refuse_input_as_output, write_output
 from vil.training.trainer import lost_worker_reason
 
 
@@ -44,6 +46,8 @@ def main(argv: Sequence[str]) -> None:
     refuse_input_as_output(output, arguments.runs, "--output")
     check_writable(output, "--output")
     runs = open_runs(arguments.runs)
+    roots = [arguments.root, *(run.option("data", "root") for run in runs)]
+    refuse_images_as_outputs({"--output": output}, [root for root in roots if isinstance(root, str)])
     results: list[Evaluation | str | None] = []
     with distributed.start(arguments.device) as process:
         for run in runs:
@@ -52,7 +56,8 @@ def main(argv: Sequence[str]) -> None:
     names = ", ".join(run.name for run in runs[:4]) + (", …" if len(runs) > 4 else "")
     write_output(output, render(runs, results, arguments.title or names), "--output")
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    print_line(f"{output}: {count}, {output.stat().st_size / 1e6:.1f} MB")
+    line = f"{output}: {count}, {output.stat().st_size / 1e6:.1f} MB"
+    print_line(line, sys.stderr if is_standard_output(output) else None)
 
 
 def _evaluate(run: Run, arguments: Namespace, process: Process) -> Evaluation | str:

@@ -43,6 +43,10 @@ def main(argv: Sequence[str]) -> None:
     if (arguments.checkpoint is None) == (arguments.model is None):
         raise UserError(COMMAND_LINE, "expected a checkpoint, or --model for an untrained model")
     if arguments.model is not None:
+        choices = (arguments.released_config, arguments.weights, arguments.run_checkpoint)
+        if choices != (None, "auto", "best"):
+            reason = "is untrained; --released-config, --weights and --run-checkpoint are for a checkpoint"
+            raise UserError("--model", reason, COMMAND_LINE)
         model, config = build_untrained(arguments.model)
         options: Mapping[str, Any] = {}
         model_path, title = arguments.model, f"{config.name}, untrained"

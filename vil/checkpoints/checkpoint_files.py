@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from vil.config import UserError, error_reason
 from vil.runtime.files import open_regular, read_text, refuse_link, remove_leftovers, write_durably
-from vil.runtime.run_files import CHECKPOINTS
+from vil.runtime.run_files import CHECKPOINTS, DIGEST_SUFFIX
 
 Content = TypeVar("Content")
 
@@ -74,7 +74,7 @@ def describe_last(folder: Path) -> str:
 
 def digest_file(path: Path) -> Path:
     """Return the path of the file with the digest of `path`."""
-    return path.with_name(path.name + ".sha256")
+    return path.with_name(path.name + DIGEST_SUFFIX)
 
 
 def check_digest(path: Path, required: bool = False) -> None:
@@ -146,7 +146,7 @@ def remove_partial_files(folder: Path) -> None:
         path = checkpoints / name
         # Version 0.1.0 named temporary files without a random part.
         is_old_temporary = name.endswith(".tmp") and re.fullmatch(_WRITTEN_FILES, name.removesuffix(".tmp"))
-        is_digest = name.endswith(".sha256") and re.fullmatch(_WRITTEN_FILES, name)
+        is_digest = name.endswith(DIGEST_SUFFIX) and re.fullmatch(_WRITTEN_FILES, name)
         if is_old_temporary or (is_digest and not path.with_suffix("").exists()):
             path.unlink(missing_ok=True)
 

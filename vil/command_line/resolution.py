@@ -25,12 +25,14 @@ from vil.command_line.arguments import (
 from vil.config import COMMAND_LINE, Tree, UserError
 from vil.runtime import console
 from vil.validation import (
+    PATH_OPTIONS,
     PRETRAINED,
     STORED,
     Config,
     TypeHint,
     as_tree,
     field_types,
+    flatten,
     rename_options,
     shown,
     type_name,
@@ -76,6 +78,17 @@ class ResolvedConfig(Generic[Config]):
     def sets(self, section: str) -> bool:
         """Return True if anything sets `section` or an option in it."""
         return any(key == section or key.startswith(f"{section}.") for key in self.origins)
+
+    def inputs(self) -> list[str]:
+        """Return the files and the folders of runs that the command names and reads, without its images."""
+        values = flatten(as_tree(self.config))
+        keys = [f"{section}.{key}" for section, names in PATH_OPTIONS.items() for key in names]
+        paths = [values.get(key) for key in (*keys, "released_config") if key != "data.root"]
+        paths += values.get("checkpoint") or []
+        sets = values.get("datasets") or values.get("eval_sets") or []
+        paths += [path for path in sets if os.path.isfile(path)]
+        files = [origin for origin in self.origins.values() if origin != COMMAND_LINE]
+        return list(dict.fromkeys([*files, *filter(None, paths)]))
 
     def describe_origin(self, section: str) -> str:
         """Return the origins of the options of a section, as `configs/models/vil_tiny.yaml, the default`."""

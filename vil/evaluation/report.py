@@ -263,7 +263,7 @@ def write_confusion_csv(path: str | Path, results: Sequence[Result]) -> None:
 
 
 def _write_rows(path: str | Path, rows: Sequence[Sequence[object]], option: str) -> None:
-    write_output(Path(path), csv_text(rows).encode(errors="surrogateescape"), option)
+    write_output(Path(path), csv_text(rows), option)
 
 
 def _size_text(value: object) -> object:

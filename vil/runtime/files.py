@@ -18,7 +18,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -148,12 +148,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Write a file; `path` has the old or the new content, also after a loss of power. Text is UTF-8.
+    """Write a file; `path` has the old or the new content, also after a loss of power.
 
-    A link, a FIFO or a device of that name is replaced, not followed or written to.
+    Text is written by `encode_text`. A link, a FIFO or a device of that name is replaced, not followed or
+    written to.
     """
     with replacing(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(encode_text(content) if isinstance(content, str) else content)
+
+
+def encode_text(text: str) -> bytes:
+    """Return a text as UTF-8; names of files keep bytes that are not UTF-8, other surrogates are escaped."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace")
 
 
 def open_for_appending(path: Path) -> int:
@@ -203,8 +212,9 @@ def sync_folder(folder: Path) -> None:
 def check_writable(path: Path, option: str) -> None:
     """Create the folders of an output file. Raise UserError for the option if the file cannot be written."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if stat.S_ISDIR(os.stat(path).st_mode):  # OSError for a name that is too long, a loop of links
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not is_stream(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path.parent):
@@ -214,14 +224,14 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def write_output(path: Path, content: str | bytes, option: str = "") -> None:
-    """Write a result and the folders above it; `path` has the old or the new content. Text is UTF-8.
+    """Write a result and the folders above it; `path` has the old or the new content.
 
-    /dev/null, a pipe or /dev/stdout are written to and not replaced.
+    Text is written by `encode_text`. /dev/null, a pipe or /dev/stdout are written to and not replaced.
 
     Raises:
         UserError: the file, which `option` named, cannot be written.
     """
-    content = content.encode() if isinstance(content, str) else content
+    content = encode_text(content) if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _open_stream(path)
@@ -260,10 +270,35 @@ def is_stream(path: Path) -> bool:
     return not stat.S_ISREG(status.st_mode) or _inherited_descriptor(path) is not None
 
 
+def is_standard_output(path: Path) -> bool:
+    """Return True if `path` names standard output, on which a program then prints nothing else."""
+    return _inherited_descriptor(path) == 1
+
+
+def check_outputs(outputs: Mapping[str, str | Path | None], inputs: Iterable[str | Path]) -> None:
+    """Raise UserError for an output of a command that is one of its inputs, another output, or has no name.
+
+    Args:
+        outputs: option → file; None for an output that is not requested.
+        inputs: files and folders of runs that the command reads, as of `refuse_input_as_output`.
+    """
+    given, seen = list(inputs), dict[str, str]()
+    for option, output in outputs.items():
+        if output is None:
+            continue
+        if not str(output):
+            raise UserError(option, "expected the name of a file, got ''")
+        path = Path(output)
+        if not is_stream(path) and (other := seen.setdefault(os.path.realpath(path), option)) != option:
+            raise UserError(option, f"{output} is the output of {other} too; name another file")
+        refuse_input_as_output(path, given, option)
+
+
 def refuse_input_as_output(output: Path, inputs: Iterable[str | Path], option: str) -> None:
     """Raise UserError for `option` if a command would replace a file that it reads, also under another name.
 
-    Of the folder of a run, the inputs are the files that train.py writes there.
+    Of the folder of a run, and of a checkpoint in one, the inputs are the files that train.py writes there;
+    of a checkpoint elsewhere also its digest.
     """
     status = _status(output, follow_links=True)
     if status is None or not stat.S_ISREG(status.st_mode):
@@ -274,13 +309,19 @@ def refuse_input_as_output(output: Path, inputs: Iterable[str | Path], option: s
 
 def _is_input(path: Path, output: Path) -> bool:
     try:
-        return os.path.samefile(path, output) or (path.is_dir() and _is_run_file(path, output))
+        if os.path.samefile(path, output) or (path.is_dir() and _is_run_file(path, output)):
+            return True
+        if path.parent.name == run_files.CHECKPOINTS and _is_run_file(path.parent.parent, output):
+            return True
+        digest = f"{path.name}{run_files.DIGEST_SUFFIX}"
+        return output.name == digest and os.path.samefile(path.with_name(digest), output)
     except (OSError, ValueError):  # an unreadable input is reported where it is read
         return False
 
 
 def _is_run_file(folder: Path, output: Path) -> bool:
-    inner = output.resolve().relative_to(folder.resolve()).parts  # ValueError: not below the folder
+    real, top = output.resolve(), folder.resolve()
+    inner = real.relative_to(top).parts if top in real.parents else ("",)
     return inner[0] in run_files.FOLDERS or (len(inner) == 1 and inner[0] in run_files.FILES)
 
 
@@ -305,7 +346,8 @@ def _inherited_descriptor(path: Path) -> int | None:
 
 
 def _status(path: Path, follow_links: bool = False) -> os.stat_result | None:
+    """Return the status of a file; None if there is none, or if opening it will report why."""
     try:
         return os.stat(path, follow_symlinks=follow_links)
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):  # ValueError: a null byte in the name
         return None
