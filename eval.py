@@ -52,7 +52,7 @@ from vil.evaluation import report
 from vil.evaluation.accuracy import EvaluationDataset
 from vil.evaluation.corruptions import add_corruption_summaries, list_datasets
 from vil.evaluation.report import evaluate_model
-from vil.models.zoo import check_logits
+from vil.models.timm_models import check_logits
 from vil.runtime import consistency, console, distributed
 from vil.runtime.class_names import match_classes
 from vil.runtime.consistency import RankOptions

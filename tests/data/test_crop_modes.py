@@ -19,7 +19,8 @@ from vil.checkpoints import loading
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
 from vil.config import DataConfig, EvalConfig, ModelConfig, StageConfig, UserError
-from vil.models.zoo import model_from_config, pretrained_transform
+from vil.models.timm_models import pretrained_transform
+from vil.models.zoo import model_from_config
 
 MODES = ("center", "squash", "border")
 

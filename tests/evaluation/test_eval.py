@@ -231,7 +231,7 @@ def test_an_untrained_model_has_the_classes_of_the_data_and_is_reproducible(tmp_
 
 
 def test_errors_of_the_command_line(run: Path, tmp_path: Path) -> None:
-    best = ["--checkpoint", str(run)]
+    best, file = ["--checkpoint", str(run)], run / "checkpoints/step_00000005.pt"
     text = tmp_path / "text.pt"
     text.write_text("not a checkpoint")
     nothing = "nothing to evaluate: give --checkpoint RUN, --model FILE or --model.name"
@@ -246,6 +246,10 @@ def test_errors_of_the_command_line(run: Path, tmp_path: Path) -> None:
             f"checkpoint: {text}: not a checkpoint: neither a zip, a pickle nor safetensors",
         ),
         ([*best, "--run_checkpoint", "last", "--weights", "ema"], f"checkpoint: {no_ema}"),
+        (
+            ["--checkpoint", str(file), "--run_checkpoint", "last"],
+            f"checkpoint: {file}: is a file; run_checkpoint chooses among the checkpoints of a run's folder",
+        ),
         (["--model.name", "vil_tny"], "model.name: there is no model 'vil_tny'; did you mean vil_tiny?"),
         (["--checkpoints", str(run)], "--checkpoints: unknown option; did you mean --checkpoint?"),
         ([*best, "--batch_size", "0"], "batch_size: expected an integer of at least 1, got 0"),

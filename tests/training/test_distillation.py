@@ -37,7 +37,6 @@ from vil.checkpoints.teacher import load_teacher
 from vil.checkpoints.training_state import read_training_state, write_training_state
 from vil.command_line import resolve_train_command
 from vil.config import DataConfig, ScheduleConfig, UserError
-from vil.models import zoo
 from vil.runtime.epoch_steps import EpochSteps
 from vil.training.distillation import DistillationLoss, Teacher, build_teacher, describe_teacher
 from vil.training.loss import build_loss
@@ -347,7 +346,7 @@ def test_weights_of_timm_are_downloaded_if_the_command_line_asks(monkeypatch: py
         created.append(pretrained)
         return original(name, **options)
 
-    monkeypatch.setattr(zoo.timm, "create_model", create_model)
+    monkeypatch.setattr(timm, "create_model", create_model)
     schedule = ScheduleConfig(distillation="hard", teacher="timm/resnet10t", teacher_weights="pretrained")
     trained = load_teacher(schedule)
     assert True in created

@@ -111,6 +111,20 @@ def test_an_optimizer_state_of_another_shape_is_refused(tmp_path: Path, value: t
         run(make_config(tmp_path), state=state)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])  # fused, which checks shapes, and not
+def test_options_that_reorder_the_optimizers_parameters_are_refused(tmp_path: Path, optimizer: str):
+    def resume(**schedule: object) -> None:
+        config = make_config(tmp_path, max_steps=STEPS + 3, optimizer=optimizer, **schedule)
+        run(config, state=load_last(tmp_path))
+
+    run(make_config(tmp_path, max_steps=STEPS + 2, optimizer=optimizer, layer_decay=0.9))
+    for key, value in (("layer_decay", None), ("layer_decay_min", 0.99), ("decay_biases", True)):
+        with pytest.raises(UserError, match="another order of parameters") as refusal:
+            resume(**{"layer_decay": 0.9, key: value})
+        assert refusal.value.location == f"schedule.{key}"
+    resume(layer_decay=0.8)  # in the same order
+
+
 def test_a_training_set_of_another_size_is_refused(tmp_path: Path):
     config = make_config(tmp_path, max_steps=STEPS + 2)
     run(config)

@@ -52,7 +52,7 @@ from vil.config import (
     errors_in_section,
 )
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
-from vil.models.zoo import check_logits
+from vil.models.timm_models import check_logits
 from vil.runtime.class_names import match_classes
 from vil.runtime.console import print_line
 from vil.runtime.distributed import Process

@@ -20,7 +20,8 @@ from vil.config import EvalConfig, errors_in_section
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions
 from vil.evaluation.complexity import measure_complexity
 from vil.evaluation.predictions import Mistake, Predictions, predict
-from vil.models.zoo import check_device, check_logits, model_from_config
+from vil.models.timm_models import check_logits
+from vil.models.zoo import check_device, model_from_config
 from vil.runtime.class_names import match_classes
 from vil.runtime.distributed import Process
 from vil.runtime.images import denormalize

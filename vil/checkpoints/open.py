@@ -47,7 +47,7 @@ def open_weights(
             of another program (timm, DeiT, Swin).
         published_config: the YAML file published with a checkpoint, or its content; adds the model and the
             evaluation transform.
-        run_checkpoint: checkpoint of a run's folder; `last` is the newest intact one.
+        run_checkpoint: checkpoint of a run's folder; `last`, the newest intact one, is refused for a file.
         weights: kind of weights; auto is the kind with the best evaluation in a run, else raw if present.
 
     Raises:
@@ -91,6 +91,10 @@ def find_checkpoint(path: str | Path, run_checkpoint: Literal["best", "last"] = 
         if newest is None:
             raise UserError(str(path), f"the folder holds no {FOLDER}/step_….pt")
         return newest[0]
+    if run_checkpoint != "best" and not given.is_dir():
+        raise UserError(
+            str(path), "is a file; run_checkpoint chooses among the checkpoints of a run's folder"
+        )
     if given.is_dir():
         given /= BEST
         if not given.is_file():

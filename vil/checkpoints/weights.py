@@ -29,7 +29,8 @@ from vil.config import (
 from vil.models.limits import ModelTooLargeError, check_model_size
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.state_dict import translate_state_dict
-from vil.models.zoo import model_from_config, pretrained_classes
+from vil.models.timm_models import pretrained_classes
+from vil.models.zoo import model_from_config
 from vil.runtime.class_names import find_rows, imagenet_classes
 from vil.runtime.run_files import CHECKPOINTS, SPLIT
 from vil.validation import STORED, check_plain, validate, without_start_options

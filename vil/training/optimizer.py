@@ -6,7 +6,9 @@ import difflib
 import inspect
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from timm.models import group_parameters
@@ -36,6 +38,8 @@ _CONFIGURED_KEYS = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "ep
 
 _SCHEDULE_OPTIONS = ("lr", "momentum", "dampening", "eps", "weight_decay")
 """Keyword arguments of optimizers that options of the same names in the schedule set."""
+_GROUPING_OPTIONS = ("decay_biases", "layer_decay", "layer_decay_min")
+"""Options of the schedule section that `parameter_groups` reads, besides the weight decay."""
 _IMPLEMENTATION_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
 """Keyword arguments of optimizers that select an implementation, which a skipped step depends on."""
 
@@ -225,6 +229,24 @@ def parameter_groups(model: nn.Module, schedule: ScheduleConfig) -> list[Tree]:
             group["lr_scale"] = scale
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def find_reordering_option(
+    model: nn.Module, schedule: ScheduleConfig, stored: Mapping[str, Any]
+) -> str | None:
+    """Return an option changed since `stored`, a schedule section, that reorders the optimizer's parameters.
+
+    The state of an optimizer is stored by the index of a parameter: in another order it would be that of
+    other parameters, also where the shapes are equal.
+    """
+    defaults = ScheduleConfig()
+    options = {key: stored.get(key, getattr(defaults, key)) for key in _GROUPING_OPTIONS}
+    changed = [key for key, value in options.items() if value != getattr(schedule, key)]
+    old, new = (
+        [id(parameter) for group in parameter_groups(model, config) for parameter in group["params"]]
+        for config in (replace(schedule, **options), schedule)
+    )
+    return f"schedule.{changed[0]}" if old != new else None
 
 
 def undecayed_parameters(model: nn.Module, decay_biases: bool) -> set[str]:

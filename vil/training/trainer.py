@@ -42,6 +42,7 @@ from vil.training.distillation import Teacher
 from vil.training.loss import class_weights
 from vil.training.loss_monitor import LossMonitor, StepReport
 from vil.training.model_updater import ModelUpdater
+from vil.training.optimizer import find_reordering_option
 from vil.training.position import RunPosition
 from vil.training.run_log import RunLog
 from vil.training.step_timer import StepTimer, input_bound_warning
@@ -599,10 +600,18 @@ class Trainer:
         check_train_images(self.folder, self.config, state, self.loaders.train_images, steps_per_epoch)
         check_teacher(self.folder, state, self.teacher_digest())
         try:
-            self.updater.load_state_dict(state)
+            schedule, stored_schedule = self.config.schedule, state["config"]["schedule"]
+            reordering = find_reordering_option(self.updater.model, schedule, stored_schedule)
+            if reordering is None:
+                self.updater.load_state_dict(state)
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             reason = one_line(error)
             raise UserError("output", f"the checkpoint in {self.folder} does not fit: {reason}") from error
+        if reordering is not None:
+            reason = (
+                f"the run in {self.folder} has another value, and its optimizer another order of parameters"
+            )
+            raise UserError(reordering, f"{reason}; name another output or keep the value")
         self.loss_monitor.load_state_dict(state["watched"])
         stored = {key: state[key] for key in ("step", "finished_step", "best")}
         sizes = {"steps_per_epoch": steps_per_epoch}  # version 0.1.0 stores none
