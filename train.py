@@ -48,9 +48,9 @@ from data import (
 )
 from data.order import ORDER_VERSION
 from vil.checkpoints import checkpoint_files, run_folder
+from vil.checkpoints.adaptation import load_state_dict
 from vil.checkpoints.initialization import build_random_model, initialize_model
 from vil.checkpoints.training_state import State, read_training_state, select_weights
-from vil.checkpoints.weights import load_state_dict
 from vil.config import (
     COMMAND_LINE,
     EvalConfig,

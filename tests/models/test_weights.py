@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import vil
+from vil.checkpoints.adaptation import load_state_dict
 from vil.checkpoints.loading import load_released
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.safetensors_file import write_safetensors
-from vil.checkpoints.weights import Weights, load_state_dict, timm_weights
+from vil.checkpoints.weights import Weights, timm_weights
 from vil.config import ModelConfig, StageConfig, UserError
 from vil.models.state_dict import translate_state_dict
 from vil.models.zoo import model_from_config

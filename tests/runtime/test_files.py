@@ -201,7 +201,7 @@ def test_json_that_cannot_be_used(text: str):
     ],
 )
 def test_names_that_are_not_utf8_are_written(tmp_path: Path, text: str, content: bytes | None):
-    """Of class folders, with their bytes; other surrogates, as JSON may hold them, are escaped."""
+    """Names of class folders keep their bytes; other surrogates, as JSON may hold them, are escaped."""
     for number, write in enumerate((write_durably, write_output)):
         write(tmp_path / str(number), text)
         found = (tmp_path / str(number)).read_bytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,9 +10,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from timm.models import adapt_input_conv, get_pretrained_cfg
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from vil.checkpoints.adaptation import (
+    HEADS,
+    adapt_head,
+    adapt_input_channels,
+    as_list,
+    filter_by_timm,
+    find_mismatches,
+    layer_names,
+    load_state_dict,
+    translate_by_timm,
+)
 from vil.checkpoints.training_state import WeightsKind
 from vil.config import (
     TRANSFORM_OPTIONS,
@@ -40,12 +50,6 @@ NO_MODEL = "does not describe its model; add the configuration published with it
 
 MAX_GROWTH, MAX_EXTRA_BYTES = 4, 256_000_000
 """Factor and bytes by which the model that a file describes may exceed the weights in the file."""
-
-MAX_NAMED_WEIGHTS = 3
-"""Weights of each kind that an error names; it counts the others."""
-
-_HEADS = ("head", "head_dist")
-"""Heads of a model without a configuration of timm; a distilled one has both."""
 
 _logger = logging.getLogger(__name__)
 
@@ -220,11 +224,12 @@ class Weights:
             UserError: as `load_into`, up to the head.
         """
         state_dict = self._translate(model)
-        layers = [name for name in _layers(model, "classifier", _HEADS) if _has_weight(model, name)]
+        names = layer_names(model, "classifier", HEADS)
+        layers = [name for name in names if f"{name}.weight" in model.state_dict()]
         if not isinstance(model, MultiScaleViT) and not any(
             f"{name}.weight" in state_dict for name in layers
         ):
-            state_dict = _filter_by_timm(model, state_dict)
+            state_dict = filter_by_timm(model, state_dict)
         state_dict, line = self._match_head(model, layers, state_dict, class_names, new_head)
         self._load(model, state_dict, image_size)
         return line
@@ -269,12 +274,12 @@ class Weights:
             return translate_state_dict(model, self.state_dict)
 
     def _load(self, model: nn.Module, state_dict: dict[str, Tensor], image_size: Size | None) -> None:
-        state_dict = _adapt_head(model, state_dict)
-        state_dict = _adapt_input_channels(model, state_dict)
-        if not isinstance(model, MultiScaleViT) and _mismatches(model, state_dict):
+        state_dict = adapt_head(model, state_dict)
+        state_dict = adapt_input_channels(model, state_dict)
+        if not isinstance(model, MultiScaleViT) and find_mismatches(model, state_dict):
             if self._load_at_stored_size(model, state_dict, image_size):
                 return
-            state_dict = _translate_by_timm(model, state_dict)
+            state_dict = translate_by_timm(model, state_dict)
         load_state_dict(model, state_dict, self.path)
 
     def _load_at_stored_size(
@@ -302,7 +307,7 @@ class Weights:
         except (RuntimeError, ValueError, AssertionError) as error:
             reason = f"the model cannot be built for the stored image size, {format_size(stored_size)} pixels"
             raise UserError(self.path, f"{reason}: {error_reason(error)}") from None
-        fits = not _mismatches(model, state_dict)
+        fits = not find_mismatches(model, state_dict)
         if fits:
             load_state_dict(model, state_dict, self.path)
             sizes = map(format_size, (stored_size, image_size))
@@ -337,7 +342,7 @@ class Weights:
                 return None
             name = self.model.name
         cfg = get_pretrained_cfg(name.removeprefix("timm/"))
-        weight = self.state_dict.get(f"{_as_list((cfg and cfg.classifier) or 'head')[0]}.weight")
+        weight = self.state_dict.get(f"{as_list((cfg and cfg.classifier) or 'head')[0]}.weight")
         return len(weight) if weight is not None and weight.dim() else None
 
 
@@ -365,26 +370,6 @@ def timm_weights(config: ModelConfig) -> Weights | None:
     return Weights(config.name, "foreign", "raw", model.state_dict())
 
 
-def load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict that must have exactly the names and shapes of a model.
-
-    Raises:
-        UserError: weights from the file `source` are missing, unexpected, or of another shape; one line that
-            names them. The model is unchanged.
-    """
-    if mismatches := _mismatches(model, state_dict):
-        named = [name for kind in ("missing", "unexpected") for name in mismatches.get(kind, [])]
-        difference = "architecture" if named else "size"
-        counted = [
-            f"{len(names)} {kind}: {', '.join(names[:MAX_NAMED_WEIGHTS])}"
-            f"{', ...' if len(names) > MAX_NAMED_WEIGHTS else ''}"
-            for kind, names in mismatches.items()
-        ]
-        reason = f"does not fit the model, it is of another {difference}"
-        raise UserError(source, f"{reason}; {'; '.join(counted)}")
-    model.load_state_dict(state_dict)
-
-
 def stored_model_config(values: object) -> ModelConfig:
     """Return a stored model section as a validated configuration, without the options that start a run."""
     try:
@@ -395,40 +380,6 @@ def stored_model_config(values: object) -> ModelConfig:
         raise UserError(error.location or "model", error.reason, STORED) from None
 
 
-def _mismatches(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return the differences between a state dict and that of a model, by kind; empty if it fits."""
-    expected = model.state_dict()
-    common = [name for name in expected if name in state_dict]
-    mismatches = {
-        "missing": [name for name in expected if name not in state_dict],
-        "unexpected": [str(name) for name in state_dict if name not in expected],
-        "of another shape": [
-            f"{name} is {tuple(state_dict[name].shape)}, the model's {tuple(expected[name].shape)}"
-            for name in common
-            if state_dict[name].shape != expected[name].shape
-        ],
-        "of another type": [
-            f"{name} is of {state_dict[name].dtype}, the model's of {expected[name].dtype}"
-            for name in common
-            if state_dict[name].is_floating_point() != expected[name].is_floating_point()
-        ],
-    }
-    return {kind: names for kind, names in mismatches.items() if names}
-
-
-def _as_list(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
-
-
-def _layers(model: nn.Module, key: str, default: str | Sequence[str]) -> list[str]:
-    """Return the names of the layers that timm's configuration of a model lists under `key`."""
-    return _as_list(getattr(model, "pretrained_cfg", {}).get(key) or default)
-
-
-def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state_dict.items()}
-
-
 def name_rows(class_names: Sequence[str] | None, count: int) -> list[str]:
     """Return the names of the rows of a head; rows without a name have their number.
 
@@ -437,76 +388,3 @@ def name_rows(class_names: Sequence[str] | None, count: int) -> list[str]:
     imagenet = imagenet_classes()
     names = class_names or (imagenet if count == len(imagenet) else ())
     return [*names[:count], *map(str, range(len(names), count))]
-
-
-def _has_weight(model: nn.Module, layer: str) -> bool:
-    return f"{layer}.weight" in model.state_dict()
-
-
-def _adapt_head(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut a head with more rows to its first ones; drop it for a model without one."""
-    expected, result = model.state_dict(), dict(state_dict)
-    for layer in _layers(model, "classifier", _HEADS):
-        names = [f"{layer}.weight", f"{layer}.bias"]
-        current = {name: expected[name] for name in names if name in expected}
-        given = {name: state_dict[name] for name in names if name in state_dict}
-        if _shapes(current) == _shapes(given):
-            continue
-        adapted = {
-            name: value[: len(current[name])] if name in current and value.dim() else value
-            for name, value in given.items()
-        }
-        if current and _shapes(adapted) == _shapes(current):
-            change = "first rows kept"
-        elif not current:
-            change, adapted = "dropped", {}
-        else:
-            continue
-        for name in given.keys() | adapted.keys():
-            result.pop(name, None)
-        result.update(adapted)
-        for name in names:
-            shapes = (_shapes(given).get(name), _shapes(current).get(name))
-            _logger.info("%s: %s → %s, %s", name, *shapes, change)
-    return result
-
-
-def _adapt_input_channels(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adapt the first convolution to the model's number of channels, as timm does."""
-    expected, result = model.state_dict(), dict(state_dict)
-    for layer in _layers(model, "first_conv", ()):
-        name = f"{layer}.weight"
-        if name not in expected or name not in result or result[name].dim() != expected[name].dim():
-            continue
-        old, new = result[name].shape[1], expected[name].shape[1]
-        if old == new or 3 not in (old, new) or not result[name].is_floating_point():
-            continue
-        try:
-            result[name] = adapt_input_conv(new, result[name])
-        except NotImplementedError:  # from neither 1 nor 3 channels
-            continue
-        _logger.info("%s: from %s to %s channels", name, old, new)
-    return result
-
-
-def _filter_by_timm(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the result of timm's `checkpoint_filter_fn` of a model; the state dict itself if it fails."""
-    translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if translate is None:
-        return dict(state_dict)
-    try:
-        translated: dict[str, Tensor] = translate(dict(state_dict), model)
-    except Exception:  # of any type, for weights of another model
-        return dict(state_dict)
-    return translated
-
-
-def _translate_by_timm(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Translate other layouts and sizes by timm's `checkpoint_filter_fn`, if the result fits the model."""
-    translated = _filter_by_timm(model, state_dict)
-    if translated.keys() == state_dict.keys() and _shapes(translated) == _shapes(state_dict):
-        return state_dict
-    if _mismatches(model, translated):
-        return state_dict
-    _logger.info("%s: weights translated by timm", type(model).__name__)
-    return translated

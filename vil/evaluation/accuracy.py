@@ -67,7 +67,7 @@ class EvaluationDataset:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How to evaluate a model.
+    """Options of an evaluation.
 
     Attributes:
         device: device of the model.
