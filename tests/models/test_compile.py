@@ -4,12 +4,16 @@ Nothing is computed, so no GPU is needed.
 """
 
 import os
+import re
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from helpers.fake_gpu import fake_gpu, move_to_fake_gpu
+from torch._dynamo.backends.common import aot_autograd
 
 import vil
+from vil.attention import ATTENTIONS
 from vil.config import ModelConfig, StageConfig
 from vil.models import MultiScaleViT
 
@@ -79,6 +83,24 @@ def test_biases_of_full_attention_have_four_dimensions_unless_exported(monkeypat
     model = vil.create_model("vil_tiny", image_size=64, blocks=(1, 1, 1, 1))
     torch.export.export(model.eval(), (torch.zeros(1, 3, 64, 64),))
     assert set(seen) == {3}
+
+
+@pytest.mark.parametrize("attention", sorted(ATTENTIONS))
+def test_no_scatter_in_compiled_graphs(attention):
+    """Inductor would compute it with atomic additions, in another order in every run."""
+    options = {"neighbors": "random"} if attention == "vision_longformer" else {}
+    model = vil.create_model("vil_tiny", image_size=64, blocks=(1, 1, 1, 1), attention=attention, **options)
+    operators = set()
+
+    def record(graph, _):
+        operators.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    compiled = torch.compile(model.train(), backend=aot_autograd(fw_compiler=record), fullgraph=True)
+    compiled(torch.zeros(2, 3, 64, 64)).sum().backward()
+    assert [name for name in operators if "backward" in name]
+    assert not [name for name in operators if re.search(r"scatter|index_(put|add)|unfold_backward", name)]
 
 
 SLOW = pytest.mark.skipif(

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from vil.attention.base import Attention, GlobalBias
 from vil.attention.maps import AttentionWeights, softmax_weights
+from vil.attention.relative_position import position_biases, resize_offsets
 from vil.config import ModelConfig, StageConfig
 
 
@@ -64,21 +65,10 @@ class FullAttention(Attention):
         if self.bias_table is None:
             return None
         table = resize_offsets(self.bias_table, size)
-        # Query i and key j along one axis are i − j apart: in the flipped table, the entries of query i are
-        # contiguous, and `unfold` reads them without an index tensor.
-        rows = table.flip(1, 2).unfold(1, size[0], 1).unfold(2, size[1], 1)  # (h, H, W, H, W)
-        local = rows.flip(1, 2).flatten(3).flatten(1, 2)  # (h, N, N)
+        local = position_biases(table, size).flatten(3).flatten(1, 2)  # (h, N, N)
         if self.global_bias is None:
             return F.pad(local, (num_globals, 0, num_globals, 0))
         num_locals = local.shape[-1]
         local_query = self.global_bias.local_query_bias(num_globals)[:, None, :].expand(-1, num_locals, -1)
         global_query = self.global_bias.global_query_bias(num_globals, num_locals)  # (h, G, G+N)
         return torch.cat([global_query, torch.cat([local_query, local], dim=-1)], dim=1)
-
-
-def resize_offsets(table: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a table of offsets (h, 2H'−1, 2W'−1) to (h, 2H−1, 2W−1), (H, W) = `size`, bilinearly."""
-    target = (2 * size[0] - 1, 2 * size[1] - 1)
-    if table.shape[1:] == target:
-        return table
-    return F.interpolate(table[None], target, mode="bilinear", align_corners=False)[0]

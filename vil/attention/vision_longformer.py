@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vil.attention.full import resize_offsets
 from vil.attention.global_only import GlobalMemoryAttention
 from vil.attention.local import (
     Mask,
@@ -19,6 +18,7 @@ from vil.attention.local import (
 )
 from vil.attention.local.dense import dense_weights
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec
+from vil.attention.relative_position import resize_offsets
 from vil.config import ModelConfig, StageConfig, UserError
 
 

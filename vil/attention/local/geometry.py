@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vil.attention.relative_position import position_biases
+
 Mask = Literal["chunk", "exact", "cyclic"]
 
 CHUNK_OFFSETS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1))
@@ -120,8 +122,12 @@ def key_ranges(
 
 def operator_inputs(inputs: Inputs, spec: LocalAttentionSpec) -> OperatorInputs:
     """Return the inputs of an operator, computed with differentiable functions."""
-    global_bias = None if inputs.global_bias is None else inputs.global_bias.to(inputs.score_dtype)
-    return OperatorInputs(*inputs[:5], window_bias(inputs, spec), global_bias, inputs.neighbor)
+    local_bias, global_bias = window_bias(inputs, spec), inputs.global_bias
+    if local_bias is not None:
+        local_bias = local_bias.contiguous()  # once, not in each pass
+    if global_bias is not None:
+        global_bias = global_bias.to(inputs.score_dtype)
+    return OperatorInputs(*inputs[:5], local_bias, global_bias, inputs.neighbor)
 
 
 def window_bias(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor | None:
@@ -133,10 +139,7 @@ def window_bias(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor | None:
     """
     w, bias = spec.window, None
     if inputs.bias_table is not None:
-        # Query i and a key at position m are i − (m − w) apart, which is entry i + (3w − 1 − m).
-        columns = _sliding_ranges(inputs.bias_table.to(inputs.score_dtype), w)  # (h, 4w−1, w, 3w)
-        both = _sliding_ranges(columns.movedim(1, 3), w)  # (h, w, 3w, w, 3w): columns, then rows
-        bias = both.permute(0, 3, 1, 4, 2).flip(3, 4).contiguous()
+        bias = position_biases(inputs.bias_table.to(inputs.score_dtype), (w, w))
     if spec.mask == "exact":
         query = torch.arange(w, device=inputs.query.device)[:, None]
         key = torch.arange(-w, 2 * w, device=inputs.query.device)
@@ -146,17 +149,6 @@ def window_bias(inputs: Inputs, spec: LocalAttentionSpec) -> Tensor | None:
             bias = torch.zeros(outside.shape, dtype=inputs.score_dtype, device=outside.device)
         bias = bias.masked_fill(outside, float("-inf"))
     return bias
-
-
-def _sliding_ranges(x: Tensor, window: int) -> Tensor:
-    """Return entries i … i + 3w − 1 of the last axis for all i < w: (…, 4w−1) → (…, w, 3w).
-
-    The gradient is a sum over i. That of `Tensor.unfold` is a scatter, which a compiled graph computes with
-    atomic additions, in an order that changes from run to run.
-    """
-    copies = x[..., None, :].expand(*x.shape[:-1], window + 1, -1).flatten(-2)
-    # In rows of 4w entries, a copy of 4w − 1 begins one entry later than the one before.
-    return copies[..., : 4 * window**2].unflatten(-1, (window, 4 * window))[..., : 3 * window]
 
 
 def pad_to_chunks(tokens: Tensor, size: tuple[int, int], window: int) -> Tensor:
