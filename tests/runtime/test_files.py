@@ -185,6 +185,26 @@ def test_an_input_is_refused_as_output(tmp_path: Path):
         files.refuse_input_as_output(tmp_path / name, [tmp_path / "in", tmp_path], "--output")
 
 
+def test_results_beside_a_downloaded_checkpoint_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder called checkpoints is not always that of a run."""
+    run, downloads = tmp_path / "run", tmp_path / "downloads"
+    for folder in (run, downloads):
+        (folder / "checkpoints").mkdir(parents=True)
+        for name in ("best.pt", "vil.pth", "vil.json"):
+            (folder / "checkpoints" / name).touch()
+        (folder / "summary.json").touch()
+    (run / "config.yaml").touch()
+    outputs = ("checkpoints/vil.json", "summary.json")
+    for folder, checkpoint in ((downloads, "vil.pth"), (downloads, "best.pt"), (run, "vil.pth")):
+        for output in outputs:
+            files.refuse_input_as_output(folder / output, [folder / "checkpoints" / checkpoint], "--json")
+    monkeypatch.chdir(run / "checkpoints")
+    for output in outputs:
+        for checkpoint in (run / "checkpoints" / "best.pt", "best.pt"):
+            with pytest.raises(UserError, match="is an input of this command"):
+                files.refuse_input_as_output(run / output, [checkpoint], "--json")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "1" * 400, "-" + "1" * 19 + "0"])
 def test_json_that_cannot_be_used(text: str):
     with pytest.raises(ValueError):

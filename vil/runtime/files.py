@@ -297,8 +297,8 @@ def check_outputs(outputs: Mapping[str, str | Path | None], inputs: Iterable[str
 def refuse_input_as_output(output: Path, inputs: Iterable[str | Path], option: str) -> None:
     """Raise UserError for `option` if a command would replace a file that it reads, also under another name.
 
-    Of the folder of a run, and of a checkpoint in one, the inputs are the files that train.py writes there;
-    of a checkpoint elsewhere also its digest.
+    Of the folder of a run, and of a checkpoint that train.py wrote there, the inputs are the files that
+    train.py writes there; of any other checkpoint also its digest.
     """
     status = _status(output, follow_links=True)
     if status is None or not stat.S_ISREG(status.st_mode):
@@ -311,12 +311,19 @@ def _is_input(path: Path, output: Path) -> bool:
     try:
         if os.path.samefile(path, output) or (path.is_dir() and _is_run_file(path, output)):
             return True
-        if path.parent.name == run_files.CHECKPOINTS and _is_run_file(path.parent.parent, output):
+        folder = Path(os.path.abspath(path)).parent
+        if _holds_run_checkpoint(folder, path.name) and _is_run_file(folder.parent, output):
             return True
         digest = f"{path.name}{run_files.DIGEST_SUFFIX}"
         return output.name == digest and os.path.samefile(path.with_name(digest), output)
     except (OSError, ValueError):  # an unreadable input is reported where it is read
         return False
+
+
+def _holds_run_checkpoint(folder: Path, name: str) -> bool:
+    """Return True if train.py wrote the file in `folder`: downloads often lie in folders of the same name."""
+    is_run = folder.name == run_files.CHECKPOINTS and (folder.parent / run_files.CONFIG).exists()
+    return is_run and re.fullmatch(run_files.WRITTEN_CHECKPOINT, name) is not None
 
 
 def _is_run_file(folder: Path, output: Path) -> bool:
