@@ -184,6 +184,9 @@ def test_several_checkpoints_and_a_choice_of_weights(run: Path, tmp_path: Path) 
     (newest,) = results(["--checkpoint", best, "--run_checkpoint", "last"], tmp_path)
     assert (newest["loss"], newest["weights"]) == (expected(3)["loss"], "raw")
     assert len({expected(seed)["loss"] for seed in (1, 2, 3)}) == 3
+    file = str(run / "checkpoints/best.pt")  # of which `last` chooses nothing
+    both = results(["--checkpoint", best, file, "--run_checkpoint", "last", "--weights", "raw"], tmp_path)
+    assert [result["loss"] for result in both] == [expected(3)["loss"], expected(1)["loss"]]
 
 
 def test_the_transform_of_a_checkpoint_overrides_files_but_not_options(

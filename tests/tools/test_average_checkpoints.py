@@ -16,7 +16,7 @@ from safetensors import safe_open
 import eval as eval_program
 import vil
 from tools.programs.average_checkpoints import WeightAverage, main
-from vil.checkpoints.checkpoint_files import BEST, digest_file, step_file
+from vil.checkpoints.checkpoint_files import BEST, digest_file, step_file, step_files
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.training_state import library_versions, write_training_state
 from vil.config import DataConfig, ModelConfig, StageConfig, TrainConfig, UserError
@@ -115,6 +115,13 @@ def test_the_last_checkpoints_of_a_run(runs: list[str], tmp_path: Path) -> None:
     parts = [draw_weights(seed) for seed in (2, 3)]
     for name, value in state_dict(tmp_path / "x.pt").items():
         assert torch.equal(value, sum(part[name].double() for part in parts).div(2).float())
+
+
+def test_the_last_checkpoint_of_a_run_and_a_file(runs: list[str], tmp_path: Path) -> None:
+    file, output = f"{runs[1]}/checkpoints/best.pt", tmp_path / "x.pt"
+    main([runs[0], file, "--run-checkpoint", "last", "--output", str(output)])
+    newest = step_files(Path(runs[0]))[0][1]
+    assert [part["file"] for part in torch.load(output)["averaged"]] == [str(newest), file]
 
 
 def test_statistics_are_averaged_and_integers_are_those_of_the_first(

@@ -35,7 +35,7 @@ from torch import Tensor
 from data import build_validation
 from tools.programs.evaluation_options import check_order, parse_evaluation_options, start_single_process
 from vil.checkpoints.checkpoint_files import digest_file, step_files
-from vil.checkpoints.open import find_checkpoint, open_weights
+from vil.checkpoints.open import find_checkpoint, open_weights, run_checkpoint_of
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.training_state import library_versions, write_training_state
 from vil.checkpoints.weights import Weights
@@ -84,7 +84,8 @@ def main(argv: Sequence[str]) -> None:
         paths = last_checkpoints(paths, arguments.last)
     if len(paths) < 2:
         raise UserError("checkpoint", "expected at least two; --last N takes the newest N of one run")
-    files = [str(find_checkpoint(path, arguments.run_checkpoint)) for path in paths]
+    choices = [run_checkpoint_of(path, arguments.run_checkpoint, paths) for path in paths]
+    files = [str(find_checkpoint(path, choice)) for path, choice in zip(paths, choices)]
     real_paths = list(map(os.path.realpath, files))
     if duplicate := next((file for file, path in zip(files, real_paths) if real_paths.count(path) > 1), None):
         raise UserError("checkpoint", f"{duplicate} occurs twice")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeGuard
@@ -21,6 +22,9 @@ from vil.config import UserError, error_reason, errors_in_file
 from vil.models.state_dict import has_published_names, strip_wrapper_prefixes
 from vil.validation import shown
 
+RunCheckpoint = Literal["best", "last"]
+"""Choice among the checkpoints of a run's folder."""
+
 _RUN_KEYS = {"model", "ema", "best", "config", "class_names"}
 _FOREIGN_KEYS: dict[WeightsKind, tuple[str, ...]] = {
     "raw": ("state_dict", "model", "net"),
@@ -37,7 +41,7 @@ _DTYPES = {
 def open_weights(
     path: str | Path,
     published_config: str | Path | PublishedConfig | None = None,
-    run_checkpoint: Literal["best", "last"] = "best",
+    run_checkpoint: RunCheckpoint = "best",
     weights: WeightsChoice = "auto",
 ) -> Weights:
     """Open weights.
@@ -77,7 +81,13 @@ def open_weights(
     return dataclasses.replace(opened, path=str(file), model=model, transform=transform)
 
 
-def find_checkpoint(path: str | Path, run_checkpoint: Literal["best", "last"] = "best") -> Path:
+def run_checkpoint_of(path: str | Path, choice: RunCheckpoint, paths: Iterable[str | Path]) -> RunCheckpoint:
+    """Return the `run_checkpoint` of one of several paths; a choice for folders does not concern files."""
+    is_for_others = not os.path.isdir(path) and any(map(os.path.isdir, paths))
+    return "best" if is_for_others else choice
+
+
+def find_checkpoint(path: str | Path, run_checkpoint: RunCheckpoint = "best") -> Path:
     """Return the checkpoint of a run's folder, or `path` itself if it is a file; its digest is verified."""
     given = Path(path)
     try:

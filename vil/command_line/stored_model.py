@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vil.checkpoints.open import open_weights
+from vil.checkpoints.open import open_weights, run_checkpoint_of
 from vil.checkpoints.published_config import read_published_config
 from vil.checkpoints.weights import Weights
 from vil.command_line.arguments import file_origin
@@ -78,7 +78,8 @@ def read_stored(path: str | None, command: ResolvedConfig[EvalConfig]) -> Stored
             transform = pretrained_transform(name)
         return StoredModel(config.released_config, None, kind, model, transform)
     with errors_in_option("checkpoint"):
-        weights = open_weights(path, published, config.run_checkpoint, config.weights)
+        run_checkpoint = run_checkpoint_of(path, config.run_checkpoint, config.checkpoint or ())
+        weights = open_weights(path, published, run_checkpoint, config.weights)
         if "model.name" not in command.origins:
             weights.require_model("--released_config")
     is_timm = weights.model is None and name.startswith("timm/")
