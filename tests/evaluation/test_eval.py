@@ -496,6 +496,11 @@ def test_models_of_timm_without_logits_are_refused(options: str, message: str) -
     assert error_of([*argv, "--model.timm_options", options]).startswith(f"model.{message}")
 
 
+def test_a_rate_of_growth_is_no_probability() -> None:
+    config = ModelConfig("timm/densenet121", num_classes=2, timm_options={"growth_rate": 4, "drop_rate": 0.5})
+    assert model_from_config(config).num_features == 128
+
+
 def test_images_that_a_model_of_timm_cannot_compute_are_refused() -> None:
     argv = ["--model.name", "timm/inception_v3", "--model.image_size", "32", "--data.source", "digits"]
     message = error_of(argv)

@@ -23,6 +23,8 @@ MAX_REASON_LENGTH = 300
 """Characters of an error of timm that are shown."""
 MAX_TIMM_OPTION = 1_000_000
 """Largest number among the options of a timm model."""
+DROP_RATES = ("drop_rate", "drop_path_rate", "drop_block_rate")
+"""Ends of the names of options that are probabilities."""
 
 _logger = logging.getLogger(__name__)
 
@@ -90,7 +92,8 @@ def _check_numbers(options: Mapping[str, object]) -> None:
         limit = MAX_BLOCKS if key in ("depth", "depths", "layers") else MAX_TIMM_OPTION
         if not all(abs(number) <= limit for number in numbers):  # also false for nan
             raise UserError("timm_options", f"{key}: numbers must be from -{limit:,} to {limit:,}")
-        if key.endswith("_rate") and not all(0 <= number <= 1 for number in numbers):
+        # Not the growth_rate of DenseNet, a number of channels.
+        if key.endswith(DROP_RATES) and not all(0 <= number <= 1 for number in numbers):
             raise UserError("timm_options", f"{key}: expected a number from 0 to 1")
 
 
