@@ -190,8 +190,9 @@ def printed(main, *argv):
 @pytest.mark.parametrize("option", ["--print_config", "--print_config=skip_default"])
 def test_the_printed_configuration_is_the_one_that_would_run(folder, option):
     (folder / "run").mkdir()
-    run_folder.write_config(folder / "run", TrainConfig(seed=77))
-    assert printed(program.main, "--output", "run", option)["seed"] == 77
+    run_folder.write_config(folder / "run", TrainConfig(seed=77, data=DataConfig(train_split="08")))
+    found = printed(program.main, "--output", "run", option)
+    assert (found["seed"], found["data"]["train_split"]) == (77, "08")
     assert printed(program.main, option, "--output", "new", "--seed", "5")["seed"] == 5
     found = printed(eval_program.main, option, "--model.name", "timm/resnet10t", "--device", "cpu")
     assert found["model"]["name"] == "timm/resnet10t"

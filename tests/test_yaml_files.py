@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vil.config import UserError
-from vil.runtime.yaml_files import read_yaml
+from vil.runtime.yaml_files import parse_yaml, read_yaml, yaml_text
 
 
 def written(folder, text):
@@ -94,5 +94,16 @@ def test_any_text_is_a_tree_or_one_line(tmp_path_factory, text):
 
 def test_a_leading_zero_is_no_octal_number(tmp_path):
     """YAML 1.1 reads 010 as 8 and 08 as text, YAML 1.2 both as decimal numbers."""
-    text = "[010, 08, -017, +09, 00, 0, 007, 0x10, 0o17, 0.5, 08.5]"
-    assert read_yaml(written(tmp_path, text)) == [10, 8, -17, 9, 0, 0, 7, 16, "0o17", 0.5, 8.5]
+    text = "[010, 08, -017, +09, 00, 0, 007, 0x10, 0o17, 0.5, 08.5, 0_10, 0_]"
+    assert read_yaml(written(tmp_path, text)) == [10, 8, -17, 9, 0, 0, 7, 16, "0o17", 0.5, 8.5, 10, 0]
+
+
+@given(st.text("0123456789_.eE+-:x", max_size=6) | st.text(max_size=6).filter(str.isprintable))
+@example("08")
+@example("1e3")
+@example("010")
+def test_texts_that_look_like_numbers_are_written_as_texts(text):
+    """A run with the split 08 continues from its own config.yaml."""
+    found = parse_yaml(yaml_text({text: text}))
+    assert found == {text: text}
+    assert isinstance(found[text], str)

@@ -17,8 +17,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-import yaml
-
 from vil.checkpoints import checkpoint_files
 from vil.checkpoints.checkpoint_files import BEST, FOLDER, check_digest, newest_intact, step_files
 from vil.checkpoints.training_state import (
@@ -33,7 +31,7 @@ from vil.runtime import files
 from vil.runtime.distributed import call_on_main
 from vil.runtime.files import MAX_JSON_BYTES, refuse_link, write_durably
 from vil.runtime.run_files import CONFIG, FOLDERS, LOCK, METRICS, SUMMARY
-from vil.runtime.yaml_files import read_yaml
+from vil.runtime.yaml_files import read_yaml, yaml_text
 from vil.validation import (
     as_tree,
     flatten,
@@ -345,7 +343,7 @@ def check_epoch(folder: Path, state: State, epoch: int, epoch_step: int) -> None
 def write_config(folder: Path, config: TrainConfig) -> None:
     """Write the resolved configuration to config.yaml, for --config. Raise OSError if that fails."""
     content = with_absolute_paths(as_tree(dataclasses.replace(config, resume="auto")))
-    write_durably(folder / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_durably(folder / CONFIG, yaml_text(content))
 
 
 def begin_run(folder: Path, config: TrainConfig) -> None:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
-import yaml
-
 from vil.command_line.arguments import (
     CONFIGS,
     ArgumentParser,
@@ -24,6 +22,7 @@ from vil.command_line.arguments import (
 )
 from vil.config import COMMAND_LINE, Tree, UserError
 from vil.runtime import console
+from vil.runtime.yaml_files import yaml_text
 from vil.validation import (
     PATH_OPTIONS,
     PRETRAINED,
@@ -199,7 +198,7 @@ class ParsedArguments(Generic[Config]):
         tree = as_tree(command.config)
         if self.print_config == "skip_default":
             tree = _without_defaults(tree, as_tree(self._config_class()))
-        console.write(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+        console.write(yaml_text(tree))
         raise SystemExit(0)
 
 

@@ -51,6 +51,15 @@ def parse_yaml(text: str) -> Any:
     return tree
 
 
+def yaml_text(tree: object) -> str:
+    """Return plain values as the text of a YAML file, from which `parse_yaml` reads the same values."""
+    return yaml.dump(tree, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, except that it quotes texts that `_StrictLoader` would read as numbers."""
+
+
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader, except that a duplicate key is an error.
 
@@ -62,7 +71,7 @@ class _StrictLoader(yaml.SafeLoader):
         text = self.construct_scalar(node)
         if ":" in text:
             return text
-        if decimal := re.fullmatch(r"([-+]?)0+([0-9]+)", text):
+        if decimal := re.fullmatch(r"([-+]?)0[0_]*([0-9][0-9_]*)", text):
             node = yaml.ScalarNode(node.tag, f"{decimal[1]}{decimal[2]}", node.start_mark, node.end_mark)
         if len(text) > MAX_NUMBER_LENGTH:
             raise yaml.constructor.ConstructorError(None, None, "a number that is too long", node.start_mark)
@@ -104,18 +113,15 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
-# YAML 1.1, which PyYAML reads, parses 1e-3 as text: it requires a point and a sign, YAML 1.2 does not.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-# 08 is no octal number: YAML 1.1 has it as text, 1.2 as a decimal number.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?0[0-9]*[89][0-9]*$"), list("-+0")
-)
+for _class in (_StrictLoader, _StrictDumper):
+    # YAML 1.1, which PyYAML reads, parses 1e-3 as text: it requires a point and a sign, YAML 1.2 does not.
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+    # 08 is no octal number: YAML 1.1 has it as text, 1.2 as a decimal number.
+    _class.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?0[0-9]*[89][0-9]*$"), list("-+0"))
 
 for _kind in ("int", "float"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _StrictLoader.construct_number)
