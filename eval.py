@@ -94,7 +94,7 @@ def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConf
                 _logger.warning("%s", line)
             options = flatten(as_tree(config))
             consistency.check_options(RankOptions(options, {}, is_stored=False))
-            check_output_files(args, command)
+            check_output_files(command)
             check_single_result(args, config)
             choose_precision(config.precision, process.device)
             set_deterministic(config.deterministic)
@@ -108,7 +108,7 @@ def evaluate(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConf
         raise command.locate(error) from error
 
 
-def check_output_files(args: ParsedArguments[EvalConfig], command: ResolvedConfig[EvalConfig]) -> None:
+def check_output_files(command: ResolvedConfig[EvalConfig]) -> None:
     """Raise UserError if an output file cannot be written, or is an input or another output.
 
     Options that need images are refused with `complexity`.
@@ -117,7 +117,7 @@ def check_output_files(args: ParsedArguments[EvalConfig], command: ResolvedConfi
     for option in CLASS_OUTPUTS:
         if command.config.complexity and outputs[option] is not None:
             raise UserError(option, NO_IMAGES)
-    call_on_main(partial(check_outputs, outputs, [*args.files(), *command.inputs()]))
+    call_on_main(partial(check_outputs, outputs, command.inputs()))
     for option in ("datasets", "match_classes", "data.real_labels"):
         if command.config.complexity and command.origins.get(option) == COMMAND_LINE:
             raise UserError(option, NO_IMAGES)

@@ -248,6 +248,11 @@ def test_inputs_of_programs_over_data_are_not_replaced(tmp_path: Path, photograp
             with pytest.raises(UserError, match="is an image of the data set; name another file"):
                 program(list(map(str, [*line, path])))
             assert Image.open(image).size == (16, 16)
+    (tmp_path / "other.yaml").write_text("workers: 0\n")  # of no effect
+    for program, line in lines.items():
+        *options, output = line
+        overridden = ["--data", tmp_path / "other.yaml", "--data.workers", "0", output]
+        refused(program, [*options, *overridden, tmp_path / "other.yaml"], tmp_path / "other.yaml")
     datasets = ["--checkpoint", two_classes, *quiet, "--datasets", photographs / "val", "--csv", image]
     for program, line in (
         (eval_program.main, datasets),

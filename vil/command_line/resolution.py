@@ -67,12 +67,14 @@ class ResolvedConfig(Generic[Config]):
         origins: key → the file that set it, or `COMMAND_LINE`; keys with their default are absent.
         assigned: the keys that the command line itself assigns, `""` for --config.
         defaults: files that are used because the command line names none for their sections.
+        files: all YAML files that were read, also those whose values others override.
     """
 
     config: Config
     origins: Mapping[str, str]
     assigned: frozenset[str] = frozenset()
     defaults: frozenset[str] = frozenset()
+    files: tuple[str, ...] = ()
 
     def sets(self, section: str) -> bool:
         """Return True if anything sets `section` or an option in it."""
@@ -86,8 +88,8 @@ class ResolvedConfig(Generic[Config]):
         paths += values.get("checkpoint") or []
         sets = values.get("datasets") or values.get("eval_sets") or []
         paths += [path for path in sets if os.path.isfile(path)]
-        files = [origin for origin in self.origins.values() if origin != COMMAND_LINE]
-        return list(dict.fromkeys([*files, *filter(None, paths)]))
+        origins = [origin for origin in self.origins.values() if origin != COMMAND_LINE]
+        return list(dict.fromkeys([*self.files, *origins, *filter(None, paths)]))
 
     def describe_origin(self, section: str) -> str:
         """Return the origins of the options of a section, as `configs/models/vil_tiny.yaml, the default`."""
@@ -189,7 +191,8 @@ class ParsedArguments(Generic[Config]):
         except UserError as error:
             raise _locate(error, origins) from None
         assigned = frozenset(a.key for a in self.assignments)
-        return ResolvedConfig(config, origins, assigned, frozenset(a.origin for a in files))
+        defaults = [a.origin for a in files]
+        return ResolvedConfig(config, origins, assigned, frozenset(defaults), (*defaults, *self.files()))
 
     def finish(self, command: ResolvedConfig[Config]) -> None:
         """Print the configuration and exit with status 0 if the command line has --print_config."""
