@@ -28,11 +28,12 @@ FALLBACK_FONTS = (
 
 
 def use_fallback_fonts() -> None:
-    """Draw characters that matplotlib's own font lacks in the `FALLBACK_FONTS` that are installed."""
+    """Draw characters that the chosen font lacks in the `FALLBACK_FONTS` that are installed."""
     installed = set(font_manager.get_font_names())
     families = [name for name in FALLBACK_FONTS if name in installed]
     logging.getLogger(font_manager.__name__).setLevel(logging.ERROR)  # some have another weight only
-    matplotlib.rcParams["font.family"] = [*matplotlib.rcParamsDefault["font.family"], *families]
+    chosen = matplotlib.rcParams["font.family"]  # of matplotlib, or of a matplotlibrc
+    matplotlib.rcParams["font.family"] = list(dict.fromkeys([*chosen, *families]))
 
 
 def as_png(figure: Figure, dpi: int = 110) -> bytes:

@@ -104,8 +104,9 @@ def _check_classes(source: Source, data: DataConfig, split: Split) -> None:
         raise UserError(key, f"{location}: {reason}; expected <split>/<class>/<images>")
     forms = Counter(map(normal_form, names))
     if duplicate := next((name for name, count in forms.items() if count > 1), None):
-        reason = f"two classes are named {duplicate!r}, in different forms of Unicode; rename one of them"
-        raise UserError(key, f"{location}: {reason}")
+        forms_differ = len(set(names)) == len(names)
+        how = ", in different forms of Unicode" if forms_differ else ""
+        raise UserError(key, f"{location}: two classes are named {duplicate!r}{how}; rename one of them")
     invalid = np.flatnonzero((source.targets < 0) | (source.targets >= len(names)))
     if len(invalid):
         reason = f"{source.describe(int(invalid[0]))} has the class {source.targets[invalid[0]]}"

@@ -326,6 +326,9 @@ def test_invalid_files(folders, tmp_path):
         assert refusal() == f"data.root: {description}: contains no readable list class_names"
     description.write_text('{"class_names": ["ant"]}')
     assert refusal() == f"data.root: {description}: 1 classes, but {path} has class 2"
+    description.write_text('{"class_names": ["ant", "bear", "ant"]}')
+    location = f"data.root: {tmp_path}, split train"
+    assert refusal() == f"{location}: two classes are named 'ant'; rename one of them"
     description.unlink()
     assert open_source(DataConfig(source="ffcv", root=str(tmp_path)), "train", 3).class_names == (*"012",)
     with pytest.raises(UserError, match=r"^data\.download: "):

@@ -31,3 +31,11 @@ def test_characters_of_an_installed_fallback_font(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(png, "FALLBACK_FONTS", ("No Such Font", "STIXNonUnicode"))
     png.use_fallback_fonts()
     assert draw(text) == []
+
+
+def test_the_font_of_a_matplotlibrc_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", ["serif"])
+    monkeypatch.setattr(png, "FALLBACK_FONTS", ("STIXNonUnicode",))
+    for _ in range(2):
+        png.use_fallback_fonts()
+        assert matplotlib.rcParams["font.family"] == ["serif", "STIXNonUnicode"]
