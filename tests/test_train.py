@@ -170,6 +170,13 @@ def test_any_model_of_the_zoo_and_of_timm_is_built_from_its_name(name):
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 
+def test_a_model_of_timm_without_logits_is_not_trained():
+    options = ["--model.name", "timm/resnet10t", "--model.image_size", "64", "--data.workers", "0"]
+    config = configure(*options, "--model.timm_options", "{global_pool: ''}")
+    with pytest.raises(UserError, match=r"^model\.timm_options: timm/resnet10t cannot compute images of 64"):
+        program.build(config, CPU, is_new=True)
+
+
 def test_what_a_run_starts_from_is_named_with_its_file(folder):
     (folder / "model.yaml").write_text("init_from: nowhere\n")
     with pytest.raises(UserError, match=r"^model\.yaml: model\.init_from: nowhere"):

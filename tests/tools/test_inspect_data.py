@@ -83,6 +83,9 @@ def test_an_unreadable_image_is_named_and_sets_the_exit_status(root, tmp_path, c
     (entry,) = report["unreadable"]
     assert (entry["split"], entry["name"]) == ("train", "dog/broken.jpg")
     assert "unreadable  1" in capsys.readouterr().out.splitlines()
+    (root / "train/dog/other.jpg").write_bytes(b"\xff\xd8\xff")
+    status, report = inspect(root, tmp_path)
+    assert (len(report["unreadable"]), report["duplicates"]) == (2, [])  # their pixels are not equal
 
 
 def test_a_root_of_class_folders_is_one_split(root, tmp_path):

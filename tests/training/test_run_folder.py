@@ -110,6 +110,10 @@ def test_finished_runs(tmp_path: Path):
     assert run_folder.finished_top1(tmp_path, state, config) is None  # no summary yet
     (tmp_path / "summary.json").write_text(json.dumps([{"top1": 97.5}]))
     assert run_folder.finished_top1(tmp_path, state, config) == 97.5
+    for invalid in (-1, 1e3, float("nan"), None):
+        (tmp_path / "summary.json").write_text(json.dumps([{"top1": invalid}]))
+        assert run_folder.finished_top1(tmp_path, state, config) is None
+    (tmp_path / "summary.json").write_text(json.dumps([{"top1": 97.5}]))
     config.schedule.max_steps = 6
     assert run_folder.finished_top1(tmp_path, state, config) is None
     (tmp_path / "summary.json").write_text("[]")
