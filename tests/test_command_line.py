@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from vil.command_line import bounded_int, parse, resolve_train_command
 from vil.config import EvalConfig, StageConfig, TrainConfig, UserError, errors_in_section
+from vil.evaluation.accuracy import EvaluationDataset, TooFewClassesError
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +67,11 @@ def test_an_error_is_located_where_its_key_was_set(write):
     assert str(line.locate(UserError("model.window", "must be 1"))) == "file.yaml: model.window: must be 1"
     assert str(line.locate(UserError("seed", "too small"))) == "command line: seed: too small"
     assert str(line.locate(UserError("device", "none"))) == "device: none"
+    counted = TooFewClassesError(3, EvaluationDataset("x", [], "abcd"))
+    of_a_subclass = parse(TrainConfig, ["--model.num_classes", "4"]).locate(counted)
+    reason = "model.num_classes: the model has 3 classes, the data has 4"
+    assert str(of_a_subclass) == f"command line: {reason}"
+    assert pickle.loads(pickle.dumps(of_a_subclass)).num_logits == 3
     stages = parse(TrainConfig, ["--model", write("stages: []\n", "stages.yaml")])
     assert str(stages.locate(UserError("model.stages", "none"))) == "stages.yaml: model.stages: none"
     stage_error = stages.locate(UserError("model.stages[0].dim", "odd"))

@@ -9,6 +9,7 @@ with the file, the option and the reason.
 
 from __future__ import annotations
 
+import copyreg
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,6 +143,10 @@ class UserError(ValueError):
         self.location = location
         self.reason = reason
         self.origin = origin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle it without `__init__`, whose parameters are others in subclasses."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]  # not in typeshed
 
     def __str__(self) -> str:
         """Return `origin: location: reason`, without the parts that are empty."""
