@@ -18,7 +18,8 @@ def refuse_images_as_outputs(
 ) -> None:
     """Raise UserError for an output of a command that would replace images of one of its data sets.
 
-    Images lie in a class folder, so that a figure may replace an earlier one beside the class folders.
+    Images lie in a class folder, so that a figure may replace an earlier one beside the class folders. The
+    names of the classes of an FFCV file are not replaced either.
 
     Args:
         outputs: option → file; None for an output that is not requested.
@@ -31,6 +32,9 @@ def refuse_images_as_outputs(
         real = os.path.realpath(output)
         for root in roots:
             is_below = real.startswith(os.path.join(root, ""))
+            beton, extension = os.path.splitext(real)
+            if is_below and extension == ".json" and os.path.exists(f"{beton}.beton"):
+                raise UserError(option, f"{output} names the classes of the data set; name another file")
             is_in_class = is_below and os.path.dirname(real) != root and has_image_extension(real)
             if is_in_class or (is_below and real.lower().endswith(ARCHIVES)):
                 raise UserError(option, f"{output} is an image of the data set; name another file")

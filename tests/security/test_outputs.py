@@ -264,6 +264,10 @@ def test_inputs_of_programs_over_data_are_not_replaced(tmp_path: Path, photograp
     archive.write_bytes(b"archive")
     with pytest.raises(UserError, match="is an image of the data set"):
         inspect_data.main([str(photographs), "--sheet", str(archive)])
+    for name in ("train.beton", "train.json"):
+        (photographs / name).touch()
+    with pytest.raises(UserError, match="names the classes of the data set"):
+        inspect_data.main([str(photographs), "--json", str(photographs / "train.json")])
 
 
 def test_a_figure_replaces_an_earlier_one_beside_the_classes(photographs: Path):
