@@ -155,8 +155,10 @@ def open_evaluation(
     commands = [resolve_over_stored(dataset_args, stored) for dataset_args in args_per_dataset]
     args_per_dataset[0].finish(commands[0])
     config = commands[0].config
-    roots = [command.config.data.root for command in commands]
-    call_on_main(partial(refuse_images_as_outputs, output_files(config), roots))
+    outputs, roots = output_files(config), [command.config.data.root for command in commands]
+    stored_inputs = [path for command in commands for path in command.inputs()]
+    call_on_main(partial(check_outputs, outputs, stored_inputs))
+    call_on_main(partial(refuse_images_as_outputs, outputs, roots))
     is_stored = path is not None and commands[0].origins.get("data.source") == file_origin(path)
     if is_stored and not config.complexity:
         _logger.info("evaluating on %s, the data of %s", dataset_name(config.data), path)

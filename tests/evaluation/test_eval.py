@@ -25,6 +25,7 @@ from torchvision.transforms.functional import to_tensor
 import eval as program
 from data import build_validation
 from data.sources.digits import Digits
+from tools.programs import probe
 from vil.checkpoints.checkpoint_files import BEST, step_file
 from vil.checkpoints.training_state import library_versions, write_training_state
 from vil.config import DataConfig, EvalConfig, ModelConfig, StageConfig, TrainConfig, UserError
@@ -472,6 +473,18 @@ def test_options_that_need_images_are_refused_without_any(run: Path) -> None:
     for option, value in (("datasets", "none"), ("match_classes", "position"), ("data.real_labels", "none")):
         message = f"{option}: requires images; complexity evaluates none"
         assert error_of([*argv, f"--{option}", value]) == message
+
+
+def test_files_that_a_run_names_are_not_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "labels.json"
+    file.write_text("[]")
+    config = TrainConfig(model=MODEL, data=dataclasses.replace(DATA, real_labels=str(file)))
+    run = str(make_run(tmp_path / "run", config=dataclasses.asdict(config)))
+    refusal = f"{file} is an input of this command; name another file"
+    assert error_of(["--checkpoint", run, "--json", str(file)]) == f"json: {refusal}"
+    with pytest.raises(UserError, match=f"^--json: {refusal}$"):
+        probe.main([run, "--json", str(file)])
+    assert file.read_text() == "[]"
 
 
 def test_an_output_without_a_name_is_refused(run: Path) -> None:

@@ -129,6 +129,7 @@ def main(argv: Sequence[str]) -> None:
     stored = read_stored(arguments.model if name == "--checkpoint" else None, command)
     command = resolve_over_stored(args, stored)
     config = command.config
+    check_outputs(outputs, command.inputs())  # also those that the weights name
     refuse_images_as_outputs(outputs, [config.data.root])
     try:
         with start_single_process(config) as process:
