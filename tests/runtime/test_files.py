@@ -198,8 +198,11 @@ def test_results_beside_a_downloaded_checkpoint_are_replaced(tmp_path: Path, mon
     for folder, checkpoint in ((downloads, "vil.pth"), (downloads, "best.pt"), (run, "vil.pth")):
         for output in outputs:
             files.refuse_input_as_output(folder / output, [folder / "checkpoints" / checkpoint], "--json")
+    best = run / "checkpoints" / "best.pt"
+    files.refuse_input_as_output(run / "checkpoints/vil.json", [best], "--json")  # as of an average
+    (run / "checkpoints" / "step_00000002.pt.sha256").touch()
     monkeypatch.chdir(run / "checkpoints")
-    for output in outputs:
+    for output in ("checkpoints/step_00000002.pt.sha256", "summary.json"):
         for checkpoint in (run / "checkpoints" / "best.pt", "best.pt"):
             with pytest.raises(UserError, match="is an input of this command"):
                 files.refuse_input_as_output(run / output, [checkpoint], "--json")

@@ -313,7 +313,9 @@ def _is_input(path: Path, output: Path) -> bool:
             return True
         folder = Path(os.path.abspath(path)).parent
         if _holds_run_checkpoint(folder, path.name) and _is_run_file(folder.parent, output):
-            return True
+            name = output.resolve().name.removesuffix(run_files.DIGEST_SUFFIX)
+            is_beside = output.resolve().parent == folder.resolve()
+            return not is_beside or _is_written_checkpoint(name)  # not an average of checkpoints beside them
         digest = f"{path.name}{run_files.DIGEST_SUFFIX}"
         return output.name == digest and os.path.samefile(path.with_name(digest), output)
     except (OSError, ValueError):  # an unreadable input is reported where it is read
@@ -323,7 +325,11 @@ def _is_input(path: Path, output: Path) -> bool:
 def _holds_run_checkpoint(folder: Path, name: str) -> bool:
     """Return True if train.py wrote the file in `folder`: downloads often lie in folders of the same name."""
     is_run = folder.name == run_files.CHECKPOINTS and (folder.parent / run_files.CONFIG).exists()
-    return is_run and re.fullmatch(run_files.WRITTEN_CHECKPOINT, name) is not None
+    return is_run and _is_written_checkpoint(name)
+
+
+def _is_written_checkpoint(name: str) -> bool:
+    return re.fullmatch(run_files.WRITTEN_CHECKPOINT, name) is not None
 
 
 def _is_run_file(folder: Path, output: Path) -> bool:
