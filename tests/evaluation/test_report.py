@@ -199,6 +199,7 @@ def test_csv_of_the_confusion_matrix(tmp_path: Path) -> None:
 def test_json_is_read_back(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "new" / "out.json"
     check_writable(path, "json")
+    assert not path.parent.exists()  # a command that fails leaves no empty folder
     write_json(path, [result, {**result, "loss": math.nan}])
     first, second = json.loads(path.read_text())
     assert first == result
@@ -223,7 +224,13 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
-@pytest.mark.parametrize(("name", "reason"), [("file/out.json", "File exists"), ("folder", "Is a directory")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *(("file/out.json", "Not a directory"), ("file/new/out.json", "Not a directory")),
+        *(("folder", "Is a directory"), (f"new/{'x' * 300}", "File name too long")),
+    ],
+)
 def test_an_unwritable_path_is_refused_before_the_evaluation(name: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()

@@ -71,10 +71,8 @@ class Prediction:
 def main(argv: Sequence[str]) -> None:
     """Predict all images and write the predictions; exit with status 1 if an image has none."""
     arguments = _parser().parse_intermixed_args(argv)
-    if arguments.output is not None:
-        if os.path.isdir(arguments.output):
-            raise UserError("--output", f"{arguments.output} is a folder; expected a file")
-        check_writable(arguments.output, "--output")
+    if arguments.output is not None and os.path.isdir(arguments.output):
+        raise UserError("--output", f"{arguments.output} is a folder; expected a file")
     weights = open_weights(
         arguments.checkpoint, arguments.released_config, arguments.run_checkpoint, arguments.weights
     )
@@ -88,6 +86,7 @@ def main(argv: Sequence[str]) -> None:
         if arguments.output is not None:
             inputs = [arguments.checkpoint, arguments.released_config, *images.paths]
             refuse_input_as_output(arguments.output, filter(None, inputs), "--output")
+            check_writable(arguments.output, "--output")
         loader = DataLoader(
             images,
             arguments.batch_size,

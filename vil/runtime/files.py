@@ -210,14 +210,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Create the folders of an output file. Raise UserError for the option if the file cannot be written."""
+    """Raise UserError for the option if an output file, or a folder above it, cannot be written.
+
+    Nothing is created: a command that then fails leaves no empty folders.
+    """
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
             if stat.S_ISDIR(os.stat(path).st_mode):  # OSError for a name that is too long, a loop of links
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not is_stream(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path.parent):
+            folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+            longest = max(len(os.fsencode(part)) for part in path.parts)
+            if longest > os.pathconf(folder, "PC_NAME_MAX"):
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+            with tempfile.TemporaryFile(dir=folder):
                 pass
     except OSError as error:
         raise _not_writable(path, error, option) from None
