@@ -231,11 +231,12 @@ def describe_run(
     phases = training_phases(schedule, config.model.size)
     steps = count_epoch_steps(phases, loaders.train.steps_per_epoch, loaders.train_images)
     batches = [f"{steps.steps(phase.first_epoch)} × {phase.batch_size}" for phase in phases]
-    length = f"{schedule.total_epochs} epochs of {', then '.join(dict.fromkeys(batches))} images"
+    epochs = "1 epoch" if schedule.total_epochs == 1 else f"{schedule.total_epochs} epochs"
+    length = f"{epochs} of {', then '.join(dict.fromkeys(batches))} images"
     if schedule.max_steps is not None:
         length += f", at most {schedule.max_steps} steps"
     devices = f"{process.world_size} × {process.device.type}, {config.precision}"
-    return [
+    lines = [
         f"data: {len(loaders.class_names)} classes, {loaders.train_images:,} training and "
         f"{loaders.validation.num_images:,} validation images ({dataset_name(config.data)})",
         f"model: {config.model.name}, {format_size(config.model.size)} pixels, {parameters:.2f} M parameters "
@@ -243,6 +244,10 @@ def describe_run(
         f"recipe: {length}, {schedule.optimizer}, learning rate {schedule.lr:g} "
         f"({command.describe_origin('schedule')}) · {devices}",
     ]
+    if schedule.warmup_epochs >= schedule.epochs:
+        reason = f"schedule.warmup_epochs {schedule.warmup_epochs:g} is not below epochs {schedule.epochs}"
+        lines.append(f"warning: {reason}: the learning rate does not reach {schedule.lr:g}")
+    return lines
 
 
 def check_sizes(

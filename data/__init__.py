@@ -27,7 +27,7 @@ from data.progressive_resizing import ProgressiveResizingLoader
 from data.random_sizes import RandomSizesLoader
 from data.real_labels import NotImageNetError, RealLabelImages, check_same_real_labels
 from data.samplers import MicroBatches
-from data.sources import Source, dataset_name, open_source
+from data.sources import Source, check_root, dataset_name, open_source
 from data.sources.folder import class_folder_options
 from data.sources.held_out import has_held_out_images, read_split, write_split
 from data.sources.subsets import ImageList, select_subset
@@ -46,6 +46,7 @@ __all__ = [
     "build_loaders",
     "build_training_images",
     "build_validation",
+    "check_root",
     "check_same_classes",
     "check_same_images",
     "check_same_real_labels",

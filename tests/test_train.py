@@ -186,6 +186,24 @@ def test_what_a_run_starts_from_is_named_with_its_file(folder):
         configure("--model", "model.yaml")
 
 
+def test_the_first_lines_of_a_run_name_data_model_and_recipe():
+    def describe(*argv):
+        command = resolve_train_command(
+            [*argv, "--data.workers", "0", "--device", "cpu", "--precision", "float32"]
+        )
+        loaders, model, _ = program.build(command.config, CPU, is_new=True)
+        return program.describe_run(command.config, loaders, model, CPU, command)
+
+    data, model, recipe = describe()
+    assert data == "data: 10 classes, 1,437 training and 360 validation images (digits)"
+    assert model.startswith("model: vil, 32×32 pixels, 0.")
+    assert recipe.startswith("recipe: 25 epochs of ")
+    *_, recipe, warning = describe("--schedule.epochs", "1", "--schedule.lr", "0.25")
+    assert recipe.startswith("recipe: 1 epoch of ")
+    reason = "schedule.warmup_epochs 3 is not below epochs 1: the learning rate does not reach 0.25"
+    assert warning == f"warning: {reason}"
+
+
 def printed(main, *argv):
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen), pytest.raises(SystemExit) as exit_:

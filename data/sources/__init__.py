@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from data.decoding import Mode
-from data.sources.base import Source, Split, shorten_list, split_name
+from data.sources.base import Source, Split, root_folder, shorten_list, split_name
 from data.sources.class_paths import SPLIT_NAMES
 from data.sources.digits import Digits
 from data.sources.ffcv import FFCVImages
@@ -26,7 +26,7 @@ from data.sources.zip import ZipImages
 from vil.config import DataConfig, UserError
 from vil.runtime.class_names import normal_form
 
-__all__ = ["SOURCES", "Source", "Split", "dataset_name", "open_source"]
+__all__ = ["SOURCES", "Source", "Split", "check_root", "dataset_name", "open_source"]
 
 _logger = logging.getLogger("vil.data")
 
@@ -74,6 +74,18 @@ def open_source(
         source = source_class.open(data, split, mode)
     _check_classes(source, data, split)
     return source
+
+
+def check_root(data: DataConfig) -> None:
+    """Raise UserError if the folder of the data set is not given or does not exist.
+
+    With `data.download` it need not exist. An unknown source is reported when it is opened.
+    """
+    source_class = _source_class(data)
+    if source_class is None or not (data.root or source_class.requires_root(data)):
+        return
+    if not root_folder(data).exists() and not data.download:
+        raise UserError("data.root", f"{data.root}: no such folder")
 
 
 def dataset_name(data: DataConfig) -> str:

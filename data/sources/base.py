@@ -39,6 +39,11 @@ class Source(ABC):
         raise NotImplementedError
 
     @classmethod
+    def requires_root(cls, data: DataConfig) -> bool:
+        """Return True if the source needs `data.root`."""
+        return True
+
+    @classmethod
     def unsplit_name(cls, data: DataConfig) -> str:
         """Return the name of the split with all images of a data set that has no validation split.
 

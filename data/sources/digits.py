@@ -36,6 +36,11 @@ class Digits(Source):
         self._images = np.stack([np.asarray(image) for image in enlarged])  # (N, 32, 32)
 
     @classmethod
+    def requires_root(cls, data: DataConfig) -> bool:
+        """See `Source.requires_root`."""
+        return False
+
+    @classmethod
     def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
         """Open a split; `data.val_split train` evaluates on the training images."""
         if data.root is not None:

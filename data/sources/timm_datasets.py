@@ -45,6 +45,11 @@ class TimmDataset(Source):
         self.targets = _targets(self._reader or dataset, name)
 
     @classmethod
+    def requires_root(cls, data: DataConfig) -> bool:
+        """See `Source.requires_root`; Hugging Face's library (hfds) has a cache of its own."""
+        return not data.source.lower().startswith("hfds/")
+
+    @classmethod
     def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
         """Open a split by timm.data.create_dataset.
 
@@ -53,7 +58,7 @@ class TimmDataset(Source):
         """
         source = data.source.lower()
         name = split_name(data, split)
-        root = None if source.startswith("hfds/") and not data.root else root_folder(data)
+        root = root_folder(data) if data.root or cls.requires_root(data) else None
         if source in SPLIT_IS_FLAG and name not in FLAG_SPLITS:
             known = ", ".join(FLAG_SPLITS)
             raise UserError(f"data.{split}_split", f"unknown split {name!r}; expected one of {known}")

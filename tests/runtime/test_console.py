@@ -21,6 +21,13 @@ def test_a_line_is_printable_and_one(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr() == ("a\\x1bb c\n", "error\n")
 
 
+def test_columns_are_aligned_by_the_width_of_characters_on_a_terminal():
+    rows = [("cafe\u0301", "1"), ("猫 ねこ", "22"), ("b", "333")]
+    lines = console.align(rows)
+    assert lines == ["cafe\u0301       1", "猫 ねこ   22", "b        333"]
+    assert {console.text_width(line) for line in lines} == {12}
+
+
 def test_the_width_is_that_of_a_terminal_or_of_columns(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "72")
     assert console.width() == 72

@@ -136,6 +136,10 @@ SEEDS = "seeds: [0]\n"
             "base: {data.source: folder, data.root: nowhere}\n" + TWO + SEEDS,
             "base.data.root: nowhere: no such folder",
         ),
+        (
+            "base: {data.source: folder}\n" + TWO + SEEDS,
+            "cell avg: data.root: is needed for source folder: the folder of the data set",
+        ),
         (BASE + "factors: {p: {a: bad.yaml, b: null}}\n" + SEEDS, "cell a: bad.yaml: model.x: unknown key"),
         (
             BASE + "factors: {p: {a: null, b: {model.name: vil_tiny}}}\n" + SEEDS,
@@ -185,7 +189,7 @@ def test_provided_grids_name_their_command_and_resolve(path, monkeypatch):
     lines = [line for line in path.read_text().splitlines() if line.startswith("# ")]
     assert any(f"python tools/ablate.py configs/ablations/{path.name}" in line for line in lines)
     check_model = grids._check_model
-    monkeypatch.setattr(grids, "_check_data_folder", lambda config: None)
+    monkeypatch.setattr(grids, "check_root", lambda data: None)
     monkeypatch.setattr(grids, "resolve_train_command", lambda argv: SimpleNamespace(config=TrainConfig()))
     monkeypatch.setattr(grids, "_check_model", lambda config: None)
     monkeypatch.setattr(grids, "_check_distinct", lambda cells: None)
@@ -279,6 +283,18 @@ def test_data_folder_and_logging_options_may_change(folder):
     with pytest.raises(UserError, match="no such folder"):
         read_grid("grid.yaml", folder, argv)
     assert len(read_grid("grid.yaml", folder, argv, check_data=False).cells) == 2
+
+
+def test_a_report_with_the_options_of_no_run_keeps_the_results(folder):
+    write_grid(BASE + TWO + SEEDS)
+    for run in read_grid("grid.yaml", folder).runs():
+        write_run(run, 90.0)
+    program.main(["grid.yaml", "--output", str(folder), "--report"])
+    before = {path: path.read_bytes() for path in folder.rglob("results.*")}
+    assert len(before) == 4
+    with pytest.raises(UserError, match=r"schedule\.epochs: 25 → 2.*the results are left as they are"):
+        program.main(["grid.yaml", "--output", str(folder), "--report", "--schedule.epochs", "2"])
+    assert {path: path.read_bytes() for path in folder.rglob("results.*")} == before
 
 
 def test_run_of_another_configuration_is_excluded(folder):

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 
+from data import check_root
 from vil.command_line import COMMAND_LINE_KEYS, resolve_train_command
 from vil.config import COMMAND_LINE, TrainConfig, UserError, errors_in_section
 from vil.models.zoo import model_from_config
@@ -268,7 +269,7 @@ def _resolve_cell(
         try:
             _check_model(command.config)
             if check_data:
-                _check_data_folder(command.config)
+                check_root(command.config.data)
         except UserError as error:
             raise command.locate(error) from error
     except UserError as error:
@@ -280,12 +281,6 @@ def _check_model(config: TrainConfig) -> None:
     """Raise UserError if the model cannot be built."""
     with errors_in_section("model"), torch.device("cpu" if config.model.name.startswith("timm/") else "meta"):
         model_from_config(config.model, num_classes=config.model.num_classes or 1000)
-
-
-def _check_data_folder(config: TrainConfig) -> None:
-    root = config.data.root
-    if root is not None and not config.data.download and not Path(root).exists():
-        raise UserError("data.root", f"{root}: no such folder")
 
 
 def _locate(error: UserError, options: Mapping[str, Sequence[Option]], cell: str) -> UserError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import unicodedata
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import TextIO
@@ -45,14 +46,25 @@ def width() -> int | None:
 
 def align(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
     """Return the rows as lines of aligned columns: those of `left` to the left, all others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(text_width, column)) for column in zip(*rows)]
     return [
         "  ".join(
-            cell.ljust(width) if index in left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths))
+            pad(cell, width, is_left=index in left) for index, (cell, width) in enumerate(zip(row, widths))
         ).rstrip()
         for row in rows
     ]
+
+
+def pad(text: str, width: int, is_left: bool = False) -> str:
+    """Return a text with spaces up to `width` columns of a terminal, to the right or to the left."""
+    padding = " " * (width - text_width(text))
+    return text + padding if is_left else padding + text
+
+
+def text_width(text: str) -> int:
+    """Return the columns of a terminal that a text takes: 2 for a wide character (CJK), 0 for an accent."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
 
 
 def flush_streams() -> None:
