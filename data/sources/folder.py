@@ -21,7 +21,7 @@ from data.sources.base import (
     split_name,
     validation_path,
 )
-from data.sources.class_paths import VALIDATION_NAMES
+from data.sources.class_paths import SPLIT_NAMES, VALIDATION_NAMES
 from vil.config import DataConfig, Tree, UserError, error_reason
 from vil.runtime.files import read_bytes
 from vil.runtime.images import MAX_ENCODED_BYTES
@@ -141,6 +141,8 @@ def class_folders(folder: Path) -> tuple[str, ...]:
         with suppress(OSError, ValueError):
             siblings = shorten_list(sorted(os.listdir(folder.parent)), 6)
             reason += f"; {folder.parent} contains {siblings or 'nothing'}"
+        if is_missing and folder.name in SPLIT_NAMES and folder.parent.is_dir():
+            reason += "; without a validation split, data.val_fraction 0.2 holds out a fifth of each class"
         raise UserError("data.root", f"{folder}: {reason}") from None
     names = sorted(
         entry.name

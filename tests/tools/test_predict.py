@@ -87,7 +87,7 @@ def test_folder_as_json(folder, capsys, monkeypatch):
     model = write_checkpoint(folder / "x.safetensors")
     argv = ["x.safetensors", "pics", "pics/img2.png", "--format", "json", "--top", "2", "--batch-size", "2"]
     status, out, err = run(capsys, *argv, "--workers", "2", "--output", "new/out.json")
-    assert (status, out) == (1, "")
+    assert (status, out) == (1, "new/out.json: 8 images\n")
     entries = json.loads((folder / "new" / "out.json").read_text())
     # Natural order; what a link leads to once; links in a circle not at all.
     assert [entry["image"] for entry in entries] == [

@@ -42,9 +42,9 @@ from vil.models.timm_models import check_logits
 from vil.models.zoo import check_device
 from vil.runtime import distributed
 from vil.runtime.class_names import check_has_classes
-from vil.runtime.console import align
+from vil.runtime.console import align, print_line
 from vil.runtime.csv_text import csv_text
-from vil.runtime.files import check_writable, refuse_input_as_output, write_output
+from vil.runtime.files import check_writable, is_standard_output, refuse_input_as_output, write_output
 from vil.runtime.precision import autocast, choose_precision
 
 IMAGENET_CLASSES = 1000
@@ -107,6 +107,10 @@ def main(argv: Sequence[str]) -> None:
                     line = f"{prediction.image}: {failure(prediction.error)}"
                     tqdm.write(printable(line), file=sys.stderr)
     write(FORMATS[arguments.format](predictions), arguments.output)
+    if arguments.output is not None:
+        count = "1 image" if len(predictions) == 1 else f"{len(predictions):,} images"
+        line = f"{arguments.output}: {count}"
+        print_line(line, sys.stderr if is_standard_output(arguments.output) else None)
     if any(prediction.error is not None for prediction in predictions):
         raise SystemExit(1)
 
