@@ -17,7 +17,7 @@ from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evalua
 from vil.evaluation.cost import Cost, measure_cost
 from vil.evaluation.metrics import METRICS, ClassMetrics
 from vil.evaluation.tta import build_tta_model, count_views, describe_tta
-from vil.runtime.console import align
+from vil.runtime.console import align, text_width
 from vil.runtime.csv_text import csv_text
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.files import write_output
@@ -189,7 +189,7 @@ def table(results: Sequence[Result], width: int | None = None) -> str:
     in_table = [(column, texts) for column, texts in shown if column.is_in_table]
     left = [index for index, (column, _) in enumerate(in_table) if not column.format]
     rows = align(list(zip(*([column.heading, *texts] for column, texts in in_table))), left)
-    if len(results) == 1 and width is not None and max(map(len, rows)) > width:
+    if len(results) == 1 and width is not None and max(map(text_width, rows)) > width:
         rows = align([(column.heading, text) for column, (text,) in shown], left=(0, 1))
     notes = [
         f"{result['device']}, {result['precision']}. FLOPs: multiply-adds of one image"
