@@ -205,6 +205,95 @@ def test_page_on_a_phone_in_the_dark_color_scheme(browser, reported):
     assert (visit.overflow(), visit.external_requests(), visit.messages) == (0, [], [])
 
 
+def test_no_button_of_a_chart_sends_it_away(browser, reported):
+    """Plotly 7.1 adds a button that opens Plotly Cloud and sends the chart there, unless told otherwise."""
+    visit = Visit(browser, reported).ready()
+    opened = []
+    visit.page.context.on("page", lambda page: opened.append(page.url))
+    charts = "[...document.querySelectorAll('.chart')].filter(e => e.offsetParent)"
+    titles = visit.evaluate(
+        f"{charts}.map(e => [...e.querySelectorAll('.modebar-btn')].map(b => b.dataset.title))"
+    )
+    assert len(titles) == 11
+    assert [title.split()[0] for title in titles[0]] == ["Download", "Zoom", "Pan", "Zoom", "Zoom", "Reset"]
+    assert all(other == titles[0] for other in titles)
+    for key in visit.drawn():
+        visit.evaluate(f"document.querySelectorAll('#{key} .modebar-btn').forEach(b => b.click())")
+    visit.page.wait_for_timeout(500)
+    settings = f"{charts}.map(e => [e._context.showSendToCloud, e._context.plotlyServerURL])"
+    assert all(values in ([False, ""], [None, ""]) for values in visit.evaluate(settings))
+    assert visit.evaluate("document.querySelectorAll('[class*=cloud-dialog]').length") == 0
+    assert (opened, visit.external_requests(), visit.messages) == ([], [], [])
+
+
+def test_mode_bar_is_above_the_plot_in_the_colors_of_the_page(browser, reported):
+    visit = Visit(browser, reported).ready()
+    script = """() => [...document.querySelectorAll(".chart")].filter(e => e.offsetParent).map(e =>
+        [e.querySelector(".nsewdrag").getBoundingClientRect().top
+            - e.querySelector(".modebar").getBoundingClientRect().bottom,
+         getComputedStyle(e.querySelector(".modebar-group")).backgroundColor,
+         getComputedStyle(e.closest(".card")).backgroundColor])"""
+    for scheme in ("light", "dark"):
+        if scheme == "dark":
+            visit.set_color_scheme(scheme)
+        for space, bar, card in visit.evaluate(script):
+            assert space >= 0
+            assert bar == card
+
+
+def test_cards_do_not_touch(browser, reported):
+    for width in (1280, 390):
+        visit = Visit(browser, reported, width).ready()
+        boxes = visit.evaluate("""[...document.querySelectorAll(".card")].filter(e => e.offsetParent)
+            .map(e => e.getBoundingClientRect()).map(b => [b.left, b.top, b.right, b.bottom])""")
+        assert len(boxes) > 10
+        for i, (left, top, right, bottom) in enumerate(boxes):
+            for other in boxes[i + 1 :]:
+                between = (other[0] - right, left - other[2], other[1] - bottom, top - other[3])
+                assert max(between) >= 13.5  # of 14
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0.4, 24.0], ["0.5", "1", "2", "5", "10", "20"]),
+        ([0.55], ["0.1", "0.2", "0.5", "1", "2", "5"]),
+        ([2e3, 1e5], ["2,000", "5,000", "10,000", "20,000", "50,000", "100,000"]),
+        ([0.01, 100.0], ["0.01", "0.1", "1", "10", "100"]),
+    ],
+)
+def test_ticks_of_logarithmic_axes_are_full_numbers(browser, values, labels, tmp_path):
+    assert memory_ticks(browser, values, tmp_path) == labels
+
+
+def test_logarithmic_axes_without_powers_of_ten_have_ticks(browser, tmp_path):
+    """Nor with 2 or 5 times such a power."""
+    ticks = [float(label) for label in memory_ticks(browser, [10.1, 11.9], tmp_path)]
+    assert ticks == sorted(set(ticks))
+    assert len(ticks) >= 3
+
+
+def memory_ticks(browser, values, folder):
+    """Return the labels of the axis of the training memory, for runs with these values."""
+    runs = open_runs([str(write_run(folder / f"{i}", finished=True)) for i in range(len(values))])
+    for run, value in zip(runs, values):
+        run.summary["train_memory_mb"] = value
+    (folder / "x.html").write_text(page.render(runs, [None] * len(runs), "x"))
+    visit = Visit(browser, folder / "x.html").ready()
+    return visit.page.locator("#train-memory-mb .xtick text").all_text_contents()
+
+
+def test_values_are_marked_where_most_runs_have_another_one(tmp_path):
+    rates = (0.1, 0.2, 0.1, 0.3)
+    runs = open_runs(
+        [str(write_run(tmp_path / f"{i}", False, schedule={"lr": lr})) for i, lr in enumerate(rates)]
+    )
+    for shown, marked in ((runs[:2], []), (runs[:3], ["0.2"]), (runs, []), ([runs[0], *runs[2:]], ["0.3"])):
+        text = page.render(shown, [None] * len(shown), "x")
+        assert "Where more than half of the runs have the same value, the others are marked." in text
+        assert re.findall(r'class="marked">([^<]*)<', text) == marked
+
+
 def test_untrusted_texts_are_escaped(browser, tmp_path):
     """Texts of runs, classes, options and records are escaped; an injected script is not executed."""
     runs = open_runs([str(write_run(tmp_path / name, finished=True)) for name in (EVIL, f"{EVIL} $x$ &lt;")])

@@ -295,7 +295,7 @@ def class_accuracy_chart(key: str, runs: Sequence[Run], evaluations: Mapping[int
         )
         for rank, (index, column) in enumerate(columns.items())
     ]
-    figure = _figure(traces, height=110 + 24 * len(rows))
+    figure = _figure(traces, height=134 + 24 * len(rows))
     figure.update_xaxes(title_text="of the images of a class, %")
     figure.update_yaxes(**_class_axis([plain_text(names[row], 24) for row in rows], is_reversed=True))
     return Chart(key, "Accuracy by class", figure, caption)
@@ -325,7 +325,7 @@ def confusion_chart(key: str, evaluation: Evaluation) -> Chart:
         meta={"heatmap": True},
         hovertemplate="class %{y}, predicted %{x}<br>%{customdata} images, %{z:.1f} %<extra></extra>",
     )
-    figure = _figure([heatmap], height=min(760, 200 + 24 * len(rows)))
+    figure = _figure([heatmap], height=min(784, 224 + 24 * len(rows)))
     figure.update_xaxes(title_text="prediction", showgrid=False, **_class_axis(labels))
     figure.update_yaxes(title_text="class", showgrid=False, **_class_axis(labels, is_reversed=True))
     return Chart(key, "Confusion matrix", figure, caption)
@@ -354,8 +354,13 @@ def _figure(traces: Sequence[Any], **layout: Any) -> go.Figure:
 
 
 def _log_axis(values: Sequence[float]) -> dict[str, Any]:
-    """Return a logarithmic axis with ticks at powers of ten, for a small range also at 2 and 5."""
-    return {"type": "log", "dtick": 1 if max(values) > 100 * min(values) else "D2"}
+    """Return a logarithmic axis with ticks at powers of ten, for a small range also at 2 and 5 or between."""
+    low, high = min(values), max(values)
+    if high > 100 * low:
+        return {"type": "log", "dtick": 1}
+    # A range below a factor of 5 may contain no such tick; a single value has a decade on both sides.
+    ticks = {} if low < high < 5 * low else {"dtick": "D2"}
+    return {"type": "log", "tickformat": ",.6~r", **ticks}  # not Plotly's 5 for 0.5 and 50
 
 
 def _class_axis(labels: Sequence[str], is_reversed: bool = False) -> dict[str, Any]:

@@ -4,6 +4,8 @@
 const report = JSON.parse(document.getElementById("report").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const narrow = matchMedia("(max-width: 640px)");
+// All buttons of the mode bar. Plotly's own choice differs between versions and includes one that sends the chart away.
+const modeBarButtons = [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]];
 const state = { hidden: new Set(), axis: "steps" };
 const drawn = new Set();
 
@@ -78,6 +80,9 @@ function draw(element) {
     {
       ...layout,
       autosize: true,
+      // Space for the mode bar above the plot, where there is one.
+      margin: { ...layout.margin, t: narrow.matches ? 8 : 32 },
+      modebar: { bgcolor: color("--surface"), color: color("--muted"), activecolor: color("--text") },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("--text") },
@@ -90,7 +95,7 @@ function draw(element) {
       yaxis: axis(layout.yaxis),
     },
     { responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover",
-      modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] },
+      modeBarButtons, showSendToCloud: false, plotlyServerURL: "" },
   );
 }
 

@@ -113,11 +113,12 @@ def _measurement_conditions(runs: Sequence[Run]) -> str:
 
 
 def _shown_values(values: Sequence[Any]) -> Iterator[tuple[str, bool]]:
-    """Yield the text of an option's value in each run, and True if it is not the most frequent value."""
+    """Yield the text of an option's value in each run, and True if most of the runs have another."""
     keys = ["null" if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values]
-    most_frequent = Counter(keys).most_common(1)[0][0]
+    most_frequent, count = Counter(keys).most_common(1)[0]
+    has_majority = 2 * count > len(keys)
     for value, key in zip(values, keys):
-        yield value if isinstance(value, str) else key, key != most_frequent
+        yield value if isinstance(value, str) else key, has_majority and key != most_frequent
 
 
 def _format_number(value: float | None, form: str) -> str:
