@@ -10,11 +10,18 @@ from PIL import Image
 
 import eval as eval_program
 import train as train_program
+from tools.ablation import main as ablate_program
+from tools.programs import average_checkpoints as average_program
+from tools.report_page import main as report_program
 from vil import command_line
+from vil.config import UserError
 from vil.runtime import distributed
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "models" / "vil_tiny.yaml")
+DIGITS = str(ROOT / "configs" / "data" / "digits.yaml")
+GRID = str(ROOT / "configs" / "ablations" / "pooling_digits.yaml")
+LONG = "x" * 300
 
 
 @pytest.fixture
@@ -229,3 +236,22 @@ def test_a_checkpoint_of_another_architecture(refused, tmp_path, monkeypatch):
         command_line.main(train_program.main)
     assert exit_.value.code == 2
     assert (folder / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("main", "argv"),
+    [
+        (train_program.main, ["--data.source", "ffcv", "--data.root", LONG, "--output", "out"]),
+        (train_program.main, ["--data.source", "folder", "--data.root", LONG, "--output", "out"]),
+        (train_program.main, ["--data", DIGITS, "--output", LONG]),
+        (report_program.main, [LONG]),
+        (average_program.main, [LONG, "--last", "2", "--output", "c.pt"]),
+        (ablate_program.main, [GRID, "--report", "--output", LONG]),
+        (ablate_program.main, [GRID, "--data.source", "folder", "--data.root", LONG]),
+    ],
+)
+def test_names_that_are_too_long(tmp_path, monkeypatch, main, argv):
+    """`Path.exists` raises an error for them, and for folders that may not be searched."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        main(argv)

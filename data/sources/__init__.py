@@ -6,6 +6,7 @@ To add a source, write a file with a subclass of `Source` and add one line to `S
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from dataclasses import replace
 
@@ -84,7 +85,7 @@ def check_root(data: DataConfig) -> None:
     source_class = _source_class(data)
     if source_class is None or not (data.root or source_class.requires_root(data)):
         return
-    if not root_folder(data).exists() and not data.download:
+    if not data.download and not os.path.exists(root_folder(data)):  # False for names that are too long, too
         raise UserError("data.root", f"{data.root}: no such folder")
 
 

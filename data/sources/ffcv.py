@@ -5,6 +5,7 @@ This source reads their images one by one, for evaluation; training reads them b
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -29,7 +30,7 @@ class FFCVImages(Source):
     def open(cls, data: DataConfig, split: Split, mode: Mode) -> Source:
         """Open root/<split>.beton."""
         path = root_folder(data) / f"{split_name(data, split)}.beton"
-        if not path.is_file():
+        if not os.path.isfile(path):
             reason = "no such file; tools/write_ffcv.py writes it from any other source"
             raise UserError("data.root", f"{path}: {reason}")
         return cls(path, mode)

@@ -93,7 +93,7 @@ def test_an_average_is_a_checkpoint_like_any_other(
     files = [*(f"{run}/checkpoints/best.pt" for run in runs), f"{runs[0]}/checkpoints/step_00000002.pt"]
     expected = [{"file": file, "weights": "raw"} for file in files]
     if output.suffix == ".pt":
-        assert torch.load(output)["averaged"] == expected
+        assert torch.load(output, weights_only=True)["averaged"] == expected
         assert digest_file(output).is_file()
     else:
         with safe_open(output, "pt") as opened:
@@ -121,7 +121,7 @@ def test_the_last_checkpoint_of_a_run_and_a_file(runs: list[str], tmp_path: Path
     file, output = f"{runs[1]}/checkpoints/best.pt", tmp_path / "x.pt"
     main([runs[0], file, "--run-checkpoint", "last", "--output", str(output)])
     newest = step_files(Path(runs[0]))[0][1]
-    assert [part["file"] for part in torch.load(output)["averaged"]] == [str(newest), file]
+    assert [part["file"] for part in torch.load(output, weights_only=True)["averaged"]] == [str(newest), file]
 
 
 def test_statistics_are_averaged_and_integers_are_those_of_the_first(

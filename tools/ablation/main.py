@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tools.ablation import output
-from tools.ablation.grid import Grid, Run, grid_name, read_grid
+from tools.ablation.grid import Run, grid_name, read_grid
 from tools.ablation.progress import Progress
 from tools.ablation.results import CellResult, collect
 from tools.ablation.run_status import check_unchanged, read_status
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     for grid in grids:
         results = collect(grid)
         if arguments.report:
-            check_comparable(grid, results)
+            check_comparable(results)
         for line in ("", *output.markdown(grid, results, command).splitlines(), ""):
             print_line(line)
         output.write_results(grid, results, command)
@@ -69,11 +69,11 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def check_comparable(grid: Grid, results: Sequence[CellResult]) -> None:
-    """Raise UserError if every run that was started had another configuration: results would be lost."""
+def check_comparable(results: Sequence[CellResult]) -> None:
+    """Raise UserError if runs had another configuration and none counts: their results would be replaced."""
     statuses = [status for result in results for status in result.statuses.values()]
     changed = [status for status in statuses if status.change is not None]
-    if changed and not any(status.metrics or status.failure for status in statuses):
+    if changed and not any(status.metrics for status in statuses):
         reason = f"was started with other options than --report has now ({changed[0].change})"
         others = f", and so were {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(str(changed[0].run.folder), f"{reason}{others}; the results are left as they are")

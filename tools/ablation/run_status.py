@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def read_status(run: Run) -> RunStatus:
             key, stored, wanted = changes[0]
             others = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
             return RunStatus(run, change=f"{key}: {stored} → {wanted}{others}")
-        if (run.folder / SUMMARY).exists():
+        if os.path.exists(run.folder / SUMMARY):
             return RunStatus(run, metrics=_read_metrics(run.folder))
         text = read_text(run.folder / FAILURE, MAX_JSON_BYTES, errors="replace")
         return RunStatus(run, failure=printable(text.strip()))
@@ -111,7 +112,7 @@ def completed_epochs(run: Run) -> int:
 def _config_changes(run: Run) -> list[tuple[str, Any, Any]]:
     """Return (key, stored value, value of the grid) of the options that differ and change results."""
     path = run.folder / CONFIG
-    if not path.exists():
+    if not os.path.exists(path):
         return []
     try:
         changes = differences(read_yaml(path), run.config)

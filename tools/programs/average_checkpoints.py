@@ -125,7 +125,7 @@ def _parser() -> ToolParser:
 
 def last_checkpoints(paths: Sequence[str], count: int) -> list[str]:
     """Return the newest checkpoints of a run, except best.pt, the newest first."""
-    if len(paths) != 1 or not Path(paths[0]).is_dir():
+    if len(paths) != 1 or not os.path.isdir(paths[0]):
         raise UserError("--last", "requires the folder of one run")
     found = step_files(Path(paths[0]))
     if len(found) < count:

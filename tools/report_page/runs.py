@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -153,9 +154,9 @@ def open_runs(folders: Sequence[str]) -> list[Run]:
 
 def open_run(path: Path, given: str, name: str) -> Run:
     """Read one run; `given` is the folder as the user wrote it, for messages."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(given, "no such folder")
-    if not (path / CONFIG).is_file():
+    if not os.path.isfile(path / CONFIG):
         raise UserError(given, f"the folder holds no run of train.py: {CONFIG} is missing")
     config = read_yaml(path / CONFIG)
     if not isinstance(config, dict):

@@ -63,7 +63,7 @@ def step_files(folder: Path) -> list[tuple[int, Path]]:
 
 def describe_last(folder: Path) -> str:
     """Return a clause for messages that names the newest checkpoint of the run in `folder`."""
-    if not (folder / FOLDER).exists():
+    if not os.path.exists(folder / FOLDER):
         return f"{folder} is gone"
     try:
         files = step_files(folder)

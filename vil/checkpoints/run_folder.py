@@ -60,7 +60,7 @@ UNTRACKED_OPTIONS = ("output", "resume", "progress", "data.download", "data.inde
 
 def contains_run(folder: Path) -> bool:
     """Return True if a run was started in `folder`."""
-    return (folder / CONFIG).exists() or (folder / BEST).exists() or bool(step_files(folder))
+    return any(map(os.path.exists, (folder / CONFIG, folder / BEST))) or bool(step_files(folder))
 
 
 @contextmanager
@@ -93,7 +93,7 @@ class FolderLock:
         """Lock the folder, waiting up to `LOCK_TIMEOUT_S`; name the process that holds the lock."""
         folder = self._path.parent
         try:
-            missing = [path for path in (folder, *folder.parents) if not path.exists()]
+            missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
             folder.mkdir(parents=True, exist_ok=True)
             self._created = missing
             deadline = time.monotonic() + LOCK_TIMEOUT_S
@@ -179,7 +179,7 @@ def _check_start_options(folder: Path, config: TrainConfig) -> None:
     Options that load weights come from the command line alone and are not stored, so a run that ended before
     its first checkpoint needs them again.
     """
-    if not (folder / CONFIG).exists():
+    if not os.path.exists(folder / CONFIG):
         return
     stored = read_yaml(folder / CONFIG)
     model = stored.get("model") if isinstance(stored, dict) else None

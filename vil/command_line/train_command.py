@@ -41,13 +41,13 @@ def resolve_train_command(argv: Sequence[str]) -> ResolvedConfig[TrainConfig]:
     output = command.config.output or default_output(command.config.data)
     stored = Path(output, CONFIG)
     try:
-        if stored.exists() and not args.assigns("", "model", "schedule", "data"):
+        if os.path.exists(stored) and not args.assigns("", "model", "schedule", "data"):
             command = args.resolve(base_values=stored_config(stored), base_origin=str(stored))
         elif command.config.model.init_from or command.config.model.init_released_config:
             files.pop("model", None)
             command = args.resolve(files)
             if not command.sets("model.name") and not command.sets("model.stages"):
-                is_continued, start = stored.exists(), command.config.model
+                is_continued, start = os.path.exists(stored), command.config.model
                 model = stored_config(stored)["model"] if is_continued else initial_model(start)
                 command = args.resolve(files, {"model": model})
     except UserError as error:
