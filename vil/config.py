@@ -626,7 +626,7 @@ class TrainConfig:
     """Logs in addition to metrics.jsonl: TensorBoard, metrics.csv, Weights & Biases and MLflow, the last two
     if their packages are installed, and from the command line alone; [] is none."""
     progress: bool = True
-    """Show progress bars on rank 0."""
+    """Show progress on rank 0: bars in a terminal, otherwise a line per minute."""
     eval_sets: list[str] = field(default_factory=list)
     """Further data sets to evaluate on with the validation set, as eval.py's datasets: folders of class
     folders, or YAML files of the section data. They are logged, and never choose the best checkpoint."""

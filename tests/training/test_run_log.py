@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
 from vil.runtime.run_files import METRICS
+from vil.training import run_log
 from vil.training.metrics_log import cut_metrics
 from vil.training.run_log import RunLog
 from vil.training.tensorboard_log import TensorBoardLog
@@ -206,3 +208,33 @@ def test_batches_are_shown_in_color(tmp_path: Path):
     assert torch.allclose(grids[0][:, 4, 4], color.flatten(), atol=1e-6)
     assert grids[1].shape[0] == 3
     assert grids[1].min() == 0
+
+
+def test_without_a_terminal_lines_show_the_progress_within_an_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run_log, "PROGRESS_INTERVAL_S", 0.0)
+    run(make_config(tmp_path / "lines", progress=True, log_every=1, epochs=1))
+    *lines, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch"))
+    number = r"\d[\d.,e+-]*"
+    for step, line in enumerate(lines, 1):
+        rest = rf"loss {number}   lr {number}   {number} images/s"
+        assert re.fullmatch(rf"epoch   1/1   step {step}/{STEPS}   {rest}", line)
+    assert len(lines) == STEPS - 1
+    assert "Top-1" in last
+    run(make_config(tmp_path / "none", progress=False, log_every=1, epochs=1))
+    assert capsys.readouterr().out.count("epoch") == 1
+
+
+def test_lines_of_progress_keep_their_distance_from_other_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    seconds = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: seconds)
+    log = RunLog(tmp_path, make_config(tmp_path, progress=True), 0, True)
+    for seconds in range(30, 240, 30):
+        log.print_progress(f"{seconds} s")
+        if seconds == 90:
+            log.print_line("end of an epoch")
+    log.close()
+    assert capsys.readouterr().out.splitlines() == ["60 s", "end of an epoch", "150 s", "210 s"]

@@ -18,6 +18,9 @@ from vil.training.experiment_trackers import MlflowLog, Tracker, WandbLog
 from vil.training.metrics_log import MetricsLog, cut_metrics
 from vil.training.tensorboard_log import TensorBoardLog
 
+PROGRESS_INTERVAL_S = 60.0
+"""Seconds between two lines of progress, where there is no progress bar."""
+
 
 class RecordLog(Protocol):
     """A log that copies the numbers of metrics.jsonl."""
@@ -49,6 +52,8 @@ class RunLog:
         self.tensorboard = TensorBoardLog(None)
         self._copies: list[RecordLog] = []
         self.shows_progress = folder is not None and config.progress and sys.stderr.isatty()
+        self._prints_progress = config.progress and not self.shows_progress
+        self._last_line = time.monotonic()
         if folder is None:
             return
         try:
@@ -120,6 +125,12 @@ class RunLog:
         """Print one line on standard output."""
         if self.metrics is not None:
             print_line(line)
+            self._last_line = time.monotonic()
+
+    def print_progress(self, line: str) -> None:
+        """Print a line if there is no progress bar, and none was printed for `PROGRESS_INTERVAL_S`."""
+        if self._prints_progress and time.monotonic() - self._last_line >= PROGRESS_INTERVAL_S:
+            self.print_line(line)
 
     def close(self, is_finished: bool = False) -> None:
         """Close all files; `is_finished` is True at the end of the run."""

@@ -401,7 +401,7 @@ class Trainer:
     def finish_epoch(self) -> None:
         """Check, evaluate if that is due, save, and print a line."""
         epoch, is_last = self.position.epoch_number, self.position.step == self.position.last_step
-        line = f"epoch {epoch:3}/{self.config.schedule.total_epochs}"
+        line = self.epoch_title()
         self.check_losses()
         if self.epoch_losses:  # empty if the run was interrupted after the last step of the epoch
             line += f"   loss {math.fsum(self.epoch_losses) / len(self.epoch_losses):.4f}"
@@ -497,19 +497,28 @@ class Trainer:
         """Log the last step; return the mean loss of its global batch."""
         step, report, times = self.position.step, self.check_losses(), self.timer.averages()
         batch_size = phase_at(self.phases, self.position.epoch_number - 1).batch_size
+        loss, lr, images_per_second = report.losses[-1], self.learning_rate(), batch_size / times["step_time"]
         self.log.tensorboard.add_learning_rates(step, self.updater.learning_rates())
         self.log.write(
             "train",
             step,
             self.position.epoch_number,
-            loss=report.losses[-1],
-            lr=self.learning_rate(),
+            loss=loss,
+            lr=lr,
             grad_norm=float(grad_norm),
             skipped_steps=report.skipped_steps,
             **times,
-            images_per_second=batch_size / times["step_time"],
+            images_per_second=images_per_second,
         )
-        return report.losses[-1]
+        if not self.position.is_epoch_trained:
+            steps = self.position.epoch_steps.steps(self.position.epoch)
+            line = f"{self.epoch_title()}   step {self.position.epoch_step}/{steps}   loss {loss:.4f}"
+            self.log.print_progress(f"{line}   lr {lr:.2e}   {images_per_second:,.0f} images/s")
+        return loss
+
+    def epoch_title(self) -> str:
+        """Return the beginning of a line about the current epoch."""
+        return f"epoch {self.position.epoch_number:3}/{self.config.schedule.total_epochs}"
 
     def learning_rate(self) -> float:
         """Return the learning rate of the last step, without layer decay."""
