@@ -141,13 +141,20 @@ def _is_from_timm(teacher: str) -> bool:
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> Tree:
-    """Return nested mappings as one, from dotted keys to values; mappings of options are one value."""
+    """Return nested mappings as one, from dotted keys to values; mappings of options are one value.
+
+    Raises:
+        UserError: a value is given twice, by nested and by dotted keys.
+    """
     flat: Tree = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and key not in ("timm_options", "optimizer_options"):
-            flat |= flatten(value, f"{prefix}{key}.")
+            values = flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
+            values = {f"{prefix}{key}": value}
+        for repeated in flat.keys() & values.keys():
+            raise UserError(repeated, "is given twice, by nested and by dotted keys")
+        flat |= values
     return flat
 
 

@@ -167,6 +167,11 @@ def test_architecture_notation():
         ({"MODEL__VIT__MSVIT__ARCH": None}, "MODEL.VIT.MSVIT.ARCH: is missing"),
         ({"MODEL__VIT__MSVIT__ARCH": "l1,x3"}, "MODEL.VIT.MSVIT.ARCH: 'x3' is not one of the letters"),
         ({"MODEL__VIT__MSVIT__ARCH": "l1,h3"}, "MODEL.VIT.MSVIT.ARCH: stage 'l1,h3' lacks d, n"),
+        (
+            {"MODEL__VIT__MSVIT__ARCH": "l1,h3,d96,n1_l2,h3,d192,h6,n1"},
+            "MODEL.VIT.MSVIT.ARCH: stage 'l2,h3,d192,h6,n1' gives h twice",
+        ),
+        ({"MODEL.VIT.DROP_PATH": 0.2}, "MODEL.VIT.DROP_PATH: is given twice, by nested and by dotted keys"),
         ({"MODEL__VIT__MSVIT__ATTN_TYPE": "magic"}, "MODEL.VIT.MSVIT.ATTN_TYPE: must be one of"),
         ({"MODEL__VIT__MSVIT__SW_EXACT": 7}, "MODEL.VIT.MSVIT.SW_EXACT: must be one of 0, 1, -1"),
         ({"INPUT__MEAN": "(0.5,)"}, "INPUT.MEAN: expected a value like"),

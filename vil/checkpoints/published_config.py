@@ -120,12 +120,15 @@ def parse_arch(arch: str, attention: AttentionName) -> list[StageConfig]:
     """
     stages = []
     for text in arch.split("_"):
-        letters = {"s": 1, "g": 1, "p": 2, "f": 7, "a": 1}
+        given: dict[str, int] = {}
         for item in text.strip().split(","):
             match = re.fullmatch(r"([lhdnsgpfa])(\d{1,6})", item.strip())
             if not match:
                 raise UserError(_ARCH, f"{item!r} is not one of the letters lhdnsgpfa followed by a number")
-            letters[match[1]] = int(match[2])
+            if match[1] in given:
+                raise UserError(_ARCH, f"stage {text!r} gives {match[1]} twice")
+            given[match[1]] = int(match[2])
+        letters = {"s": 1, "g": 1, "p": 2, "f": 7, "a": 1, **given}
         if missing := sorted({"h", "d", "n"} - letters.keys()):
             raise UserError(_ARCH, f"stage {text!r} lacks {', '.join(missing)}")
         stages.append(
