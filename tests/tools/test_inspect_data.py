@@ -73,7 +73,10 @@ def test_equal_and_similar_images_across_splits_and_classes(root, tmp_path, caps
     assert [image["name"] for image in similar["images"]] == ["große Katze/0.png", "große Katze/large.jpg"]
     assert not similar["exact"]
     assert similar["distance"] <= 4
-    assert "equal       1 pair, 1 across splits, 1 across classes" in capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    assert "equal       1 pair, 1 across splits, 1 across classes" in lines
+    names = "train: große Katze/0.png ≈ train: große Katze/large.jpg"
+    assert f"  {names} ({similar['distance']} of 64 bits differ)" in lines
 
 
 def test_an_unreadable_image_is_named_and_sets_the_exit_status(root, tmp_path, capsys):

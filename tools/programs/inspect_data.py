@@ -437,8 +437,9 @@ def _duplicate_lines(pairs: Sequence[DuplicatePair]) -> list[str]:
         notes = []
         for pair in selected:
             kinds = ["across splits"] * pair.is_across_splits + ["across classes"] * pair.is_across_classes
-            kinds += [] if is_exact else [f"{pair.distance} bits"]
-            notes.append(f"{pair.first} = {pair.second}" + (f" ({', '.join(kinds)})" if kinds else ""))
+            kinds += [] if is_exact else [f"{pair.distance} of {HASH_BITS} bits differ"]
+            sign = "=" if is_exact else "≈"
+            notes.append(f"{pair.first} {sign} {pair.second}" + (f" ({', '.join(kinds)})" if kinds else ""))
         lines += _limited(notes)
     return lines
 
