@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from vil.config import UserError, error_reason
 from vil.runtime.files import (
+    close_descriptor,
     open_for_appending,
     open_regular,
     parse_json,
@@ -260,8 +261,9 @@ def _lock(path: Path) -> Iterator[bool]:
     finally:
         if descriptor is not None:
             if not has_waited:
-                lock.unlink(missing_ok=True)  # those who wait for it still do
-            os.close(descriptor)
+                with suppress(OSError):
+                    lock.unlink()  # those who wait for it still do
+            close_descriptor(descriptor)
 
 
 def _holder(lock: Path) -> str:

@@ -18,6 +18,7 @@ from data.decoding import EncodedImage, Mode
 from data.index import LOCATION_ARRAYS, Index, NameWriter
 from data.sources.base import Source, validation_path
 from vil.config import DataConfig, UserError, error_reason
+from vil.runtime.files import close_descriptor
 from vil.runtime.images import MAX_ENCODED_BYTES
 
 PLAIN, ENCRYPTED = -1, -2
@@ -148,7 +149,7 @@ class ArchivedImages(Source):
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", {}).values():
-            os.close(file)
+            close_descriptor(file)
 
 
 def safe_name(name: str) -> str | None:

@@ -470,6 +470,12 @@ def test_waiting_ends_with_one_line(tmp_path, monkeypatch, caplog):
     process.join()
 
 
+def test_a_lock_that_cannot_be_removed_is_no_error(tmp_path):
+    with data.index._lock(tmp_path / "x.safetensors"):
+        (tmp_path / "x.lock").unlink()
+        (tmp_path / "x.lock").mkdir()  # unlink fails, as on a network file system that is gone
+
+
 def test_a_file_cannot_name_a_folder_for_indexes(tmp_path):
     path = tmp_path / "data.yaml"
     path.write_text("source: folder\nindex: /tmp/x\n")

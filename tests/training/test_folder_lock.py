@@ -54,3 +54,11 @@ def test_a_killed_process_releases_the_lock(tmp_path: Path, holder):
     lock = FolderLock(tmp_path / "run")
     lock.acquire()  # waits as long as it takes the system
     lock.release(remove=False)
+
+
+def test_a_lock_whose_file_system_is_gone_is_released(tmp_path: Path):
+    lock = FolderLock(tmp_path / "run")
+    lock.acquire()
+    os.close(lock._descriptor)  # as the network file system, whose next close fails
+    lock.release(remove=True)
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,9 @@ def test_lines_of_progress_keep_their_distance_from_other_lines(
             log.print_line("end of an epoch")
     log.close()
     assert capsys.readouterr().out.splitlines() == ["60 s", "end of an epoch", "150 s", "210 s"]
+
+
+def test_a_log_whose_file_system_is_gone_is_closed(tmp_path: Path):
+    log = RunLog(tmp_path, make_config(tmp_path, loggers=["csv"]), 0, True)
+    os.close(log.metrics._file.fileno())  # as the network file system, whose next close fails
+    log.close()

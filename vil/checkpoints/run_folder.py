@@ -111,7 +111,7 @@ class FolderLock:
             with suppress(OSError):
                 self._path.unlink()
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            files.close_descriptor(self._descriptor)
             self._descriptor = None
         if remove:
             with suppress(OSError):
@@ -125,10 +125,10 @@ class FolderLock:
             if os.fstat(descriptor).st_ino != os.lstat(self._path).st_ino:  # removed by its previous holder
                 raise BlockingIOError
         except (BlockingIOError, PermissionError, FileNotFoundError):
-            os.close(descriptor)
+            files.close_descriptor(descriptor)
             return False
         except OSError:  # a file system without locks
-            os.close(descriptor)
+            files.close_descriptor(descriptor)
             return True
         holder = f"{Path(sys.argv[0]).name}, process {os.getpid()} on {socket.gethostname()}"
         os.truncate(descriptor, 0)

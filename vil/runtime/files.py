@@ -108,6 +108,12 @@ def _open(path: str | Path, flags: int) -> int:
     return descriptor
 
 
+def close_descriptor(descriptor: int) -> None:
+    """Close a file; ignore errors, as of a network file system that is gone: fsync has reported them."""
+    with suppress(OSError):
+        os.close(descriptor)
+
+
 def _check_size(size: int, path: str | Path, max_bytes: int) -> None:
     if size > max_bytes:
         raise OSError(errno.EFBIG, f"is larger than {max_bytes:,} bytes", str(path))

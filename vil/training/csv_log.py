@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vil.config import Tree, error_reason
 from vil.runtime.csv_text import csv_text
-from vil.runtime.files import MAX_TEXT_BYTES, open_for_appending, read_text, write_durably
+from vil.runtime.files import MAX_TEXT_BYTES, close_descriptor, open_for_appending, read_text, write_durably
 
 _FIRST_COLUMNS = ("kind", "step", "epoch")
 _logger = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ class CsvLog:
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            with suppress(OSError):
-                os.close(self._file)
+            close_descriptor(self._file)
             self._file = None
 
     def _read_rows(self) -> list[Tree]:

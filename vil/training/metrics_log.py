@@ -88,7 +88,8 @@ class MetricsLog:
         """Close the file."""
         with suppress(OSError):  # which `finish` reported
             self._write_pending()
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
     def _write_pending(self) -> None:
         with self._lock:
