@@ -16,7 +16,7 @@ def rows(text):
 
 
 def test_order_and_index(capsys):
-    simulate_scale.main(["--images", "3001", "--ranks", "1", "2", "8", "--batch_size", "64"])
+    simulate_scale.main(["--images", "3001", "--ranks", "1", "2", "8", "--batch-size", "64"])
     order, index = (rows(table) for table in capsys.readouterr().out.split("\n\n"))
     assert [row[:2] for row in order[2:]] == [["3,001", "1"], ["3,001", "2"], ["3,001", "8"]]
     assert {tuple(row[-2:]) for row in order[2:]} == {("yes", "yes")}

@@ -29,6 +29,7 @@ import torch
 from vil import command_line
 from vil.checkpoints.training_state import State
 from vil.checkpoints.writer import CheckpointWriter, state_size
+from vil.command_line import ToolParser
 from vil.config import UserError
 from vil.training import trainer
 
@@ -61,8 +62,9 @@ class AlternatingWriter(CheckpointWriter):
 
 def main(argv: Sequence[str]) -> None:
     """Train and print the measurements."""
+    _, train_argv = _parser().parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        argv = ["train.py", "--schedule.epochs", "40", "--progress", "false", *argv, "--output", folder]
+        argv = ["train.py", "--schedule.epochs", "40", "--progress", "false", *train_argv, "--output", folder]
         writer = mock.patch.object(trainer, "CheckpointWriter", AlternatingWriter)
         try:
             with writer, mock.patch.object(sys, "argv", argv):
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         except SystemExit as exit_:
             if exit_.code:
                 raise
-    if not AlternatingWriter.saves:  # --help, --print_config
+    if not AlternatingWriter.saves:  # --print_config
         return
     epochs: dict[bool, list[float]] = {True: [], False: []}
     for (start, is_written), (end, _) in list(pairwise(AlternatingWriter.saves))[2:]:  # without the warm-up
@@ -88,6 +90,15 @@ def main(argv: Sequence[str]) -> None:
     print(
         f"training waits {1e3 * wait_s:.1f} ms, the thread computes {1e3 * cpu_s:.1f} ms (medians of "
         f"{len(AlternatingWriter.cpu_s)}): {100 * (wait_s + cpu_s) / without_write:.2f} % of an epoch"
+    )
+
+
+def _parser() -> ToolParser:
+    return ToolParser(
+        prog="python -m tools.dev.checkpoint_cost",
+        usage="%(prog)s [OPTION OF train.py ...]",
+        description=__doc__,
+        allow_abbrev=False,
     )
 
 

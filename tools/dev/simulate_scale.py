@@ -1,7 +1,7 @@
 """Simulate the input of large training runs on one machine without a GPU, and print Markdown tables.
 
     python -m tools.dev.simulate_scale                          order and index, 1.28 and 14.2 million images
-    python -m tools.dev.simulate_scale --images 10000 --ranks 1 4 64 --batch_size 512
+    python -m tools.dev.simulate_scale --images 10000 --ranks 1 4 64 --batch-size 512
     python -m tools.dev.simulate_scale --images --processes 64  start-up of 64 processes by torchrun
 
 Order: every number of ranks draws a whole epoch. It is an error if an image occurs twice, if the global
@@ -296,10 +296,14 @@ def timed(function: Callable[[], Result]) -> tuple[float, Result]:
 def _parser() -> argparse.ArgumentParser:
     parser = ToolParser(prog="python -m tools.dev.simulate_scale", description=__doc__)
     count = bounded_int(1)
-    parser.add_argument("--images", type=count, nargs="*", default=[1_281_167, 14_197_122])
-    parser.add_argument("--ranks", type=count, nargs="+", default=[1, 8, 64, 512])
-    parser.add_argument("--batch_size", type=count, default=4096, help="of all ranks")
-    parser.add_argument("--processes", type=count, nargs="*", default=[], help="start by torchrun")
+    add = parser.add_argument
+    images_help = "sizes of the data sets; none: no order and no index (default: 1281167 14197122)"
+    add("--images", type=count, nargs="*", default=[1_281_167, 14_197_122], metavar="N", help=images_help)
+    ranks_help = "numbers of ranks that draw an epoch (default: 1 8 64 512)"
+    add("--ranks", type=count, nargs="+", default=[1, 8, 64, 512], metavar="N", help=ranks_help)
+    add("--batch-size", type=count, default=4096, metavar="N", help="of all ranks (default: 4096)")
+    processes_help = "numbers of processes that torchrun starts (default: none)"
+    add("--processes", type=count, nargs="*", default=[], metavar="N", help=processes_help)
     return parser
 
 

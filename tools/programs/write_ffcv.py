@@ -1,8 +1,8 @@
 """Write a data set as FFCV files, for train.py and eval.py with --data.source ffcv.
 
     python tools/write_ffcv.py --data.source folder --data.root /datasets/imagenet --output /datasets/ffcv
-    python tools/write_ffcv.py --data.source folder --data.root photos --output ffcv --max-resolution none \
-                               --jpeg-share 0                         lossless, at full size
+    python tools/write_ffcv.py --data.source folder --data.root photos --output ffcv --max-resolution none
+           --jpeg-share 0                                             lossless, at full size
 
 The output folder holds train.beton and val.beton, and for each a JSON file with the class names, the
 source and the options. A file gets its name when it is complete and has been compared with its source.
