@@ -327,7 +327,8 @@ class AugmentConfig:
     """Strength of brightness, contrast and saturation jitter; as in timm, not used together with an
     auto_augment other than 3a."""
     auto_augment: str | None = None
-    """A timm policy: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a, ..."""
+    """A timm policy: rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a, ..., or trivial (torchvision's
+    TrivialAugmentWide)."""
     aug_splits: Annotated[int, Ge(1), Le(100)] = 1
     """AugMix training: views of each image, compared by the Jensen-Shannon loss (--aug-splits of timm). All
     have the same crop and flip; the first has no other augmentation. The paper uses 3; 1 is off. batch_size
