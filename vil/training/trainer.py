@@ -203,8 +203,9 @@ def check_patience(config: TrainConfig, epoch_steps: EpochSteps, last_step: int)
     """Raise UserError if `schedule.patience` is set and no evaluation precedes the end of the run."""
     first = epoch_steps.first_step(config.eval_every)
     if config.schedule.patience is not None and first >= last_step:
-        reason = f"the first evaluation, after {config.eval_every} epochs, would be the last one"
-        raise UserError("schedule.patience", f"{reason}; evaluate more often by eval_every")
+        reason = f"the first evaluation, after epoch {config.eval_every}, would be the last one"
+        advice = "evaluate more often by eval_every" if config.eval_every > 1 else "train longer"
+        raise UserError("schedule.patience", f"{reason}; {advice}")
 
 
 def check_best_metric(config: TrainConfig, num_logits: int) -> None:
