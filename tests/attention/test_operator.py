@@ -8,6 +8,8 @@ from functorch.compile import make_boxed_func
 from helpers.local_inputs import make_inputs, run
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import grad, jvp
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +19,7 @@ from vil.attention.local.dense import dense_attention
 from vil.attention.local.fused import INTERPRETED
 from vil.attention.local.gathered import gathered_attention
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec, operator_inputs
+from vil.config import UserError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDS_KERNELS = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU and no interpreter")
@@ -179,6 +182,40 @@ def test_choice(monkeypatch):
         ValueError, match=f"{ENVIRONMENT}: backend must be one of auto, dense, chunked, fused"
     ):
         choose(*problem)
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_forward_mode_derivatives(backend):
+    """The registered operators have none, and PyTorch returns zeros for them."""
+    inputs = {name: tensor.detach() for name, tensor in make_inputs((3, 4), 2, 1, bias=True).items()}
+    directions = {name: torch.cos(tensor) for name, tensor in inputs.items()}
+
+    def function(inputs):
+        return local_attention(**inputs, **OPTIONS, backend=backend)
+
+    step = 1e-6
+    after, before = (
+        function({name: inputs[name] + s * step * directions[name] for name in inputs}) for s in (1, -1)
+    )
+    expected = (after - before) / (2 * step)
+    torch.testing.assert_close(jvp(function, (inputs,), (directions,))[1], expected)
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(inputs[name], directions[name]) for name in inputs}
+        torch.testing.assert_close(forward_ad.unpack_dual(function(duals)).tangent, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operators_by_name_are_refused_where_they_have_no_derivatives(backend):
+    inputs = {name: tensor.detach() for name, tensor in inputs_of().items()}
+
+    def loss(query):
+        return local_attention(**{**inputs, "query": query}, **OPTIONS, backend=backend).sum()
+
+    message = f"attention_backend: {backend} has no derivatives in forward mode and in torch.func"
+    with pytest.raises(UserError, match=message):
+        jvp(loss, (inputs["query"],), (inputs["query"],))
+    with pytest.raises(UserError, match=message):
+        grad(loss)(inputs["query"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="tensors on two devices")

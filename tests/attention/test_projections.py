@@ -171,8 +171,10 @@ def test_second_derivatives_of_split_projections(count, num_globals):
     assert torch.autograd.gradgradcheck(split, x)
 
 
-def test_gradients_of_single_images():
-    attention = build("global_only")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ["global_only", "vision_longformer"])
+def test_gradients_of_single_images(name):
+    attention = build(name)
     x = tokens(attention).requires_grad_()
     loss = attention(x, SIZE).square().sum()
     with sdpa_kernel(SDPBackend.MATH):
@@ -181,8 +183,9 @@ def test_gradients_of_single_images():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_forward_mode_derivatives_agree_with_gradients():
-    attention = build("global_only")
+@pytest.mark.parametrize("name", ["global_only", "vision_longformer"])
+def test_forward_mode_derivatives_agree_with_gradients(name):
+    attention = build(name)
     x, direction = tokens(attention), tokens(attention).flip(1)
 
     def loss(x):
@@ -190,7 +193,7 @@ def test_forward_mode_derivatives_agree_with_gradients():
 
     with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
         _, derivative = jvp(loss, (x,), (direction,))
-    torch.testing.assert_close(derivative, (grad(loss)(x) * direction).sum())
+        torch.testing.assert_close(derivative, (grad(loss)(x) * direction).sum())
 
 
 def test_autocast_to_float32_converts_nothing(monkeypatch):

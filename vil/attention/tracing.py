@@ -10,12 +10,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
     """Return True while torch.export, the ONNX exporter or torch.jit.trace records a graph."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+@torch.compiler.assume_constant_result
+def is_transformed() -> bool:
+    """Return True in `torch.func.grad` and the like, and while derivatives are computed in forward mode.
+
+    Operators of `torch.library.custom_op` support neither. Forward mode is not refused by PyTorch 2.11: the
+    derivatives are zero. `torch.func.vmap` alone is supported.
+    """
+    transforms = _functorch.get_interpreter_stack() or []
+    has_gradients = any(transform.key() == _functorch.TransformType.Grad for transform in transforms)
+    return has_gradients or forward_ad._current_level >= 0  # torch.func.jvp begins a level, too
 
 
 @torch.compiler.assume_constant_result

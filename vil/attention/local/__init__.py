@@ -18,7 +18,7 @@ from vil.attention.local.chunked import chunked_attention
 from vil.attention.local.dense import dense_attention
 from vil.attention.local.gathered import gathered_attention
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec, Mask, keys_per_query
-from vil.attention.tracing import is_autocast_enabled, is_exporting
+from vil.attention.tracing import is_autocast_enabled, is_exporting, is_transformed
 from vil.config import UserError
 
 try:
@@ -134,7 +134,8 @@ def local_attention(
 def choose(inputs: Inputs, window: LocalAttentionSpec, backend: str = "auto") -> Backend:
     """Return the backend for a call: the requested one, by argument or environment, or by this rule.
 
-    1. In torch.export, ONNX export and torch.jit.trace: plain operators.
+    1. In torch.export, ONNX export, torch.jit.trace, `torch.func.grad` and its relatives, and forward-mode
+       differentiation: plain operators.
     2. On a GPU, if the kernels support the call (float32, bfloat16, float16; head width up to 128; up to 256
        global tokens, no dropout of attention weights): `fused`; if a kernel does not compile or launch, a
        warning and `chunked`.
@@ -148,8 +149,11 @@ def choose(inputs: Inputs, window: LocalAttentionSpec, backend: str = "auto") ->
     name = forced_backend(backend)
     if name is not None:
         check_backend(name, *call)
+        if name != "dense" and is_transformed():
+            reason = f"{name} has no derivatives in forward mode and in torch.func; use auto or dense"
+            raise UserError("attention_backend", reason)
         return BACKENDS[name]
-    if is_exporting():
+    if is_exporting() or is_transformed():
         return gathered_attention
     if query.is_cuda and unsupported(*call) is None:
         return fused_or_chunked_attention
