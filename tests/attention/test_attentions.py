@@ -47,6 +47,20 @@ def test_keeps_the_shape_and_reaches_every_parameter(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_float64_is_not_rounded_to_float32(name):
+    attention = build(name, size=(3, 4)).double()
+    x = tokens(attention, (3, 4), batch=1).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: attention(x, (3, 4)), x, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_meta_device(name):
+    attention = build(name).to("meta")
+    x = tokens(attention).to("meta")
+    assert attention(x, SIZE).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("option", ["attention_dropout", "dropout"])
 def test_dropout_changes_training_and_not_evaluation(name, option):
     attention, without = build(name, **{option: 0.5}), build(name)

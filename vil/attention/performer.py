@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from vil.attention.base import Attention
 from vil.attention.maps import AttentionWeights
+from vil.attention.tracing import without_autocast
 from vil.config import ModelConfig, StageConfig
 
 EPS = 1e-4
@@ -63,12 +64,11 @@ class PerformerAttention(Attention):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`."""
         query, key, value = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
-        # Exponentials of sums of squares overflow in half precision.
-        with torch.autocast(x.device.type, enabled=False):
-            query_features = self._features(query.float(), is_query=True)  # (B, h, G+N, m)
-            key_features = self._features(key.float(), is_query=False)
+        with without_autocast(x.device.type):
+            query_features = self._features(query, is_query=True)  # (B, h, G+N, m)
+            key_features = self._features(key, is_query=False)
             kept = F.dropout(torch.ones_like(key_features[..., :1]), self.dropout_p())  # (B, h, G+N, 1)
-            summary = key_features.transpose(-2, -1) @ (kept * value.float())  # (B, h, m, D)
+            summary = key_features.transpose(-2, -1) @ (kept * value.to(kept.dtype))  # (B, h, m, D)
             normalizer = query_features @ key_features.sum(dim=-2)[..., None]  # (B, h, G+N, 1)
             output = query_features @ summary / normalizer
         return self.output_dropout(self.projection(self.merge_heads(output.to(value.dtype))))
@@ -76,9 +76,9 @@ class PerformerAttention(Attention):
     def attention_weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
         """See `Attention.attention_weights`: normalized φ(q)·φ(k), the weights that `forward` implies."""
         query, key, _ = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
-        with torch.autocast(x.device.type, enabled=False):
-            query_features = self._features(query[:, :, queries].float(), is_query=True)  # (B, h, n, m)
-            products = query_features @ self._features(key.float(), is_query=False).transpose(-2, -1)
+        with without_autocast(x.device.type):
+            query_features = self._features(query[:, :, queries], is_query=True)  # (B, h, n, m)
+            products = query_features @ self._features(key, is_query=False).transpose(-2, -1)
             weights = products / products.sum(dim=-1, keepdim=True)  # (B, h, n, G+N)
         return AttentionWeights.from_flat(weights, None, self.count_globals(x, size), size)
 
@@ -89,8 +89,11 @@ class PerformerAttention(Attention):
         return 4 * tokens * self.dim**2 + 4 * tokens * features * self.dim + tokens * features * self.heads
 
     def _features(self, x: Tensor, *, is_query: bool) -> Tensor:
-        """Compute φ(x) = m^−½ (exp(w·x − |x|²/2 − max) + eps), x scaled by D^−¼; (…, T, D) → (…, T, m)."""
-        x = x * self.head_dim**-0.25
+        """Compute φ(x) = m^−½ (exp(w·x − |x|²/2 − max) + eps), x scaled by D^−¼; (…, T, D) → (…, T, m).
+
+        Exponentials of sums of squares overflow in half precision, so the result is float32, or float64.
+        """
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.head_dim**-0.25
         dots = x @ self.random_projection.to(x.dtype).T  # (B, h, T, m)
         # A constant per query cancels in the quotient, and so does one constant for all keys.
         maximum = dots.amax(dim=-1, keepdim=True) if is_query else dots.max()

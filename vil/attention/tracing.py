@@ -8,6 +8,8 @@ and its result is a constant of the graph.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -36,6 +38,11 @@ def is_transformed() -> bool:
 def has_autocast(device_type: str) -> bool:
     """Return True if PyTorch has mixed precision for devices of this type, enabled or not."""
     return torch.amp.is_autocast_available(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return a context without autocast; it does nothing for devices that have none, such as `meta`."""
+    return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
 
 
 def is_autocast_enabled(tensor: Tensor) -> bool:
