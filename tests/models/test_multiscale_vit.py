@@ -278,6 +278,17 @@ def test_data_configuration_for_timm():
     assert (config["crop_pct"], config["interpolation"]) == (0.875, "bicubic")
 
 
+@pytest.mark.parametrize("position", ["relative", "absolute"])
+def test_a_resize_keeps_parameters_frozen(position):
+    model = small(position=position)
+    model.stages[1].requires_grad_(False)
+    expected = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    model.set_input_size(64, window_size=3)
+    assert shapes != {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == expected
+
+
 def test_a_resize_that_fails_changes_nothing():
     model = small(attention=["full", "linformer", "full"]).eval()
     expected = model(images())

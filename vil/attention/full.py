@@ -53,7 +53,8 @@ class FullAttention(Attention):
         """See `Attention.resize`; replaces the parameter of the bias table."""
         super().resize(size)
         if self.bias_table is not None:
-            self.bias_table = nn.Parameter(resize_offsets(self.bias_table, size))
+            table = resize_offsets(self.bias_table, size)
+            self.bias_table = nn.Parameter(table, self.bias_table.requires_grad)
 
     def multiply_adds(self, size: tuple[int, int]) -> int:
         """See `Attention.multiply_adds`."""

@@ -90,8 +90,8 @@ class VisionLongformerAttention(GlobalMemoryAttention):
         """See `Attention.set_window`; replaces the parameter of the bias table."""
         self.window = window
         if self.bias_table is not None:
-            side = 2 * window
-            self.bias_table = nn.Parameter(resize_offsets(self.bias_table, (side, side)))
+            table = resize_offsets(self.bias_table, (2 * window, 2 * window))
+            self.bias_table = nn.Parameter(table, self.bias_table.requires_grad)
 
     def check_device(self, device: torch.device) -> None:
         """See `Attention.check_device`."""

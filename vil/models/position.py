@@ -37,8 +37,9 @@ class AbsolutePosition(nn.Module):
     @torch.no_grad()
     def resize(self, size: tuple[int, int]) -> None:
         """Replace the embeddings by ones for a map of another size."""
-        self.rows = nn.Parameter(resize_embedding(self.rows, size[0]))
-        self.columns = nn.Parameter(resize_embedding(self.columns, size[1]))
+        rows, columns = self.rows, self.columns
+        self.rows = nn.Parameter(resize_embedding(rows, size[0]), rows.requires_grad)
+        self.columns = nn.Parameter(resize_embedding(columns, size[1]), columns.requires_grad)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Add the embeddings to x (B, G+N, C), N = H·W with (H, W) = `size`."""
