@@ -289,6 +289,16 @@ def test_a_resize_keeps_parameters_frozen(position):
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == expected
 
 
+@pytest.mark.parametrize("pool", ["cls", "max"])
+def test_a_head_with_a_pooling_that_fails_changes_nothing(pool):
+    model = small().eval()
+    expected = model(images())
+    with pytest.raises(UserError, match=r"^pool: "):
+        model.reset_classifier(7, pool)
+    assert (model.num_classes, model.global_pool) == (expected.shape[1], "avg")
+    assert torch.equal(model(images()), expected)
+
+
 def test_a_resize_that_fails_changes_nothing():
     model = small(attention=["full", "linformer", "full"]).eval()
     expected = model(images())

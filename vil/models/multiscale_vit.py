@@ -266,10 +266,18 @@ class MultiScaleViT(nn.Module):
         return self.head if self.head_dist is None else (self.head, self.head_dist)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace each head by a new one for `num_classes` classes (0: none); change the pooling if given."""
-        self.num_classes = num_classes
+        """Replace each head by a new one for `num_classes` classes (0: none); change the pooling if given.
+
+        Raises:
+            UserError: a pooling that the model does not have; the model is unchanged.
+        """
+        previous, self.num_classes = self.num_classes, num_classes
         if global_pool is not None:
-            self.set_pool(global_pool)
+            try:
+                self.set_pool(global_pool)
+            except UserError:
+                self.num_classes = previous
+                raise
         parameter = next(self.parameters())
         self.head = self._new_head()
         if self.head_dist is not None:
