@@ -216,6 +216,15 @@ def test_an_image_without_finite_logits_is_an_error(tmp_path: Path) -> None:
         loaded.predict(image)
 
 
+def test_an_output_other_than_logits_is_an_error(tmp_path: Path) -> None:
+    write_model(tmp_path / "x.safetensors")
+    loaded = load(tmp_path / "x.safetensors")
+    loaded.model.reset_classifier(3, "")
+    reason = r"its output is of shape \(1, 17, 3\), expected one logit per class"
+    with pytest.raises(UserError, match=f"^model: {reason}$"):
+        loaded.predict(random_image("RGB", (40, 40)))
+
+
 def test_a_model_without_classes_predicts_none(tmp_path: Path) -> None:
     config = write_model(tmp_path / "x.safetensors")
     model = vil.create_model(None, checkpoint=tmp_path / "x.safetensors", num_classes=0)

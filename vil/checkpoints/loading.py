@@ -85,7 +85,7 @@ class LoadedModel(NamedTuple):
 
         Raises:
             UserError: an image cannot be read or is of another type, the logits of one are not finite, a
-                number is below 1, or the model has no classes.
+                number is below 1, or the model has no classes or does not return one logit per class.
         """
         check_has_classes(getattr(self.model, "num_classes", None))
         for name, number in (("top", top), ("batch_size", batch_size)):
@@ -100,6 +100,11 @@ class LoadedModel(NamedTuple):
         for start in range(0, len(images), batch_size):
             batch = torch.stack([self._read(image) for image in images[start : start + batch_size]])
             logits = self.model(batch.to(device=parameter.device, dtype=parameter.dtype))  # (B, classes)
+            if not isinstance(logits, Tensor) or logits.ndim != 2:
+                kind = (
+                    f"of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+                )
+                raise UserError("model", f"its output is {kind}, expected one logit per class")
             names = name_rows(self.class_names, logits.shape[1])
             for index, is_finite in enumerate(logits.isfinite().all(dim=1).tolist(), start):
                 if not is_finite:
