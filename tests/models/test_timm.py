@@ -234,6 +234,12 @@ def test_options_of_features():
         vil.create_model("vil", stages=STAGES, image_size=32, new_head=True)
 
 
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "fx"])
+def test_features_by_another_class_of_timm_are_refused(feature_cls):
+    with pytest.raises(UserError, match=r"^feature_cls: must be getter"):
+        timm.create_model(NAME, features_only=True, feature_cls=feature_cls)
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "test_vit", "test_efficientnet"])
 def test_levels_that_a_model_of_timm_lacks(name):
     reason = rf"^out_indices: timm/{name} lacks one of the levels \(0, 17\)$"

@@ -314,6 +314,8 @@ def _build_with_timm(
         pretrained, kwargs: see `timm.models.build_model_with_cfg`.
     """
 
+    if kwargs.get("feature_cls", "getter") not in ("getter", FeatureGetterNet):
+        raise UserError("feature_cls", "must be getter: a stage returns its tokens and the size of their map")
     if kwargs.get("distillation_token"):
         overlay = kwargs.get("pretrained_cfg_overlay") or {}
         kwargs["pretrained_cfg_overlay"] = {"classifier": ("head", "head_dist"), **overlay}
