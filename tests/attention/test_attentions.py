@@ -61,6 +61,23 @@ def test_the_meta_device(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_a_batch_of_no_images(name):
+    attention = build(name)
+    x = tokens(attention)[:0].requires_grad_()
+    output = attention(x, SIZE)
+    assert output.shape == x.shape
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("name", sorted({*ALL} - {"linformer"}))  # which has a fixed number of tokens
+def test_fewer_tokens_than_the_map_are_refused(name):
+    attention = build(name)
+    with pytest.raises(ValueError, match=r"^a 6×5 map has 30 tokens, got 29$"):
+        attention(tokens(attention)[:, :29], SIZE)
+
+
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("option", ["attention_dropout", "dropout"])
 def test_dropout_changes_training_and_not_evaluation(name, option):
     attention, without = build(name, **{option: 0.5}), build(name)

@@ -122,8 +122,11 @@ class Attention(nn.Module, ABC):
 
     @staticmethod
     def count_globals(x: Tensor, size: tuple[int, int]) -> int:
-        """Return the number of global tokens in x (B, G+N, C)."""
-        return x.shape[1] - size[0] * size[1]
+        """Return the number of global tokens in x (B, G+N, C). Raise ValueError for fewer than N tokens."""
+        num_globals = x.shape[1] - size[0] * size[1]
+        if num_globals < 0:
+            raise ValueError(f"a {size[0]}×{size[1]} map has {size[0] * size[1]} tokens, got {x.shape[1]}")
+        return num_globals
 
     def split_heads(self, x: Tensor) -> Tensor:
         """Reshape (B, T, C) → (B, h, T, D)."""

@@ -63,6 +63,7 @@ class PerformerAttention(Attention):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """See `Attention.forward`."""
+        self.count_globals(x, size)  # raises if there are too few tokens
         query, key, value = self.split_heads_many(self.query_key_value(x), 3)  # (B, h, G+N, D)
         with without_autocast(x.device.type):
             query_features = self._features(query, is_query=True)  # (B, h, G+N, m)
@@ -96,6 +97,7 @@ class PerformerAttention(Attention):
         x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.head_dim**-0.25
         dots = x @ self.random_projection.to(x.dtype).T  # (B, h, T, m)
         # A constant per query cancels in the quotient, and so does one constant for all keys.
-        maximum = dots.amax(dim=-1, keepdim=True) if is_query else dots.max()
+        # There is no maximum of a batch of no images.
+        maximum = dots.amax(dim=-1, keepdim=True) if is_query or not dots.numel() else dots.max()
         half_square = x.square().sum(dim=-1, keepdim=True) / 2
         return self.random_projection.shape[0] ** -0.5 * ((dots - half_square - maximum).exp() + EPS)
