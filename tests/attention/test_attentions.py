@@ -60,6 +60,22 @@ def test_the_meta_device(name):
     assert attention(x, SIZE).shape == x.shape
 
 
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_another_default_dtype(name, default_dtype):
+    attention = build(name)
+    attention.set_training_progress(1, 0)
+    x = tokens(attention)
+    assert x.dtype == attention(x, SIZE).dtype == default_dtype
+    assert {parameter.dtype for parameter in attention.parameters()} == {default_dtype}
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_batch_of_no_images(name):
     attention = build(name)

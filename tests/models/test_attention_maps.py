@@ -129,6 +129,17 @@ def test_rollout(monkeypatch, mask):
     assert found[0].from_queries.seen.all()
 
 
+def test_rollout_with_another_default_dtype():
+    model, x = build(), images()
+    expected = model.attention_rollout(x)[0].from_queries.to_map
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = model.attention_rollout(x)[0].from_queries.to_map
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_attentions_without_rollout():
     stages = [StageConfig(dim=8, heads=2, patch=4, attention="linformer", projected_tokens=4),
               StageConfig(dim=8, heads=2, attention="spatial_reduction", reduction=2),

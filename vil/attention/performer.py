@@ -23,7 +23,7 @@ def _random_orthogonal(width: int) -> Tensor:
     Source: F. Mezzadri, How to generate random matrices from the classical compact groups, Notices of the
     AMS 54, 2007, section 5.
     """
-    q, r = torch.linalg.qr(torch.randn(width, width))
+    q, r = torch.linalg.qr(torch.randn(width, width, dtype=torch.float32))
     return q * r.diagonal().sign()
 
 
@@ -49,7 +49,7 @@ class PerformerAttention(Attention):
         """Draw a new random projection, from the CPU's default generator: the same on every device."""
         features, width = self.random_projection.shape
         blocks = [_random_orthogonal(width)[: features - start] for start in range(0, features, width)]
-        norms = torch.randn(features, width).norm(dim=1, keepdim=True)
+        norms = torch.randn(features, width, dtype=torch.float32).norm(dim=1, keepdim=True)
         self.random_projection.copy_(torch.cat(blocks) * norms, non_blocking=True)
 
     def set_training_progress(self, step: int, epoch: int) -> None:

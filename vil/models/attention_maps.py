@@ -117,7 +117,7 @@ def _rollout_rows(trace: _StageTrace, batch: int, queries: Tensor) -> AttentionW
     the stage by the product over its blocks. The requested rows are multiplied from the last block to the
     first, so that no T × T matrix is held.
     """
-    rows = torch.zeros(batch, len(queries), trace.tokens, device=trace.device)
+    rows = torch.zeros(batch, len(queries), trace.tokens, dtype=torch.float32, device=trace.device)
     rows[:, torch.arange(len(queries), device=trace.device), queries] = 1.0
     for block_weights in reversed(trace.blocks):
         product = torch.zeros_like(rows)
