@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -177,6 +178,13 @@ def test_a_list_of_stages_is_a_model():
     absolute = [StageConfig(dim=16, heads=2, position="absolute", window=2)]
     embedded = model_from_config(ModelConfig(name="vil", stages=absolute, image_size=8), 4)
     assert embedded.stages[0].position is not None
+
+
+def test_numbers_of_numpy():
+    """As of `labels.max() + 1`."""
+    model = on_meta("vil_tiny", image_size=np.int64(64), num_classes=np.int64(7), drop_path=np.float32(0.5))
+    assert (model.img_size, model.num_classes, model.config.drop_path) == ((64, 64), 7, 0.5)
+    assert timm.create_model("vil_tiny", num_classes=np.int64(7), device="meta").num_classes == 7
 
 
 def test_baselines_of_timm():

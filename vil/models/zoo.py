@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -137,7 +138,11 @@ def config_from_options(options: Mapping[str, object]) -> ModelConfig:
 
     `stages` may hold `StageConfig` or mappings.
     """
-    tree = {key: value for key, value in options.items() if value is not None}
+    tree = {
+        key: value.item() if isinstance(value, np.generic) else value  # a number of NumPy
+        for key, value in options.items()
+        if value is not None
+    }
     if isinstance(stages := tree.get("stages"), list | tuple):
         tree["stages"] = [dataclasses.asdict(s) if isinstance(s, StageConfig) else s for s in stages]
     return validate(ModelConfig, tree, command_line_keys={"timm_options"})
