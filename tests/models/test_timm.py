@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import create_feature_extractor, get_pretrained_cfg
+from timm.models import create_feature_extractor, get_pretrained_cfg, save_for_hf
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -232,6 +232,14 @@ def test_options_of_features():
         vil.create_model("vil", stages=STAGES, image_size=32, features_only=True, out_indices=[3])
     with pytest.raises(UserError, match=r"^new_head: requires a checkpoint$"):
         vil.create_model("vil", stages=STAGES, image_size=32, new_head=True)
+
+
+def test_a_model_whose_pooling_was_changed_is_saved_for_timm(tmp_path):
+    model = timm.create_model(NAME, img_size=64, num_classes=3, global_pool="token", blocks=(1,) * 4).eval()
+    model.reset_classifier(5, "avg")
+    save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(images()), model(images()))
 
 
 @pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "fx"])

@@ -394,6 +394,8 @@ def _architecture(config: ModelConfig) -> Tree:
     tree = dataclasses.asdict(config)
     if config.name != "vil":
         tree["stages"] = None
+        if config.pool == "cls" and config.global_tokens is None:  # reset_classifier may change the pooling
+            tree["global_tokens"] = [stage.global_tokens for stage in config.stages or ()]
     names = [
         field.name
         for field in dataclasses.fields(ModelConfig)
