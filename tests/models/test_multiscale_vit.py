@@ -289,6 +289,15 @@ def test_a_resize_keeps_parameters_frozen(position):
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == expected
 
 
+@pytest.mark.parametrize("position", ["relative", "absolute"])
+def test_a_resize_to_the_same_size_keeps_the_parameters(position):
+    """Those that an optimizer holds."""
+    model = small(position=position)
+    parameters = list(model.parameters())
+    model.set_input_size(32, window_size=2)
+    assert all(after is before for after, before in zip(model.parameters(), parameters, strict=True))
+
+
 @pytest.mark.parametrize("pool", ["cls", "max"])
 def test_a_head_with_a_pooling_that_fails_changes_nothing(pool):
     model = small().eval()

@@ -50,11 +50,12 @@ class FullAttention(Attention):
 
     @torch.no_grad()
     def resize(self, size: tuple[int, int]) -> None:
-        """See `Attention.resize`; replaces the parameter of the bias table."""
+        """See `Attention.resize`; replaces the parameter of the bias table, unless it fits."""
         super().resize(size)
         if self.bias_table is not None:
             table = resize_offsets(self.bias_table, size)
-            self.bias_table = nn.Parameter(table, self.bias_table.requires_grad)
+            if table.shape != self.bias_table.shape:
+                self.bias_table = nn.Parameter(table, self.bias_table.requires_grad)
 
     def multiply_adds(self, size: tuple[int, int]) -> int:
         """See `Attention.multiply_adds`."""

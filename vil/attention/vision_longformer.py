@@ -87,11 +87,12 @@ class VisionLongformerAttention(GlobalMemoryAttention):
 
     @torch.no_grad()
     def set_window(self, window: int) -> None:
-        """See `Attention.set_window`; replaces the parameter of the bias table."""
+        """See `Attention.set_window`; replaces the parameter of the bias table, unless it fits."""
         self.window = window
         if self.bias_table is not None:
             table = resize_offsets(self.bias_table, (2 * window, 2 * window))
-            self.bias_table = nn.Parameter(table, self.bias_table.requires_grad)
+            if table.shape != self.bias_table.shape:
+                self.bias_table = nn.Parameter(table, self.bias_table.requires_grad)
 
     def check_device(self, device: torch.device) -> None:
         """See `Attention.check_device`."""

@@ -36,10 +36,12 @@ class AbsolutePosition(nn.Module):
 
     @torch.no_grad()
     def resize(self, size: tuple[int, int]) -> None:
-        """Replace the embeddings by ones for a map of another size."""
-        rows, columns = self.rows, self.columns
-        self.rows = nn.Parameter(resize_embedding(rows, size[0]), rows.requires_grad)
-        self.columns = nn.Parameter(resize_embedding(columns, size[1]), columns.requires_grad)
+        """Replace the embeddings by ones for a map of another size; keep those that fit."""
+        for name, length in zip(("rows", "columns"), size):
+            embedding: nn.Parameter = getattr(self, name)
+            if embedding.shape[0] != length:
+                resized = resize_embedding(embedding, length)
+                setattr(self, name, nn.Parameter(resized, embedding.requires_grad))
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Add the embeddings to x (B, G+N, C), N = H·W with (H, W) = `size`."""
