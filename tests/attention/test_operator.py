@@ -204,6 +204,22 @@ def test_forward_mode_derivatives(backend):
         torch.testing.assert_close(forward_ad.unpack_dual(function(duals)).tangent, expected)
 
 
+def test_forward_mode_derivatives_of_a_function_that_is_compiled_already():
+    inputs = {name: tensor.detach() for name, tensor in inputs_of().items()}
+
+    def function(query):
+        return local_attention(**{**inputs, "query": query}, **OPTIONS)
+
+    compiled = torch.compile(function, backend="aot_eager")
+    compiled(inputs["query"])
+    tangents = []
+    for f in (function, compiled):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(inputs["query"], torch.ones_like(inputs["query"]))
+            tangents.append(forward_ad.unpack_dual(f(dual)).tangent)
+    torch.testing.assert_close(*tangents)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operators_by_name_are_refused_where_they_have_no_derivatives(backend):
     inputs = {name: tensor.detach() for name, tensor in inputs_of().items()}

@@ -23,15 +23,20 @@ def is_exporting() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def _is_in_grad() -> bool:
+    """Return True in `torch.func.grad` and the like. Compiled graphs are specific to the transforms."""
+    transforms = _functorch.get_interpreter_stack() or []
+    return any(transform.key() == _functorch.TransformType.Grad for transform in transforms)
+
+
 def is_transformed() -> bool:
     """Return True in `torch.func.grad` and the like, and while derivatives are computed in forward mode.
 
     Operators of `torch.library.custom_op` support neither. Forward mode is not refused by PyTorch 2.11: the
     derivatives are zero. `torch.func.vmap` alone is supported.
     """
-    transforms = _functorch.get_interpreter_stack() or []
-    has_gradients = any(transform.key() == _functorch.TransformType.Grad for transform in transforms)
-    return has_gradients or forward_ad._current_level >= 0  # torch.func.jvp begins a level, too
+    # torch.func.jvp begins a level, too. Not a constant of compiled graphs, which may be called in one later.
+    return forward_ad._current_level >= 0 or _is_in_grad()
 
 
 @torch.compiler.assume_constant_result
