@@ -388,26 +388,26 @@ def _crop(augment: AugmentConfig, data: DataConfig, size: Size) -> Callable[[Enc
 
     All but the Inception crop resize the image first, to cover `size`, or as in evaluation.
     """
-    if augment.crop == "random_resized":
-        return RandomResizedCrop(size, augment.scale, augment.ratio, augment.interpolation)
-    covered = size
-    if augment.crop == "eval_resize_random":
-        _check_resized_size(data, size)
-        height, width = (math.floor(side / data.crop_pct) for side in size)  # as timm's evaluation transform
-        covered = height, width
     names = _interpolations(augment.interpolation)
-    resize_to_cover = transforms.RandomChoice([_resize_to_cover(covered, name) for name in names])
-    if augment.crop == "eval_resize_random":
-        return WholeImageCrop([resize_to_cover, transforms.RandomCrop(size)])
-    center = transforms.CenterCrop(size)
-    if augment.crop == "none":
-        return WholeImageCrop([resize_to_cover, center])
-    if augment.crop == "pad_random":  # as is usual for CIFAR
-        shift = transforms.RandomCrop(size, padding=augment.pad)
-        return WholeImageCrop([resize_to_cover, center, shift])
-    # resize_random: the simple random crop of DeiT III (https://arxiv.org/abs/2204.07118, section 3)
-    reflected = transforms.RandomCrop(size, padding=augment.pad, padding_mode="reflect")
-    return WholeImageCrop([resize_to_cover, reflected])
+
+    def resize_to_cover(covered: Size) -> ImageOperation:
+        return transforms.RandomChoice([_resize_to_cover(covered, name) for name in names])
+
+    match augment.crop:
+        case "random_resized":
+            return RandomResizedCrop(size, augment.scale, augment.ratio, augment.interpolation)
+        case "none":
+            return WholeImageCrop([resize_to_cover(size), transforms.CenterCrop(size)])
+        case "pad_random":  # as is usual for CIFAR
+            shift = transforms.RandomCrop(size, padding=augment.pad)
+            return WholeImageCrop([resize_to_cover(size), transforms.CenterCrop(size), shift])
+        case "resize_random":  # of DeiT III (https://arxiv.org/abs/2204.07118, section 3)
+            reflected = transforms.RandomCrop(size, padding=augment.pad, padding_mode="reflect")
+            return WholeImageCrop([resize_to_cover(size), reflected])
+        case "eval_resize_random":
+            _check_resized_size(data, size)
+            height, width = (math.floor(side / data.crop_pct) for side in size)  # as timm in evaluation
+            return WholeImageCrop([resize_to_cover((height, width)), transforms.RandomCrop(size)])
 
 
 def _resize_to_cover(size: Size, interpolation: str) -> ImageOperation:

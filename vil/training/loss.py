@@ -83,13 +83,15 @@ def build_loss(schedule: ScheduleConfig, class_weights: torch.Tensor | None = No
         if schedule.distillation != "none":
             raise UserError("schedule.distillation", "cannot be combined with schedule.augment.aug_splits")
         return JsdCrossEntropy(schedule.augment.aug_splits, JSD_ALPHA, smoothing)
-    if schedule.loss == "cross_entropy":
-        return CrossEntropy(smoothing, class_weights)
-    if threshold is None and not smoothing:
-        threshold = 0.0
-    if class_weights is None:
-        return BinaryCrossEntropy(smoothing, target_threshold=threshold)
-    return WeightedBinaryCrossEntropy(smoothing, threshold, class_weights)
+    match schedule.loss:
+        case "cross_entropy":
+            return CrossEntropy(smoothing, class_weights)
+        case "bce":
+            if threshold is None and not smoothing:
+                threshold = 0.0
+            if class_weights is None:
+                return BinaryCrossEntropy(smoothing, target_threshold=threshold)
+            return WeightedBinaryCrossEntropy(smoothing, threshold, class_weights)
 
 
 def image_weights(targets: torch.Tensor, class_weights: torch.Tensor) -> torch.Tensor:

@@ -328,23 +328,30 @@ def build_scheduler(
         "warmup_lr_init": schedule.warmup_factor * peak,
         "t_in_epochs": False,
     }
-    if milestones is not None:
-        # timm compares milestones with t + 1: one step early, unless they are one later.
-        decay_at = [milestone * steps_per_epoch + 1 for milestone in milestones]
-        options |= {"decay_t": decay_at, "decay_rate": schedule.decay_rate, "warmup_prefix": False}
-        return MultiStepLRScheduler(optimizer, **options)
-    if schedule.scheduler in ("constant", "step"):
-        decay_t, rate = schedule.decay_epochs * steps_per_epoch, schedule.decay_rate
-        if schedule.scheduler == "constant":
-            decay_t, rate = 1, 1.0
-        return StepLRScheduler(optimizer, decay_t=decay_t, decay_rate=rate, warmup_prefix=False, **options)
     last = epoch_steps.scheduled_time(epoch_steps.first_step(schedule.epochs) - 1)
     remaining = last - (warmup if schedule.warmup_prefix else 0)
     # If the warm-up is longer than the run, the length does not matter. timm warns about length 1, as if the
     # rate would be constant; with 0.5 the schedule ends after one step just the same.
     if remaining <= 0 or remaining == 1:
         remaining = 0.5
-    options |= {"t_initial": remaining, "lr_min": schedule.min_lr, "warmup_prefix": schedule.warmup_prefix}
-    if schedule.scheduler == "poly":
-        return PolyLRScheduler(optimizer, power=1.0, **options)
-    return CosineLRScheduler(optimizer, **options)
+    to_min_lr: Tree = {
+        **options,
+        "t_initial": remaining,
+        "lr_min": schedule.min_lr,
+        "warmup_prefix": schedule.warmup_prefix,
+    }
+    match schedule.scheduler:
+        case "cosine":
+            return CosineLRScheduler(optimizer, **to_min_lr)
+        case "poly":
+            return PolyLRScheduler(optimizer, power=1.0, **to_min_lr)
+        case "constant":
+            return StepLRScheduler(optimizer, decay_t=1, decay_rate=1.0, warmup_prefix=False, **options)
+        case "step":
+            options |= {"decay_t": schedule.decay_epochs * steps_per_epoch, "decay_rate": schedule.decay_rate}
+            return StepLRScheduler(optimizer, warmup_prefix=False, **options)
+        case "multistep":
+            # timm compares milestones with t + 1: one step early, unless they are one later.
+            decay_at = [milestone * steps_per_epoch + 1 for milestone in milestones or ()]
+            options |= {"decay_t": decay_at, "decay_rate": schedule.decay_rate}
+            return MultiStepLRScheduler(optimizer, warmup_prefix=False, **options)
