@@ -25,6 +25,9 @@ AttentionName = Literal[
     "full", "vision_longformer", "linformer", "performer", "spatial_reduction", "global_only"
 ]
 Precision = Literal["float32", "bfloat16", "float16"]
+Logger = Literal["tensorboard", "csv", "wandb", "mlflow"]
+TRACKER_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow or mlflow-skinny"}
+"""Loggers that may send data to a server, for the command line alone -> the package that each needs."""
 
 MAX_SIDE = 8192
 """Height and width of the largest images, in pixels: 0.8 GB each as float32."""
@@ -621,9 +624,7 @@ class TrainConfig:
     attention_every: Count | None = 10
     """Epochs between two images of attention maps in TensorBoard, with one at the end; null is off. Not
     available for timm models."""
-    loggers: list[Literal["tensorboard", "csv", "wandb", "mlflow"]] = field(
-        default_factory=lambda: ["tensorboard"]
-    )
+    loggers: list[Logger] = field(default_factory=lambda: ["tensorboard"])
     """Logs in addition to metrics.jsonl: TensorBoard, metrics.csv, Weights & Biases and MLflow, the last two
     if their packages are installed, and from the command line alone; [] is none."""
     progress: bool = True

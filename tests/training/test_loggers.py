@@ -8,7 +8,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from helpers.planted import Outside
@@ -17,11 +17,12 @@ from helpers.tiny_run import STEPS, load_last, make_config, run
 
 import train as train_program
 from vil.command_line.resolution import parse
-from vil.config import TrainConfig, UserError
+from vil.config import Logger, TrainConfig, UserError
 from vil.training import csv_log, metrics_log, run_log
 from vil.training.csv_log import CsvLog
 from vil.training.experiment_trackers import _options, check_loggers
 from vil.training.run_log import RunLog
+from vil.training.tensorboard_log import TensorBoardLog
 
 DIGITS = ("--device", "cpu", "--data.source", "digits")
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
@@ -143,6 +144,16 @@ def test_changed_options_of_a_continued_run_are_recorded(tmp_path: Path):
         "schedule.max_steps",
         "loggers",
     ]
+
+
+def test_every_logger_opens_a_log(tmp_path: Path, monkeypatch):
+    """A name in vil/config.py alone would be accepted and ignored."""
+    for name in ("WandbLog", "MlflowLog"):
+        monkeypatch.setattr(run_log, name, lambda folder, config: TensorBoardLog(None))
+    for name in get_args(Logger):
+        log = RunLog(tmp_path, make_config(tmp_path, loggers=[name]), 0, False)
+        assert len(log._copies) == 1, name
+        log.close()
 
 
 def test_an_unknown_logger_is_refused():

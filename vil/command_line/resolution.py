@@ -20,7 +20,7 @@ from vil.command_line.arguments import (
     find_file,
     read_section,
 )
-from vil.config import COMMAND_LINE, Tree, UserError
+from vil.config import COMMAND_LINE, TRACKER_PACKAGES, Tree, UserError
 from vil.runtime import console
 from vil.runtime.yaml_files import yaml_text
 from vil.validation import (
@@ -41,7 +41,7 @@ from vil.validation import (
 
 def _stays_on_this_machine(loggers: object) -> bool:
     names = loggers if isinstance(loggers, list) else [loggers]
-    return not {"wandb", "mlflow"} & set(map(str, names))
+    return not TRACKER_PACKAGES.keys() & set(map(str, names))
 
 
 COMMAND_LINE_KEYS: dict[str, Callable[[object], bool]] = {

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vil.config import TrainConfig, Tree, UserError, error_reason
+from vil.config import TRACKER_PACKAGES, TrainConfig, Tree, UserError, error_reason
 from vil.runtime.files import parse_json, read_text, refuse_link, write_durably
 from vil.runtime.run_files import MLFLOW, TRACKERS, WANDB
 from vil.training.tensorboard_log import record_scalars
@@ -27,8 +27,6 @@ from vil.validation import PATH_OPTIONS, flatten, stored_tree
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow or mlflow-skinny"}
-"""Logger -> the package that it needs."""
 PROJECT = "vil"
 """Project of W&B, unless WANDB_PROJECT is set, and experiment of MLflow, unless MLFLOW_EXPERIMENT_NAME is."""
 
@@ -39,9 +37,10 @@ _logger = logging.getLogger(__name__)
 def check_loggers(loggers: Sequence[str]) -> None:
     """Raise UserError if a logger needs a package that is not installed."""
     for name in loggers:
-        spec = importlib.util.find_spec(name) if name in PACKAGES else None
-        if name in PACKAGES and (spec is None or spec.origin is None):  # or a folder of this name
-            raise UserError("loggers", f"{name} needs the package {PACKAGES[name]}, which is not installed")
+        package = TRACKER_PACKAGES.get(name)
+        spec = importlib.util.find_spec(name) if package else None
+        if package and (spec is None or spec.origin is None):  # or a folder of this name
+            raise UserError("loggers", f"{name} needs the package {package}, which is not installed")
 
 
 class Tracker:
