@@ -30,6 +30,7 @@ from data.transforms import evaluation_transform, train_transform
 from tools.programs import export, inspect_data, predict
 from tools.report_page.runs import open_run
 from tools.visualization import main as visualize
+from vil.attention import ATTENTIONS
 from vil.checkpoints.checkpoint_files import step_files
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.training_state import read_training_state
@@ -177,7 +178,7 @@ def test_refused_sizes_of_progressive_resizing(folder):
 # Models
 
 
-@pytest.mark.parametrize("attention", ["linformer", "performer", "spatial_reduction", "global_only", None])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_models_are_built_for_their_size(attention):
     options = {"attention": attention, "num_classes": 3, "blocks": (1, 1, 1)}
     model = vil.create_model("vil_tiny_3stage", image_size=(64, 96), **options)

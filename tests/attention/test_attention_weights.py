@@ -24,6 +24,10 @@ CASES = [
 ]  # fmt: skip
 
 
+def test_every_attention_has_a_case():
+    assert {name for name, _ in CASES} == ATTENTIONS.keys()
+
+
 def build(name, global_tokens, size=SIZE, **options):
     options = {"window": 3, "projected_tokens": 8, "random_features": 16, "reduction": 3, **options}
     attention = build_attention(name, size, dim=DIM, heads=HEADS, global_tokens=global_tokens, **options)

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 import vil
+from vil.attention import ATTENTIONS
 from vil.config import StageConfig
 from vil.evaluation.complexity import measure_complexity, multiply_adds
-
-ATTENTIONS = ["full", "vision_longformer", "linformer", "performer", "spatial_reduction", "global_only"]
 
 
 def count(model: nn.Module, image_size: int, in_chans: int = 3) -> int:

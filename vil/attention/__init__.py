@@ -1,4 +1,4 @@
-"""The attentions: x (B, G+N, C) → the same shape. Adding one takes a file, a line below, and a test."""
+"""The attentions: x (B, G+N, C) → the same shape. A new one also needs its name in `vil/config.py`."""
 
 from vil.attention.base import Attention
 from vil.attention.full import FullAttention
