@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import vil
+from data.sources import SOURCES
 from tools.dev import checkpoint_cost
+from tools.gpu_check.program import SECTIONS
+from vil.attention import ATTENTIONS
 from vil.command_line import resolve_train_command
 from vil.models.zoo import model_from_config
 
@@ -136,6 +139,20 @@ def test_help_of_a_program_that_passes_its_options_on(capsys):
     with pytest.raises(SystemExit):
         checkpoint_cost.main(["--help"])
     assert "Measure the cost of checkpoints" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("models.md", ATTENTIONS),
+        ("data.md", [name for name in SOURCES if not name.endswith("/")]),
+        ("gpu.md", SECTIONS),
+    ],
+)
+def test_tables_name_every_entry(page, names):
+    cells = re.findall(r"^\| ([^|]+) \|", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    described = set(re.findall(r"`([^`]+)`", " ".join(cells)))
+    assert not set(names) - described
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
