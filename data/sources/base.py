@@ -48,10 +48,9 @@ class Source(ABC):
         """Return the name of the split with all images of a data set that has no validation split.
 
         Raises:
-            UserError: the source does not support it, or there is a validation split.
+            UserError: the source always has a validation split, or the data set has one.
         """
-        reason = f"source {data.source} has splits; supported by folder, zip, tar and wds"
-        raise UserError(held_out_option(data), reason)
+        raise UserError(held_out_option(data), f"source {data.source} has a validation split of its own")
 
     @classmethod
     def dataset_name(cls, data: DataConfig) -> str:
