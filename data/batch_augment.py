@@ -23,8 +23,9 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from data import batch_operations
+from data.crops import Box, RandomResizedCrop
 from data.to_device import ErasingPlan
-from data.transforms import Box, RandomFlip, RandomResizedCrop, Transform
+from data.transforms import RandomFlip, Transform
 from vil.config import as_size
 
 Arguments = tuple[Any, ...]

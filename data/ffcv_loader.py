@@ -28,6 +28,7 @@ from torch import Tensor
 from data import batch_augment
 from data.batch_augment import AugmentationPlan, AugmentationPlanner, Operation
 from data.beton import Beton
+from data.crops import RandomResizedCrop
 from data.loaders import MicroBatchLoader, TrainSample
 from data.mixing import check_even_batch, is_mixing_enabled
 from data.samplers import BalancedBatches, Key, MicroBatches
@@ -35,7 +36,7 @@ from data.sources import Source
 from data.sources.ffcv import FFCVImages
 from data.sources.subsets import unwrap_subset
 from data.to_device import ErasedRegions, collate_erasing
-from data.transforms import RandomResizedCrop, train_transform
+from data.transforms import train_transform
 from vil.config import TrainConfig, UserError, as_size, error_reason
 from vil.runtime.distributed import Process
 from vil.runtime.seeding import seed_sequence, seeded

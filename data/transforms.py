@@ -1,32 +1,37 @@
 """Transforms from an image to a normalized tensor: augmentation in training, resize and crop in evaluation.
 
-The steps are timm's and torchvision's. This module selects them by the configuration, adds crops that timm
-lacks, and patches one operation. Normalization and erasing are separate (`data.to_device`), so that they run
-on whole batches.
+The steps are timm's, torchvision's and those of `data.crops`, selected by the configuration. Normalization
+and erasing are separate (`data.to_device`), so that they run on whole batches.
 """
 
 from __future__ import annotations
 
 import math
-import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
+from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from data.decoding import EncodedImage, covering_scale
+from data.crops import (
+    ImageOperation,
+    RandomResizedCrop,
+    StackedCrops,
+    WholeImageCrop,
+    as_contiguous,
+    interpolations,
+)
+from data.decoding import EncodedImage
 from data.mixing import is_mixing_enabled
+from data.policies import policy_operations
 from data.to_device import ErasingPlan, NormalizeAndErase, collate_erasing
 from vil.config import (
     MAX_SIDE,
@@ -38,14 +43,7 @@ from vil.config import (
     as_size,
     check_border_color,
 )
-from vil.runtime.images import MAX_ASPECT_RATIO, limit_aspect_ratio, max_aspect_ratio
-
-Box = tuple[int, int, int, int]
-"""Top, left, height and width of a crop, in pixels."""
-ImageOperation = Callable[[Image.Image], Image.Image]
-
-TRIVIAL_AUGMENT = "trivial"
-"""The policy of torchvision's TrivialAugmentWide; all others are timm's."""
+from vil.runtime.images import max_aspect_ratio
 
 
 @dataclass(eq=False)
@@ -127,138 +125,6 @@ class RandomFlip(NamedTuple):
         return torch.from_numpy(as_contiguous(pixels)).flip(self.axis).numpy()
 
 
-def as_contiguous(pixels: np.ndarray) -> np.ndarray:
-    """Return the pixels in writable, C-contiguous memory, copied if necessary."""
-    return pixels if pixels.flags.carray else pixels.copy()
-
-
-class DecodableImage(Protocol):
-    """An image that can be decoded at a reduced scale, e.g. `EncodedImage`."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height, in pixels."""
-
-    def decode(self, scale: int = 1) -> np.ndarray:
-        """Return (H, W[, 3]) uint8: H and W are the size, or the size divided by `scale` and rounded up."""
-
-
-@dataclass(frozen=True)
-class RandomResizedCrop:
-    """The Inception crop, drawn as timm draws it, from the size in the image's header.
-
-    The image is decoded at the smallest scale that covers the crop, and resized, always with antialiasing, by
-    PyTorch's vectorized resize of bytes.
-
-    At full scale it is Pillow's crop but for rounding: values of 256 ImageNet photographs at 224² differ by
-    0.03 of 255 levels on average, and 1 in 7,600 by more than 1 (bicubic, by up to 19). Crops of 448 pixels
-    or more (2 % of them) are decoded at half scale or less, where libjpeg averages pixels that Pillow
-    interpolates: values differ by 3 levels on average, by up to 124 at edges.
-
-    Attributes:
-        size: (height, width) of the result in pixels, or one number for both.
-        scale: smallest and largest area, as a fraction of the image.
-        ratio: smallest and largest aspect ratio.
-        interpolation: bilinear, bicubic, or random for either.
-    """
-
-    size: int | Size
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    interpolation: str
-
-    def __call__(self, image: EncodedImage) -> np.ndarray:
-        """Return a random crop, (H, W[, 3]) uint8."""
-        return self.crop(image, *self.draw(*image.size))
-
-    def crop(self, image: DecodableImage, box: Box, interpolation: str) -> np.ndarray:
-        """Return the crop of a box, (H, W[, 3]) uint8."""
-        width, height = image.size
-        top, left, rows, columns = box
-        scale = covering_scale((rows, columns), self.size)
-        pixels = image.decode(scale)
-        if pixels.shape[:2] == (height, width):  # the format has no reduced scales
-            scale = 1
-        vertical = _scaled_slice(top, top + rows, scale)
-        horizontal = _scaled_slice(left, left + columns, scale)
-        return resize(pixels[vertical, horizontal], as_size(self.size), interpolation)
-
-    def draw(self, width: int, height: int) -> tuple[Box, str]:
-        """Draw box and interpolation for an image of this size from Python's global generator."""
-        image = _ImageSize(width, height)
-        top, left, rows, columns = RandomResizedCropAndInterpolation.get_params(image, self.scale, self.ratio)
-        # timm rounds the side of a tiny area, or of an extreme aspect ratio, to 0, at the last edge, too.
-        box = (min(top, height - 1), min(left, width - 1), max(1, rows), max(1, columns))
-        return box, random.choice(_interpolations(self.interpolation))  # noqa: S311
-
-
-def _interpolations(name: str) -> tuple[str, ...]:
-    return ("bilinear", "bicubic") if name == "random" else (name,)
-
-
-class _ImageSize(Image.Image):
-    """An image without pixels, for timm's draw of a crop, which reads the size alone."""
-
-    def __init__(self, width: int, height: int) -> None:
-        super().__init__()
-        self._size = (width, height)
-        self._mode = "RGB"
-
-
-def _scaled_slice(start: int, stop: int, scale: int) -> slice:
-    """Return start:stop of a side that was decoded at a scale, rounded to whole pixels."""
-    return slice(round(start / scale), round(stop / scale))
-
-
-def resize(pixels: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
-    """Resize bytes (H, W[, 3]) to (*size[, 3]), with antialiasing."""
-    if pixels.shape[:2] == size:
-        return pixels
-    # PyTorch is twice as fast on a batch of one that it recognizes as channels-last, as is the result. The
-    # batch must have the stride of a whole image, as unsqueeze sets it.
-    tensor = torch.from_numpy(as_contiguous(pixels.reshape(*pixels.shape[:2], -1)))
-    images = tensor.unsqueeze(0).permute(0, 3, 1, 2)  # (H, W, C) -> (1, H, W, C) -> (1, C, H, W)
-    resized = F.interpolate(images, size, mode=interpolation, antialias=True)
-    return resized[0].permute(1, 2, 0).reshape(*size, *pixels.shape[2:]).numpy()
-
-
-@dataclass(frozen=True)
-class WholeImageCrop:
-    """A crop that decodes the whole image and applies steps of torchvision or timm to it."""
-
-    steps: Sequence[ImageOperation]
-    max_aspect_ratio: int = MAX_ASPECT_RATIO
-
-    def __call__(self, encoded: EncodedImage) -> np.ndarray:
-        """Return the crop, (H, W[, 3]) uint8."""
-        image = limit_aspect_ratio(encoded.to_pil(), self.max_aspect_ratio)
-        for step in self.steps:
-            image = step(image)
-        return np.asarray(image)
-
-
-@dataclass(frozen=True)
-class StackedCrops:
-    """Crops of one image, one after the other along the channels.
-
-    Attributes:
-        resizes: resizes of the whole image, one per scale.
-        crop: a resized image → one crop, or several.
-        max_aspect_ratio: limit of the aspect ratio of the image.
-    """
-
-    resizes: Sequence[ImageOperation]
-    crop: Callable[[Image.Image], Image.Image | tuple[Image.Image, ...]]
-    max_aspect_ratio: int
-
-    def __call__(self, encoded: EncodedImage) -> np.ndarray:
-        """Return the crops, (H, W, crops * C) uint8, those of the first scale first."""
-        image = limit_aspect_ratio(encoded.to_pil(), self.max_aspect_ratio)
-        crops = [self.crop(resize_image(image)) for resize_image in self.resizes]
-        flat = [crop for group in crops for crop in (group if isinstance(group, tuple) else (group,))]
-        return np.dstack([np.asarray(crop) for crop in flat])
-
-
 def train_transform(
     augment: AugmentConfig, data: DataConfig, *, image_size: int | Size, in_chans: int
 ) -> Transform:
@@ -272,23 +138,9 @@ def train_transform(
     """
     _check_aug_splits(augment)
     size = as_size(image_size)
-    _check_policy(augment.auto_augment)
     mean, std = channel_statistics(data, in_chans)
-    is_trivial = augment.auto_augment == TRIVIAL_AUGMENT
-    _, secondary, _ = create_transform(
-        size,
-        is_training=True,
-        separate=True,
-        color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # timm's annotation lacks None
-        auto_augment=None if is_trivial else augment.auto_augment,
-        interpolation=augment.interpolation,
-        mean=mean,
-        std=std,
-    )
+    policy = policy_operations(augment, size, mean)
     flips = [RandomFlip(p, axis) for p, axis in ((augment.hflip, 1), (augment.vflip, 0)) if p > 0]
-    policy = [transforms.TrivialAugmentWide()] if is_trivial else secondary.transforms
-    for step in policy:
-        patch_posterize(step)
     erasing = _random_erasing(augment)
     return Transform(_crop(augment, data, size), mean, std, flips, policy, erasing, augment.aug_splits)
 
@@ -388,7 +240,7 @@ def _crop(augment: AugmentConfig, data: DataConfig, size: Size) -> Callable[[Enc
 
     All but the Inception crop resize the image first, to cover `size`, or as in evaluation.
     """
-    names = _interpolations(augment.interpolation)
+    names = interpolations(augment.interpolation)
 
     def resize_to_cover(covered: Size) -> ImageOperation:
         return transforms.RandomChoice([_resize_to_cover(covered, name) for name in names])
@@ -416,65 +268,3 @@ def _resize_to_cover(size: Size, interpolation: str) -> ImageOperation:
     if height == width:
         return transforms.Resize(height, InterpolationMode(interpolation))
     return ResizeKeepRatio(size, interpolation=interpolation)
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
-    """Posterize as timm does, but return black for 0 bits, which Pillow 13 rejects."""
-    if bits_to_keep <= 0:
-        return Image.new(image.mode, image.size)
-    return auto_augment.posterize(image, bits_to_keep, **options)
-
-
-def patch_posterize(policy: ImageOperation) -> None:
-    """Replace posterize in a policy of timm by one that accepts 0 bits; timm itself is not changed."""
-    if isinstance(policy, auto_augment.AutoAugment):
-        operations = [operation for sub_policy in policy.policy for operation in sub_policy]
-    else:
-        operations = getattr(policy, "ops", [])  # RandAugment and AugMix; color jitter has none
-    for operation in operations:
-        if operation.aug_fn is auto_augment.posterize:
-            operation.aug_fn = _posterize
-
-
-_INTEGER, _NUMBER = "[0-9]{1,4}", r"[0-9]{1,4}(\.[0-9]{1,6})?"
-_ALPHA = r"[1-9][0-9]{0,3}(\.[0-9]{1,6})?|0\.[1-9][0-9]{0,5}"  # below 0.1 a Dirichlet distribution draws nan
-_POLICY_SECTIONS: dict[str, dict[str, str]] = {
-    "rand": {
-        "m": _INTEGER,
-        "n": "[1-9]",
-        "p": _NUMBER,
-        "mstd": _NUMBER,
-        "mmax": "[1-9][0-9]{0,3}",
-        "inc": "[01]",
-        "t": "weights|3aw|3a",
-    },
-    "augmix": {
-        "m": _INTEGER,
-        "w": "[1-9][0-9]?",
-        "d": "[0-9]{1,2}",
-        "a": _ALPHA,
-        "b": "[01]",
-        "mstd": _NUMBER,
-    },
-    **{name: {"mstd": _NUMBER} for name in ("original", "originalr", "v0", "v0r", "3a")},
-    TRIVIAL_AUGMENT: {},
-}
-"""timm's grammar of policies, e.g. rand-m9-mstd0.5-inc1: name -> section -> pattern of its value."""
-
-
-def _check_policy(policy: str | None) -> None:
-    """Raise UserError for sections that timm ignores or that fail its assertions."""
-    if policy is None:
-        return
-    name, *sections = policy.split("-")
-    grammar, reason = _POLICY_SECTIONS.get(name, {}), None
-    if name not in _POLICY_SECTIONS:
-        reason = f"unknown policy {name!r} in {policy!r}; expected one of {', '.join(_POLICY_SECTIONS)}"
-    for section in sections:
-        if not any(re.fullmatch(f"{letter}({value})", section) for letter, value in grammar.items()):
-            known = ", ".join(grammar)
-            reason = (
-                reason or f"invalid section {section!r} in {policy!r}; expected one of {known}, with a value"
-            )
-    if reason is not None:
-        raise UserError("schedule.augment.auto_augment", reason)

@@ -11,8 +11,9 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from data import decoding
+from data.crops import RandomResizedCrop
 from data.decoding import EncodedImage, UnreadableImageError, covering_scale
-from data.transforms import RandomResizedCrop, train_transform
+from data.transforms import train_transform
 from vil.config import AugmentConfig, DataConfig
 from vil.runtime.seeding import seeded
 

@@ -13,7 +13,8 @@ import yaml
 from helpers.sample_images import NO_AUGMENT, write_image
 from PIL import Image
 
-from data.transforms import RandomResizedCrop, channel_statistics, evaluation_transform, train_transform
+from data.crops import RandomResizedCrop
+from data.transforms import channel_statistics, evaluation_transform, train_transform
 from vil.config import AugmentConfig, DataConfig, UserError
 from vil.runtime.seeding import seeded
 
@@ -235,7 +236,7 @@ def test_randaugment_runs_thousands_of_times(image, policy):
 def test_posterize_without_bits_is_black_and_otherwise_timms():
     from timm.data import auto_augment
 
-    from data.transforms import _posterize
+    from data.policies import _posterize
 
     for mode in ("L", "RGB"):
         noise = Image.effect_noise((16, 16), 90).convert(mode)

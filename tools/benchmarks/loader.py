@@ -20,8 +20,8 @@ from data import build_loaders
 from data.beton import Beton
 from data.decoding import EncodedImage
 from data.ffcv_loader import StoredImage, load_decoder
+from data.policies import patch_posterize
 from data.sources import open_source
-from data.transforms import patch_posterize
 from tools.benchmarks.options import positive
 from tools.benchmarks.output import Column, Results, ratio
 from tools.benchmarks.timing import Measurement, TimingOptions, time_interleaved
