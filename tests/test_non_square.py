@@ -27,7 +27,8 @@ import vil
 from data.ffcv_loader import FFCVTrainLoader
 from data.sources import open_source
 from data.transforms import evaluation_transform, train_transform
-from tools.programs import export, inspect_data, predict
+from tools.data_inspection import main as inspect_data
+from tools.programs import export, predict
 from tools.report_page.runs import open_run
 from tools.visualization import main as visualize
 from vil.attention import ATTENTIONS

@@ -18,8 +18,9 @@ from tools.ablation import output, scheduler
 from tools.ablation.grid import read_grid
 from tools.ablation.results import collect
 from tools.benchmarks.program import benchmark
+from tools.data_inspection import main as inspect_data
 from tools.dev import draw_attention
-from tools.programs import export, find_lr, inspect_data, predict, probe
+from tools.programs import export, find_lr, predict, probe
 from tools.report_page import main as report
 from tools.visualization import main as visualize
 from vil.checkpoints.safetensors_file import write_safetensors

@@ -9,7 +9,10 @@ import pytest
 from helpers.sample_images import write_image
 from PIL import Image
 
-from tools.programs.inspect_data import contact_sheet, main, near_pairs, open_splits
+from tools.data_inspection.contact_sheet import contact_sheet
+from tools.data_inspection.duplicates import near_pairs
+from tools.data_inspection.images import open_splits
+from tools.data_inspection.main import main
 from vil.config import UserError
 
 

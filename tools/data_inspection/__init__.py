@@ -1,0 +1,1 @@
+"""tools/inspect_data.py: what a data set contains."""
