@@ -192,10 +192,8 @@ def check_timm_options(key: str, options: Mapping[str, object]) -> None:
     known = TIMM_NUMBER_OPTIONS | TIMM_TEXT_OPTIONS
     for name, value in options.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
             reason = "a file may set options of an architecture only; this one is for the command line"
-            raise UserError(f"{key}.{name}", f"{reason}{hint}")
+            raise UserError(f"{key}.{name}", f"{reason}{suggestion(name, known, otherwise='')}")
         if isinstance(value, Mapping):
             raise UserError(f"{key}.{name}", f"expected a plain value, got {shown(value)}")
         is_text = name in TIMM_TEXT_OPTIONS and isinstance(value, str) and re.fullmatch(r"\w{0,40}", value)
@@ -321,11 +319,16 @@ def _range_name(bounds: Sequence[TypeHint]) -> str:
     return f" of at least {low}" if low else ""
 
 
-def suggestion(key: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return the end of a message about an unknown key: the nearest known one, or all if they are few."""
+def suggestion(key: str, known: Iterable[str], prefix: str = "", otherwise: str | None = None) -> str:
+    """Return the end of a message about an unknown name: the nearest known one with `prefix`.
+
+    If none is near, return `otherwise`, by default all known names if they are few.
+    """
     known = list(known)
-    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
+    if close := difflib.get_close_matches(key, known, n=1):
         return f"; did you mean {prefix}{close[0]}?"
+    if otherwise is not None:
+        return otherwise
     return f"; expected one of {', '.join(sorted(known))}" if len(known) <= 40 else "; --help lists all"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from vil.config import ModelConfig, Size, Tree, UserError, error_reason, format_
 from vil.models.limits import check_model_size
 from vil.models.multiscale_vit import MAX_BLOCKS, MultiScaleViT
 from vil.runtime.modes import mode
-from vil.validation import INITIALIZATION, TIMM_START_OPTIONS, timm_start_options
+from vil.validation import INITIALIZATION, TIMM_PREFIX, TIMM_START_OPTIONS, suggestion, timm_start_options
 
 MAX_REASON_LENGTH = 300
 """Characters of an error of timm that are shown."""
@@ -44,8 +43,7 @@ def create_timm_model(
     """
     name = config.name.removeprefix("timm/")
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; did you mean timm/{close[0]}?" if close else ""
+        hint = suggestion(name, timm.list_models(), TIMM_PREFIX, otherwise="")
         raise UserError("name", f"timm has no model {name!r}{hint}")
     for field in dataclasses.fields(ModelConfig):
         if field.name not in _OPTIONS and getattr(config, field.name) != field.default:

@@ -6,7 +6,6 @@ A size is one row in `SIZES` and one file in configs/models.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -35,7 +34,7 @@ from vil.models.limits import check_model_size
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.state_dict import has_published_names, translate_state_dict
 from vil.models.timm_models import create_timm_model
-from vil.validation import INITIALIZATION, validate
+from vil.validation import INITIALIZATION, suggestion, validate
 
 OutIndices = int | Sequence[int] | None
 """Levels of features, as in timm."""
@@ -214,13 +213,9 @@ def resolve_stages(config: ModelConfig) -> list[StageConfig]:
         stages = _zoo_stages(SIZES[config.name])
         sparse = stages[: SIZES[config.name].sparse]
     else:
-        close = difflib.get_close_matches(config.name, SIZES, n=1)
-        hint = (
-            f"did you mean {close[0]}?"
-            if close
-            else f"expected one of {', '.join(SIZES)}, vil and timm/<name>"
-        )
-        raise UserError("name", f"there is no model {config.name!r}; {hint}")
+        every_name = f"; expected one of {', '.join(SIZES)}, vil and timm/<name>"
+        hint = suggestion(config.name, SIZES, otherwise=every_name)
+        raise UserError("name", f"there is no model {config.name!r}{hint}")
     for field in dataclasses.fields(StageConfig):
         value = getattr(config, field.name, None)  # options of a stage that a model can set for all
         if value is None:

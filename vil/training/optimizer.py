@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Mapping
@@ -53,8 +52,9 @@ def build_optimizer(model: nn.Module, schedule: ScheduleConfig) -> torch.optim.O
     name = schedule.optimizer.lower()
     kind = name.removeprefix("lookahead_")
     if kind not in list_optimizers():
-        close = difflib.get_close_matches(kind, list_optimizers(), n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; timm.optim.list_optimizers() lists them"
+        hint = suggestion(
+            kind, map(str, list_optimizers()), otherwise="; timm.optim.list_optimizers() lists them"
+        )
         raise UserError("schedule.optimizer", f"timm has no optimizer {schedule.optimizer!r}{hint}")
     info = get_optimizer_info(kind)
     if info.second_order:
