@@ -9,6 +9,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# One at a time: a second one would take the first for interrupted, and remove the environment under it.
+exec 9<tools/setup.sh
+flock 9
+
 venv=${1:-.venv}
 # Exists while pip runs: an interrupted pip can leave an incomplete package that it later considers installed.
 unfinished=$venv/.unfinished
