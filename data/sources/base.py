@@ -48,9 +48,9 @@ class Source(ABC):
         """Return the name of the split with all images of a data set that has no validation split.
 
         Raises:
-            UserError: the source always has a validation split, or the data set has one.
+            UserError: the source does not support it, or there is a validation split.
         """
-        raise UserError(held_out_option(data), f"source {data.source} has a validation split of its own")
+        raise UserError(held_out_option(data), f"is not supported for source {data.source}")
 
     @classmethod
     def dataset_name(cls, data: DataConfig) -> str:

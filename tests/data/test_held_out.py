@@ -134,7 +134,7 @@ def test_what_cannot_be_divided_is_rejected(root):
     )
     with pytest.raises(UserError) as error:
         open_source(DataConfig(val_fraction=0.5), "train", 3)
-    assert str(error.value) == "data.val_fraction: source digits has a validation split of its own"
+    assert str(error.value) == "data.val_fraction: is not supported for source digits"
     with pytest.raises(UserError, match=r"^data.val_list: cannot be combined with data.val_fraction$"):
         open_source(config(root, val_list="list.txt"), "train", 3)
 
