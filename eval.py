@@ -47,7 +47,8 @@ from data import (
 )
 from vil.command_line import errors_of_one_rank, file_origin
 from vil.command_line.stored_model import StoredModel, read_stored, resolve_over_stored
-from vil.config import COMMAND_LINE, EvalConfig, UserError, errors_in_option, errors_in_section
+from vil.config import EvalConfig
+from vil.errors import COMMAND_LINE, UserError, errors_in_option, errors_in_section
 from vil.evaluation import report
 from vil.evaluation.accuracy import EvaluationDataset
 from vil.evaluation.corruptions import add_corruption_summaries, list_datasets

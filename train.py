@@ -51,17 +51,8 @@ from vil.checkpoints import checkpoint_files, run_folder
 from vil.checkpoints.adaptation import load_state_dict
 from vil.checkpoints.initialization import build_random_model, initialize_model
 from vil.checkpoints.training_state import State, read_training_state, select_weights
-from vil.config import (
-    COMMAND_LINE,
-    EvalConfig,
-    Size,
-    TrainConfig,
-    UserError,
-    as_size,
-    errors_in_option,
-    format_size,
-    one_line,
-)
+from vil.config import EvalConfig, Size, TrainConfig, as_size, format_size
+from vil.errors import COMMAND_LINE, UserError, errors_in_option, one_line
 from vil.evaluation.accuracy import EvaluationDataset
 from vil.evaluation.report import evaluate_model, write_json
 from vil.models.attention_image import attention_sheet

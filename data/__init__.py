@@ -34,7 +34,8 @@ from data.sources.subsets import ImageList, select_subset
 from data.transforms import evaluation_transform, train_transform, tta_transform
 from data.unreadable_images import UnreadableImages
 from data.workers import limit_workers
-from vil.config import DataConfig, EvalConfig, Size, TrainConfig, UserError, errors_in_option
+from vil.config import DataConfig, EvalConfig, Size, TrainConfig
+from vil.errors import UserError, errors_in_option
 from vil.runtime.distributed import Process, call_on_main
 from vil.runtime.epoch_steps import Phase, training_phases
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 
 VERSION = 2
 RAW_MODE = 1

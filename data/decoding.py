@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vil.config import Size, as_size, error_reason
+from vil.config import Size, as_size
+from vil.errors import error_reason
 from vil.runtime.images import FORMATS, Mode, convert_image, supported_formats
 
 try:

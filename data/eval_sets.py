@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.sources.folder import class_folder_options
-from vil.config import TRANSFORM_OPTIONS, DataConfig, EvalConfig, UserError
+from vil.config import TRANSFORM_OPTIONS, DataConfig, EvalConfig
+from vil.errors import UserError
 from vil.runtime.class_names import match_classes
 from vil.runtime.yaml_files import read_yaml
 from vil.validation import as_tree, rename_options, validate

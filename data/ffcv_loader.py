@@ -37,7 +37,8 @@ from data.sources.ffcv import FFCVImages
 from data.sources.subsets import unwrap_subset
 from data.to_device import ErasedRegions, collate_erasing
 from data.transforms import train_transform
-from vil.config import TrainConfig, UserError, as_size, error_reason
+from vil.config import TrainConfig, as_size
+from vil.errors import UserError, error_reason
 from vil.runtime.distributed import Process
 from vil.runtime.seeding import seed_sequence, seeded
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.runtime.files import (
     close_descriptor,
     open_for_appending,

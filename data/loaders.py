@@ -21,7 +21,7 @@ from data.to_device import Batch, ErasedRegions, ErasingPlan, NormalizeAndErase,
 from data.transforms import Transform
 from data.unreadable_images import UnreadableImages
 from data.workers import init_worker, iterate
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime.distributed import Process
 from vil.runtime.seeding import seed_cpu_generators, seeded
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import timm.data
 from torch import Tensor
 
-from vil.config import AugmentConfig, UserError
+from vil.config import AugmentConfig
+from vil.errors import UserError
 from vil.runtime.seeding import seeded
 
 

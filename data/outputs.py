@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from data.image_files import has_image_extension
-from vil.config import UserError
+from vil.errors import UserError
 
 ARCHIVES = (".tar", ".zip", ".beton")
 """Ends of the names of files that hold images."""

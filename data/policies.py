@@ -10,7 +10,8 @@ from timm.data import auto_augment, create_transform
 from torchvision import transforms
 
 from data.crops import ImageOperation
-from vil.config import AugmentConfig, Size, UserError
+from vil.config import AugmentConfig, Size
+from vil.errors import UserError
 
 TRIVIAL_AUGMENT = "trivial"
 """The policy of torchvision's TrivialAugmentWide; all others are timm's."""

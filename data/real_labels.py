@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.loaders import EvaluationImages, Sample
 from data.sources import Source
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.runtime import consistency
 from vil.runtime.class_names import imagenet_classes
 from vil.runtime.distributed import Process

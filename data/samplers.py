@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from data.order import ORDER_VERSION, EpochOrder, permute, splitmix64
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime.seeding import seed_sequence
 
 Key = tuple[int, int, int]

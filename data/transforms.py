@@ -33,16 +33,8 @@ from data.decoding import EncodedImage
 from data.mixing import is_mixing_enabled
 from data.policies import policy_operations
 from data.to_device import ErasingPlan, NormalizeAndErase, collate_erasing
-from vil.config import (
-    MAX_SIDE,
-    AugmentConfig,
-    DataConfig,
-    EvalConfig,
-    Size,
-    UserError,
-    as_size,
-    check_border_color,
-)
+from vil.config import MAX_SIDE, AugmentConfig, DataConfig, EvalConfig, Size, as_size, check_border_color
+from vil.errors import UserError
 from vil.runtime.images import max_aspect_ratio
 
 

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime.files import MAX_TEXT_BYTES, open_for_appending
 from vil.runtime.run_files import BAD_IMAGES
 

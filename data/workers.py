@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TypeVar
 
-from vil.config import UserError
+from vil.errors import UserError
 
 Item = TypeVar("Item")
 

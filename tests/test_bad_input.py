@@ -14,7 +14,7 @@ from tools.ablation import main as ablate_program
 from tools.programs import average_checkpoints as average_program
 from tools.report_page import main as report_program
 from vil import command_line
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime import distributed
 
 ROOT = Path(__file__).parents[1]

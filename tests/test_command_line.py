@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vil.command_line import bounded_int, parse, resolve_train_command
-from vil.config import EvalConfig, StageConfig, TrainConfig, UserError, errors_in_section
+from vil.config import EvalConfig, StageConfig, TrainConfig
+from vil.errors import UserError, errors_in_section
 from vil.evaluation.accuracy import EvaluationDataset, TooFewClassesError
 
 ROOT = Path(__file__).parents[1]

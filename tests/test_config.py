@@ -17,8 +17,8 @@ from vil.config import (
     ScheduleConfig,
     StageConfig,
     TrainConfig,
-    UserError,
 )
+from vil.errors import UserError
 from vil.validation import as_tree, field_types, type_name, union_members, validate
 
 SECTIONS = {

@@ -37,7 +37,8 @@ from vil.checkpoints.open import open_weights
 from vil.checkpoints.training_state import read_training_state
 from vil.checkpoints.weights import Weights
 from vil.command_line import resolve_eval_command
-from vil.config import AugmentConfig, DataConfig, EvalConfig, ModelConfig, UserError
+from vil.config import AugmentConfig, DataConfig, EvalConfig, ModelConfig
+from vil.errors import UserError
 from vil.evaluation.complexity import multiply_adds
 from vil.evaluation.cost import images_per_second, measure_memory
 from vil.models.attention_image import GAP_WIDTH, PANEL_HEIGHT, attention_sheet

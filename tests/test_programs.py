@@ -18,7 +18,7 @@ from helpers.sample_images import write_image_folder
 import eval as eval_program
 import train as train_program
 from vil.checkpoints.checkpoint_files import step_files
-from vil.config import UserError
+from vil.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SHORT = [

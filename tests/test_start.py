@@ -13,7 +13,7 @@ from helpers.sample_images import write_image_folder
 
 import train as program
 from vil.command_line import file_origin, resolve_train_command, run_program
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime import launch, rendezvous
 from vil.runtime.consistency import InconsistentRanksError
 from vil.validation import STORED

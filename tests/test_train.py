@@ -19,7 +19,8 @@ import train as program
 from vil.checkpoints import run_folder
 from vil.command_line import resolve_train_command
 from vil.command_line.train_command import default_output
-from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
+from vil.config import DataConfig, ModelConfig, TrainConfig
+from vil.errors import UserError
 from vil.models.zoo import model_from_config
 from vil.runtime import consistency
 from vil.validation import stored_tree, with_absolute_paths

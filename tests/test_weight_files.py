@@ -22,7 +22,8 @@ from vil.checkpoints.open import find_checkpoint, open_weights
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.training_state import select_weights
 from vil.checkpoints.weights import Weights, stored_model_config
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models.zoo import model_from_config
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime.yaml_files import parse_yaml, read_yaml, yaml_text
 
 

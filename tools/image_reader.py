@@ -11,7 +11,8 @@ from torch import Tensor
 from data.decoding import EncodedImage, Mode, decoding_errors
 from data.transforms import evaluation_transform
 from vil import command_line
-from vil.config import EvalConfig, ModelConfig, UserError
+from vil.config import EvalConfig, ModelConfig
+from vil.errors import UserError
 from vil.runtime.files import read_bytes
 from vil.runtime.images import MAX_ENCODED_BYTES
 

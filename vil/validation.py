@@ -24,7 +24,8 @@ from annotated_types import Ge, Gt, Le, Lt, Predicate
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from vil.config import RENAMED_OPTIONS, RENAMED_VALUES, Tree, UserError
+from vil.config import RENAMED_OPTIONS, RENAMED_VALUES, Tree
+from vil.errors import UserError
 
 _logger = logging.getLogger(__name__)
 

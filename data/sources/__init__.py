@@ -24,7 +24,8 @@ from data.sources.tar import TarImages
 from data.sources.timm_datasets import StreamedDataset, TimmDataset
 from data.sources.webdataset import WebDataset
 from data.sources.zip import ZipImages
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 from vil.runtime.class_names import normal_form
 
 __all__ = ["SOURCES", "Source", "Split", "check_root", "dataset_name", "open_source"]

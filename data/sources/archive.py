@@ -17,7 +17,8 @@ import numpy as np
 from data.decoding import EncodedImage, Mode
 from data.index import LOCATION_ARRAYS, Index, NameWriter
 from data.sources.base import Source, validation_path
-from vil.config import DataConfig, UserError, error_reason
+from vil.config import DataConfig
+from vil.errors import UserError, error_reason
 from vil.runtime.files import close_descriptor
 from vil.runtime.images import MAX_ENCODED_BYTES
 

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from data.decoding import EncodedImage, Mode
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 Split = Literal["train", "val"]
 

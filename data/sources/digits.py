@@ -7,7 +7,8 @@ from PIL import Image
 
 from data.decoding import EncodedImage, Mode
 from data.sources.base import Source, Split, split_name
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 SPLIT_SEED = 20210515
 """A constant: the split never depends on the run."""

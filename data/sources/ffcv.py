@@ -13,7 +13,8 @@ from PIL import Image
 from data.beton import Beton
 from data.decoding import EncodedImage, Mode
 from data.sources.base import Source, Split, root_folder, split_name, validation_path
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text
 
 

@@ -22,7 +22,8 @@ from data.sources.base import (
     validation_path,
 )
 from data.sources.class_paths import SPLIT_NAMES, VALIDATION_NAMES
-from vil.config import DataConfig, Tree, UserError, error_reason
+from vil.config import DataConfig, Tree
+from vil.errors import UserError, error_reason
 from vil.runtime.files import read_bytes
 from vil.runtime.images import MAX_ENCODED_BYTES
 

@@ -17,7 +17,8 @@ from data.decoding import Mode
 from data.sources.base import Source, Split, held_out_option, shorten_list
 from data.sources.class_paths import SPLIT_NAMES
 from data.sources.subsets import ImageList, Subset, image_names, unwrap_subset
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 from vil.runtime.class_names import normal_form
 from vil.runtime.files import write_durably
 from vil.runtime.run_files import SPLIT

@@ -14,7 +14,8 @@ import numpy as np
 
 from data.decoding import EncodedImage
 from data.sources.base import Source
-from vil.config import DataConfig, UserError, error_reason
+from vil.config import DataConfig
+from vil.errors import UserError, error_reason
 from vil.runtime.class_names import normal_form
 from vil.runtime.files import read_text
 from vil.runtime.seeding import seed_sequence

@@ -29,7 +29,8 @@ from data.sources.tar_index import (
     read_index,
     skipped_files,
 )
-from vil.config import DataConfig, UserError, error_reason
+from vil.config import DataConfig
+from vil.errors import UserError, error_reason
 
 
 class TarImages(ArchivedImages):

@@ -15,7 +15,7 @@ from data.image_files import SkippedFiles
 from data.index import Index
 from data.sources.archive import Member, safe_name
 from data.workers import init_worker, limit_workers
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.runtime.files import open_regular
 
 _BLOCK_BYTES = 512

@@ -16,7 +16,8 @@ from timm.data import create_dataset
 
 from data.decoding import EncodedImage, Mode
 from data.sources.base import Source, Split, root_folder, split_name
-from vil.config import DataConfig, UserError, error_reason
+from vil.config import DataConfig
+from vil.errors import UserError, error_reason
 from vil.runtime.files import open_for_appending
 from vil.runtime.images import MAX_ENCODED_BYTES
 

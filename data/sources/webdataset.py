@@ -24,7 +24,8 @@ from data.sources.tar_index import (
     read_index,
     skipped_files,
 )
-from vil.config import DataConfig, UserError, error_reason
+from vil.config import DataConfig
+from vil.errors import UserError, error_reason
 from vil.runtime.files import open_regular
 
 _RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")

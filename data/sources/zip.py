@@ -17,7 +17,8 @@ from data.index import Index, open_index, size_and_mtime
 from data.sources.archive import ENCRYPTED, ArchivedImages, Member, check_file, index_members, safe_name
 from data.sources.base import Source, Split, refuse_validation_split, root_folder, split_name
 from data.sources.class_paths import class_depth, parent_folders
-from vil.config import DataConfig, UserError, error_reason
+from vil.config import DataConfig
+from vil.errors import UserError, error_reason
 from vil.runtime.files import read_text
 
 _CLASS = re.compile("[0-9]{1,6}")

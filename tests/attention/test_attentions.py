@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vil.attention import ATTENTIONS
 from vil.attention.local import BACKENDS
-from vil.config import AttentionName, ModelConfig, UserError
+from vil.config import AttentionName, ModelConfig
+from vil.errors import UserError
 from vil.evaluation.cost import saved_bytes
 
 ALL = sorted(ATTENTIONS)

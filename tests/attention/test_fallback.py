@@ -16,7 +16,7 @@ from tools.benchmarks.timing import describe_error
 from vil.attention.local import fallback, fused_or_chunked_attention, kernels, local_attention
 from vil.attention.local.fallback import KernelError
 from vil.attention.local.fused import INTERPRETED
-from vil.config import UserError
+from vil.errors import UserError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU and no interpreter")

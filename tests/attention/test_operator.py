@@ -19,7 +19,7 @@ from vil.attention.local.dense import dense_attention
 from vil.attention.local.fused import INTERPRETED
 from vil.attention.local.gathered import gathered_attention
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec, operator_inputs
-from vil.config import UserError
+from vil.errors import UserError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDS_KERNELS = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU and no interpreter")

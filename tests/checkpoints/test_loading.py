@@ -17,7 +17,8 @@ from data.transforms import evaluation_transform
 from vil.checkpoints.loading import load
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
-from vil.config import DataConfig, ModelConfig, StageConfig, UserError
+from vil.config import DataConfig, ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models.zoo import model_from_config
 
 RUN = Path(__file__).parents[1] / "fixtures" / "version_0_1_0" / "run"

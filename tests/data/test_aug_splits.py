@@ -13,7 +13,8 @@ from torch import nn
 
 from data import build_loaders
 from data.transforms import train_transform
-from vil.config import AugmentConfig, DataConfig, ModelConfig, UserError
+from vil.config import AugmentConfig, DataConfig, ModelConfig
+from vil.errors import UserError
 
 AUGMIX = {"auto_augment": "augmix-m3-w3", "random_erasing": 0.5}
 DIGITS = DataConfig(workers=0)

@@ -18,7 +18,8 @@ from tools.programs import export
 from vil.checkpoints import loading
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
-from vil.config import DataConfig, EvalConfig, ModelConfig, StageConfig, UserError
+from vil.config import DataConfig, EvalConfig, ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models.timm_models import pretrained_transform
 from vil.models.zoo import model_from_config
 

@@ -20,7 +20,8 @@ from data.beton import _RECORDS, Beton
 from data.ffcv_loader import FFCVTrainLoader, QuasiRandomBatches
 from data.loaders import TrainLoader
 from data.sources import open_source
-from vil.config import AugmentConfig, DataConfig, UserError
+from vil.config import AugmentConfig, DataConfig
+from vil.errors import UserError
 
 POLICIES = {
     "crop": {},

@@ -13,7 +13,8 @@ from helpers.sample_images import write_image
 from data.sources import dataset_name, open_source
 from tools.programs.write_ffcv import WriteOptions, describe
 from vil.checkpoints.weights import Weights
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 CLASSES = {"große Katze": 10, "猫 two": 5, "plain": 2}
 

@@ -15,7 +15,8 @@ from PIL import Image
 from data.image_files import find_files, has_image_extension, is_metadata
 from data.sources import open_source
 from tools.programs.predict import find_images
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,7 +25,8 @@ from data.decoding import UnreadableImageError, decoding_errors
 from data.sources import open_source
 from data.sources.folder import ImageFolder
 from vil.command_line import resolve_train_command, run_program
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from helpers.loading import load_validation
 from helpers.sample_images import NO_AUGMENT, generator_states, write_image
 
 from data.workers import explain_shared_memory, iterate
-from vil.config import AugmentConfig, DataConfig, UserError
+from vil.config import AugmentConfig, DataConfig
+from vil.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RECIPE = AugmentConfig(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
@@ -250,7 +251,8 @@ def test_workers_are_forked_with_signals_blocked():
 SMALL_SHARED_MEMORY = """
 import torch
 from data import build_loaders
-from vil.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig, UserError
+from vil.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
+from vil.errors import UserError
 from vil.runtime.distributed import Process
 config = TrainConfig(ModelConfig(image_size=224), ScheduleConfig(batch_size=64), DataConfig(workers=2))
 try:

@@ -6,7 +6,8 @@ import torch
 from helpers.sample_images import generator_states
 
 from data.mixing import Mixing
-from vil.config import AugmentConfig, UserError
+from vil.config import AugmentConfig
+from vil.errors import UserError
 from vil.runtime.seeding import seeded
 
 CLASSES = 7

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers.loading import load
 
-from vil.config import AugmentConfig, ScheduleConfig, UserError
+from vil.config import AugmentConfig, ScheduleConfig
+from vil.errors import UserError
 from vil.runtime.epoch_steps import EpochSteps, training_phases
 
 

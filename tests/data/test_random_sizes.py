@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers.loading import load
 
-from vil.config import AugmentConfig, DataConfig, UserError
+from vil.config import AugmentConfig, DataConfig
+from vil.errors import UserError
 
 SIZES = [8, 12, (8, 16)]
 AUGMENT = AugmentConfig(auto_augment="rand-m9", random_erasing=0.5)

@@ -10,7 +10,8 @@ from helpers.loading import load_validation
 from helpers.sample_images import write_image
 
 from data import NotImageNetError
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 OPTIONS = {"batch_size": 3}
 WNIDS = ["n01440764", "n01443537", "n01494475"]  # classes 0, 1 and 4

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data.order import EpochOrder
 from data.samplers import BalancedBatches, MicroBatches, replacement_indices
-from vil.config import UserError
+from vil.errors import UserError
 
 
 def batches(epoch=0, start=0, world_size=1, accumulation=1, num_images=50, batch_size=12, **options):

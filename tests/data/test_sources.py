@@ -12,7 +12,8 @@ from PIL import Image
 
 from data.sources import SOURCES, dataset_name, open_source
 from data.sources.digits import Digits, split_indices
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 # --------------------------------------------------------------------------------------------- digits
 

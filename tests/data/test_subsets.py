@@ -7,7 +7,8 @@ from helpers.sample_images import write_image
 
 from data.sources import open_source
 from data.sources.subsets import select_subset
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 
 def subset(**options):

@@ -10,7 +10,8 @@ import torch
 from helpers.loading import load, load_validation
 
 from data.sources import open_source
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 CLASSES = ("ant", "bear", "cat")
 

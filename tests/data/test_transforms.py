@@ -15,7 +15,8 @@ from PIL import Image
 
 from data.crops import RandomResizedCrop
 from data.transforms import channel_statistics, evaluation_transform, train_transform
-from vil.config import AugmentConfig, DataConfig, UserError
+from vil.config import AugmentConfig, DataConfig
+from vil.errors import UserError
 from vil.runtime.seeding import seeded
 
 RECIPE = "rand-m9-mstd0.5-inc1"

@@ -11,7 +11,8 @@ from helpers.sample_images import write_image
 
 from data.order import EpochOrder
 from data.samplers import replacement_indices
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 
 @pytest.fixture

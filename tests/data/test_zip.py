@@ -16,7 +16,8 @@ from helpers.loading import load
 
 from data.sources import open_source
 from data.sources.zip import list_members
-from vil.config import AugmentConfig, DataConfig, UserError
+from vil.config import AugmentConfig, DataConfig
+from vil.errors import UserError
 
 CLASSES = ("ant", "bear", "cat")
 

@@ -25,7 +25,7 @@ from sklearn.metrics import (
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
 from vil.evaluation.metrics import MAX_CONFUSION_CLASSES, ClassMetrics
 

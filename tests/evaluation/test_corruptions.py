@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.evaluation.corruptions import ALEXNET_ERRORS, SEVERITIES, add_corruption_summaries, list_datasets
 from vil.evaluation.metrics import METRICS
 from vil.evaluation.report import Result

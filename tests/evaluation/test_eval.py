@@ -28,7 +28,8 @@ from data.sources.digits import Digits
 from tools.programs import probe
 from vil.checkpoints.checkpoint_files import BEST, step_file
 from vil.checkpoints.training_state import library_versions, write_training_state
-from vil.config import DataConfig, EvalConfig, ModelConfig, StageConfig, TrainConfig, UserError
+from vil.config import DataConfig, EvalConfig, ModelConfig, StageConfig, TrainConfig
+from vil.errors import UserError
 from vil.evaluation import cost
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
 from vil.evaluation.report import Result

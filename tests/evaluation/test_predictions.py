@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.evaluation.predictions import predict
 

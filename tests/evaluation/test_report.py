@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from vil.config import EvalConfig, ModelConfig, UserError
+from vil.config import EvalConfig, ModelConfig
+from vil.errors import UserError
 from vil.evaluation import cost
 from vil.evaluation.accuracy import EvaluationDataset
 from vil.evaluation.cost import Memory

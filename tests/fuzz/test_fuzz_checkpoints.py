@@ -15,7 +15,7 @@ from helpers.mutations import EXAMPLES, bounded
 from safetensors.torch import save
 
 from vil.checkpoints.open import open_weights
-from vil.config import UserError
+from vil.errors import UserError
 
 NET = {
     "module.layer1.0.proj.weight": torch.randn(4, 3, 2, 2),

@@ -39,7 +39,8 @@ from vil import command_line
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.published_config import read_published_config
 from vil.command_line import resolve_train_command
-from vil.config import EvalConfig, TrainConfig, UserError
+from vil.config import EvalConfig, TrainConfig
+from vil.errors import UserError
 from vil.models import limits
 from vil.models.zoo import model_from_config
 from vil.runtime.distributed import Process

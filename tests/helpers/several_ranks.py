@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers.tiny_run import STEPS, TinyModel, TwoHeads, find_last, make_config, make_loaders, make_teacher
 from vil.checkpoints.writer import CheckpointWriter
-from vil.config import UserError
+from vil.errors import UserError
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.runtime import distributed
 from vil.runtime.distributed import Process, call_on_main

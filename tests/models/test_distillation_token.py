@@ -10,7 +10,8 @@ from torch import nn
 
 import vil
 from vil.checkpoints.weights import Weights
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.evaluation.complexity import measure_complexity
 from vil.models import model_from_config
 from vil.models.multiscale_vit import MultiScaleViT

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import vil
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models import model_from_config
 from vil.models.zoo import resolve_stages
 

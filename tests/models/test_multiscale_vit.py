@@ -6,7 +6,8 @@ import torch
 from timm.models import group_parameters
 
 import vil
-from vil.config import ScheduleConfig, StageConfig, UserError
+from vil.config import ScheduleConfig, StageConfig
+from vil.errors import UserError
 from vil.evaluation.cost import saved_bytes
 from vil.training.optimizer import parameter_groups
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from vil.checkpoints.loading import load_released
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.published_config import parse_arch, read_published_config
-from vil.config import UserError
+from vil.errors import UserError
 from vil.models.state_dict import translate_published_names
 
 CASES = sorted(filter(Path.is_dir, (Path(__file__).parents[1] / "fixtures" / "parity").iterdir()))

@@ -18,7 +18,8 @@ from vil.checkpoints.open import open_weights
 from vil.checkpoints.published_config import read_published_config
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models.zoo import model_from_config
 
 NAME = "vil_tiny"

@@ -18,7 +18,8 @@ from vil.checkpoints.loading import load_released
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights, timm_weights
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models.state_dict import translate_state_dict
 from vil.models.zoo import model_from_config
 from vil.runtime.class_names import imagenet_22k_classes, imagenet_classes

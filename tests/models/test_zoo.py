@@ -9,7 +9,8 @@ import timm
 import torch
 
 import vil
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models import model_from_config
 
 PAPER = json.loads((Path(__file__).parents[2] / "tools" / "paper_results.json").read_text())

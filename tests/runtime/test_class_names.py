@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime.class_names import imagenet_classes, match_classes
 
 WNIDS = imagenet_classes()

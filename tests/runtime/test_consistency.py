@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime import consistency, distributed
 from vil.runtime.consistency import InconsistentRanksError, RankOptions
 

@@ -62,7 +62,7 @@ PROGRAM = """
 import atexit, sys
 import torch.distributed as dist
 from vil.command_line import main
-from vil.config import UserError
+from vil.errors import UserError
 
 def program(argv):
     atexit.register(print, "waits for the others")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime import files
 from vil.runtime.files import open_regular, replacing, write_durably, write_output
 

@@ -1,6 +1,6 @@
 import pytest
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime import launch
 from vil.runtime.launch import (
     Ranks,

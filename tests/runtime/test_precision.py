@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime.precision import autocast, choose_precision, grad_scaler
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime import rendezvous
 from vil.runtime.launch import Ranks
 from vil.runtime.rendezvous import (

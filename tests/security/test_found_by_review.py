@@ -27,7 +27,8 @@ from vil import command_line
 from vil.checkpoints import checkpoint_files
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.training_state import read_training_state
-from vil.config import ModelConfig, ScheduleConfig, UserError
+from vil.config import ModelConfig, ScheduleConfig
+from vil.errors import UserError
 from vil.models.zoo import model_from_config
 from vil.runtime.yaml_files import parse_yaml, read_yaml
 from vil.training.optimizer import build_optimizer, check_optimizer_state, merge_group_options

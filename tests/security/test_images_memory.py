@@ -20,7 +20,8 @@ from data.sources.archive import PLAIN, ArchivedImages, Member, index_members
 from data.sources.folder import ImageFolder
 from data.sources.zip import ZipImages
 from tools.image_reader import read_image
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 MB = 10**6
 

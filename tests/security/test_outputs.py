@@ -25,7 +25,8 @@ from tools.report_page import main as report
 from tools.visualization import main as visualize
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models.zoo import model_from_config
 from vil.runtime.csv_text import csv_text
 

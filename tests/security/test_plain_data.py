@@ -36,7 +36,8 @@ from tools.visualization import main as visualize
 from vil import command_line
 from vil.checkpoints import checkpoint_files
 from vil.command_line import resolve_train_command
-from vil.config import DataConfig, EvalConfig, TrainConfig, UserError
+from vil.config import DataConfig, EvalConfig, TrainConfig
+from vil.errors import UserError
 from vil.validation import TIMM_NUMBER_OPTIONS, TIMM_START_OPTIONS, TIMM_TEXT_OPTIONS
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ import train as program
 from vil.checkpoints import checkpoint_files, run_folder
 from vil.checkpoints.run_folder import FolderLock
 from vil.checkpoints.training_state import copy_training_state, write_training_state
-from vil.config import DataConfig, TrainConfig, UserError
+from vil.config import DataConfig, TrainConfig
+from vil.errors import UserError
 from vil.runtime import run_files
 from vil.training.run_log import RunLog
 

@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.pickle_file import read_pickle
-from vil.config import UserError
+from vil.errors import UserError
 
 MB = 10**6
 

@@ -28,7 +28,8 @@ from tools.ablation.grid import Cell, Grid, read_grid, resolve_train_command
 from tools.ablation.progress import Progress
 from tools.ablation.results import CellResult, Estimate, collect, estimate, paired_differences
 from vil.checkpoints import run_folder
-from vil.config import ModelConfig, ScheduleConfig, TrainConfig, UserError
+from vil.config import ModelConfig, ScheduleConfig, TrainConfig
+from vil.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(

@@ -19,7 +19,8 @@ from tools.programs.average_checkpoints import WeightAverage, main
 from vil.checkpoints.checkpoint_files import BEST, digest_file, step_file, step_files
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.training_state import library_versions, write_training_state
-from vil.config import DataConfig, ModelConfig, StageConfig, TrainConfig, UserError
+from vil.config import DataConfig, ModelConfig, StageConfig, TrainConfig
+from vil.errors import UserError
 from vil.models.zoo import model_from_config
 
 NAMES = list("0123456789")

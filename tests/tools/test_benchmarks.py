@@ -23,7 +23,8 @@ from tools.benchmarks.timing import Missing, Rates, TimingOptions
 from vil.attention import vision_longformer
 from vil.attention.local import BACKENDS
 from vil.attention.local.dense import dense_bias
-from vil.config import ModelConfig, UserError
+from vil.config import ModelConfig
+from vil.errors import UserError
 from vil.models.zoo import SIZES, resolve_stages
 
 ROOT = Path(__file__).parents[2]

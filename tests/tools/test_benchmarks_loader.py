@@ -12,7 +12,7 @@ from PIL import Image
 from tools.benchmarks import loader, program
 from tools.benchmarks.output import table
 from tools.benchmarks.timing import Measurement, Missing
-from vil.config import UserError
+from vil.errors import UserError
 
 
 @pytest.fixture

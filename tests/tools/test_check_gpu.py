@@ -26,7 +26,8 @@ from tools.gpu_check.report import (
     summary_table,
 )
 from tools.gpu_check.runner import Options, RunningSection, Section
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 from vil.runtime import distributed
 
 ROOT = Path(__file__).resolve().parents[2]

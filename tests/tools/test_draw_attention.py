@@ -13,7 +13,7 @@ from tools.dev import draw_attention
 from tools.dev.draw_attention import Cell, draw_map
 from vil.attention.local import chunked, local_attention
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec
-from vil.config import UserError
+from vil.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SIZE, WINDOW = (13, 10), 4

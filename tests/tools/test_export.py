@@ -23,7 +23,8 @@ from tools.programs import export as program
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models.zoo import model_from_config
 
 STAGES = [

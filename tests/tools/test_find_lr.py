@@ -13,7 +13,7 @@ from PIL import Image
 from tools.programs import find_lr
 from tools.programs.find_lr import Point, main, range_test, suggest
 from vil.command_line import resolve_train_command
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime import consistency
 
 TINY = (

@@ -13,7 +13,7 @@ from helpers import forked
 from tools.dev import inject_faults
 from tools.dev.faults import checks
 from tools.dev.faults.report import Report
-from vil.config import UserError
+from vil.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

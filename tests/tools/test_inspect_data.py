@@ -13,7 +13,7 @@ from tools.data_inspection.contact_sheet import contact_sheet
 from tools.data_inspection.duplicates import near_pairs
 from tools.data_inspection.images import open_splits
 from tools.data_inspection.main import main
-from vil.config import UserError
+from vil.errors import UserError
 
 
 @pytest.fixture

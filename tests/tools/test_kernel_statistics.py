@@ -10,7 +10,7 @@ import pytest
 from helpers import forked
 
 from tools.dev import kernel_statistics
-from vil.config import UserError
+from vil.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

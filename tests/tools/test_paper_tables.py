@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import vil
 from tools.dev import paper_tables
 from tools.paper_results import read_paper_results
-from vil.config import UserError
+from vil.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PAPER = read_paper_results()

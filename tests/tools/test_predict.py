@@ -19,7 +19,8 @@ from tools.programs import predict as program
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
 from vil.command_line import main
-from vil.config import DataConfig, ModelConfig, StageConfig, UserError
+from vil.config import DataConfig, ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models.zoo import model_from_config
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")

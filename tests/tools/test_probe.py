@@ -29,7 +29,8 @@ from tools.programs.probe import (
 )
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
-from vil.config import DataConfig, ModelConfig, StageConfig, UserError
+from vil.config import DataConfig, ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models.zoo import model_from_config
 
 STAGE = StageConfig(dim=24, heads=2, patch=8, attention="full")

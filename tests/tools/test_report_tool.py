@@ -17,7 +17,8 @@ from tools.report_page.evaluation import Evaluation
 from tools.report_page.main import main as report
 from tools.report_page.runs import differences, open_runs
 from vil.command_line import main
-from vil.config import TrainConfig, UserError
+from vil.config import TrainConfig
+from vil.errors import UserError
 from vil.evaluation.predictions import Mistake, Predictions
 from vil.validation import stored_tree
 

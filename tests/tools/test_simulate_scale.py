@@ -8,7 +8,7 @@ from helpers import forked
 
 from data.samplers import MicroBatches
 from tools.dev import simulate_scale
-from vil.config import UserError
+from vil.errors import UserError
 
 
 def rows(text):

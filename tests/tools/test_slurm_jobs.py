@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tools.dev import slurm_jobs
-from vil.config import UserError
+from vil.errors import UserError
 
 
 def test_the_batch_script_is_that_of_the_documentation_with_small_numbers(tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 from tools.dev import two_machines as program
 from tools.dev.machines.network import two_machines, wait_until_ended
 from tools.dev.machines.scenarios import Outcome, Scenario
-from vil.config import UserError
+from vil.errors import UserError
 
 
 @pytest.fixture

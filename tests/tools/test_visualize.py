@@ -16,7 +16,8 @@ from tools.visualization import figures
 from tools.visualization import main as program
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import model_from_config
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from data.sources import open_source
 from tools.programs import write_ffcv as tool
-from vil.config import DataConfig, UserError
+from vil.config import DataConfig
+from vil.errors import UserError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
 TOOL = Path(__file__).parents[2] / "tools" / "write_ffcv.py"

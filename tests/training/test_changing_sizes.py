@@ -10,7 +10,8 @@ from helpers.tiny_run import CPU, find_last, load_last, make_config
 from torch import nn
 
 from data import build_loaders
-from vil.config import DataConfig, ModelConfig, StageConfig, UserError
+from vil.config import DataConfig, ModelConfig, StageConfig
+from vil.errors import UserError
 from vil.models.multiscale_vit import MultiScaleViT
 
 DIGITS = DataConfig(workers=0, images_per_class=30)

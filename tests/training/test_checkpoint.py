@@ -15,7 +15,7 @@ from vil.checkpoints.training_state import (
     read_training_state,
     write_training_state,
 )
-from vil.config import UserError
+from vil.errors import UserError
 
 CONFIG = {"model": {"name": None}, "schedule": {"betas": (0.9, 0.999)}, "data": {}}
 

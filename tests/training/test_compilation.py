@@ -7,7 +7,8 @@ import torch
 from helpers.run_files import is_equal
 from helpers.tiny_run import CLASSES, SIZE, STEPS, load_last, make_config, run
 
-from vil.config import ModelConfig, StageConfig, TrainConfig, UserError
+from vil.config import ModelConfig, StageConfig, TrainConfig
+from vil.errors import UserError
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.training.compilation import check_compile_options
 

@@ -36,7 +36,8 @@ from vil.checkpoints.checkpoint_files import step_files
 from vil.checkpoints.teacher import load_teacher
 from vil.checkpoints.training_state import read_training_state, write_training_state
 from vil.command_line import resolve_train_command
-from vil.config import DataConfig, ScheduleConfig, UserError
+from vil.config import DataConfig, ScheduleConfig
+from vil.errors import UserError
 from vil.runtime.epoch_steps import EpochSteps
 from vil.training.distillation import DistillationLoss, Teacher, build_teacher, describe_teacher
 from vil.training.loss import build_loss

@@ -10,7 +10,7 @@ from helpers import forked, several_ranks
 from helpers.run_files import is_equal, records
 from helpers.tiny_run import CPU, load_last
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime import distributed
 
 HERE = Path(__file__).parent

@@ -11,7 +11,8 @@ from helpers.tiny_run import SIZE, STEPS, TinyModel, load_last, make_config, run
 
 from vil.checkpoints import checkpoint_files, run_folder
 from vil.checkpoints.training_state import evaluations_since_best, read_training_state
-from vil.config import ModelConfig, UserError
+from vil.config import ModelConfig
+from vil.errors import UserError
 from vil.evaluation.accuracy import EvaluationResult
 from vil.training import trainer
 

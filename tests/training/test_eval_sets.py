@@ -16,7 +16,8 @@ import train as program
 from data import open_eval_sets
 from data.eval_sets import eval_set_data, eval_set_names
 from vil.checkpoints.run_folder import differences
-from vil.config import DataConfig, ModelConfig, TrainConfig, UserError
+from vil.config import DataConfig, ModelConfig, TrainConfig
+from vil.errors import UserError
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.training.tensorboard_log import record_tag
 from vil.training.trainer import Monitoring

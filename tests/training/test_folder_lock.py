@@ -7,7 +7,7 @@ from helpers import forked
 
 from vil.checkpoints import run_folder
 from vil.checkpoints.run_folder import FolderLock
-from vil.config import UserError
+from vil.errors import UserError
 
 HOLDER = (
     "import os, sys, time\n"

@@ -17,7 +17,8 @@ from helpers.tiny_run import STEPS, load_last, make_config, run
 
 import train as train_program
 from vil.command_line.resolution import parse
-from vil.config import Logger, TrainConfig, UserError
+from vil.config import Logger, TrainConfig
+from vil.errors import UserError
 from vil.training import csv_log, metrics_log, run_log
 from vil.training.csv_log import CsvLog
 from vil.training.experiment_trackers import _options, check_loggers

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vil.config import AugmentConfig, ScheduleConfig, UserError
+from vil.config import AugmentConfig, ScheduleConfig
+from vil.errors import UserError
 from vil.training.loss import build_loss, class_weights, image_weights
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])

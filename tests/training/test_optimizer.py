@@ -13,7 +13,8 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from vil.command_line import parse
-from vil.config import ScheduleConfig, TrainConfig, UserError
+from vil.config import ScheduleConfig, TrainConfig
+from vil.errors import UserError
 from vil.runtime.epoch_steps import EpochSteps
 from vil.training.optimizer import (
     build_optimizer,

@@ -13,7 +13,8 @@ from vil.checkpoints import run_folder
 from vil.checkpoints.checkpoint_files import BEST, check_digest, digest_file, keep_damaged, step_files
 from vil.checkpoints.training_state import read_training_state
 from vil.command_line import parse
-from vil.config import TrainConfig, UserError
+from vil.config import TrainConfig
+from vil.errors import UserError
 
 
 def start(folder: Path, **options) -> TrainConfig:

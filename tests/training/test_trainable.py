@@ -10,7 +10,7 @@ from torch import nn
 
 import vil
 from vil.checkpoints import run_folder
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime.epoch_steps import EpochSteps
 from vil.training.model_updater import ModelUpdater
 from vil.training.trainable import PartialTraining, classifiers

@@ -22,7 +22,8 @@ from torch import nn
 from vil.checkpoints import checkpoint_files
 from vil.checkpoints import writer as checkpoint_writer
 from vil.checkpoints.training_state import read_training_state, write_training_state
-from vil.config import DataConfig, ModelConfig, UserError
+from vil.config import DataConfig, ModelConfig
+from vil.errors import UserError
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
 from vil.training import trainer
 from vil.training.metrics_log import MetricsLog

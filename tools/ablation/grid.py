@@ -17,7 +17,8 @@ from annotated_types import Ge
 
 from data import check_root
 from vil.command_line import COMMAND_LINE_KEYS, resolve_train_command
-from vil.config import COMMAND_LINE, TrainConfig, UserError, errors_in_section
+from vil.config import TrainConfig
+from vil.errors import COMMAND_LINE, UserError, errors_in_section
 from vil.models.zoo import model_from_config
 from vil.runtime.yaml_files import read_yaml
 from vil.validation import check_timm_options, validate

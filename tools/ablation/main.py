@@ -25,7 +25,7 @@ from tools.ablation.results import CellResult, collect
 from tools.ablation.run_status import check_unchanged, read_status
 from tools.ablation.scheduler import Stopped, execute, visible_gpus
 from vil.command_line import ToolParser, bounded_int
-from vil.config import COMMAND_LINE, UserError
+from vil.errors import COMMAND_LINE, UserError
 from vil.runtime.console import print_line
 from vil.runtime.files import refuse_input_as_output
 from vil.runtime.launch import read_ranks

@@ -19,7 +19,7 @@ from tools.ablation.results import CellResult, Estimate
 from tools.ablation.run_status import COSTS
 from tools.markdown_table import markdown_table
 from tools.png import as_png
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.runtime.csv_text import csv_text
 from vil.runtime.files import make_folders, read_text, write_durably, write_output
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tools.ablation.grid import Grid, Run
 from vil.checkpoints.run_folder import differences
-from vil.config import UserError, printable
+from vil.errors import UserError, printable
 from vil.runtime.files import MAX_JSON_BYTES, open_regular, parse_json, read_lines, read_text
 from vil.runtime.run_files import CONFIG, METRICS, SUMMARY
 from vil.runtime.yaml_files import read_yaml

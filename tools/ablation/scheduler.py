@@ -21,7 +21,7 @@ import torch
 from tools.ablation.grid import ROOT, Run
 from tools.ablation.progress import Progress
 from tools.ablation.run_status import FAILURE, LOG, RunStatus, read_status
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.runtime.files import make_folders, open_for_appending, read_text, write_durably
 from vil.runtime.launch import single_process_environment
 

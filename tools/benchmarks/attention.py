@@ -23,7 +23,8 @@ from tools.benchmarks.timing import Measurement, Missing, TimingOptions
 from vil.attention.local import BACKENDS
 from vil.attention.local.geometry import Mask
 from vil.command_line import bounded_int
-from vil.config import COMMAND_LINE, Precision, UserError
+from vil.config import Precision
+from vil.errors import COMMAND_LINE, UserError
 from vil.evaluation.cost import saved_bytes
 
 GRID_SIDES = (14, 28, 56, 112, 224)

@@ -26,16 +26,8 @@ from tools.benchmarks.options import positive
 from tools.benchmarks.output import Column, Results, ratio
 from tools.benchmarks.timing import Measurement, TimingOptions, time_interleaved
 from vil.command_line import bounded_int
-from vil.config import (
-    COMMAND_LINE,
-    AugmentConfig,
-    DataConfig,
-    ModelConfig,
-    Precision,
-    ScheduleConfig,
-    TrainConfig,
-    UserError,
-)
+from vil.config import AugmentConfig, DataConfig, ModelConfig, Precision, ScheduleConfig, TrainConfig
+from vil.errors import COMMAND_LINE, UserError
 from vil.runtime.distributed import Process
 
 RECIPES = {

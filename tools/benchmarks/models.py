@@ -23,7 +23,8 @@ from tools.paper_results import read_paper_results
 from vil.attention import vision_longformer
 from vil.attention.local import BACKENDS
 from vil.command_line import bounded_int
-from vil.config import COMMAND_LINE, Precision, UserError
+from vil.config import Precision
+from vil.errors import COMMAND_LINE, UserError
 from vil.evaluation.cost import halve_batch_until_it_fits, saved_bytes
 from vil.models.zoo import SIZES
 from vil.runtime.precision import autocast, grad_scaler

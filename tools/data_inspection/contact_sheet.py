@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from data.decoding import UnreadableImageError, decoding_errors
 from data.sources.base import Source
 from tools.png import as_png
-from vil.config import printable
+from vil.errors import printable
 
 MAX_SHEET_CLASSES = 60
 THUMBNAIL = 128

@@ -16,7 +16,8 @@ from data.decoding import EncodedImage, UnreadableImageError, decoding_errors
 from data.sources import SOURCES, open_source
 from data.sources.base import Source
 from data.workers import exit_with_parent, explain_shared_memory, limit_workers
-from vil.config import DataConfig, UserError, printable
+from vil.config import DataConfig
+from vil.errors import UserError, printable
 
 
 @dataclass(frozen=True)

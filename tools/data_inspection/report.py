@@ -11,7 +11,8 @@ import numpy as np
 from data.sources.base import shorten_list
 from tools.data_inspection.duplicates import HASH_BITS, DuplicatePair
 from tools.data_inspection.images import ImageRecord
-from vil.config import Size, as_size, format_size, printable
+from vil.config import Size, as_size, format_size
+from vil.errors import printable
 from vil.runtime.console import align
 
 MAX_SHOWN = 10

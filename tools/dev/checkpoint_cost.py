@@ -30,7 +30,7 @@ from vil import command_line
 from vil.checkpoints.training_state import State
 from vil.checkpoints.writer import CheckpointWriter, state_size
 from vil.command_line import ToolParser
-from vil.config import UserError
+from vil.errors import UserError
 from vil.training import trainer
 
 ROOT = Path(__file__).resolve().parents[2]

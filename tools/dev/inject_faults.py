@@ -26,7 +26,7 @@ from tools.dev.faults.job import kill_all
 from tools.dev.faults.scenarios import SCENARIOS
 from vil import command_line
 from vil.command_line import ToolParser, bounded_int
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime.files import write_output
 
 

@@ -29,7 +29,7 @@ from tools.markdown_table import markdown_table
 from vil import command_line
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec, Mask, operator_inputs
 from vil.command_line import ToolParser
-from vil.config import UserError
+from vil.errors import UserError
 
 SHARED_KIB = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100}
 """Ten times the compute capability → shared memory of a multiprocessor in KiB."""

@@ -39,7 +39,7 @@ from data.sources.folder import ImageFolder
 from tools.markdown_table import markdown_table
 from vil import command_line
 from vil.command_line import ToolParser, bounded_int
-from vil.config import UserError
+from vil.errors import UserError
 
 Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,7 @@ from pathlib import Path
 from tools.dev.machines.network import ADDRESSES, NAMES, Machine, two_machines
 from vil import command_line
 from vil.command_line import ToolParser
-from vil.config import UserError
+from vil.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 _TOOLS = ("slurmctld", "slurmd", "srun", "munged", "mpirun")

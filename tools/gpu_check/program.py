@@ -20,7 +20,7 @@ from tools.gpu_check import kernels, loading, machine, models, speed, training
 from tools.gpu_check.report import Outcome, summary_table
 from tools.gpu_check.runner import Options, RunningSection, Section
 from vil.command_line import ToolParser, bounded_int
-from vil.config import COMMAND_LINE, UserError
+from vil.errors import COMMAND_LINE, UserError
 from vil.runtime import console
 from vil.runtime.launch import set_torch_environment
 

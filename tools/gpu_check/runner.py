@@ -17,7 +17,7 @@ import torch
 
 from tools.benchmarks.timing import Rates, measure_rates
 from tools.gpu_check.report import NotApplicableError, Outcome, Report, read_rows
-from vil.config import one_line
+from vil.errors import one_line
 
 NOT_APPLICABLE_STATUS = 3
 

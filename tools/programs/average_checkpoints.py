@@ -41,16 +41,8 @@ from vil.checkpoints.training_state import library_versions, write_training_stat
 from vil.checkpoints.weights import Weights
 from vil.command_line import ParsedArguments, ToolParser, bounded_int
 from vil.command_line.stored_model import StoredModel, resolve_over_stored
-from vil.config import (
-    COMMAND_LINE,
-    TRANSFORM_OPTIONS,
-    EvalConfig,
-    Tree,
-    UserError,
-    error_reason,
-    errors_in_option,
-    errors_in_section,
-)
+from vil.config import TRANSFORM_OPTIONS, EvalConfig, Tree
+from vil.errors import COMMAND_LINE, UserError, error_reason, errors_in_option, errors_in_section
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.models.timm_models import check_logits
 from vil.runtime.class_names import match_classes

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vil.command_line import ParsedArguments
-from vil.config import COMMAND_LINE, EvalConfig, UserError
+from vil.config import EvalConfig
+from vil.errors import COMMAND_LINE, UserError
 from vil.runtime import distributed
 from vil.runtime.distributed import Process
 from vil.runtime.precision import choose_precision, set_deterministic

@@ -38,7 +38,7 @@ from vil.checkpoints.open import open_weights
 from vil.checkpoints.safetensors_file import write_safetensors
 from vil.checkpoints.weights import Weights
 from vil.command_line import ToolParser
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.runtime.console import print_line
 from vil.runtime.files import is_standard_output, move_output, refuse_input_as_output
 

@@ -31,7 +31,8 @@ from data import Mixing, build_loaders, check_same_images, refuse_images_as_outp
 from tools.png import as_png
 from vil.checkpoints.initialization import build_random_model, initialize_model
 from vil.command_line import ToolParser, bounded_int, resolve_train_command
-from vil.config import COMMAND_LINE, TrainConfig, UserError
+from vil.config import TrainConfig
+from vil.errors import COMMAND_LINE, UserError
 from vil.runtime import distributed
 from vil.runtime.console import print_line
 from vil.runtime.distributed import Process, all_reduce_sum, call_on_all

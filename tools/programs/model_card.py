@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from vil.checkpoints.weights import Weights
-from vil.config import ScheduleConfig, TrainConfig, UserError, errors_in_option, printable
+from vil.config import ScheduleConfig, TrainConfig
+from vil.errors import UserError, errors_in_option, printable
 from vil.evaluation.complexity import count_parameters, multiply_adds
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text
 from vil.runtime.run_files import CONFIG, SUMMARY

@@ -37,7 +37,8 @@ from tools.image_reader import ImageReader
 from vil.checkpoints.loading import NOT_FINITE
 from vil.checkpoints.open import open_weights
 from vil.command_line import ToolParser, bounded_int
-from vil.config import Precision, UserError, error_reason, errors_in_option, printable
+from vil.config import Precision
+from vil.errors import UserError, error_reason, errors_in_option, printable
 from vil.models.timm_models import check_logits
 from vil.models.zoo import check_device
 from vil.runtime import distributed

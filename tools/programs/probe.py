@@ -53,7 +53,8 @@ from tools.ablation.results import estimate
 from tools.programs.evaluation_options import check_order, parse_evaluation_options, start_single_process
 from vil.command_line import ToolParser, bounded_int
 from vil.command_line.stored_model import read_stored, resolve_over_stored
-from vil.config import COMMAND_LINE, EvalConfig, UserError, error_reason, errors_in_option
+from vil.config import EvalConfig
+from vil.errors import COMMAND_LINE, UserError, error_reason, errors_in_option
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, forward_batches
 from vil.runtime.console import align, print_line
 from vil.runtime.csv_text import csv_text

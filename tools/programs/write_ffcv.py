@@ -36,7 +36,8 @@ from data.sources.ffcv import description_file
 from data.sources.held_out import has_held_out_images
 from data.unreadable_images import max_unreadable_images
 from vil.command_line import ToolParser, bounded_int, parse
-from vil.config import DataConfig, UserError, error_reason
+from vil.config import DataConfig
+from vil.errors import UserError, error_reason
 from vil.runtime.console import print_line
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text, write_durably
 

@@ -16,7 +16,8 @@ from tools.report_page.runs import Run
 from vil import command_line
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.weights import stored_model_config
-from vil.config import EvalConfig, errors_in_section
+from vil.config import EvalConfig
+from vil.errors import errors_in_section
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions
 from vil.evaluation.complexity import measure_complexity
 from vil.evaluation.predictions import Mistake, Predictions, predict

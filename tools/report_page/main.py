@@ -21,7 +21,7 @@ from tools.report_page.evaluation import Evaluation, count_cost, evaluate_run
 from tools.report_page.page import render
 from tools.report_page.runs import Run, open_runs
 from vil.command_line import ToolParser, bounded_int, out_of_memory
-from vil.config import UserError, one_line
+from vil.errors import UserError, one_line
 from vil.runtime import distributed
 from vil.runtime.console import print_line
 from vil.runtime.distributed import Process

@@ -12,7 +12,8 @@ from typing import Any
 
 from data.eval_sets import unique_ends
 from vil.checkpoints.run_folder import UNTRACKED_OPTIONS
-from vil.config import TrainConfig, UserError, error_reason
+from vil.config import TrainConfig
+from vil.errors import UserError, error_reason
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_lines, read_text
 from vil.runtime.run_files import CONFIG, METRICS, SUMMARY
 from vil.runtime.yaml_files import MAX_BYTES, read_yaml

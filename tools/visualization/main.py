@@ -26,7 +26,8 @@ from tools.visualization import figures
 from vil import command_line
 from vil.checkpoints.open import open_weights
 from vil.command_line import ToolParser, bounded_int
-from vil.config import COMMAND_LINE, EvalConfig, ModelConfig, UserError, errors_in_section
+from vil.config import EvalConfig, ModelConfig
+from vil.errors import COMMAND_LINE, UserError, errors_in_section
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import model_from_config
 from vil.runtime.console import print_line

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from vil.attention.maps import AttentionWeights
 from vil.attention.tracing import is_autocast_enabled, is_exporting
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 
 
 class ProjectedTokens(NamedTuple):

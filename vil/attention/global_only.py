@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from vil.attention.base import Attention, GlobalBias
 from vil.attention.local.geometry import Inputs
 from vil.attention.maps import AttentionWeights, softmax_weights
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 
 
 class GlobalMemoryAttention(Attention):

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from vil.attention.base import Attention
 from vil.attention.maps import AttentionWeights, softmax_weights
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 
 
 class LinformerAttention(Attention):

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from vil.attention.base import Attention
 from vil.attention.maps import AttentionWeights, softmax_weights
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 
 
 class SpatialReductionAttention(Attention):

@@ -19,7 +19,8 @@ from vil.attention.local import (
 from vil.attention.local.dense import dense_weights
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec
 from vil.attention.relative_position import resize_offsets
-from vil.config import ModelConfig, StageConfig, UserError
+from vil.config import ModelConfig, StageConfig
+from vil.errors import UserError
 
 
 class VisionLongformerAttention(GlobalMemoryAttention):

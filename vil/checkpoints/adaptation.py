@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from vil.config import UserError
+from vil.errors import UserError
 
 MAX_NAMED_WEIGHTS = 3
 """Weights of each kind that an error names; it counts the others."""

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.runtime.files import open_regular, read_text, refuse_link, remove_leftovers, write_durably
 from vil.runtime.run_files import CHECKPOINTS, DIGEST_SUFFIX
 

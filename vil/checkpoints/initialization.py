@@ -11,7 +11,8 @@ from torch import nn
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.published_config import read_published_config
 from vil.checkpoints.weights import Weights, timm_options_start, timm_weights
-from vil.config import ModelConfig, UserError, errors_in_option, errors_in_section
+from vil.config import ModelConfig
+from vil.errors import UserError, errors_in_option, errors_in_section
 from vil.models.timm_models import check_logits
 from vil.models.zoo import check_device, model_from_config
 from vil.runtime import consistency

@@ -21,18 +21,8 @@ from torchvision import transforms
 
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.weights import Weights, name_rows
-from vil.config import (
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    Size,
-    Tree,
-    UserError,
-    as_size,
-    check_border_color,
-    error_reason,
-    errors_in_option,
-)
+from vil.config import DataConfig, EvalConfig, ModelConfig, Size, Tree, as_size, check_border_color
+from vil.errors import UserError, error_reason, errors_in_option
 from vil.models import zoo
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.runtime.class_names import check_has_classes

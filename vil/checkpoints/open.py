@@ -18,7 +18,7 @@ from vil.checkpoints.published_config import PublishedConfig, read_published_con
 from vil.checkpoints.safetensors_file import is_safetensors, read_safetensors
 from vil.checkpoints.training_state import WeightsChoice, WeightsKind, select_weights
 from vil.checkpoints.weights import Weights
-from vil.config import UserError, error_reason, errors_in_file
+from vil.errors import UserError, error_reason, errors_in_file
 from vil.models.state_dict import has_published_names, strip_wrapper_prefixes
 from vil.validation import shown
 

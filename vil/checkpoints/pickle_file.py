@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 
 from vil.checkpoints.checkpoint_files import UnreadableFileError
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.runtime.files import open_regular
 
 MAX_PICKLE_BYTES = 1 << 24

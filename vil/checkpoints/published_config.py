@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from vil.config import AttentionName, EvalConfig, ModelConfig, StageConfig, Tree, UserError, errors_in_option
+from vil.config import AttentionName, EvalConfig, ModelConfig, StageConfig, Tree
+from vil.errors import UserError, errors_in_option
 from vil.runtime.yaml_files import read_yaml
 from vil.validation import as_tree, flatten, validate
 

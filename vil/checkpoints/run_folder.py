@@ -26,7 +26,8 @@ from vil.checkpoints.training_state import (
     is_stopped_early,
     read_training_state,
 )
-from vil.config import TrainConfig, UserError, errors_in_option
+from vil.config import TrainConfig
+from vil.errors import UserError, errors_in_option
 from vil.runtime import files
 from vil.runtime.distributed import call_on_main
 from vil.runtime.files import MAX_JSON_BYTES, refuse_link, write_durably

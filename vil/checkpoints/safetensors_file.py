@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from vil.checkpoints.training_state import WeightsKind
 from vil.checkpoints.weights import Weights
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.runtime.files import open_regular, parse_json, write_output
 from vil.validation import without_start_options
 

@@ -9,7 +9,8 @@ from torch import nn
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.published_config import read_published_config
 from vil.checkpoints.weights import Weights, timm_weights
-from vil.config import ModelConfig, ScheduleConfig, Size, UserError, errors_in_option
+from vil.config import ModelConfig, ScheduleConfig, Size
+from vil.errors import UserError, errors_in_option
 from vil.models.timm_models import pretrained_classes, pretrained_image_size
 from vil.runtime.consistency import model_digest
 from vil.validation import PRETRAINED, TIMM_PREFIX

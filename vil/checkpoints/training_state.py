@@ -39,7 +39,8 @@ from torch import Tensor
 
 from vil.checkpoints.checkpoint_files import check_digest, read_digests, write_digest
 from vil.checkpoints.pickle_file import read_pickle
-from vil.config import Tree, UserError
+from vil.config import Tree
+from vil.errors import UserError
 from vil.runtime.files import open_regular, replacing
 from vil.validation import check_plain
 

@@ -25,17 +25,8 @@ from vil.checkpoints.adaptation import (
     translate_by_timm,
 )
 from vil.checkpoints.training_state import WeightsKind
-from vil.config import (
-    TRANSFORM_OPTIONS,
-    EvalConfig,
-    ModelConfig,
-    Size,
-    UserError,
-    error_reason,
-    errors_in_file,
-    errors_in_option,
-    format_size,
-)
+from vil.config import TRANSFORM_OPTIONS, EvalConfig, ModelConfig, Size, format_size
+from vil.errors import UserError, error_reason, errors_in_file, errors_in_option
 from vil.models.limits import ModelTooLargeError, check_model_size
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.state_dict import translate_state_dict

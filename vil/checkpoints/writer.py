@@ -16,7 +16,7 @@ import torch
 from vil.checkpoints import checkpoint_files
 from vil.checkpoints.checkpoint_files import BEST, FOLDER, check_digest, step_file, step_files
 from vil.checkpoints.training_state import State, copy_training_state, write_training_state
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.runtime.files import refuse_link
 
 RETRY_DELAYS_S = (1.0, 4.0)

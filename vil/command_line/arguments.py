@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import vil
-from vil.config import COMMAND_LINE, RENAMED_OPTIONS, Tree, UserError
+from vil.config import RENAMED_OPTIONS, Tree
+from vil.errors import COMMAND_LINE, UserError
 from vil.runtime.yaml_files import parse_yaml, read_yaml
 from vil.validation import TypeHint, field_types, shown, suggestion, type_name, union_members, without_range
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vil.command_line.resolution import ParsedArguments, ResolvedConfig
-from vil.config import EvalConfig, UserError
+from vil.config import EvalConfig
+from vil.errors import UserError
 from vil.validation import INITIALIZATION, timm_start_options
 
 

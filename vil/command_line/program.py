@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import vil
-from vil.config import COMMAND_LINE, UserError, error_reason, printable
+from vil.errors import COMMAND_LINE, UserError, error_reason, printable
 from vil.runtime import launch
 from vil.runtime.console import flush_streams, open_standard_streams, print_line
 from vil.validation import MAX_DIGITS

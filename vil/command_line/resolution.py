@@ -20,7 +20,8 @@ from vil.command_line.arguments import (
     find_file,
     read_section,
 )
-from vil.config import COMMAND_LINE, TRACKER_PACKAGES, Tree, UserError
+from vil.config import TRACKER_PACKAGES, Tree
+from vil.errors import COMMAND_LINE, UserError
 from vil.runtime import console
 from vil.runtime.yaml_files import yaml_text
 from vil.validation import (

@@ -14,7 +14,8 @@ from vil.checkpoints.published_config import read_published_config
 from vil.checkpoints.weights import Weights
 from vil.command_line.arguments import file_origin
 from vil.command_line.resolution import ParsedArguments, ResolvedConfig
-from vil.config import COMMAND_LINE, EvalConfig, ModelConfig, Tree, errors_in_option, errors_in_section
+from vil.config import EvalConfig, ModelConfig, Tree
+from vil.errors import COMMAND_LINE, errors_in_option, errors_in_section
 from vil.models.timm_models import pretrained_classes, pretrained_transform
 from vil.models.zoo import check_device, model_from_config
 from vil.runtime.seeding import seed_generators

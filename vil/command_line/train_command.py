@@ -8,7 +8,8 @@ from pathlib import Path
 
 from vil.command_line.arguments import CONFIGS
 from vil.command_line.resolution import ParsedArguments, ResolvedConfig
-from vil.config import DataConfig, ModelConfig, TrainConfig, Tree, UserError, errors_in_option
+from vil.config import DataConfig, ModelConfig, TrainConfig, Tree
+from vil.errors import UserError, errors_in_option
 from vil.runtime.run_files import CONFIG
 from vil.runtime.yaml_files import read_yaml
 from vil.validation import as_tree, without_start_options, without_timm_start_options

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vil.config import Precision, UserError
+from vil.config import Precision
+from vil.errors import UserError
 from vil.evaluation.batch_halving import BatchHalving
 from vil.evaluation.metrics import (
     MAX_CONFUSION_CLASSES,

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.evaluation.metrics import METRICS
 from vil.evaluation.report import Result
 

@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vil.config import EvalConfig, Precision, Size, Tree, as_size, error_reason
+from vil.config import EvalConfig, Precision, Size, Tree, as_size
+from vil.errors import error_reason
 from vil.evaluation.complexity import count_parameters, multiply_adds
 from vil.runtime.modes import mode
 from vil.runtime.precision import autocast, choose_precision

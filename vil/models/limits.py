@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from vil.config import UserError
+from vil.errors import UserError
 
 
 class ModelTooLargeError(UserError):

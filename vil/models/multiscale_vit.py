@@ -13,7 +13,8 @@ from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vil.config import ModelConfig, Size, StageConfig, Tree, UserError
+from vil.config import ModelConfig, Size, StageConfig, Tree
+from vil.errors import UserError
 from vil.models.attention_maps import AttentionMap, Queries, attention_maps, attention_rollout
 from vil.models.stage import LayerNorm, Stage, map_sizes
 from vil.validation import validate

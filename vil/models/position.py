@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vil.config import UserError
+from vil.errors import UserError
 
 
 class AbsolutePosition(nn.Module):

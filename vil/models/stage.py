@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vil.attention import ATTENTIONS, Attention
-from vil.config import ModelConfig, Size, StageConfig, UserError
+from vil.config import ModelConfig, Size, StageConfig
+from vil.errors import UserError
 from vil.models.position import AbsolutePosition
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)

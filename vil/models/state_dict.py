@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vil.attention.full import FullAttention, resize_offsets
 from vil.attention.vision_longformer import VisionLongformerAttention
-from vil.config import UserError
+from vil.errors import UserError
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.position import resize_embedding
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vil.config import ModelConfig, Size, Tree, UserError, error_reason, format_size
+from vil.config import ModelConfig, Size, Tree, format_size
+from vil.errors import UserError, error_reason
 from vil.models.limits import check_model_size
 from vil.models.multiscale_vit import MAX_BLOCKS, MultiScaleViT
 from vil.runtime.modes import mode

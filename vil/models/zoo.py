@@ -22,14 +22,8 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from vil.attention import Attention
-from vil.config import (
-    AttentionName,
-    ModelConfig,
-    StageConfig,
-    Tree,
-    UserError,
-    error_reason,
-)
+from vil.config import AttentionName, ModelConfig, StageConfig, Tree
+from vil.errors import UserError, error_reason
 from vil.models.limits import check_model_size
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.state_dict import has_published_names, translate_state_dict

@@ -1,1 +1,2 @@
-"""Building blocks of training, evaluation and the input pipeline; they import `vil.config` alone."""
+"""Building blocks of training, evaluation and the input pipeline; they import `vil.config`,
+`vil.errors` and `vil.validation` alone."""

@@ -9,7 +9,7 @@ from functools import cache
 
 from timm.data import ImageNetInfo
 
-from vil.config import UserError
+from vil.errors import UserError
 
 _HINT = "; --match_classes position takes class k for row k"
 

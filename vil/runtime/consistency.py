@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime.distributed import all_gather_object, is_distributed
 
 MACHINE_OPTIONS = ("data.root", "data.workers", "data.index", "device")

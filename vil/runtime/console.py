@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import TextIO
 
-from vil.config import printable
+from vil.errors import printable
 
 
 def open_standard_streams() -> None:

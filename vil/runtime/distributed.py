@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from vil.config import UserError, one_line
+from vil.errors import UserError, one_line
 from vil.runtime import launch, orphans
 from vil.runtime.rendezvous import FailedRankError, StartMonitor, create_store
 

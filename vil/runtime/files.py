@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from vil.config import UserError, error_reason
+from vil.errors import UserError, error_reason
 from vil.runtime import run_files
 
 MAX_TEXT_BYTES = 1 << 30

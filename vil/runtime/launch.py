@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vil.config import UserError
+from vil.errors import UserError
 
 _ORIGIN = "environment"
 _USER_ERROR = 2

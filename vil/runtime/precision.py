@@ -6,7 +6,8 @@ import os
 
 import torch
 
-from vil.config import Precision, UserError
+from vil.config import Precision
+from vil.errors import UserError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vil.config import UserError
+from vil.errors import UserError
 from vil.runtime import launch
 from vil.runtime.console import print_line
 from vil.runtime.launch import Ranks

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from vil.config import UserError, error_reason, one_line
+from vil.errors import UserError, error_reason, one_line
 from vil.runtime.files import open_regular
 from vil.validation import MAX_VALUES, check_plain
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vil.config import ScheduleConfig, TrainConfig, UserError
+from vil.config import ScheduleConfig, TrainConfig
+from vil.errors import UserError
 from vil.validation import suggestion
 
 _CUDA_GRAPHS = ("cudagraphs", "reduce-overhead", "max-autotune")

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from vil.config import Tree, error_reason
+from vil.config import Tree
+from vil.errors import error_reason
 from vil.runtime.csv_text import csv_text
 from vil.runtime.files import MAX_TEXT_BYTES, close_descriptor, open_for_appending, read_text, write_durably
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil.checkpoints.teacher import TrainedTeacher, load_teacher
-from vil.config import ScheduleConfig, TrainConfig, UserError, format_size
+from vil.config import ScheduleConfig, TrainConfig, format_size
+from vil.errors import UserError
 from vil.runtime.class_names import match_classes
 from vil.runtime.distributed import Process, all_reduce_sum, broadcast_object, call_on_all
 from vil.training.compilation import compile_network

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vil.config import TRACKER_PACKAGES, TrainConfig, Tree, UserError, error_reason
+from vil.config import TRACKER_PACKAGES, TrainConfig, Tree
+from vil.errors import UserError, error_reason
 from vil.runtime.files import parse_json, read_text, refuse_link, write_durably
 from vil.runtime.run_files import MLFLOW, TRACKERS, WANDB
 from vil.training.tensorboard_log import record_scalars

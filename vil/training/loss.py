@@ -9,7 +9,8 @@ from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from torch import nn
 from torch.nn import functional as F
 
-from vil.config import ScheduleConfig, UserError
+from vil.config import ScheduleConfig
+from vil.errors import UserError
 
 JSD_ALPHA = 12
 """Weight of the Jensen-Shannon divergence (Hendrycks et al., AugMix, 2020, section 3)."""

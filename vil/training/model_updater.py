@@ -9,7 +9,8 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 
 from vil.checkpoints.training_state import State
-from vil.config import TrainConfig, UserError
+from vil.config import TrainConfig
+from vil.errors import UserError
 from vil.runtime.distributed import Process, all_reduce_sum, average_over_ranks, data_parallel
 from vil.runtime.epoch_steps import EpochSteps, phase_at, training_phases
 from vil.runtime.precision import autocast, choose_precision, grad_scaler

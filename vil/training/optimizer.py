@@ -23,7 +23,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from vil.checkpoints.training_state import State
-from vil.config import ScheduleConfig, Tree, UserError, error_reason
+from vil.config import ScheduleConfig, Tree
+from vil.errors import UserError, error_reason
 from vil.runtime.epoch_steps import EpochSteps
 from vil.training.trainable import classifiers
 from vil.validation import suggestion

@@ -10,7 +10,8 @@ from typing import NoReturn, Protocol
 
 from tqdm import tqdm
 
-from vil.config import TrainConfig, Tree, UserError, error_reason
+from vil.config import TrainConfig, Tree
+from vil.errors import UserError, error_reason
 from vil.runtime.console import print_line
 from vil.runtime.run_files import METRICS, METRICS_CSV, TENSORBOARD
 from vil.training.csv_log import CsvLog, is_number_record

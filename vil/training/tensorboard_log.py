@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
-from vil.config import TrainConfig, Tree, one_line
+from vil.config import TrainConfig, Tree
+from vil.errors import one_line
 from vil.runtime.files import refuse_link
 from vil.runtime.images import denormalize
 from vil.training.metrics_log import TIMING_FIELDS

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from vil.config import UserError
+from vil.errors import UserError
 
 Trainable = Literal["all", "head", "attention"]
 

@@ -30,7 +30,8 @@ from vil.checkpoints.run_folder import (
 )
 from vil.checkpoints.training_state import State, evaluations_since_best, library_versions
 from vil.checkpoints.writer import CheckpointWriter, check_disk_space
-from vil.config import TrainConfig, Tree, UserError, errors_in_option, one_line
+from vil.config import TrainConfig, Tree
+from vil.errors import UserError, errors_in_option, one_line
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evaluate
 from vil.evaluation.metrics import METRICS
 from vil.runtime.distributed import Process, all_reduce_sum, call_on_main, lost_rank_reason

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from vil.config import UserError
+from vil.errors import UserError
 
 NAMES = ("machine-a", "machine-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

@@ -19,7 +19,7 @@ from vil.attention.local.dense import dense_attention
 from vil.attention.local.gathered import gathered_attention
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec, Mask, keys_per_query
 from vil.attention.tracing import is_autocast_enabled, is_exporting, is_transformed
-from vil.config import UserError
+from vil.errors import UserError
 
 try:
     from vil.attention.local.fused import fused_attention, unsupported

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from vil.config import UserError
+from vil.errors import UserError
 
 _logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
