@@ -497,7 +497,7 @@ def test_an_output_without_a_name_is_refused(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("{global_pool: ''}", "timm_options: timm/resnet10t cannot compute images of 32×32 pixels: mat1 and"),
+        ("{global_pool: ''}", "timm_options: timm/resnet10t cannot compute images of 32×32 pixels: "),
         ("{num_classes: 7}", "timm_options: num_classes: set model.num_classes instead"),
         ("{in_chans: 1}", "timm_options: in_chans: set model.in_chans instead"),
         ("{features_only: true}", "timm_options: features_only: the model would have no classes"),

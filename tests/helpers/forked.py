@@ -18,6 +18,7 @@ import os
 import runpy
 import select
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,8 +36,10 @@ def python() -> str:
     """Start the server of this process; return the path of the client, or Python's own except on Linux."""
     if not hasattr(os, "pidfd_open"):
         return sys.executable
-    folder = tempfile.TemporaryDirectory(prefix="forked_")
-    client, address = Path(folder.name, "python"), Path(folder.name, "socket")
+    # No TemporaryDirectory: Python 3.13 drops the functions of atexit, and with them an object to which they
+    # alone refer, in each process that multiprocessing forks.
+    folder = tempfile.mkdtemp(prefix="forked_")
+    client, address = Path(folder, "python"), Path(folder, "socket")
     line = [sys.executable, "-S", "-E", __file__, "client", str(address)]
     client.write_text(f'#!/bin/sh\nexec {shlex.join(line)} "$@"\n')
     client.chmod(0o700)
@@ -52,7 +55,7 @@ def python() -> str:
     def stop() -> None:
         server.stdin.close()
         server.wait()
-        folder.cleanup()
+        shutil.rmtree(folder)
 
     atexit.register(stop)
     return str(client)
