@@ -9,10 +9,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# One at a time: a second one would take the first for interrupted, and remove the environment under it.
-exec 9<tools/setup.sh
-flock 9
-
 venv=${1:-.venv}
 # Exists while pip runs: an interrupted pip can leave an incomplete package that it later considers installed.
 unfinished=$venv/.unfinished
@@ -20,6 +16,16 @@ log=$venv/ffcv.log
 
 note() { printf 'setup: %s\n' "$*" >&2; }
 fail() { note "$*"; exit 1; }
+
+lock() { # wait for another one: this one would take it for interrupted, and remove its environment
+    local status=0
+    { exec 9>>tools/setup.sh; } 2>/dev/null || return 0 # for writing: else NFS refuses the lock
+    flock -n 9 2>/dev/null || status=$?
+    if [ "$status" -eq 1 ]; then # 1: it is locked; others: no locks here
+        note "waiting for another tools/setup.sh in this folder"
+        flock 9
+    fi
+}
 
 find_python() { # print the first interpreter that is new enough
     local candidate
@@ -76,6 +82,7 @@ missing_browser() { # print the browser in which a test opens the pages of tools
     command -v chromium >/dev/null || command -v google-chrome >/dev/null || echo chromium
 }
 
+lock
 python=$(find_python) || fail "Python 3.10 or newer is missing: sudo apt-get install -y python3 python3-venv"
 missing=$(missing_packages | xargs)
 remedy="sudo apt-get install -y $missing"
