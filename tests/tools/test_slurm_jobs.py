@@ -17,6 +17,7 @@ def test_the_batch_script_is_that_of_the_documentation_with_small_numbers(tmp_pa
     assert script.startswith(f"#!/bin/bash\n#SBATCH --output={tmp_path / 'job.out'}\n#SBATCH --job-name")
     assert f"train.py --device cpu --schedule.epochs 1000 --output {tmp_path / 'run'} &\n" in script
     assert 'scancel --signal=TERM "$SLURM_JOB_ID"' in script
+    assert "trap requeue USR1\n" in script  # not TERM, by which scancel ends the script
 
 
 def test_a_script_of_other_options_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -55,7 +55,7 @@ PartitionName=main Nodes=ALL Default=YES
 _CHANGES = {
     "--nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=96": "--nodes=2 --ntasks-per-node=1",
     "--time=24:00:00": "--time=2",
-    "--signal=B:TERM@120": "--signal=B:TERM@60",
+    "--signal=B:USR1@120": "--signal=B:USR1@60",
     '--cpus-per-task="$SLURM_CPUS_PER_TASK" ': "",
     "--nproc_per_node=8": "--nproc_per_node=1",
 }
@@ -168,19 +168,27 @@ def time_limit(cluster: Cluster) -> str:
     script.write_text(batch_script(cluster.folder / "batch.out", run), encoding="utf-8")
     job = cluster.run("sbatch", "--parsable", str(script)).strip()
     step = cluster.wait_for("batch", r"SIGTERM: saved after step (\d+)")[1]
-    state = ""
-    deadline = time.monotonic() + 60
-    while state != "PENDING" and time.monotonic() < deadline:
-        state = cluster.run("squeue", "--noheader", "--format=%T", f"--jobs={job}").strip()
-        time.sleep(0.5)
-    if state != "PENDING":
-        raise RuntimeError(f"the job is not requeued, but {state or 'ended'}")
+    wait_for_state(cluster, job, "PENDING")  # it is requeued
     cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")
     cluster.wait_for("batch", rf"continuing \S+ after step {step},")
     cluster.wait_for("batch", r"(?s)continuing.*\nepoch ")
     cluster.run("scancel", job)
     later = cluster.wait_for("batch", r"(?s)continuing.*SIGTERM: saved after step (\d+)")[1]
-    return f"saved after step {step}, requeued, continued; cancelled and saved after step {later}"
+    wait_for_state(cluster, job, "")  # and not requeued
+    return f"saved after step {step}, requeued, continued; cancelled, saved after step {later}, ended"
+
+
+def wait_for_state(cluster: Cluster, job: str, expected: str) -> None:
+    """Wait until squeue shows this state of a job, empty for one that has ended.
+
+    Raises:
+        RuntimeError: it does not within a minute.
+    """
+    deadline = time.monotonic() + 60
+    while (state := cluster.run("squeue", "--noheader", "--format=%T", f"--jobs={job}").strip()) != expected:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the job's state is {state or 'ended'}, expected {expected or 'ended'}")
+        time.sleep(0.5)
 
 
 def srun(cluster: Cluster) -> str:
