@@ -141,19 +141,21 @@ def test_top5_of_five_classes_or_fewer_is_refused(tmp_path: Path, classes: int):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "epoch", "advice"),
     [
-        {"eval_every": 4},
-        {"eval_every": 3},
-        {"eval_every": 2, "max_steps": 9},
-        {"eval_every": 1, "max_steps": 5},
+        ({"eval_every": 4}, 3, "evaluate more often by eval_every"),
+        ({"eval_every": 3}, 3, "evaluate more often by eval_every"),
+        ({"eval_every": 2, "max_steps": 9}, 2, "evaluate more often by eval_every"),
+        ({"eval_every": 1, "max_steps": 5}, 1, "train longer"),
+        ({"eval_every": 2, "epochs": 1}, 1, "train longer"),
     ],
 )
-def test_patience_without_evaluations_is_refused(tmp_path: Path, options: dict[str, int]):
+def test_patience_without_evaluations_is_refused(
+    tmp_path: Path, options: dict[str, int], epoch: int, advice: str
+):
     with pytest.raises(UserError) as refused:
         run(make_config(tmp_path, patience=1, **options))
-    reason = f"the first evaluation, after epoch {options['eval_every']}, would be the last one"
-    advice = "train longer" if options["eval_every"] == 1 else "evaluate more often by eval_every"
+    reason = f"the first evaluation, after epoch {epoch}, would be the last one"
     assert str(refused.value) == f"schedule.patience: {reason}; {advice}"
     assert not (tmp_path / "config.yaml").exists()
 

@@ -204,8 +204,9 @@ def check_patience(config: TrainConfig, epoch_steps: EpochSteps, last_step: int)
     """Raise UserError if `schedule.patience` is set and no evaluation precedes the end of the run."""
     first = epoch_steps.first_step(config.eval_every)
     if config.schedule.patience is not None and first >= last_step:
-        reason = f"the first evaluation, after epoch {config.eval_every}, would be the last one"
-        advice = "evaluate more often by eval_every" if config.eval_every > 1 else "train longer"
+        epoch = min(config.eval_every, epoch_steps.locate(last_step - 1)[0] + 1)
+        reason = f"the first evaluation, after epoch {epoch}, would be the last one"
+        advice = "evaluate more often by eval_every" if epoch > 1 else "train longer"
         raise UserError("schedule.patience", f"{reason}; {advice}")
 
 
