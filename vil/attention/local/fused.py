@@ -349,9 +349,8 @@ def _window_bias_gradient(call: _KernelCall, bias: Tensor, statistics: Tensor, g
     options = {"GLOBALS": call.num_globals, "ROW": bias.stride(1), **call.chunk_arguments()}
     is_half = call.query.dtype != torch.float32
     if major_capability(call.query.device) and is_half and call.width <= 32 and side <= 7:
-        options["maxnreg"] = (
-            168  # a multiprocessor holds three programs instead of two, with few or no spills
-        )
+        # A multiprocessor holds three programs instead of two, with few or no spills.
+        options["maxnreg"] = 168
     kernels.bias_kernel[(num_parts, blocks, call.heads)](
         *(*tensors, bias, hidden, call.inputs.neighbor, statistics, gradient, grad_bias),
         *(*_strides(call.query, call.key, gradient), hidden.stride(0), call.batch),
