@@ -97,9 +97,10 @@ def exit_with_parent(worker: int = 0) -> None:
 
 
 def _watch_parent(parent: int) -> None:
-    main_process = multiprocessing.parent_process()  # not the parent if a fork server starts the workers
+    main_process = multiprocessing.parent_process()
     senders = {parent, main_process.pid if main_process is not None else parent}
-    while os.getppid() == parent:
+    # A fork server, which starts the workers from Python 3.14 on, is their parent and ends after them.
+    while os.getppid() == parent and (main_process is None or main_process.is_alive()):
         if hasattr(signal, "sigtimedwait"):  # macOS lacks it
             received = signal.sigtimedwait({signal.SIGTERM}, _PARENT_POLL_S)
             if received is not None and received.si_pid in senders:

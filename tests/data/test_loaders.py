@@ -320,7 +320,7 @@ def test_only_shared_memory_is_explained(message, expected):
 
 
 ORPHANS = """
-import os, sys, torch
+import multiprocessing, os, sys, torch
 from torch.utils.data import DataLoader, Dataset
 from data import workers
 
@@ -333,8 +333,10 @@ class Unanswered(Dataset):
     def __len__(self):
         return 8
 
-init = {"train": workers.init_worker, "predict": workers.exit_with_parent}[sys.argv[3]]
-list(DataLoader(Unanswered(), 1, num_workers=2, worker_init_fn=init))
+if __name__ == "__main__":
+    init = {"train": workers.init_worker, "predict": workers.exit_with_parent}[sys.argv[3]]
+    multiprocessing.set_start_method(sys.argv[4])
+    list(DataLoader(Unanswered(), 1, num_workers=2, worker_init_fn=init))
 """
 
 
@@ -347,11 +349,14 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux")
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
 @pytest.mark.parametrize("init", ["train", "predict"])
-def test_workers_end_with_the_trainer_even_if_a_file_blocks(init, tmp_path):
+def test_workers_end_with_the_trainer_even_if_a_file_blocks(init, start, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    line = [forked.python(), "-c", ORPHANS, str(tmp_path / "pids"), str(tmp_path / "pipe"), init]
-    trainer = subprocess.Popen(line, cwd=ROOT)
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANS)  # a file, which workers of a fork server import
+    line = [forked.python(), str(script), str(tmp_path / "pids"), str(tmp_path / "pipe"), init, start]
+    trainer = subprocess.Popen(line, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         end = time.monotonic() + 60
         pids = []
