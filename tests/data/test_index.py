@@ -603,6 +603,7 @@ def test_an_index_of_other_archives_is_refused(image_folder, tmp_path):
     assert str(error.value) == f"data.index: the index of {root / 'train'} is damaged; delete it"
 
 
+@pytest.mark.skipif(multiprocessing.get_all_start_methods()[0] != "fork", reason="patches forked processes")
 def test_a_killed_process_that_indexes_archives_is_one_line(image_folder, tmp_path, monkeypatch):
     root = tmp_path / "archives"
     write_archives("tar", root, image_folder)

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.run_files import is_equal
-from helpers.tiny_run import CLASSES, SIZE, STEPS, load_last, make_config, run
+from helpers.tiny_run import CLASSES, CPU, SIZE, STEPS, TinyModel, load_last, make_config, run
 
-from vil.config import ModelConfig, StageConfig, TrainConfig
+from vil.config import EvalConfig, ModelConfig, StageConfig, TrainConfig
 from vil.errors import UserError
+from vil.evaluation.report import evaluate_model
 from vil.models.multiscale_vit import MultiScaleViT
 from vil.training.compilation import check_compile_options
 
@@ -46,6 +47,24 @@ def test_options_that_cannot_be_used(options: dict, message: str):
     with pytest.raises(UserError) as refused:
         check_compile_options(TrainConfig(**{"compile": True, **options}))
     assert str(refused.value) == message
+
+
+@pytest.mark.slow  # imports the compiler
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_a_machine_without_a_compiler(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    programs = {
+        "train": lambda: run(make_config(tmp_path / "run", compile=True)),
+        "eval": lambda: evaluate_model(TinyModel(), [], EvalConfig(compile=True, precision="float32"), CPU),
+    }
+    with pytest.raises(UserError) as refused:
+        programs[program]()
+    assert str(refused.value).startswith("compile: torch.compile does not work on this machine: ")
+    assert "no-such-compiler" in str(refused.value)
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 STAGE = StageConfig(dim=8, heads=2, patch=2, window=2)

@@ -17,6 +17,7 @@ from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, evalua
 from vil.evaluation.cost import Cost, measure_cost
 from vil.evaluation.metrics import METRICS, ClassMetrics
 from vil.evaluation.tta import build_tta_model, count_views, describe_tta
+from vil.runtime.compiler import check_compiler
 from vil.runtime.console import align, text_width
 from vil.runtime.csv_text import csv_text
 from vil.runtime.distributed import Process, call_on_main
@@ -119,7 +120,10 @@ def evaluate_model(
     model.to(process.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    network: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    network = model
+    if config.compile:
+        check_compiler(process.device)
+        network = torch.compile(model)  # type: ignore[assignment]
     device, views, tta = process.device, count_views(config), describe_tta(config)
     metadata = {
         "tta": tta,

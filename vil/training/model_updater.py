@@ -11,6 +11,7 @@ from torch import nn
 from vil.checkpoints.training_state import State
 from vil.config import TrainConfig
 from vil.errors import UserError
+from vil.runtime.compiler import check_compiler
 from vil.runtime.distributed import Process, all_reduce_sum, average_over_ranks, data_parallel
 from vil.runtime.epoch_steps import EpochSteps, phase_at, training_phases
 from vil.runtime.precision import autocast, choose_precision, grad_scaler
@@ -55,6 +56,8 @@ class ModelUpdater:
         schedule = config.schedule
         self._config, self._process = config, process
         check_compile_options(config)
+        if config.compile:
+            check_compiler(process.device, config.compile_backend)
         self.precision = choose_precision(config.precision, process.device)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(process.device).to(memory_format=memory_format)
