@@ -59,7 +59,7 @@ _CHANGES = {
     '--cpus-per-task="$SLURM_CPUS_PER_TASK" ': "",
     "--nproc_per_node=8": "--nproc_per_node=1",
 }
-"""What is changed in the batch script of the documentation, besides the options of train.py."""
+"""Changes to the batch script of the documentation, besides those of the options of train.py."""
 
 
 class Cluster:

@@ -1,4 +1,4 @@
-"""Whether torch.compile works on this machine."""
+"""Check that torch.compile works on this machine."""
 
 from __future__ import annotations
 
