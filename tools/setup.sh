@@ -29,7 +29,7 @@ lock() { # wait for another one: this one would take it for interrupted, and rem
 
 find_python() { # print the first interpreter that is new enough
     local candidate
-    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
+    for candidate in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11 python3.10; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "$candidate"
             return

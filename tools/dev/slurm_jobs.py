@@ -136,13 +136,19 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
             node = Cluster(folder, machine)
             node.start(f"slurmd_{machine.name}", "slurmd", "-D", "-N", machine.name)
         deadline = time.monotonic() + 30
-        while cluster.start("sinfo", "sinfo", "--Format=StateLong:20").wait(30) == 0:
-            if cluster.output("sinfo").split()[-1] == "idle":
-                break
+        while not _are_nodes_idle(cluster):
             if time.monotonic() > deadline:
                 raise UserError("", "Slurm does not start within 30 s")
             time.sleep(0.5)
         yield cluster
+
+
+def _are_nodes_idle(cluster: Cluster) -> bool:
+    try:
+        states = cluster.run("sinfo", "--Node", "--noheader", "--format=%T").split()
+    except RuntimeError:  # slurmctld does not answer yet
+        return False
+    return states == ["idle"] * len(NAMES)
 
 
 def batch_script(output: Path, run: Path) -> str:
