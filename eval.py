@@ -119,7 +119,7 @@ def check_output_files(command: ResolvedConfig[EvalConfig]) -> None:
         if command.config.complexity and outputs[option] is not None:
             raise UserError(option, NO_IMAGES)
     call_on_main(partial(check_outputs, outputs, command.inputs()))
-    for option in ("datasets", "match_classes", "data.real_labels"):
+    for option in ("datasets", "match_classes", "data.real_labels", "tta", "tta_scales"):
         if command.config.complexity and command.origins.get(option) == COMMAND_LINE:
             raise UserError(option, NO_IMAGES)
     for option, output in outputs.items():

@@ -33,6 +33,7 @@ from vil.errors import UserError
 from vil.evaluation import cost
 from vil.evaluation.accuracy import EvaluationDataset, EvaluationOptions, EvaluationResult, evaluate
 from vil.evaluation.report import Result
+from vil.models.multiscale_vit import MultiScaleViT
 from vil.models.zoo import model_from_config
 from vil.runtime import consistency
 from vil.runtime.distributed import Process
@@ -471,9 +472,41 @@ def test_features_are_no_logits(run: Path, tmp_path: Path) -> None:
 
 def test_options_that_need_images_are_refused_without_any(run: Path) -> None:
     argv = ["--checkpoint", str(run), "--complexity"]
-    for option, value in (("datasets", "none"), ("match_classes", "position"), ("data.real_labels", "none")):
+    images = {"datasets": "none", "match_classes": "position", "data.real_labels": "none"}
+    for option, value in {**images, "tta": "hflip", "tta_scales": "1.2"}.items():
         message = f"{option}: requires images; complexity evaluates none"
         assert error_of([*argv, f"--{option}", value]) == message
+
+
+def forward_passes(argv: list[str], folder: Path) -> set[tuple[int, torch.dtype, bool]]:
+    """Return batch sizes, precisions and orders of channels of the forward passes of eval.py."""
+    found = set()
+
+    def record(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if isinstance(module, MultiScaleViT) and len(inputs[0]) > 16:  # fewer measure memory and speed
+            channels_last = inputs[0].is_contiguous(memory_format=torch.channels_last)
+            found.add((len(inputs[0]), output.dtype, channels_last))
+
+    with torch.nn.modules.module.register_module_forward_hook(record):
+        results(argv, folder)
+    return found
+
+
+def test_options_of_the_forward_pass_reach_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--checkpoint", str(run), "--batch_size", "120"]
+    assert forward_passes(argv, tmp_path) == {(120, torch.float32, False)}
+    assert forward_passes([*argv, "--batch_size", "180"], tmp_path) == {(180, torch.float32, False)}
+    assert forward_passes([*argv, "--channels_last", "true"], tmp_path) == {(120, torch.float32, True)}
+    assert forward_passes([*argv, "--precision", "bfloat16"], tmp_path) == {(120, torch.bfloat16, False)}
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr("vil.evaluation.report.check_compiler", lambda _: None)
+    assert forward_passes(argv, tmp_path)
+    assert not compiled
+    assert forward_passes([*argv, "--compile", "true"], tmp_path)
+    assert [type(model) for model in compiled] == [MultiScaleViT]
 
 
 def test_files_that_a_run_names_are_not_replaced(tmp_path: Path) -> None:
