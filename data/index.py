@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from vil.errors import UserError, error_reason
+from vil.runtime.console import progress_bar
 from vil.runtime.files import (
     close_descriptor,
     open_for_appending,
@@ -221,7 +221,7 @@ def _folder_id(path: Path) -> list[int]:
 
 
 def _build(build: Callable[[Progress], Index], root: Path) -> Index:
-    with tqdm(desc=f"indexing {root}", unit=" images", delay=2, disable=None, leave=False) as bar:
+    with progress_bar(desc=f"indexing {root}", unit=" images", delay=2) as bar:
         return build(bar.update)
 
 

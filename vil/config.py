@@ -600,7 +600,7 @@ class EvalConfig:
     deterministic: bool = False
     """Use deterministic algorithms only."""
     progress: bool = True
-    """Show progress bars on rank 0."""
+    """Show progress on rank 0: bars in a terminal, otherwise a line per minute."""
 
 
 RENAMED_OPTIONS = {

@@ -1,9 +1,13 @@
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import forked
@@ -160,3 +164,41 @@ def test_too_many_open_files_are_one_line(capsys: pytest.CaptureFixture[str]):
     assert ended.value.code == 1
     error = capsys.readouterr().err
     assert error == "error: Too many open files; raise the limit (ulimit -n), or use fewer worker processes\n"
+
+
+def progress(interval: float, monkeypatch: pytest.MonkeyPatch, items: Iterable[int], **options: Any) -> None:
+    monkeypatch.setattr(console, "PROGRESS_INTERVAL_S", interval)
+    for _ in console.progress_bar(items, unit="batch", **options):
+        time.sleep(0.01)
+
+
+def test_progress_without_a_terminal_is_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    progress(0.025, monkeypatch, range(12), desc="evaluate")
+    progress(0.025, monkeypatch, iter(range(12)), desc="indexing")
+    lines = capsys.readouterr().err.split("\n")
+    assert lines.pop() == ""
+    sized = [line for line in lines if re.fullmatch(r"evaluate: \d+ %, \d+/12 \[\d+:\d+<.+batch/s\]", line)]
+    unsized = [line for line in lines if re.fullmatch(r"indexing: \d+ \[\d+:\d+, .+batch/s\]", line)]
+    assert [*sized, *unsized] == lines
+    assert sized
+    assert unsized
+
+
+def test_short_or_hidden_progress_prints_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    progress(60.0, monkeypatch, range(3), desc="evaluate")
+    progress(0.0, monkeypatch, range(3), desc="evaluate", is_hidden=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_at_a_terminal_is_a_bar_that_disappears(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for _ in console.progress_bar(range(3), desc="evaluate"):
+        pass
+    written = sys.stderr.getvalue()
+    assert "evaluate:   0%|" in written
+    assert written.endswith("\r")
+    assert "\n" not in written

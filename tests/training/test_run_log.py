@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
+from vil.runtime import console
 from vil.runtime.run_files import METRICS
-from vil.training import run_log
 from vil.training.metrics_log import cut_metrics
 from vil.training.run_log import RunLog
 from vil.training.tensorboard_log import TensorBoardLog
@@ -214,7 +214,7 @@ def test_batches_are_shown_in_color(tmp_path: Path):
 def test_without_a_terminal_lines_show_the_progress_within_an_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run_log, "PROGRESS_INTERVAL_S", 0.0)
+    monkeypatch.setattr(console, "PROGRESS_INTERVAL_S", 0.0)
     run(make_config(tmp_path / "lines", progress=True, log_every=1, epochs=1))
     *lines, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch"))
     number = r"\d[\d.,e+-]*"

@@ -154,7 +154,7 @@ def effects(folder: Path, options: Options) -> Options:
                 **keywords | {"disable": count("progress_bars", True) if not keywords["disable"] else True}
             ),
         )
-        patch.setattr("vil.evaluation.accuracy.tqdm", lambda batches, **_: batches)
+        patch.setattr("vil.evaluation.accuracy.progress_bar", lambda batches, **_: batches)
         config = make_config(folder, **{"epochs": 1, "warmup_epochs": 0.4} | options)
         with torch._dynamo.config.patch(recompile_limit=8):
             teacher = None if config.schedule.distillation == "none" else make_teacher()

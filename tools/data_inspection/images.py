@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -10,7 +9,6 @@ from hashlib import blake2b
 import imagehash
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from data.decoding import EncodedImage, UnreadableImageError, decoding_errors
 from data.sources import SOURCES, open_source
@@ -18,6 +16,7 @@ from data.sources.base import Source
 from data.workers import exit_with_parent, explain_shared_memory, limit_workers
 from vil.config import DataConfig
 from vil.errors import UserError, printable
+from vil.runtime.console import progress_bar
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def read_images(sources: dict[str, Source], workers: int) -> Iterator[ImageRecor
         num_workers=limit_workers(workers),
         worker_init_fn=exit_with_parent,
     )
-    with tqdm(total=len(loader), unit="image", disable=None, file=sys.stderr, leave=False) as bar:
+    with progress_bar(desc="read images", total=len(loader), unit="image") as bar:
         for record in explain_shared_memory(loader):
             yield record
             bar.update()

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import Mixing, build_loaders, check_same_images, refuse_images_as_outputs
 from tools.png import as_png
@@ -34,7 +33,7 @@ from vil.command_line import ToolParser, bounded_int, resolve_train_command
 from vil.config import TrainConfig
 from vil.errors import COMMAND_LINE, UserError
 from vil.runtime import distributed
-from vil.runtime.console import print_line
+from vil.runtime.console import print_line, progress_bar
 from vil.runtime.distributed import Process, all_reduce_sum, call_on_all
 from vil.runtime.epoch_steps import EpochSteps
 from vil.runtime.files import check_outputs, check_writable, write_output
@@ -129,8 +128,8 @@ def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) ->
     points: list[Point] = []
     average = 0.0
     skipped, max_skipped = 0, config.max_skipped_steps if config.precision == "float16" else 0
-    is_hidden = None if config.progress and process.is_main else True  # None: hidden without a terminal
-    bar = tqdm(rates, desc="learning rates", unit="step", leave=False, disable=is_hidden)
+    is_hidden = not (config.progress and process.is_main)
+    bar = progress_bar(rates, desc="learning rates", unit="step", is_hidden=is_hidden)
     for step, rate in enumerate(bar):
         updater.begin_step(step, rate * factor)
         share = torch.zeros((), device=process.device)

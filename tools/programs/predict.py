@@ -43,7 +43,7 @@ from vil.models.timm_models import check_logits
 from vil.models.zoo import check_device
 from vil.runtime import distributed
 from vil.runtime.class_names import check_has_classes
-from vil.runtime.console import align, print_line
+from vil.runtime.console import align, print_line, progress_bar
 from vil.runtime.csv_text import csv_text
 from vil.runtime.files import check_writable, is_standard_output, refuse_input_as_output, write_output
 from vil.runtime.precision import autocast, choose_precision
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
         with errors_in_option(arguments.checkpoint):
             check_logits(model, weights.require_model())
         predictions: list[Prediction] = []
-        with tqdm(total=len(images), unit="image", disable=None, file=sys.stderr, leave=False) as bar:
+        with progress_bar(desc="predict", total=len(images), unit="image") as bar:
             for prediction in predict(model, loader, weights.class_names, arguments.top, precision):
                 predictions.append(prediction)
                 bar.update()

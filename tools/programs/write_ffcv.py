@@ -38,7 +38,7 @@ from data.unreadable_images import max_unreadable_images
 from vil.command_line import ToolParser, bounded_int, parse
 from vil.config import DataConfig
 from vil.errors import UserError, error_reason
-from vil.runtime.console import print_line
+from vil.runtime.console import print_line, progress_bar
 from vil.runtime.files import MAX_JSON_BYTES, parse_json, read_text, write_durably
 
 MIN_PAGE_BYTES, MAX_PAGE_BYTES = 8 << 20, 1 << 31
@@ -250,13 +250,14 @@ def write_images(path: Path, samples: Samples, indices: np.ndarray, workers: int
     """Write the images with FFCV."""
     import ffcv.writer
     from ffcv.fields import IntField, RGBImageField
-    from tqdm import tqdm
 
     options, workers = samples.options, max(1, workers)
     image = RGBImageField(
         write_mode="proportion", jpeg_quality=options.jpeg_quality, compress_probability=options.jpeg_share
     )
-    ffcv.writer.tqdm = functools.partial(tqdm, desc=path.stem, unit=" images", disable=not options.progress)
+    ffcv.writer.tqdm = functools.partial(
+        progress_bar, desc=path.stem, unit=" images", is_hidden=not options.progress
+    )
     fields = {"image": image, "label": IntField()}
     writer = ffcv.writer.DatasetWriter(str(path), fields, samples.page_bytes, workers)
     with _detect_dead_processes(ffcv.writer):

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vil.config import Precision
 from vil.errors import UserError
@@ -24,6 +23,7 @@ from vil.evaluation.metrics import (
     count_classes,
     count_confusions,
 )
+from vil.runtime.console import progress_bar
 from vil.runtime.distributed import all_reduce_sum
 from vil.runtime.modes import mode
 from vil.runtime.precision import autocast
@@ -133,8 +133,8 @@ def forward_batches(
     """
     device, indices = options.device, dataset.logit_indices
     columns = None if indices is None else torch.tensor(indices, device=device)
-    is_hidden = None if options.progress else True  # None: hidden without a terminal
-    for images, targets in tqdm(dataset.loader, desc=title, unit="batch", leave=False, disable=is_hidden):
+    hidden = not options.progress
+    for images, targets in progress_bar(dataset.loader, desc=title, unit="batch", is_hidden=hidden):
         with autocast(options.precision, device):
             logits = options.halving.forward(model, images.to(device, non_blocking=True))
         if logits.shape[1] < dataset.min_logits:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence, Sized
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from vil.errors import printable
+
+PROGRESS_INTERVAL_S = 60.0
+"""Seconds between two lines of progress, where there is no terminal for a progress bar."""
 
 
 def open_standard_streams() -> None:
@@ -65,6 +71,29 @@ def text_width(text: str) -> int:
     """Return the columns of a terminal that a text takes: 2 for a wide character (CJK), 0 for an accent."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
+
+
+class _Lines(io.TextIOBase):
+    """A stream for tqdm that prints each text on standard error as a line."""
+
+    def write(self, text: str) -> int:
+        """Print a text without the spaces and carriage returns around it, unless nothing is left."""
+        if text.strip():
+            print_line(text.strip(), sys.stderr)
+        return len(text)
+
+
+def progress_bar(items: Iterable[Any] | None = None, *, is_hidden: bool = False, **options: Any) -> tqdm[Any]:
+    """Return tqdm(items, **options) on standard error; without a terminal, it prints a line per minute."""
+    options |= {"file": sys.stderr, "leave": False, "disable": is_hidden}
+    if not sys.stderr.isatty():
+        count, remaining = "{n_fmt}", ""
+        if isinstance(items, Sized) or options.get("total") is not None:
+            count, remaining = "{percentage:.0f} %, {n_fmt}/{total_fmt}", "<{remaining}"
+        options["bar_format"] = f"{{desc}}: {count} [{{elapsed}}{remaining}, {{rate_fmt}}]"
+        options |= dict.fromkeys(("delay", "mininterval", "maxinterval"), PROGRESS_INTERVAL_S)
+        options["file"] = _Lines()
+    return tqdm(items, **options)
 
 
 def flush_streams() -> None:

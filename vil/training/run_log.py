@@ -12,15 +12,13 @@ from tqdm import tqdm
 
 from vil.config import TrainConfig, Tree
 from vil.errors import UserError, error_reason
+from vil.runtime import console
 from vil.runtime.console import print_line
 from vil.runtime.run_files import METRICS, METRICS_CSV, TENSORBOARD
 from vil.training.csv_log import CsvLog, is_number_record
 from vil.training.experiment_trackers import MlflowLog, Tracker, WandbLog
 from vil.training.metrics_log import MetricsLog, cut_metrics
 from vil.training.tensorboard_log import TensorBoardLog
-
-PROGRESS_INTERVAL_S = 60.0
-"""Seconds between two lines of progress, where there is no progress bar."""
 
 
 class RecordLog(Protocol):
@@ -129,8 +127,8 @@ class RunLog:
             self._last_line = time.monotonic()
 
     def print_progress(self, line: str) -> None:
-        """Print a line if there is no progress bar, and none was printed for `PROGRESS_INTERVAL_S`."""
-        if self._prints_progress and time.monotonic() - self._last_line >= PROGRESS_INTERVAL_S:
+        """Print a line if there is no progress bar, and none was printed for a minute."""
+        if self._prints_progress and time.monotonic() - self._last_line >= console.PROGRESS_INTERVAL_S:
             self.print_line(line)
 
     def close(self, is_finished: bool = False) -> None:
