@@ -216,15 +216,19 @@ def test_without_a_terminal_lines_show_the_progress_within_an_epoch(
 ):
     monkeypatch.setattr(console, "PROGRESS_INTERVAL_S", 0.0)
     run(make_config(tmp_path / "lines", progress=True, log_every=1, epochs=1))
-    *lines, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch"))
+    output = capsys.readouterr()
+    *lines, last = (line for line in output.out.splitlines() if line.startswith("epoch"))
     number = r"\d[\d.,e+-]*"
     for step, line in enumerate(lines, 1):
         rest = rf"loss {number}   lr {number}   {number} images/s"
         assert re.fullmatch(rf"epoch   1/1   step {step}/{STEPS}   {rest}", line)
     assert len(lines) == STEPS - 1
     assert "Top-1" in last
+    assert "evaluate: 100 %, " in output.err
     run(make_config(tmp_path / "none", progress=False, log_every=1, epochs=1))
-    assert capsys.readouterr().out.count("epoch") == 1
+    output = capsys.readouterr()
+    assert output.out.count("epoch") == 1
+    assert "evaluate" not in output.err
 
 
 def test_lines_of_progress_keep_their_distance_from_other_lines(

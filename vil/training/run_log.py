@@ -50,8 +50,8 @@ class RunLog:
         self.metrics: MetricsLog | None = None
         self.tensorboard = TensorBoardLog(None)
         self._copies: list[RecordLog] = []
-        self.shows_progress = folder is not None and config.progress and sys.stderr.isatty()
-        self._prints_progress = config.progress and not self.shows_progress
+        self._shows_progress = folder is not None and config.progress and sys.stderr.isatty()
+        self._prints_progress = config.progress and not self._shows_progress
         self._last_line = time.monotonic()
         if folder is None:
             return
@@ -117,7 +117,7 @@ class RunLog:
 
     def progress_bar(self, epoch: int, epochs: int, start: int, steps: int) -> tqdm[NoReturn]:
         """Return a progress bar over the steps of an epoch, disabled without a terminal."""
-        title, is_hidden = f"epoch {epoch}/{epochs}", not self.shows_progress
+        title, is_hidden = f"epoch {epoch}/{epochs}", not self._shows_progress
         return tqdm(desc=title, initial=start, total=steps, unit="step", leave=False, disable=is_hidden)
 
     def print_line(self, line: str) -> None:

@@ -279,7 +279,7 @@ class Trainer:
             process.rank, *timeouts, stop_signal=stop, last_checkpoint=lambda: describe_last(folder)
         )
         self.timer = StepTimer()
-        options = (process.device, self.updater.precision, self.log.shows_progress)
+        options = (process.device, self.updater.precision, config.progress and process.is_main)
         self.evaluation_options = EvaluationOptions(*options, should_stop=self.must_stop_evaluation)
         self.epoch_losses: list[float] = []
         self.epoch_start = time.perf_counter()
