@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import json
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ import train as train_program
 from vil.command_line.resolution import parse
 from vil.config import Logger, TrainConfig
 from vil.errors import UserError
-from vil.training import csv_log, metrics_log, run_log
+from vil.training import csv_log, experiment_trackers, metrics_log, run_log
 from vil.training.csv_log import CsvLog
 from vil.training.experiment_trackers import _options, check_loggers
 from vil.training.run_log import RunLog
@@ -255,6 +256,24 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch, 
     log.close()
     assert caplog.messages == ["warning: mlflow: the server is gone; no more is logged there"]
     assert [record["step"] for record in records(tmp_path)] == [1, 2]
+
+
+@needs_mlflow
+def test_a_server_that_does_not_answer_delays_the_end_of_the_run_alone(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(experiment_trackers, "FINISH_TIMEOUT_S", 0.1)
+    caplog.set_level(logging.WARNING, "vil")
+    log = RunLog(tmp_path, make_config(tmp_path, loggers=["mlflow"]), 0, True)
+    (tracker,) = log._copies
+    answer = threading.Event()
+    monkeypatch.setattr(tracker._client, "log_batch", lambda *_, **__: answer.wait(60))
+    for step in (1, 2):
+        log.write("train", step, 1, loss=0.5)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
+    log.close()
+    assert not answer.is_set()
+    answer.set()
+    assert caplog.messages == ["warning: mlflow: no answer within 0.1 s; no more is logged there"]
 
 
 @needs_mlflow

@@ -12,10 +12,14 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
 from vil.config import TRACKER_PACKAGES, TrainConfig, Tree
@@ -31,7 +35,11 @@ if TYPE_CHECKING:
 PROJECT = "vil"
 """Project of W&B, unless WANDB_PROJECT is set, and experiment of MLflow, unless MLFLOW_EXPERIMENT_NAME is."""
 
+FINISH_TIMEOUT_S = 60.0
+"""Seconds that the end of a run waits for MLflow's server."""
+
 _MAX_PARAM_LENGTH = 500
+_START_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 _logger = logging.getLogger(__name__)
 
 
@@ -127,7 +135,8 @@ class WandbLog(Tracker):
 class MlflowLog(Tracker):
     """Log to MLflow: to MLFLOW_TRACKING_URI, else into the folder `mlruns` of the run.
 
-    A number that the run logged before it was interrupted is not logged twice.
+    A thread sends the numbers: MLflow tries a request to a server that does not answer for minutes. A number
+    that the run logged before it was interrupted is not logged twice.
 
     Raises:
         UserError: MLflow cannot be reached.
@@ -157,15 +166,28 @@ class MlflowLog(Tracker):
                 self._add_options(run.info.run_id, config)
                 return str(run.info.run_id)
 
-            self._id = _tracker_id(folder, self.name, create)
-            self._client.update_run(self._id, status="RUNNING")
-            keys = self._client.get_run(self._id).data.metrics
-            self._last_steps = {
-                key: max(metric.step for metric in self._client.get_metric_history(self._id, key))
-                for key in keys
-            }
+            with _environment_defaults(_START_LIMITS):
+                self._id = _tracker_id(folder, self.name, create)
+                self._client.update_run(self._id, status="RUNNING")
+                keys = self._client.get_run(self._id).data.metrics
+                self._last_steps = {
+                    key: max(metric.step for metric in self._client.get_metric_history(self._id, key))
+                    for key in keys
+                }
         except MlflowException as error:
             raise UserError("loggers", f"mlflow: {error_reason(error)}") from error
+        self._requests: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._failure: Exception | None = None
+        self._sender = threading.Thread(target=self._send, name="mlflow", daemon=True)
+        self._sender.start()
+
+    def _send(self) -> None:
+        """Send requests, in order, until one fails."""
+        try:
+            while (request := self._requests.get()) is not None:
+                request()
+        except Exception as error:
+            self._failure = error
 
     def _add_options(self, run_id: str, config: TrainConfig) -> None:
         from mlflow.entities import Param
@@ -184,10 +206,35 @@ class MlflowLog(Tracker):
             for key, value in values.items()
             if step > self._last_steps.get(key, -1)
         ]
-        self._client.log_batch(self._id, metrics=metrics)
+        self._submit(partial(self._client.log_batch, self._id, metrics=metrics))
+
+    def _submit(self, request: Callable[[], object] | None) -> None:
+        """Send a request after the earlier ones; raise the error of one of these that failed."""
+        if self._failure is not None:
+            raise self._failure
+        self._requests.put(request)
 
     def _finish(self) -> None:
-        self._client.set_terminated(self._id, "FINISHED" if self.is_finished else "KILLED")
+        status = "FINISHED" if self.is_finished else "KILLED"
+        self._submit(partial(self._client.set_terminated, self._id, status))
+        self._submit(None)
+        self._sender.join(FINISH_TIMEOUT_S)
+        if self._sender.is_alive():
+            raise TimeoutError(f"no answer within {FINISH_TIMEOUT_S:g} s")
+        if self._failure is not None:
+            raise self._failure
+
+
+@contextmanager
+def _environment_defaults(defaults: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables that are not set."""
+    new = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
 
 
 _PATHS = ("output", *(f"{name}.{option}" for name, options in PATH_OPTIONS.items() for option in options))
