@@ -266,7 +266,8 @@ class AugmentConfig:
     mixup_switch_prob: Fraction = 0.5
     """Probability of CutMix if both are on."""
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    """Images that share a mixing weight: the batch, a pair, or none."""
+    """Images that share a mixing weight: the batch, a pair, or none (elem). pair and elem, which mix image by
+    image, wait for the GPU once per batch."""
     mixup_until: Annotated[int, Ge(0)] | None = None
     """First epoch without mixing; null is none."""
     repeated_augmentation: Count = 1
