@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import mmap
 import os
 import socket
 import stat
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.mapped_file import MappedFile
 from vil.errors import UserError, error_reason
 from vil.runtime.console import progress_bar
 from vil.runtime.files import (
@@ -354,7 +354,8 @@ def _is_current(index: Index, root: Path, listed: list[tuple[str, int, int]] | N
 
 def _read_arrays(descriptor: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return the arrays of a file, mapped into memory, and its texts. Raise ValueError if it is damaged."""
-    content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    file = MappedFile(descriptor)
+    content = file.content
     length = int.from_bytes(content[:8], "little")
     if length > min(_MAX_HEADER_BYTES, len(content)):
         raise ValueError("its header is damaged")
@@ -373,7 +374,7 @@ def _read_arrays(descriptor: int) -> tuple[dict[str, np.ndarray], dict[str, str]
         is_inside_file = 0 <= first <= last and 8 + length + last <= len(content)
         if {key: entry[key] for key in expected} != expected or not is_inside_file:
             raise ValueError(f"its array {name} is damaged")
-        arrays[name] = np.frombuffer(content, dtype, count, start)
+        arrays[name] = file.array(dtype, count, start)
     return arrays, texts
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -10,6 +11,7 @@ import tarfile
 import time
 import zipfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,7 +86,7 @@ def test_the_arrays_of_a_stored_index_are_mapped_from_the_first_start_on(indexed
         base = open_source(indexed, "train", 3).targets
         while isinstance(base, np.ndarray):
             base = base.base
-        assert isinstance(base.obj, data.index.mmap.mmap)
+        assert isinstance(base.obj, mmap.mmap)
 
 
 def test_validation_images_have_the_classes_of_training(indexed, image_folder):
@@ -613,3 +615,31 @@ def test_a_killed_process_that_indexes_archives_is_one_line(image_folder, tmp_pa
         open_source(config, "train", 3)
     reason = "a process that indexes archives was killed; fewer need less memory"
     assert str(error.value) == f"data.workers: {reason}"
+
+
+def describe_in_worker(source, queue) -> None:
+    """Send the names and classes of a source's images, and if its index is mapped into memory."""
+    images = [(source.name(i), int(source.targets[i])) for i in range(len(source))]
+    queue.put((images, ".safetensors" in Path("/proc/self/maps").read_text()))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_processes_share_the_mapped_index(indexed, image_folder, kind, start):
+    if kind == "tar":
+        (image_folder / "tar").mkdir()
+        with tarfile.open(image_folder / "tar/train.tar", "w") as archive:
+            archive.add(image_folder / "train", ".")
+        age(image_folder)
+        indexed = replace(indexed, source="tar", root=str(image_folder / "tar"))
+    _, expected = contents(indexed)
+    source = open_source(indexed, "train", 3)
+    for path in Path(indexed.index).iterdir():
+        path.unlink()  # another run may replace it
+    context = multiprocessing.get_context(start)
+    queue = context.SimpleQueue()
+    process = context.Process(target=describe_in_worker, args=(source, queue))
+    process.start()
+    assert queue.get() == (expected, True)
+    process.join()
