@@ -238,3 +238,21 @@ def test_an_unwritable_path_is_refused_before_the_evaluation(name: str, reason: 
     with pytest.raises(UserError) as caught:
         check_writable(tmp_path / name, "json")
     assert str(caught.value) == f"json: {tmp_path / name} cannot be written: {reason}"
+
+
+def test_the_table_shows_paths_in_the_working_folder_relative_to_it(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The data of a run is stored with absolute paths, which would fill a line of a terminal."""
+    folder = tmp_path / "a (b)"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    names = {
+        f"{folder}/photos, held out: {folder}/runs/split.txt": "photos, held out: runs/split.txt",
+        f"zip:{folder}/photos/val": "zip:photos/val",
+        f"/x{folder}/photos": f"/x{folder}/photos",
+        "digits": "digits",
+    }
+    lines = table([{**result, "data": name} for name in names]).splitlines()
+    assert [shown in line for shown, line in zip(names.values(), lines[1:])] == [True] * len(names)
+    assert sum(str(folder) in line for line in lines) == 1

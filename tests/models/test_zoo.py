@@ -225,3 +225,11 @@ def test_impossible_sections_are_refused(config, message):
 def test_number_of_classes_is_needed():
     with pytest.raises(UserError, match="num_classes: is needed"):
         model_from_config(ModelConfig(name="vil_tiny"))
+
+
+def test_gradients_have_the_strides_of_the_parameters():
+    """DDP compares them, also along axes of size 1: here one head and one global token in stage 1."""
+    model = vil.create_model("vil_tiny", image_size=32, num_classes=2)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    strides = {name: (x.grad.stride(), x.stride()) for name, x in model.named_parameters()}
+    assert {name for name, (gradient, parameter) in strides.items() if gradient != parameter} == set()

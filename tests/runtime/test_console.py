@@ -49,6 +49,18 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_programs_for_maintainers_print_to_a_closed_pipe_without_a_traceback():
+    """As `| head -1`; the built-in print would raise BrokenPipeError."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tools.dev.scaling_tables"]
+    with open(writer, "w") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, b"")
+    for path in (ROOT / "tools" / "dev").rglob("*.py"):
+        assert not re.search(r"(?<![\w.])print\(", path.read_text()), path
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_line_that_cannot_be_written_is_discarded(unbuffered: str):

@@ -56,6 +56,19 @@ def test_every_source_and_recipe_is_measured(
     assert text.strip() == capsys.readouterr().out.strip()
 
 
+def test_a_fraction_of_the_images_of_each_class_is_that_of_timm_too(root: Path, tmp_path: Path) -> None:
+    """One image of each class, also where the fraction of all images is less."""
+    argv = ["loader", "--sources", f"folder={root}", "--repeats", "1", "--workers", "1", "--batch-size", "2"]
+    options = ["--recipes", "crop", "--fraction", "0.01", "--image-size", "32", "--device", "cpu"]
+    program.benchmark([*argv, *options, "--csv", str(tmp_path / "out.csv")])
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert {record["method"]: record["images"] for record in csv.DictReader(file)} == {
+            "folder": "2",
+            "timm": "2",
+            "folder's JPEGs": "2",
+        }
+
+
 def test_a_source_that_fails_is_noted() -> None:
     values: dict[str, float | Missing] = {"zip": Missing("no such file"), "timm": 0.5}
     records = loader.to_records(

@@ -91,10 +91,24 @@ def test_the_suggestion_is_where_the_loss_falls_fastest():
     assert suggest(points[4:6]) is None
 
 
+def test_a_fall_within_the_noise_gives_no_suggestion():
+    """The smoothed loss falls by 0.04 in all cases; single losses vary by the amplitude around it."""
+    smoothed = np.linspace(1.84, 1.80, 50).tolist() + np.linspace(1.80, 8.0, 50).tolist()
+    for amplitude, is_found in ((0.01, True), (0.03, False)):
+        points = [
+            Point(10.0 ** (0.06 * step - 6), loss + amplitude * (-1) ** step, loss)
+            for step, loss in enumerate(smoothed)
+        ]
+        assert (suggest(points) is not None) == is_found
+
+
 def test_a_loss_that_does_not_fall_gives_no_suggestion(capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(find_lr, "range_test", lambda *_: [Point(0.1, 1.0, 1.0), Point(1.0, 2.0, 2.0)])
     main(["--steps", "10", *TINY])
-    assert capsys.readouterr().out == "no suggestion: the loss does not fall; diverged at 1.0e+00\n"
+    assert capsys.readouterr().out == (
+        "no suggestion: the loss does not fall by more than its noise; diverged at 1.0e+00; "
+        "try more --steps or a larger batch\n"
+    )
 
 
 @pytest.mark.parametrize(

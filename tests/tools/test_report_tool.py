@@ -490,6 +490,27 @@ def test_worst_of_many_classes_are_shown():
     assert {"c7", "c500"} <= set(bars.layout.yaxis.ticktext)
 
 
+def diagonal(classes):
+    """Return an evaluation of images that are all predicted correctly."""
+    confusion = torch.eye(classes, dtype=torch.int64)
+    names = tuple(f"class {n}" for n in range(classes))
+    return Evaluation(Predictions(confusion.sum(dim=1), confusion, [], 0), names, "raw", [])
+
+
+def test_charts_of_few_and_of_many_classes_stand_side_by_side(browser, tmp_path):
+    """Each begins below its title, which names its run, although they have different heights."""
+    runs = open_runs([str(write_run(tmp_path / name)) for name in ("few", "many")])
+    path = tmp_path / "report.html"
+    path.write_text(page.render(runs, [diagonal(3), diagonal(30)], "title"))
+    visit = Visit(browser, path).ready()
+    tops = visit.evaluate("""[...document.querySelectorAll(".classes > .card")].map(card =>
+        [card.querySelector("h3").innerText, card.querySelector(".chart").getBoundingClientRect().top
+            - card.getBoundingClientRect().top])""")
+    (few, few_top), (many, many_top) = tops
+    assert (few, many) == ("Accuracy by class: few", "Accuracy by class: many")
+    assert few_top == many_top < 80
+
+
 class NamedRun:
     name = "run"
 

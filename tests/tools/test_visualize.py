@@ -135,6 +135,17 @@ def test_bias_by_offset():
             assert attention.attention_weights(x, (10, 10), query).to_map[0, 0, 0].argmax() == 56
 
 
+def test_ticks_of_bias_tables_are_offsets():
+    """Of a map of 2 × 2, whose offsets are −1, 0 and 1, in a stage without global tokens."""
+    stage = StageConfig(dim=8, heads=1, patch=4, attention="full", blocks=1, global_tokens=0)
+    model = MultiScaleViT(ModelConfig(name="vil", image_size=8, num_classes=2, stages=[stage]))
+    figure = figures.bias_figure("title", 0, [(0, model.stages[0].blocks[0].attn)])
+    axes = figure.axes[0]
+    for axis in (axes.xaxis, axes.yaxis):
+        assert [tick for tick in axis.get_ticklocs() if abs(tick) <= 1.5] == [-1, 0, 1]
+    assert figure.get_supxlabel() == "key column − query column"
+
+
 def test_figures_of_a_checkpoint(tmp_path, photo, capsys):
     checkpoint = write_checkpoint(tmp_path / "x.safetensors")
     argv = [checkpoint, "--query", "39,20", "--blocks", "all", photo]

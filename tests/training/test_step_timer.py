@@ -51,6 +51,20 @@ def test_the_first_step_of_an_epoch_does_not_count(clock):
         assert timer.waiting_share() == pytest.approx(0.25)
 
 
+def test_an_epoch_of_seconds_is_not_judged(clock):
+    """As one of the demo, where a moment of other load is a fifth of the time."""
+    timer = StepTimer()
+    for seconds, share in ((0.1, 0.0), (0.5, 0.5)):
+        timer.begin_epoch()
+        timer.end_step()
+        for _ in range(30):
+            with timer.waiting():
+                clock(seconds / 2)
+            clock(seconds / 2)
+            timer.end_step()
+        assert timer.waiting_share() == pytest.approx(share)
+
+
 def test_an_input_bound_run_prints_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clock
 ):

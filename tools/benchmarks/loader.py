@@ -22,6 +22,7 @@ from data.decoding import EncodedImage
 from data.ffcv_loader import StoredImage, load_decoder
 from data.policies import patch_posterize
 from data.sources import open_source
+from data.sources.subsets import select_subset
 from tools.benchmarks.options import positive
 from tools.benchmarks.output import Column, Results, ratio
 from tools.benchmarks.timing import Measurement, TimingOptions, time_interleaved
@@ -114,9 +115,11 @@ def train_loader(
 def _timm_epoch(
     data: DataConfig, augment: AugmentConfig, arguments: Namespace, device: torch.device
 ) -> Callable[[], int]:
-    """Build timm's loader with prefetcher and persistent workers, as its train.py does."""
+    """Build timm's loader of the same images with prefetcher and persistent workers, as its train.py."""
+    source = select_subset(open_source(data, "train", 3), data)
+    paths = {source.describe(index) for index in range(len(source))}
     dataset = create_dataset("", str(Path(data.root or "") / data.train_split))
-    dataset.reader.samples = dataset.reader.samples[:: max(1, round(1 / arguments.fraction))]
+    dataset.reader.samples = [sample for sample in dataset.reader.samples if sample[0] in paths]
     loader = create_loader(
         dataset,
         (3, arguments.image_size, arguments.image_size),
@@ -155,14 +158,14 @@ def _decoder_epoch(data: DataConfig, arguments: Namespace) -> Callable[[], int]:
     if data.source == "ffcv":
         load_decoder()
         beton = Beton(Path(data.root or "") / f"{data.train_split}.beton")
-        images = [StoredImage(beton, index) for index, raw in enumerate(beton.raw) if not raw]
+        encoded = [index for index, raw in enumerate(beton.raw) if not raw]
+        images = [StoredImage(beton, index) for index in encoded[:: max(1, round(1 / arguments.fraction))]]
     else:
-        source = open_source(data, "train", 3)
+        source = select_subset(open_source(data, "train", 3), data)
         try:
             images = [source.read(index) for index in range(len(source))]
         except OSError as error:
             raise UserError("data.root", f"{error.filename}: cannot be read: {error.strerror}") from None
-    images = images[:: max(1, round(1 / arguments.fraction))]
     pool = ThreadPoolExecutor(arguments.workers)
     return lambda: sum(pool.map(lambda image: min(1, image.decode().size), images))
 

@@ -31,6 +31,7 @@ from vil.checkpoints.training_state import State
 from vil.checkpoints.writer import CheckpointWriter, state_size
 from vil.command_line import ToolParser
 from vil.errors import UserError
+from vil.runtime.console import print_text
 from vil.training import trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,15 +80,15 @@ def main(argv: Sequence[str]) -> None:
         epochs[is_written].append(end - start)
     if min(map(len, epochs.values())) < 2:
         raise UserError("schedule.epochs", "must be at least 7: two of each kind after the warm-up")
-    print(f"\n{torch.get_num_threads()} threads, checkpoints of {AlternatingWriter.size / 1e6:.1f} MB")
+    print_text(f"\n{torch.get_num_threads()} threads, checkpoints of {AlternatingWriter.size / 1e6:.1f} MB")
     for is_written, name in ((True, "epoch with a write"), (False, "epoch without a write")):
         low, middle, high = quantiles(epochs[is_written], n=4)
         count = len(epochs[is_written])
-        print(f"{name}: {middle:.3f} s (quartiles {low:.3f} to {high:.3f} s, {count} epochs)")
+        print_text(f"{name}: {middle:.3f} s (quartiles {low:.3f} to {high:.3f} s, {count} epochs)")
     with_write, without_write = median(epochs[True]), median(epochs[False])
     wait_s, cpu_s = median(AlternatingWriter.waits_s), median(AlternatingWriter.cpu_s)
-    print(f"an epoch with a write takes {100 * (with_write / without_write - 1):+.1f} % longer")
-    print(
+    print_text(f"an epoch with a write takes {100 * (with_write / without_write - 1):+.1f} % longer")
+    print_text(
         f"training waits {1e3 * wait_s:.1f} ms, the thread computes {1e3 * cpu_s:.1f} ms (medians of "
         f"{len(AlternatingWriter.cpu_s)}): {100 * (wait_s + cpu_s) / without_write:.2f} % of an epoch"
     )

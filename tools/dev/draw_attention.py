@@ -26,6 +26,7 @@ from vil import command_line
 from vil.attention.local.dense import dense_bias
 from vil.attention.local.geometry import NEIGHBOR_OFFSETS, Inputs, LocalAttentionSpec, Mask
 from vil.command_line import ToolParser
+from vil.runtime.console import print_text
 from vil.runtime.files import write_output
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
     for name, draw in FIGURES.items():
         path = folder / f"{name}.png"
         write_output(path, as_png(draw()), "--folder")
-        print(path)
+        print_text(path)
 
 
 if __name__ == "__main__":

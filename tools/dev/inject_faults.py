@@ -27,6 +27,7 @@ from tools.dev.faults.scenarios import SCENARIOS
 from vil import command_line
 from vil.command_line import ToolParser, bounded_int
 from vil.errors import UserError
+from vil.runtime.console import print_text
 from vil.runtime.files import write_output
 
 
@@ -45,16 +46,16 @@ def main(argv: Sequence[str]) -> None:
     finally:
         kill_all()
     report = experiment.report
-    print(f"\n{report.table()}\n")
+    print_text(f"\n{report.table()}\n")
     for name, reason in report.skipped.items():
-        print(f"skipped {name}: {reason}")
+        print_text(f"skipped {name}: {reason}")
     if arguments.markdown:
         command = shlex.join(["python", "-m", "tools.dev.inject_faults", *argv])
         write_output(arguments.markdown, f"{report.table()}\n\nFrom `{command}`.\n", "--markdown")
     if report.has_survived:
         shutil.rmtree(folder, ignore_errors=True)
         return
-    print(f"runs and their output: {folder}")
+    print_text(f"runs and their output: {folder}")
     raise SystemExit(1)
 
 

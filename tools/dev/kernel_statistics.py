@@ -30,6 +30,7 @@ from vil import command_line
 from vil.attention.local.geometry import Inputs, LocalAttentionSpec, Mask, operator_inputs
 from vil.command_line import ToolParser
 from vil.errors import UserError
+from vil.runtime.console import print_text
 
 SHARED_KIB = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100}
 """Ten times the compute capability → shared memory of a multiprocessor in KiB."""
@@ -199,7 +200,7 @@ def main(argv: Sequence[str]) -> None:
         for kernel in compile_kernels(*key, spec, options.global_tokens, not options.absolute):
             row = {**dataclasses.asdict(kernel), "at a time": kernel.programs}
             rows.append({name: str(value) for name, value in row.items()})
-    print(markdown_table(rows))
+    print_text(markdown_table(rows))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from vil.config import ModelConfig, StageConfig
 from vil.evaluation.complexity import measure_complexity
 from vil.models import MultiScaleViT
 from vil.models.zoo import config_from_options, resolve_stages
+from vil.runtime.console import print_text
 from vil.runtime.files import write_output
 
 PAGE_TEMPLATE = Path(__file__).with_suffix(".md")
@@ -361,7 +362,7 @@ def main(argv: Sequence[str]) -> None:
     sizes, rows = table1_rows(paper), [*table2_rows(paper), *published_rows(paper)]
     claims = check_claims(sizes, rows)
     page = show_page(sizes, rows, claims)
-    print(page)
+    print_text(page)
     if arguments.markdown:
         write_output(arguments.markdown, page, "--markdown")
     if not all(claim.holds for claim in claims):

@@ -18,6 +18,7 @@ from tools.markdown_table import markdown_table
 from vil import command_line, create_model
 from vil.command_line import ToolParser
 from vil.evaluation.complexity import Complexity, measure_complexity
+from vil.runtime.console import print_text
 
 MODELS = ("vil_tiny", "vil_small", "vil_medium_deep", "vil_medium_wide", "vil_base_deep", "vil_base_wide")
 GPUS = (8, 64, 512)
@@ -125,9 +126,9 @@ def main(argv: Sequence[str]) -> None:
     with torch.device("meta"):
         models = {name: create_model(name) for name in arguments.models}
     costs = {name: measure_complexity(model, 224, 3) for name, model in models.items()}
-    print(throughput_table(costs, arguments.utilization))
-    print()
-    print(communication_table(costs, arguments.utilization, arguments.batch_size))
+    print_text(throughput_table(costs, arguments.utilization))
+    print_text("")
+    print_text(communication_table(costs, arguments.utilization, arguments.batch_size))
 
 
 if __name__ == "__main__":

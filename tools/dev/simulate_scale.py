@@ -40,6 +40,7 @@ from tools.markdown_table import markdown_table
 from vil import command_line
 from vil.command_line import ToolParser, bounded_int
 from vil.errors import UserError
+from vil.runtime.console import print_text
 
 Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parents[2]
@@ -311,10 +312,10 @@ def main(argv: Sequence[str]) -> None:
     """Print the tables."""
     options = _parser().parse_args(argv)
     if options.images:
-        print(markdown_table(list(order_rows(options.images, options.ranks, options.batch_size))), flush=True)
-        print(f"\n{markdown_table([index_row(count) for count in options.images])}", flush=True)
+        print_text(markdown_table(list(order_rows(options.images, options.ranks, options.batch_size))))
+        print_text(f"\n{markdown_table([index_row(count) for count in options.images])}")
     if options.processes:
-        print(f"\n{markdown_table([start_up(count) for count in options.processes])}", flush=True)
+        print_text(f"\n{markdown_table([start_up(count) for count in options.processes])}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tools.dev.machines.network import ADDRESSES, NAMES, Machine, two_machines
 from vil import command_line
 from vil.command_line import ToolParser
 from vil.errors import UserError
+from vil.runtime.console import print_text
 
 ROOT = Path(__file__).resolve().parents[2]
 _TOOLS = ("slurmctld", "slurmd", "srun", "munged", "mpirun")
@@ -256,9 +257,9 @@ def has_ended_as_expected(cluster: Cluster, name: str) -> bool:
     try:
         result = SCENARIOS[name](cluster)
     except (RuntimeError, subprocess.TimeoutExpired) as error:
-        print(f"{name}: FAILED: {error}", flush=True)
+        print_text(f"{name}: FAILED: {error}")
         return False
-    print(f"{name}: {result}", flush=True)
+    print_text(f"{name}: {result}")
     return True
 
 
@@ -274,7 +275,7 @@ def main(argv: Sequence[str]) -> None:
             has_failed = not all(results)
     finally:
         if has_failed and any(folder.iterdir()):
-            print(f"output: {folder}")
+            print_text(f"output: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
     if has_failed:

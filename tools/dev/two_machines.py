@@ -24,6 +24,7 @@ from tools.dev.machines.scenarios import SCENARIOS, ScenarioRunner
 from tools.markdown_table import markdown_table
 from vil import command_line
 from vil.command_line import ToolParser, bounded_int
+from vil.runtime.console import print_text
 from vil.runtime.files import write_output
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,15 +41,15 @@ def main(argv: Sequence[str]) -> None:
         runner = ScenarioRunner(folder, arguments.repository.resolve(), arguments.timeout)
         for name in arguments.only or SCENARIOS:
             outcomes.append(runner.run(name))
-            print(markdown_table([outcomes[-1].row()]).splitlines()[-1], flush=True)
+            print_text(markdown_table([outcomes[-1].row()]).splitlines()[-1])
         has_failed = any(outcome.problems for outcome in outcomes)
     finally:
         if outcomes and has_failed:
-            print(f"output: {folder}")
+            print_text(f"output: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
     table = markdown_table([outcome.row() for outcome in outcomes])
-    print(f"\n{table}\n")
+    print_text(f"\n{table}\n")
     if arguments.markdown:
         command = shlex.join(["python", "-m", "tools.dev.two_machines", *argv])
         write_output(arguments.markdown, f"{table}\n\nFrom `{command}`.\n", "--markdown")

@@ -6,8 +6,8 @@
 All other arguments are those of train.py. The rates are values of schedule.lr; warm-up, schedule and moving
 average are off. The test ends early when the smoothed loss is four times its minimum or not finite. In
 float16, steps that the scaling of the loss skips do not end it, up to max_skipped_steps in a row. The
-suggested rate is the one at which the smoothed loss falls fastest; rates shortly before the minimum work for
-many models, too. The folder of the run is neither created nor touched.
+suggested rate is the one at which the smoothed loss falls fastest, if it falls by more than its noise; rates
+shortly before the minimum work for many models, too. The folder of the run is neither created nor touched.
 
 Source: Smith, Cyclical Learning Rates for Training Neural Networks, https://arxiv.org/abs/1506.01186,
 section 3.3.
@@ -48,6 +48,8 @@ SMOOTHING = 0.9
 """Decay of the moving average of the loss."""
 DIVERGENCE = 4.0
 """The test ends when the smoothed loss is this multiple of its minimum."""
+NOISE = 2.0
+"""A smoothed loss that falls by at most this many standard deviations of single losses does not fall."""
 MIN_STEPS = 10
 
 
@@ -90,7 +92,8 @@ def main(argv: Sequence[str]) -> None:
         write_output(arguments.curve, draw(points, suggestion), "--curve")
     end = f"diverged at {points[-1].lr:.1e}" if has_diverged else f"no divergence up to {rates[-1]:.1e}"
     if suggestion is None:
-        print_line(f"no suggestion: the loss does not fall; {end}")
+        reason = "the loss does not fall by more than its noise"
+        print_line(f"no suggestion: {reason}; {end}; try more --steps or a larger batch")
     else:
         print_line(f"suggested: --schedule.lr {suggestion:.1e}; {end}")
 
@@ -157,12 +160,14 @@ def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) ->
 def suggest(points: Sequence[Point]) -> float | None:
     """Return the learning rate at which the smoothed loss falls fastest; None if it does not fall.
 
-    The first tenth, where the average is over few losses, is left out.
+    A fall by up to NOISE standard deviations of single losses around the average is noise. The first tenth,
+    where the average is over few losses, is left out.
     """
     first = len(points) // 10
     smoothed = np.array([point.smoothed for point in points[first:]])
     falling = smoothed[: int(smoothed.argmin()) + 1]
-    if len(falling) < 2:
+    noise = np.std([point.loss - point.smoothed for point in points[first : first + len(falling)]])
+    if len(falling) < 2 or falling[0] - falling[-1] <= NOISE * noise:
         return None
     return points[first + int(np.gradient(falling).argmin())].lr
 

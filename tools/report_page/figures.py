@@ -269,7 +269,10 @@ def _cost_chart(
 
 
 def class_accuracy_chart(key: str, runs: Sequence[Run], evaluations: Mapping[int, Evaluation]) -> Chart:
-    """Return the accuracy by class of runs (index → evaluation) that have the same classes."""
+    """Return the accuracy by class of runs (index → evaluation) that have the same classes.
+
+    The title names these runs if the page has others.
+    """
     names = next(iter(evaluations.values())).class_names
     columns = {index: e.predictions.class_accuracy for index, e in evaluations.items()}
     means = {}
@@ -298,7 +301,10 @@ def class_accuracy_chart(key: str, runs: Sequence[Run], evaluations: Mapping[int
     figure = _figure(traces, height=134 + 24 * len(rows))
     figure.update_xaxes(title_text="of the images of a class, %")
     figure.update_yaxes(**_class_axis([plain_text(names[row], 24) for row in rows], is_reversed=True))
-    return Chart(key, "Accuracy by class", figure, caption)
+    title = "Accuracy by class"
+    if len(evaluations) < len(runs):
+        title += f": {', '.join(plain_text(runs[index].name, 24) for index in evaluations)}"
+    return Chart(key, title, figure, caption)
 
 
 def confusion_chart(key: str, evaluation: Evaluation) -> Chart:

@@ -14,6 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from vil.attention import Attention
@@ -101,12 +102,16 @@ def bias_figure(title: str, stage: int, blocks: Sequence[tuple[int, Attention]])
             axes.axhline(0, color="black", lw=0.4)
             axes.axvline(0, color="black", lw=0.4)
             axes.tick_params(labelsize=7)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator("auto", integer=True))
             axes.set_xlabel(_global_bias_label(attention, head), fontsize=LABEL_SIZE)
             if row is grid[0]:
                 axes.set_title(f"head {head + 1}", fontsize=TITLE_SIZE)
         row[0].set_ylabel(f"block {index + 1}\nkey row − query row", fontsize=LABEL_SIZE)
         figure.colorbar(mesh, ax=row[-1], fraction=0.05, pad=0.03).ax.tick_params(labelsize=7)
-    label = "key column − query column; below each table the biases of global tokens"
+    has_global_biases = any(_global_bias_label(attention, 0) for _, attention, _ in tables)
+    label = "key column − query column"
+    label += "; below each table the biases of global tokens" if has_global_biases else ""
     figure.supxlabel(label, fontsize=LABEL_SIZE)
     return figure
 

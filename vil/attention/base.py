@@ -289,6 +289,8 @@ class GlobalBias(nn.Module):
     def global_query_bias(self, num_globals: int, num_locals: int) -> Tensor:
         """Return the biases (h, num_globals, num_globals + num_locals) of global queries and all keys."""
         external = num_globals - self.to_local.shape[1]
-        among = F.pad(self.among, (0, external, 0, external))
+        # Flattened for its gradient, a slice of that of the concatenation: DDP compares strides with those
+        # of the parameter, also along axes of size 1, and warns if there is one head and one token.
+        among = F.pad(self.among.flatten().view_as(self.among), (0, external, 0, external))
         to_local = F.pad(self.to_local, (0, external))[:, :, None].expand(-1, -1, num_locals)
         return torch.cat([among, to_local], dim=-1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,16 +182,27 @@ def _class_objects(names: Sequence[str], classes: ClassMetrics) -> list[Result]:
     return [dict(zip(CLASS_KEYS, row)) for row in zip(names, *columns, strict=True)]
 
 
+def _relative(name: str) -> str:
+    """Return the name of a data set with its paths in the working folder relative to it.
+
+    Runs store the absolute path of their data.
+    """
+    folder = re.escape(os.path.join(os.getcwd(), ""))
+    return re.sub(rf"(^|[: ]){folder}", r"\1", name)
+
+
 def table(results: Sequence[Result], width: int | None = None) -> str:
     """Return the results as aligned text, without empty columns, then a line about device and units.
 
-    A single result whose table is wider than `width` columns is a list with one name and value per line.
+    Paths of data sets in the working folder are relative. A single result whose table is wider than `width`
+    columns is a list with one name and value per line.
     """
     shown = []
     for column in _COLUMNS:
         values = [result.get(column.key) for result in results]
         if any(value is not None for value in values) and (column.key != "unreadable" or any(values)):
-            shown.append((column, [column.text(value) for value in values]))
+            texts = [column.text(value) for value in values]
+            shown.append((column, [_relative(text) for text in texts] if column.key == "data" else texts))
     in_table = [(column, texts) for column, texts in shown if column.is_in_table]
     left = [index for index, (column, _) in enumerate(in_table) if not column.format]
     rows = align(list(zip(*([column.heading, *texts] for column, texts in in_table))), left)

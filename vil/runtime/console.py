@@ -42,6 +42,11 @@ def print_line(line: str, stream: TextIO | None = None) -> None:
     write(f"{printable(line)}\n", stream)
 
 
+def print_text(text: object) -> None:
+    """Print lines of text as they are; ignore a standard output that is closed, or on a full disk."""
+    write(f"{text}\n")
+
+
 def width() -> int | None:
     """Return the columns of the terminal, or of COLUMNS; None if standard output is no terminal."""
     is_known = os.environ.get("COLUMNS", "").isdecimal()

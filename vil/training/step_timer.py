@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 INPUT_BOUND_SHARE = 0.2
 """Share of the time spent waiting for images from which on a run is called input-bound."""
-MIN_EPOCH_STEPS = 20
-"""Steps without which an epoch is too short to be judged."""
+MIN_EPOCH_STEPS, MIN_EPOCH_SECONDS = 20, 10.0
+"""Steps and time without which an epoch is too short to be judged: a moment of other load would count."""
 
 
 class StepTimer:
@@ -56,10 +56,11 @@ class StepTimer:
         return means
 
     def waiting_share(self) -> float:
-        """Return the share of the epoch spent waiting, 0 to 1; 0 for an epoch of too few steps."""
-        if self._epoch_steps < MIN_EPOCH_STEPS:
+        """Return the share of the epoch spent waiting, 0 to 1; 0 for an epoch that is too short."""
+        seconds = time.perf_counter() - self._epoch_start
+        if self._epoch_steps < MIN_EPOCH_STEPS or seconds < MIN_EPOCH_SECONDS:
             return 0.0
-        return self._epoch_wait / (time.perf_counter() - self._epoch_start)
+        return self._epoch_wait / seconds
 
 
 def input_bound_warning(waiting_share: float, workers: int) -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from tools.markdown_table import markdown_table
+from vil.runtime.console import print_text
 
 
 @dataclass
@@ -70,9 +71,9 @@ class Report:
         except (psutil.Error, OSError, ValueError, LookupError, RuntimeError) as error:
             trial.problems.append(f"{type(error).__name__}: {error}")
         outcome = "NOT SURVIVED" if trial.problems else "survived"
-        print(f"{trial.fault}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
+        print_text(f"{trial.fault}: {outcome}, {time.monotonic() - start:.0f} s")
         for problem in trial.problems[:10]:
-            print(f"  {problem}", flush=True)
+            print_text(f"  {problem}")
 
     @property
     def has_survived(self) -> bool:
