@@ -256,3 +256,7 @@ def test_the_table_shows_paths_in_the_working_folder_relative_to_it(
     lines = table([{**result, "data": name} for name in names]).splitlines()
     assert [shown in line for shown, line in zip(names.values(), lines[1:])] == [True] * len(names)
     assert sum(str(folder) in line for line in lines) == 1
+    folder.rmdir()
+    for change in (lambda: None, lambda: monkeypatch.chdir("/")):  # removed, or the root
+        change()
+        assert "/data/photos " in table([{**result, "data": "/data/photos"}])

@@ -187,8 +187,11 @@ def _relative(name: str) -> str:
 
     Runs store the absolute path of their data.
     """
-    folder = re.escape(os.path.join(os.getcwd(), ""))
-    return re.sub(rf"(^|[: ]){folder}", r"\1", name)
+    try:
+        folder = os.getcwd()
+    except OSError:  # it was removed
+        return name
+    return name if folder == os.sep else re.sub(rf"(^|[: ]){re.escape(folder + os.sep)}", r"\1", name)
 
 
 def table(results: Sequence[Result], width: int | None = None) -> str:
