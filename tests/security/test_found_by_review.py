@@ -82,6 +82,7 @@ def trained_optimizer(name="adamw"):
         ("adamw", "exp_avg", torch.zeros(1).expand(10**9)),
         ("sgd", "momentum_buffer", torch.zeros(1)),
         ("lamb", "exp_avg", torch.zeros(1).expand(10**9)),
+        ("lamb", "exp_avg", torch.zeros(1).expand(2)),
         ("lion", "exp_avg", torch.eye(3).to_sparse()),
     ],
 )
