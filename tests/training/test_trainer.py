@@ -201,6 +201,30 @@ def test_ema_is_the_running_mean_and_is_evaluated(tmp_path: Path):
     assert record["ema_top1"] == again.values["top1"]
 
 
+def test_ema_averages_running_statistics_and_copies_other_buffers(tmp_path: Path):
+    class RedrawnModel(TinyModel):
+        """Adds 1 to a buffer in every step, as Performer redraws its projection."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("projection", torch.zeros(2))
+
+        def set_training_progress(self, step: int, epoch: int) -> None:
+            self.projection += 1
+
+    run(make_config(tmp_path / "copied", ema_decay=0.5, max_steps=3), RedrawnModel())
+    assert load_last(tmp_path / "copied")["ema"]["projection"].tolist() == [3.0, 3.0]
+
+    means = []
+    for steps in range(1, 4):
+        folder = tmp_path / f"averaged{steps}"
+        run(make_config(folder, ema_decay=0.5, max_steps=steps), TinyModel(norm=nn.BatchNorm2d))
+        state = load_last(folder)
+        means.append(state["model"]["norm.running_mean"])
+    expected = means[0] / 4 + means[1] / 4 + means[2] / 2
+    torch.testing.assert_close(state["ema"]["norm.running_mean"], expected)
+
+
 def test_best_is_the_better_of_raw_and_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     figures = iter([50.0, 60.0, 70.0, 65.0, 70.0, 70.0])  # raw and average of three epochs
 
