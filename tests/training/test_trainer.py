@@ -60,6 +60,21 @@ def test_logged_loss_is_that_of_the_global_batch(tmp_path: Path):
     assert losses(tmp_path)[0] == pytest.approx(expected, abs=1e-6)
 
 
+def test_class_weights_are_normalized_over_the_global_batch(tmp_path: Path):
+    """Loss and gradient are those of PyTorch's weighted cross-entropy of the whole batch."""
+    weights = [1.0, 20.0, 0.1, 5.0]
+    run(make_config(tmp_path, max_steps=2, accumulation=2, label_smoothing=0.0, class_weights=weights, lr=1e-9))
+    model = TinyModel()
+    for step, record in enumerate(records(tmp_path, "train"), start=1):
+        images, targets = make_batch(step, 16)
+        model.zero_grad()
+        expected = nn.functional.cross_entropy(model(images), targets, torch.tensor(weights))
+        expected.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        assert record["loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
 def test_accumulation_changes_nothing(tmp_path: Path):
     for parts in (1, 4):
         run(make_config(tmp_path / str(parts), accumulation=parts))
