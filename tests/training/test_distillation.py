@@ -275,7 +275,6 @@ def test_models_of_timm_learn_with_the_heads_that_they_have(tmp_path: Path, name
     before = [head.weight.detach().clone() for head in classifiers(model)]
     config = make_config(tmp_path, max_steps=1, warmup_epochs=0, distillation="hard", distillation_alpha=1.0)
     updater = ModelUpdater(model, config, CPU, EpochSteps.constant(STEPS), teacher=make_teacher())
-    updater.set_training_mode()
     images, targets = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
     updater.begin_step(0)
     updater.update(0, updater.accumulate(images, targets, 0))
