@@ -174,6 +174,11 @@ def test_a_new_head() -> None:
     model, before, line = initialized(dataclasses.replace(file, state_dict=without), names)
     assert line == "head: new, 6 classes; the weights have no head"
     assert torch.equal(model.head.weight, before.head.weight)
+    for other in ({"head.weight": torch.ones(6, 5)}, {"head.bias": torch.tensor(1.0)}, {"head.bias": None}):
+        tensors = {name: value for name, value in (file.state_dict | other).items() if value is not None}
+        model, before, line = initialized(dataclasses.replace(file, state_dict=tensors), names)
+        assert line == "head: new, 6 classes; the head of the weights has other layers"
+        assert torch.equal(model.head.weight, before.head.weight)
 
 
 def test_a_thousand_rows_are_those_of_imagenet_if_the_classes_are_synsets() -> None:
