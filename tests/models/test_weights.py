@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -260,6 +261,25 @@ def test_rows_of_the_heads_of_timm_models(name: str, head: str) -> None:
     layer, old = model.get_classifier(), before.get_classifier()
     assert torch.equal(layer.weight[[0, 2]], file.state_dict[f"{head}.weight"][[2, 0]])
     assert torch.equal(layer.weight[1], old.weight[1])
+
+
+def test_rows_of_a_head_in_the_layout_of_the_authors() -> None:
+    """timm finds the head, which has another name in ConvNeXt's own checkpoints."""
+    config = ModelConfig(name="timm/test_convnext", image_size=32, num_classes=3)
+    file = random_weights(config)
+    names = (("head.fc.", "head."), ("head.norm.", "norm."), ("conv_dw", "dwconv"), ("mlp.fc", "pwconv"),
+             (r"\.blocks\.", "."), (r"stages\.(\d)\.downsample", r"downsample_layers.\1"),
+             (r"^stem", "downsample_layers.0"))  # fmt: skip
+    renamed = dict(file.state_dict)
+    for ours, theirs in names:
+        renamed = {re.sub(ours, theirs, name): value for name, value in renamed.items()}
+    assert {"head.weight", "stages.0.0.dwconv.weight"} <= renamed.keys()
+    other = dataclasses.replace(file, state_dict=renamed, class_names=("a", "b", "c"))
+    model, before, line = initialized(other, ("c", "new", "a"), config)
+    assert line == "head: 2 of 3 classes from the weights, 1 new"
+    assert torch.equal(model.head.fc.weight[[0, 2]], file.state_dict["head.fc.weight"][[2, 0]])
+    assert torch.equal(model.head.fc.weight[1], before.head.fc.weight[1])
+    assert torch.equal(model.stem[0].weight, file.state_dict["stem.0.weight"])
 
 
 def test_timm_weights_have_all_their_rows(tmp_path: Path) -> None:
