@@ -171,6 +171,7 @@ MALFORMED = [
     ("order_version", True),
     ("best", [97.0]),
     ("best", {"top1": 97.0, "epoch": 1}),
+    ("best", {"weights": "raw", "epoch": 1}),
     ("best", {"top1": None, "weights": "raw", "epoch": 1}),
     ("best", {"top1": 97.0, "weights": "mean", "epoch": 1}),
     ("config", "text"),
