@@ -18,7 +18,12 @@ from vil.config import DataConfig
 from vil.errors import UserError
 
 CLASSES = {"große Katze": 10, "猫 two": 5, "plain": 2}
-HELD_OUT = ["große Katze/bild 2 é.png", "große Katze/bild 6 é.png", "plain/bild 0 é.png", "猫 two/bild 2 é.png"]
+HELD_OUT = [
+    "große Katze/bild 2 é.png",
+    "große Katze/bild 6 é.png",
+    "plain/bild 0 é.png",
+    "猫 two/bild 2 é.png",
+]
 """Names of the validation images with seed 7 and a fraction of 0.2."""
 
 

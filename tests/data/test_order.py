@@ -8,7 +8,6 @@ import pytest
 from data.order import EpochOrder, permute
 from data.samplers import BalancedBatches, MicroBatches
 
-
 ORDER_1, ORDER_2 = [11, 1, 10, 8, 2, 6, 0, 9, 5, 7, 4, 3], [8, 10, 3, 0, 11, 1, 6, 5, 9, 2, 7, 4]
 LAST_2 = [5_806_794, 5_641_399, 10_952_207, 8_882_820, 13_666_847]
 """Orders of 12 images by version, and the last images of 14,197,122."""

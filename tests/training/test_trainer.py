@@ -63,7 +63,11 @@ def test_logged_loss_is_that_of_the_global_batch(tmp_path: Path):
 def test_class_weights_are_normalized_over_the_global_batch(tmp_path: Path):
     """Loss and gradient are those of PyTorch's weighted cross-entropy of the whole batch."""
     weights = [1.0, 20.0, 0.1, 5.0]
-    run(make_config(tmp_path, max_steps=2, accumulation=2, label_smoothing=0.0, class_weights=weights, lr=1e-9))
+    run(
+        make_config(
+            tmp_path, max_steps=2, accumulation=2, label_smoothing=0.0, class_weights=weights, lr=1e-9
+        )
+    )
     model = TinyModel()
     for step, record in enumerate(records(tmp_path, "train"), start=1):
         images, targets = make_batch(step, 16)
