@@ -120,6 +120,8 @@ def test_names_that_are_not_utf_8_are_held_out_and_recorded(root, tmp_path):
     start(data, tmp_path)
     recorded = (tmp_path / "split.txt").read_bytes().splitlines()
     assert recorded == [os.fsencode(name) for name in sorted(names(data, "val"))]
+    as_list = config(root, val_fraction=None, val_list=str(tmp_path / "split.txt"))
+    assert names(as_list, "val") == names(data, "val")
 
 
 def test_a_split_that_cannot_be_recorded_ends_the_run(root, tmp_path):
