@@ -75,7 +75,7 @@ def draw_validation_images(source: Source, data: DataConfig) -> np.ndarray:
     names = image_names(source)
     if len(set(names)) < len(names):
         raise UserError("data.val_fraction", "several images have the same name and class")
-    sizes = np.bincount(source.targets, minlength=len(source.class_names))
+    sizes = np.bincount(source.targets)
     if single := [source.class_names[index] for index in np.flatnonzero(sizes == 1)]:
         reason = f"a class needs two images or more, one for each split; one image: {shorten_list(single)}"
         raise UserError("data.val_fraction", reason)

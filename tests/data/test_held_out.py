@@ -1,5 +1,6 @@
 """Validation images that are held out of the training split: `data.val_fraction` and `data.val_list`."""
 
+import os
 import tarfile
 import unicodedata
 import zipfile
@@ -17,6 +18,13 @@ from vil.config import DataConfig
 from vil.errors import UserError
 
 CLASSES = {"große Katze": 10, "猫 two": 5, "plain": 2}
+HELD_OUT = [
+    "große Katze/bild 2 é.png",
+    "große Katze/bild 6 é.png",
+    "plain/bild 0 é.png",
+    "猫 two/bild 2 é.png",
+]
+"""Names of the validation images with seed 7 and a fraction of 0.2."""
 
 
 @pytest.fixture
@@ -92,6 +100,35 @@ def test_the_same_seed_holds_out_the_same_images(root, tmp_path):
     for name in CLASSES:
         (other / name).rename(other / "train" / name)
     assert names(config(other), "val") == val  # root/train/<class> without a validation split
+
+
+def test_the_images_of_a_seed_are_those_of_earlier_versions(root):
+    """Two runs with the same options can be compared, whatever version trained them."""
+    source = open_source(config(root, val_seed=7), "val", 3)
+    assert [source.name(index) for index in range(len(source))] == HELD_OUT
+
+
+def test_every_class_keeps_an_image_in_both_splits(root):
+    for fraction, counts in ((0.01, [1, 1, 1]), (0.9, [9, 1, 4])):
+        val = open_source(config(root, val_fraction=fraction), "val", 3)
+        assert np.bincount(val.targets).tolist() == counts  # of 10, 2 and 5
+
+
+def test_names_that_are_not_utf_8_are_held_out_and_recorded(root, tmp_path):
+    os.rename(root / "plain" / "bild 0 é.png", os.fsencode(root / "plain") + b"/\xff.png")
+    data = config(root, val_fraction=0.9, workers=0)
+    start(data, tmp_path)
+    recorded = (tmp_path / "split.txt").read_bytes().splitlines()
+    assert recorded == [os.fsencode(name) for name in sorted(names(data, "val"))]
+    as_list = config(root, val_fraction=None, val_list=str(tmp_path / "split.txt"))
+    assert names(as_list, "val") == names(data, "val")
+
+
+def test_a_split_that_cannot_be_recorded_ends_the_run(root, tmp_path):
+    with pytest.raises(UserError) as error:
+        load(config(root, workers=0), batch_size=2, is_new=True).write_split(tmp_path / "missing")
+    path = tmp_path / "missing" / "split.txt"
+    assert str(error.value) == f"output: {path} cannot be written: No such file or directory"
 
 
 def test_images_are_held_out_of_the_training_folder(root):

@@ -8,6 +8,10 @@ import pytest
 from data.order import EpochOrder, permute
 from data.samplers import BalancedBatches, MicroBatches
 
+ORDER_1, ORDER_2 = [11, 1, 10, 8, 2, 6, 0, 9, 5, 7, 4, 3], [8, 10, 3, 0, 11, 1, 6, 5, 9, 2, 7, 4]
+LAST_2 = [5_806_794, 5_641_399, 10_952_207, 8_882_820, 13_666_847]
+"""Orders of 12 images by version, and the last images of 14,197,122."""
+
 
 def order(num_images, seed=0, epoch=0, version=2):
     return EpochOrder(seed, num_images, version).indices(epoch, np.arange(num_images))
@@ -43,6 +47,14 @@ def test_the_order_is_a_function_of_seed_and_epoch(version):
     }
     assert len(set(map(tuple, orders.values()))) == 6
     assert order(100, 1, 2, version).tolist() == orders[1, 2]
+
+
+@pytest.mark.parametrize(("version", "expected"), [(1, ORDER_1), (2, ORDER_2)])
+def test_a_version_of_the_order_never_changes(version, expected):
+    """A run that an earlier version has started continues in its order."""
+    assert order(12, seed=1, epoch=2, version=version).tolist() == expected
+    last = EpochOrder(1, 14_197_122, 2).indices(2, np.arange(14_197_117, 14_197_122))
+    assert last.tolist() == LAST_2
 
 
 def chi_square(counts, expected):

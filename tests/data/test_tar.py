@@ -260,6 +260,7 @@ def test_hard_and_symbolic_links_are_images_as_after_unpacking(image_folder, tmp
 def archive_classes(tmp_path, split="train", **archives):
     """Classes and counts of a split of these archives: names of images, under the archive's name."""
     image_path = tmp_path / "0.png"
+    image_path.parent.mkdir(exist_ok=True)
     image_path.write_bytes(b"an image")
     for name, names in archives.items():
         write_tar(tmp_path / "tars" / split / f"{name}.tar", names, b"an image")
@@ -319,6 +320,16 @@ def test_validation_archives_have_the_classes_of_training(tmp_path):
         CLASSES,
         [0, 2],
     )
+
+
+def test_images_of_one_folder_are_the_outermost_class(tmp_path):
+    assert archive_classes(tmp_path / "alone", "val", all=["val/ant/more/0.png"]) == (("ant",), [1])
+    archive_classes(tmp_path, ant=["images/0.png"], images=["images/0.png"])
+    assert archive_classes(tmp_path, "val", all=["val/ant/more/0.png"]) == (("ant", "images"), [1])
+    # The outermost folder that is a class of training, although folders differ further in.
+    names = ["ant/images/0.png", "ant/more/0.png"]
+    (tmp_path / "tars/val/all.tar").unlink()
+    assert archive_classes(tmp_path, "val", all=names) == (("ant", "images"), [2])
 
 
 def test_images_outside_of_class_folders_are_skipped_and_logged(tmp_path, caplog):

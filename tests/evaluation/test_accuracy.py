@@ -142,6 +142,15 @@ def test_calibration_error_agrees_with_a_plain_loop_over_bins() -> None:
     assert found.values["ece"] == pytest.approx(100 * expected, rel=1e-6)
 
 
+def test_calibration_error_keeps_the_first_and_the_last_two_bins_apart() -> None:
+    """One image in each: errors of opposite sign would cancel in a common bin."""
+    confidence = torch.tensor([0.06, 0.1, 0.9, 0.98], dtype=torch.float64)
+    others = ((1 - confidence) / 19).log()[:, None].expand(-1, 19)
+    logits = torch.cat([confidence.log()[:, None], others], dim=1)  # (4, 20), class 0 is the prediction
+    found = evaluate_logits(logits, [0, 1, 1, 0])
+    assert found.values["ece"] == pytest.approx(100 * (0.94 + 0.1 + 0.9 + 0.02) / 4)
+
+
 def test_brier_score() -> None:
     certain = torch.tensor([[99.0, 0.0, 0.0, 0.0]])
     for target, expected in ((0, 0), (1, 2)):

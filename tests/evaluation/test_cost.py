@@ -8,8 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vil.config import EvalConfig, ModelConfig
 from vil.evaluation import cost
-from vil.evaluation.cost import Memory, images_per_second, measure_memory, peak_bytes, saved_bytes
+from vil.evaluation.cost import (
+    Memory,
+    images_per_second,
+    measure_cost,
+    measure_memory,
+    peak_bytes,
+    saved_bytes,
+)
 
 CPU = torch.device("cpu")
 FLOAT = 4  # bytes
@@ -96,6 +104,17 @@ def test_memory_per_image() -> None:
     assert found.train == (8 + 16 + 16 + 4) * FLOAT + 8
     assert found.eval == (8 + 16 + 16) * FLOAT
     assert found.kind == "counted bytes"
+
+
+def test_cost_is_in_megabytes_and_multiply_adds_of_one_image() -> None:
+    model = nn.Sequential(nn.Flatten(), *perceptron())
+    config = EvalConfig(model=ModelConfig(image_size=2, in_chans=2), batch_size=3)
+    found = measure_cost(model, config, CPU)
+    assert (found.params, found.flops) == (8 * 16 + 16 + 16 * 4 + 4, 8 * 16 + 16 * 4)
+    assert found.train_memory_mb == ((8 + 16 + 16 + 4) * FLOAT + 8) / 1e6
+    assert found.eval_memory_mb == (8 + 16 + 16) * FLOAT / 1e6
+    assert found.images_per_second is not None
+    assert (found.memory, found.train_precision) == ("counted bytes", "float32")
 
 
 def test_mixed_precision_saves_less() -> None:

@@ -18,6 +18,9 @@ STAGES = [
 ]
 
 
+ALIKE = [StageConfig(dim=16, heads=2, patch=4, window=2), StageConfig(dim=32, heads=4, attention="full")]
+
+
 def small(**options):
     torch.manual_seed(0)
     return vil.create_model("vil", **{"stages": STAGES, "image_size": 32, "num_classes": 5, **options})
@@ -92,6 +95,27 @@ def test_features_only_through_timm(out_indices):
         assert feature_map.shape[2:] == (70 // reduction, 100 // reduction)
 
 
+@pytest.mark.parametrize(
+    ("stages", "expected"), [(STAGES, [0, 0.1, 0.2, 0.3]), (STAGES[:2], [0, 0.15, 0.3]), (ALIKE, [0, 0.3])]
+)
+def test_drop_path_rises_linearly_over_all_blocks(stages, expected):
+    model = small(stages=stages, drop_path=0.3, pool="avg")
+    for name in ("drop_path1", "drop_path2"):
+        modules = [getattr(block, name) for stage in model.stages for block in stage.blocks]
+        assert [getattr(m, "drop_prob", 0.0) for m in modules] == pytest.approx(expected)
+
+
+def test_every_performer_redraws_its_projection_in_training():
+    model = small(attention=["performer", "performer", "full"])
+    projections = [value for name, value in model.named_buffers() if name.endswith("random_projection")]
+    assert len(projections) == 3
+    for step, epoch, is_redrawn in ((0, 0, False), (1, 0, True), (1, 1, False), (6, 1, True)):
+        before = [projection.clone() for projection in projections]
+        model.set_training_progress(step, epoch)
+        changed = [not torch.equal(*pair) for pair in zip(projections, before)]
+        assert changed == [is_redrawn] * 3, (step, epoch)
+
+
 def test_pruning_keeps_what_the_intermediates_need():
     model = small()
     x = images()
@@ -119,9 +143,6 @@ def test_other_resolutions(position):
         model(images(1, 8, 8))
     with pytest.raises(UserError, match="linformer attention has a fixed number of tokens"):
         small(attention=["linformer", "full", "full"]).set_input_size(64)
-
-
-ALIKE = [StageConfig(dim=16, heads=2, patch=4, window=2), StageConfig(dim=32, heads=4, attention="full")]
 
 
 @pytest.mark.parametrize("position", ["relative", "absolute"])

@@ -203,6 +203,30 @@ def test_weights_of_a_model_that_computes_something_else_are_refused(checkpoint,
     assert str(caught.value) == f"{checkpoint}: holds a model vil with {reason}; {hint}"
 
 
+def test_weights_of_another_mask_than_the_default_are_refused(tmp_path):
+    config = dataclasses.replace(CONFIG, mask="exact")
+    weights = Weights("x", "run", "raw", model_from_config(config).state_dict(), config)
+    write_safetensors(tmp_path / "x.safetensors", weights)
+    options = {
+        "stages": STAGES,
+        "img_size": 32,
+        "num_classes": 3,
+        "checkpoint_path": tmp_path / "x.safetensors",
+    }
+    with pytest.raises(UserError, match="holds a model vil with mask exact, not chunk; "):
+        timm.create_model("vil", **options)
+    timm.create_model("vil", mask="exact", **options)
+
+
+def test_weights_of_a_model_of_timm_are_refused(tmp_path):
+    config = ModelConfig(name="timm/test_vit", image_size=160, num_classes=3)
+    weights = Weights("x", "run", "raw", model_from_config(config).state_dict(), config)
+    write_safetensors(tmp_path / "x.safetensors", weights)
+    with pytest.raises(UserError) as caught:
+        timm.create_model("vil", stages=STAGES, img_size=32, checkpoint_path=tmp_path / "x.safetensors")
+    assert str(caught.value) == f"{tmp_path}/x.safetensors: holds a model timm/test_vit"
+
+
 def test_models_of_timm_read_checkpoints_as_before(tmp_path):
     model = timm.create_model("test_vit", num_classes=3)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pth")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -174,6 +175,11 @@ def test_a_new_head() -> None:
     model, before, line = initialized(dataclasses.replace(file, state_dict=without), names)
     assert line == "head: new, 6 classes; the weights have no head"
     assert torch.equal(model.head.weight, before.head.weight)
+    for other in ({"head.weight": torch.ones(6, 5)}, {"head.bias": torch.tensor(1.0)}, {"head.bias": None}):
+        tensors = {name: value for name, value in (file.state_dict | other).items() if value is not None}
+        model, before, line = initialized(dataclasses.replace(file, state_dict=tensors), names)
+        assert line == "head: new, 6 classes; the head of the weights has other layers"
+        assert torch.equal(model.head.weight, before.head.weight)
 
 
 def test_a_thousand_rows_are_those_of_imagenet_if_the_classes_are_synsets() -> None:
@@ -255,6 +261,40 @@ def test_rows_of_the_heads_of_timm_models(name: str, head: str) -> None:
     layer, old = model.get_classifier(), before.get_classifier()
     assert torch.equal(layer.weight[[0, 2]], file.state_dict[f"{head}.weight"][[2, 0]])
     assert torch.equal(layer.weight[1], old.weight[1])
+
+
+def convnext_of_its_authors() -> tuple[Weights, Weights]:
+    """Return weights of ConvNeXt in the layout of timm and in that of its authors."""
+    file = random_weights(ModelConfig(name="timm/test_convnext", image_size=32, num_classes=3))
+    names = (("head.fc.", "head."), ("head.norm.", "norm."), ("conv_dw", "dwconv"), ("mlp.fc", "pwconv"),
+             (r"\.blocks\.", "."), (r"stages\.(\d)\.downsample", r"downsample_layers.\1"),
+             (r"^stem", "downsample_layers.0"))  # fmt: skip
+    renamed = dict(file.state_dict)
+    for ours, theirs in names:
+        renamed = {re.sub(ours, theirs, name): value for name, value in renamed.items()}
+    assert {"head.weight", "stages.0.0.dwconv.weight"} <= renamed.keys()
+    return file, dataclasses.replace(file, state_dict=renamed, class_names=("a", "b", "c"))
+
+
+def test_timm_translates_the_layout_of_the_authors(caplog: pytest.LogCaptureFixture) -> None:
+    file, other = convnext_of_its_authors()
+    with caplog.at_level("INFO", logger="vil"):
+        model = other.build_model()
+    assert caplog.messages == ["ConvNeXt: weights translated by timm"]
+    assert all(torch.equal(value, file.state_dict[name]) for name, value in model.state_dict().items())
+    without = {name: value for name, value in other.state_dict.items() if name != "norm.bias"}
+    with pytest.raises(UserError, match=r"^x\.pt: does not fit the model, it is of another architecture; "):
+        dataclasses.replace(other, state_dict=without).build_model()
+
+
+def test_rows_of_a_head_in_the_layout_of_the_authors() -> None:
+    """timm finds the head, which has another name there."""
+    file, other = convnext_of_its_authors()
+    model, before, line = initialized(other, ("c", "new", "a"), other.model)
+    assert line == "head: 2 of 3 classes from the weights, 1 new"
+    assert torch.equal(model.head.fc.weight[[0, 2]], file.state_dict["head.fc.weight"][[2, 0]])
+    assert torch.equal(model.head.fc.weight[1], before.head.fc.weight[1])
+    assert torch.equal(model.stem[0].weight, file.state_dict["stem.0.weight"])
 
 
 def test_timm_weights_have_all_their_rows(tmp_path: Path) -> None:
@@ -402,6 +442,21 @@ def test_weights_of_odd_shapes_are_named(name: str, shape: tuple[int, ...], dtyp
     changed = dataclasses.replace(file, state_dict={**file.state_dict, name: torch.zeros(shape, dtype=dtype)})
     with pytest.raises(UserError, match=name.replace(".", r"\.") + " is "):
         changed.build_model(num_classes=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stages.1.position.rows", torch.zeros(0, 8)),
+        ("stages.1.position.rows", torch.zeros(6, 8, dtype=torch.int32)),
+        ("stages.2.blocks.0.attn.bias_table", torch.zeros(2, 5, 5, dtype=torch.int32)),
+    ],
+)
+def test_empty_tables_and_integers_are_not_resized(name: str, value: torch.Tensor) -> None:
+    file = random_weights(CONFIG)
+    changed = dataclasses.replace(file, state_dict={**file.state_dict, name: value})
+    with pytest.raises(UserError, match=name.replace(".", r"\.") + " is "):
+        changed.build_model()
 
 
 @pytest.mark.parametrize("knows_size", [True, False], ids=["own file", "foreign file"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vil.errors import UserError
-from vil.runtime.class_names import imagenet_classes, match_classes
+from vil.runtime.class_names import find_rows, imagenet_classes, match_classes
 
 WNIDS = imagenet_classes()
 HINT = "--match_classes position takes class k for row k"
@@ -36,6 +36,14 @@ def test_without_stored_names_classes_are_matched_by_number_or_position() -> Non
     assert match_classes(numbers, None, 11) == [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9]
     assert match_classes(["cat", "dog"], None, 2, by_position=True) is None
     assert match_classes(["cat", "dog"], None, 10, by_position=True) == [0, 1]
+    for by_position in (False, True):  # of a model that does not tell how many logits it has
+        assert match_classes(["cat", "dog"], None, None, by_position) is None
+
+
+def test_names_of_weights_count_more_than_their_number() -> None:
+    for num_rows in (1000, 21_841):  # as many as ImageNet and ImageNet-22K have
+        names = [f"class {index}" for index in range(num_rows)]
+        assert find_rows(("class 7", "new"), names, num_rows) == ({0: 7}, "")
 
 
 def test_position_does_not_override_matching_names() -> None:
@@ -60,6 +68,8 @@ def test_names_are_compared_in_nfc() -> None:
     [
         (["cat", "dog"], None, 2, f"no class names to find the row of the head for 'cat'; {HINT}"),
         (["cat", "dog"], None, 1000, f"no class names to find the row of the head for 'cat'; {HINT}"),
+        (["0", "1000"], None, 1000, f"no class names to find the row of the head for '0'; {HINT}"),
+        (list(WNIDS[:2]), None, 10, f"no class names to find the row of the head for 'n01440764'; {HINT}"),
         (
             ["x", "y"],
             ["a", "b"],

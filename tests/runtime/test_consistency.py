@@ -1,4 +1,5 @@
 import pytest
+import torch
 from torch import nn
 
 from vil.errors import UserError
@@ -125,3 +126,15 @@ def test_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError) as refused:
         consistency.check_weights("checkpoint", model)
     assert str(refused.value) == "checkpoint: rank 1 (b) has different weights than rank 0 (a)"
+
+
+def test_the_digest_of_weights_depends_on_names_types_and_shapes():
+    def digest(name: str, value: torch.Tensor) -> str:
+        module = nn.Module()
+        module.register_buffer(name, value)
+        return consistency.model_digest(module)
+
+    zeros = torch.zeros(2, 3)
+    others = (digest("b", zeros), digest("a", zeros.T), digest("a", zeros.int()), digest("a", zeros + 1))
+    assert len({digest("a", zeros), *others}) == 5
+    assert digest("a", zeros) == digest("a", zeros.clone())

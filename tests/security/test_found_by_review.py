@@ -82,6 +82,7 @@ def trained_optimizer(name="adamw"):
         ("adamw", "exp_avg", torch.zeros(1).expand(10**9)),
         ("sgd", "momentum_buffer", torch.zeros(1)),
         ("lamb", "exp_avg", torch.zeros(1).expand(10**9)),
+        ("lamb", "exp_avg", torch.zeros(1).expand(2)),
         ("lion", "exp_avg", torch.eye(3).to_sparse()),
     ],
 )
@@ -121,6 +122,7 @@ def test_options_of_an_optimizer_are_not_taken_from_a_checkpoint():
         ("config", {"model": [1], "schedule": {}, "data": {}}),
         ("step", 10**17),
         ("watched", {"skipped": 0, "skipped_in_a_row": 0, "losses": [float("nan")]}),
+        ("watched", {"skipped": 0, "skipped_in_a_row": 0, "losses": ["1.0"]}),
     ],
 )
 def test_invalid_run_checkpoints(key, value):

@@ -19,6 +19,7 @@ from tools.programs.average_checkpoints import WeightAverage, main
 from vil.checkpoints.checkpoint_files import BEST, digest_file, step_file, step_files
 from vil.checkpoints.open import open_weights
 from vil.checkpoints.training_state import library_versions, write_training_state
+from vil.checkpoints.weights import NO_MODEL
 from vil.config import DataConfig, ModelConfig, StageConfig, TrainConfig
 from vil.errors import UserError
 from vil.models.zoo import model_from_config
@@ -224,6 +225,11 @@ def test_refusals(runs: list[str], tmp_path: Path) -> None:
         error_of([str(plain), a, *output, "--greedy"])
         == f"--greedy: {plain} names no data; name the images by --data"
     )
+    foreign = tmp_path / "foreign.pt"
+    torch.save(draw_weights(1), foreign)
+    for options in ([], ["--greedy"]):
+        reason = f"{NO_MODEL}: --released-config"
+        assert error_of([str(foreign), a, *output, *options]) == f"{foreign}: {reason}"
     (tmp_path / "y.pt").touch()
     for argv, message in (
         ([a, *output], "checkpoint: expected at least two; --last N takes the newest N of one run"),

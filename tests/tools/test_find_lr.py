@@ -59,7 +59,8 @@ def test_a_test_ends_when_the_loss_diverges(capsys):
     assert "diverged at " in capsys.readouterr().out
 
 
-def test_the_rates_are_those_of_the_schedule(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_the_rates_are_those_of_the_schedule(layer_decay: float | None, monkeypatch: pytest.MonkeyPatch):
     """Scaled from lr_batch_size to the batch size, and by the layer decay."""
     used = []
     original = find_lr.ModelUpdater.update
@@ -70,7 +71,7 @@ def test_the_rates_are_those_of_the_schedule(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(find_lr.ModelUpdater, "update", update)
     config = resolve_train_command([*TINY, "--schedule.lr_batch_size", "32"]).config
-    config.schedule.layer_decay = 0.5
+    config.schedule.layer_decay = layer_decay
     config.schedule.accumulation = 2
     points = range_test(config, CPU, [1e-4, 1e-3])
     assert [point.lr for point in points] == [1e-4, 1e-3]

@@ -15,7 +15,7 @@ import train
 from tools.report_page import figures, page
 from tools.report_page.evaluation import Evaluation
 from tools.report_page.main import main as report
-from tools.report_page.runs import differences, open_runs
+from tools.report_page.runs import MAX_WARNINGS, differences, open_runs
 from vil.command_line import main
 from vil.config import TrainConfig
 from vil.errors import UserError
@@ -359,7 +359,9 @@ def test_content_of_the_page(reported, trained, tmp_path, capsys):
     assert re.fullmatch(rf"{re.escape(str(output))}: 1 run, \d\.\d MB\n", out)
     text = output.read_text()
     assert "<title>T &amp; T</title>" in text
-    assert "0 of 300, not finished" in text
+    # Parameters and FLOPs of a run in progress, which has no summary.json, are counted.
+    assert "0 of 300, not finished</td><td>6.32 M</td><td>111 M</td>" in text
+    assert "vil_tiny, 64×64" in text
     assert "Not logged by these runs: Top-1 %, Loss, Learning rate" in text
     assert "--no-predictions" in text
     assert [path.name for path in output.parent.iterdir()] == ["page.html"]
@@ -513,6 +515,30 @@ def test_charts_of_few_and_of_many_classes_stand_side_by_side(browser, tmp_path)
 
 class NamedRun:
     name = "run"
+
+
+def test_a_run_of_images_that_are_not_square_is_named_by_both_sides(tmp_path):
+    run = write_run(tmp_path / "run", model={"image_size": [64, 96]})
+    assert open_runs([str(run)])[0].model == "vil_tiny, 64×96"
+
+
+def test_a_log_with_many_damaged_lines_counts_most_of_them(tmp_path):
+    run = write_run(tmp_path / "run", records=False)
+    warnings = open_runs([str(run)])[0].warnings
+    assert warnings == []  # there is no log yet
+    (run / "metrics.jsonl").write_text(
+        "damaged\n" * (MAX_WARNINGS + 3) + write(kind="train", step=1, loss=2.0)
+    )
+    (opened,) = open_runs([str(run)])
+    assert opened.last("train", "loss") == 2.0
+    shown = [f"line {number} is skipped: not a record of train.py" for number in range(1, MAX_WARNINGS + 1)]
+    messages = [warning.partition("metrics.jsonl: ")[2] for warning in opened.warnings]
+    assert messages == [*shown, "3 more lines are skipped"]
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    (opened,) = open_runs([str(run)])
+    assert opened.last("train", "loss") is None
+    assert opened.warnings[0].endswith("metrics.jsonl: cannot be read: Is a directory")
 
 
 def test_names_that_are_not_utf8_do_not_end_the_report(tmp_path):

@@ -1,6 +1,7 @@
 import os
 import pickle
 import random
+import resource
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -61,6 +62,21 @@ def test_a_failure_while_saving_keeps_the_old_file(
     monkeypatch.setattr(failing, fail)
     with pytest.raises(OSError, match="No space left"):
         write_training_state(path, make_state(2.0))
+    assert read_training_state(path)["model"]["weight"][0] == 1.0
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last.pt.sha256"}
+
+
+def test_a_disk_that_fills_up_while_saving_keeps_the_old_file(tmp_path: Path):
+    """PyTorch's writer turns the error of the file into another one."""
+    path = tmp_path / "last.pt"
+    write_training_state(path, make_state(1.0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_training_state(path, {**make_state(2.0), "model": {"weight": torch.zeros(100_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert read_training_state(path)["model"]["weight"][0] == 1.0
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last.pt.sha256"}
 
@@ -171,6 +187,7 @@ MALFORMED = [
     ("order_version", True),
     ("best", [97.0]),
     ("best", {"top1": 97.0, "epoch": 1}),
+    ("best", {"weights": "raw", "epoch": 1}),
     ("best", {"top1": None, "weights": "raw", "epoch": 1}),
     ("best", {"top1": 97.0, "weights": "mean", "epoch": 1}),
     ("config", "text"),

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 import train as program
 from data.to_device import NormalizeAndErase
+from data.transforms import channel_statistics
 from tools.programs.find_lr import range_test
 from vil.checkpoints.checkpoint_files import step_files
 from vil.checkpoints.teacher import load_teacher
@@ -39,6 +40,7 @@ from vil.command_line import resolve_train_command
 from vil.config import DataConfig, ScheduleConfig
 from vil.errors import UserError
 from vil.runtime.epoch_steps import EpochSteps
+from vil.training import distillation
 from vil.training.distillation import DistillationLoss, Teacher, build_teacher, describe_teacher
 from vil.training.loss import build_loss
 from vil.training.model_updater import ModelUpdater
@@ -163,6 +165,19 @@ def test_images_of_the_same_normalization_and_size_are_not_changed():
     assert teacher.preprocess(images) is images
 
 
+def test_the_teacher_of_a_student_of_gray_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its pixels are normalized with the means over the channels, as the data's are."""
+    gray = {"in_chans": 1, "mean": (0.5,), "std": (0.25,), "model": nn.Flatten()}
+    trained = dataclasses.replace(make_teacher().trained, **gray)
+    monkeypatch.setattr(distillation, "load_teacher", lambda _: trained)
+    config = make_config(tmp_path, distillation="soft", distillation_temperature=3.0)
+    config.model.in_chans = 1
+    teacher = build_teacher(config, ("red", "green", "blue", "none"), CPU)
+    pixels = torch.randint(256, (3, 1, 2 * SIZE, 2 * SIZE), dtype=torch.uint8)
+    images = NormalizeAndErase(*channel_statistics(config.data, in_chans=1))(pixels)
+    torch.testing.assert_close(teacher.preprocess(images), (pixels / 255 - 0.5) / 0.25)
+
+
 def test_logits_of_the_teacher_are_found_by_the_names_of_the_classes():
     teacher = make_teacher()
     names = ("blue", "red", "violet", "green", "none")
@@ -275,7 +290,6 @@ def test_models_of_timm_learn_with_the_heads_that_they_have(tmp_path: Path, name
     before = [head.weight.detach().clone() for head in classifiers(model)]
     config = make_config(tmp_path, max_steps=1, warmup_epochs=0, distillation="hard", distillation_alpha=1.0)
     updater = ModelUpdater(model, config, CPU, EpochSteps.constant(STEPS), teacher=make_teacher())
-    updater.set_training_mode()
     images, targets = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
     updater.begin_step(0)
     updater.update(0, updater.accumulate(images, targets, 0))

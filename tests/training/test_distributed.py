@@ -201,3 +201,15 @@ def test_missing_devices(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
     assert distributed._choose_device("cuda", 3, 4) == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert distributed._choose_device("cuda", 3, 4) == torch.device("cuda", 3)
+
+
+def test_only_errors_of_a_connection_are_those_of_a_lost_rank(monkeypatch: pytest.MonkeyPatch):
+    error = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:41234")
+    assert distributed.lost_rank_reason(error) is None  # of a run of one process
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    reason = distributed.lost_rank_reason(error)
+    assert reason == "lost connection to another rank: Connection closed by peer [10.0.0.2]:41234"
+    assert distributed.lost_rank_reason(RuntimeError("The size of tensor a (3) must match")) is None
+    assert distributed.lost_rank_reason(ValueError("gloo")) is None

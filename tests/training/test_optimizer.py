@@ -217,7 +217,9 @@ def test_every_trainable_parameter_is_in_one_group():
     grouped = [parameter for group in groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {p for p in model.parameters() if p.requires_grad}
-    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert [p for p in grouped if decay[p]] == [model.head.weight]
+    assert decay[model.head.weight] == 0.1
 
 
 def test_layer_decay_scales_the_rate_of_each_layer():
@@ -352,7 +354,13 @@ def test_a_checkpoint_without_the_maxima_of_amsgrad_is_refused():
         ({"optimizer": "adahessian"}, "schedule.optimizer", "second derivatives: not supported"),
         ({"optimizer": "adamw", "dampening": 0.5}, "schedule.dampening", "momentum"),
         ({"optimizer": "sgd", "dampening": 0.5}, "schedule.dampening", "without Nesterov"),
+        (
+            {"optimizer": "sgd", "momentum": 0.0},
+            "schedule.optimizer",
+            "sgd: Nesterov momentum requires a momentum",
+        ),
         ({"optimizer": "bnbadam"}, "schedule.optimizer", "bnbadam: "),
+        ({"optimizer": "bnbsgd", "dampening": 0.5}, "schedule.optimizer", "bnbsgd: "),
     ],
 )
 def test_impossible_optimizers(options: dict, key: str, message: str):

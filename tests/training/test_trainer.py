@@ -60,6 +60,25 @@ def test_logged_loss_is_that_of_the_global_batch(tmp_path: Path):
     assert losses(tmp_path)[0] == pytest.approx(expected, abs=1e-6)
 
 
+def test_class_weights_are_normalized_over_the_global_batch(tmp_path: Path):
+    """Loss and gradient are those of PyTorch's weighted cross-entropy of the whole batch."""
+    weights = [1.0, 20.0, 0.1, 5.0]
+    run(
+        make_config(
+            tmp_path, max_steps=2, accumulation=2, label_smoothing=0.0, class_weights=weights, lr=1e-9
+        )
+    )
+    model = TinyModel()
+    for step, record in enumerate(records(tmp_path, "train"), start=1):
+        images, targets = make_batch(step, 16)
+        model.zero_grad()
+        expected = nn.functional.cross_entropy(model(images), targets, torch.tensor(weights))
+        expected.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        assert record["loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
 def test_accumulation_changes_nothing(tmp_path: Path):
     for parts in (1, 4):
         run(make_config(tmp_path / str(parts), accumulation=parts))
@@ -199,6 +218,30 @@ def test_ema_is_the_running_mean_and_is_evaluated(tmp_path: Path):
     dataset = EvaluationDataset("validation", make_loaders().validation)
     again = evaluate(averaged, dataset, EvaluationOptions(torch.device("cpu"), "float32"))
     assert record["ema_top1"] == again.values["top1"]
+
+
+def test_ema_averages_running_statistics_and_copies_other_buffers(tmp_path: Path):
+    class RedrawnModel(TinyModel):
+        """Adds 1 to a buffer in every step, as Performer redraws its projection."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("projection", torch.zeros(2))
+
+        def set_training_progress(self, step: int, epoch: int) -> None:
+            self.projection += 1
+
+    run(make_config(tmp_path / "copied", ema_decay=0.5, max_steps=3), RedrawnModel())
+    assert load_last(tmp_path / "copied")["ema"]["projection"].tolist() == [3.0, 3.0]
+
+    means = []
+    for steps in range(1, 4):
+        folder = tmp_path / f"averaged{steps}"
+        run(make_config(folder, ema_decay=0.5, max_steps=steps), TinyModel(norm=nn.BatchNorm2d))
+        state = load_last(folder)
+        means.append(state["model"]["norm.running_mean"])
+    expected = means[0] / 4 + means[1] / 4 + means[2] / 2
+    torch.testing.assert_close(state["ema"]["norm.running_mean"], expected)
 
 
 def test_best_is_the_better_of_raw_and_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

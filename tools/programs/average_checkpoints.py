@@ -264,9 +264,9 @@ def _difference(first: Weights, other: Weights) -> str | None:
     if first.class_names != other.class_names:
         return "it has other classes, or in another order"
     old, new = map(_evaluated_options, (first, other))
-    for key in {**old, **new}:
-        if old.get(key) != new.get(key):
-            return f"{key} is {new.get(key)}, not {old.get(key)}"
+    for key, value in new.items():
+        if value != old[key]:
+            return f"{key} is {value}, not {old[key]}"
     if names := sorted(first.state_dict.keys() ^ other.state_dict.keys()):
         return f"{names[0]} is in one of them only"
     for name, value in first.state_dict.items():

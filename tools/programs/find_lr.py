@@ -125,7 +125,6 @@ def range_test(config: TrainConfig, process: Process, rates: Sequence[float]) ->
     steps = EpochSteps.constant(loaders.train.steps_per_epoch)
     updater = ModelUpdater(model, config, process, steps, weights, teacher)
     updater.wrap_network()
-    updater.set_training_mode()
     factor = peak_learning_rate(schedule) / schedule.lr
     batches = ((epoch, batch) for epoch in itertools.count() for batch in loaders.train.epoch(epoch))
     points: list[Point] = []

@@ -45,11 +45,7 @@ class LinformerAttention(Attention):
         return self.output_dropout(self.projection(self.merge_heads(output)))
 
     def attention_weights(self, x: Tensor, size: tuple[int, int], queries: Tensor) -> AttentionWeights:
-        """See `Attention.attention_weights`. The k keys are mixtures and have no position on the map.
-
-        Raise ValueError as `forward`.
-        """
-        self._check_tokens(x, size)
+        """See `Attention.attention_weights`. The k keys are mixtures and have no position on the map."""
         query = self.split_heads(self.query(x[:, queries]))  # (B, h, n, D)
         key = self.key_mixture.t() @ self.key_value(x).chunk(2, dim=-1)[0]  # (B, k, C)
         weights = softmax_weights(query, self.split_heads(key))

@@ -232,7 +232,6 @@ def create_model(
             keys = ["image_size", "num_classes"]
         values = {key: getattr(weights.model, key) for key in keys}
         stored = {key: value for key, value in values.items() if value is not None}
-        name = name or weights.model.name
     if name is None:
         if weights is None:
             raise UserError("name", "is needed without a checkpoint")

@@ -59,7 +59,7 @@ def find_rows(
     elif trained_names is None and num_rows == len(imagenet_22k_classes()):
         trained_names = imagenet_22k_classes()
     trained = _imagenet_names(list(map(normal_form, (trained_names or ())[:num_rows])))
-    if not trained or _are_all_digits(trained):
+    if _are_all_digits(trained):  # also if there are none
         return {}, f"the weights do not name their {num_rows:,} classes"
     names = list(map(normal_form, names))
     if set(trained) == set(imagenet):

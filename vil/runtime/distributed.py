@@ -256,13 +256,13 @@ def data_parallel(
     between ranks.
 
     Args:
-        model: on the device of the process, equal on all ranks.
+        model: on the device of the process, in train mode, equal on all ranks.
         process: this process.
         image_shape: (C, H, W) of the images, for a pass that detects parameters without a gradient: DDP's
             search in every step is slow.
     """
     images = torch.zeros(2, *image_shape, device=process.device)
-    probe = copy.deepcopy(model).train()
+    probe = copy.deepcopy(model)
     _sum_of_outputs(probe(images)).backward()
     has_unused = any(p.grad is None for p in probe.parameters() if p.requires_grad)
     del probe
@@ -293,7 +293,6 @@ def _rebuild_buckets(network: DistributedDataParallel, images: torch.Tensor) -> 
     differ in rounding from the same step of an uninterrupted run.
     """
     buffers = [buffer.clone() for buffer in network.module.buffers()]
-    network.train()
     _sum_of_outputs(network(images)).backward()
     network.zero_grad(set_to_none=True)
     for buffer, before in zip(network.module.buffers(), buffers):

@@ -34,11 +34,8 @@ class CrossEntropy(nn.Module):
         smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing
         if self.class_weights is None:
             return F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        if targets.is_floating_point():
-            targets = targets.float()
-        weights = self.class_weights.float()  # as in `image_weights`, also if the logits have 16 bits
-        losses = F.cross_entropy(
-            logits.float(), targets, weights, label_smoothing=smoothing, reduction="none"
+        losses = F.cross_entropy(  # in float32: the weights would be rounded to the type of the logits
+            logits.float(), targets, self.class_weights, label_smoothing=smoothing, reduction="none"
         )
         return losses.mean()
 
@@ -104,9 +101,8 @@ def image_weights(targets: torch.Tensor, class_weights: torch.Tensor) -> torch.T
 
     Args:
         targets: (B,) class indices, or (B, classes) probabilities.
-        class_weights: (classes,).
+        class_weights: (classes,), float32.
     """
-    class_weights = class_weights.float()
     if not targets.is_floating_point():
         return class_weights[targets]
     return (targets.float() * class_weights).sum(dim=1)  # autocast computes `@` in 16 bits

@@ -33,7 +33,8 @@ class ModelUpdater:
     """Accumulate gradients and update the weights, in the precision and on the ranks of a run.
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, classes); moved to the device, trained in place.
+        model: maps images (B, C, H, W) to logits (B, classes); moved to the device, set to train mode (but
+            for what `schedule.trainable` freezes), trained in place.
         config: the resolved configuration.
         process: rank and device of this process.
         epoch_steps: optimizer steps of each epoch.
@@ -113,10 +114,6 @@ class ModelUpdater:
             if self._teacher is not None:
                 self._teacher.compile(config)
             self._network = compile_network(self._network, config)
-
-    def set_training_mode(self) -> None:
-        """Set train mode, but evaluation mode for what `schedule.trainable` freezes."""
-        self._part.set_training_mode()
 
     def unfreeze(self) -> None:
         """Let the parameters that `schedule.trainable` froze require gradients again, after the run.

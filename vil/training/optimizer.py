@@ -159,8 +159,6 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> Non
         values = states.get(index, {})
         for name in names if values else ():
             value = values.get(name)
-            if value is None and has_momentum:
-                continue  # without momentum, or before the first step
             if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
                 raise ValueError(f"{name} of parameter {index} is missing or of another shape")
         step = values.get("step")

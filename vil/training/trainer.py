@@ -303,7 +303,6 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train to the end of the current epoch, or to the last step of the run."""
         epoch, start = self.position.epoch, self.position.epoch_step
-        self.updater.set_training_mode()
         self.set_neighbors(epoch)
         self.epoch_losses, self.epoch_start = [], time.perf_counter()
         batches = iter(self.loaders.train.epoch(epoch, start))
