@@ -29,8 +29,8 @@ def class_depth(
     """Return the depth of the class folder in the paths: the outermost one that differs between images.
 
     It is 1 for `train/ant/images/0.jpg` and `train/bear/images/0.jpg`. If the classes are known, it is the
-    outermost depth at which all folders are classes. If all images lie in one folder, it is the outermost
-    folder that is not named like a split.
+    outermost depth, not below that one, at which all folders are classes. If all images lie in one folder, it
+    is the outermost folder that is not named like a split.
     """
     shared = _shared_length(folders)
     if known is not None:
