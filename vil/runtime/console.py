@@ -96,7 +96,8 @@ def progress_bar(items: Iterable[Any] | None = None, *, is_hidden: bool = False,
         if isinstance(items, Sized) or options.get("total") is not None:
             count, remaining = "{percentage:.0f} %, {n_fmt}/{total_fmt}", "<{remaining}"
         options["bar_format"] = f"{{desc}}: {count} [{{elapsed}}{remaining}, {{rate_fmt}}]"
-        options |= dict.fromkeys(("delay", "mininterval", "maxinterval"), PROGRESS_INTERVAL_S)
+        # With another miniters, tqdm's monitor repeats an old line if the iterations become slower.
+        options |= {"delay": PROGRESS_INTERVAL_S, "mininterval": PROGRESS_INTERVAL_S, "miniters": 1}
         options["file"] = _Lines()
     return tqdm(items, **options)
 
