@@ -228,6 +228,19 @@ def test_short_or_hidden_progress_prints_nothing(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("is_closed_later", [False, True])
+def test_progress_without_standard_error_is_hidden(is_closed_later: bool, monkeypatch: pytest.MonkeyPatch):
+    """As of a process that was started by 2>&-."""
+    stream = io.StringIO() if is_closed_later else None
+    if stream is not None:
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(console, "PROGRESS_INTERVAL_S", 0.0)
+    assert list(console.progress_bar(range(3), desc="evaluate")) == [0, 1, 2]
+    with console.progress_bar(desc="indexing", delay=2) as bar:
+        bar.update()
+
+
 def test_progress_at_a_terminal_is_a_bar_that_disappears(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     for _ in console.progress_bar(range(3), desc="evaluate"):

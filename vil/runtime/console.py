@@ -89,9 +89,16 @@ class _Lines(io.TextIOBase):
 
 
 def progress_bar(items: Iterable[Any] | None = None, *, is_hidden: bool = False, **options: Any) -> tqdm[Any]:
-    """Return tqdm(items, **options) on standard error; without a terminal, it prints a line per minute."""
+    """Return tqdm(items, **options) on standard error; without a terminal, it prints a line per minute.
+
+    It is hidden if standard error is closed.
+    """
+    try:
+        is_terminal = sys.stderr.isatty()
+    except (AttributeError, ValueError):  # closed when the process began, or later
+        is_terminal, is_hidden = False, True
     options |= {"file": sys.stderr, "leave": False, "disable": is_hidden}
-    if not sys.stderr.isatty():
+    if not is_terminal:
         count, remaining = "{n_fmt}", ""
         if isinstance(items, Sized) or options.get("total") is not None:
             count, remaining = "{percentage:.0f} %, {n_fmt}/{total_fmt}", "<{remaining}"
