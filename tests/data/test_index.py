@@ -625,7 +625,7 @@ def describe_in_worker(source, queue) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-@pytest.mark.parametrize("start", ["fork", "forkserver"])
+@pytest.mark.parametrize("start", ["fork", "forkserver", "spawn"])
 def test_processes_share_the_mapped_index(indexed, image_folder, kind, start):
     if kind == "tar":
         (image_folder / "tar").mkdir()
@@ -638,8 +638,8 @@ def test_processes_share_the_mapped_index(indexed, image_folder, kind, start):
     for path in Path(indexed.index).iterdir():
         path.unlink()  # another run may replace it
     context = multiprocessing.get_context(start)
-    queue = context.SimpleQueue()
+    queue = context.Queue()
     process = context.Process(target=describe_in_worker, args=(source, queue))
     process.start()
-    assert queue.get() == (expected, True)
+    assert queue.get(timeout=120) == (expected, True)
     process.join()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import forked
+from tqdm import tqdm
 
 from vil.command_line import run_program
 from vil.runtime import console
@@ -191,11 +192,32 @@ def test_progress_without_a_terminal_is_lines(
     progress(0.025, monkeypatch, iter(range(12)), desc="indexing")
     lines = capsys.readouterr().err.split("\n")
     assert lines.pop() == ""
-    sized = [line for line in lines if re.fullmatch(r"evaluate: \d+ %, \d+/12 \[\d+:\d+<.+batch/s\]", line)]
-    unsized = [line for line in lines if re.fullmatch(r"indexing: \d+ \[\d+:\d+, .+batch/s\]", line)]
+    sized = [
+        line
+        for line in lines
+        if re.fullmatch(r"evaluate: \d+ %, \d+/12 \[\d+:\d+<.+(batch/s|s/batch)\]", line)
+    ]
+    unsized = [
+        line for line in lines if re.fullmatch(r"indexing: \d+ \[\d+:\d+, .+(batch/s|s/batch)\]", line)
+    ]
     assert [*sized, *unsized] == lines
     assert sized
     assert unsized
+
+
+def test_a_line_of_progress_is_not_repeated_when_iterations_become_slower(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """As tqdm's monitor thread does for a bar that looks at the clock after several iterations only."""
+    monkeypatch.setattr(console, "PROGRESS_INTERVAL_S", 0.05)
+    monkeypatch.setattr(tqdm, "monitor_interval", 0.02)
+    monkeypatch.setattr(tqdm, "monitor", None)
+    for item in console.progress_bar(range(100), desc="evaluate"):
+        time.sleep(0.001 if item < 80 else 0.05)
+    tqdm.monitor.exit()
+    counts = re.findall(r"(\d+)/100", capsys.readouterr().err)
+    assert len(counts) > 2
+    assert len(set(counts)) == len(counts)
 
 
 def test_short_or_hidden_progress_prints_nothing(
@@ -204,6 +226,19 @@ def test_short_or_hidden_progress_prints_nothing(
     progress(60.0, monkeypatch, range(3), desc="evaluate")
     progress(0.0, monkeypatch, range(3), desc="evaluate", is_hidden=True)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("is_closed_later", [False, True])
+def test_progress_without_standard_error_is_hidden(is_closed_later: bool, monkeypatch: pytest.MonkeyPatch):
+    """As of a process that was started by 2>&-."""
+    stream = io.StringIO() if is_closed_later else None
+    if stream is not None:
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(console, "PROGRESS_INTERVAL_S", 0.0)
+    assert list(console.progress_bar(range(3), desc="evaluate")) == [0, 1, 2]
+    with console.progress_bar(desc="indexing", delay=2) as bar:
+        bar.update()
 
 
 def test_progress_at_a_terminal_is_a_bar_that_disappears(monkeypatch: pytest.MonkeyPatch):

@@ -277,6 +277,35 @@ def test_a_server_that_does_not_answer_delays_the_end_of_the_run_alone(tmp_path:
 
 
 @needs_mlflow
+def test_numbers_that_wait_for_a_slow_server_are_sent_together(tmp_path: Path, monkeypatch):
+    """Else the server would fall behind, and the end of the run would not wait for all of them."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    log = RunLog(tmp_path, make_config(tmp_path, loggers=["mlflow"]), 0, True)
+    (tracker,) = log._copies
+    has_begun, may_answer = threading.Event(), threading.Event()
+    original, sizes = tracker._client.log_batch, []
+
+    def log_batch(run_id: str, metrics: list) -> None:
+        has_begun.set()
+        may_answer.wait(60)
+        sizes.append(len(metrics))
+        original(run_id, metrics=metrics)
+
+    monkeypatch.setattr(tracker._client, "log_batch", log_batch)
+    log.write("train", 1, 1, loss=0.5)
+    assert has_begun.wait(60)
+    for step in range(2, 1203):
+        log.write("train", step, 1, loss=0.5)
+    may_answer.set()
+    log.close(is_finished=True)
+    assert sizes == [1, 1000, 201]
+    run = tracker._client.get_run(tracker._id)
+    assert run.info.status == "FINISHED"
+    history = tracker._client.get_metric_history(tracker._id, "train/loss")
+    assert [metric.step for metric in history] == list(range(1, 1203))
+
+
+@needs_mlflow
 def test_an_id_that_is_a_path_is_replaced(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "trackers.json").write_text('{"mlflow": "../../elsewhere"}')

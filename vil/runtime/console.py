@@ -89,14 +89,22 @@ class _Lines(io.TextIOBase):
 
 
 def progress_bar(items: Iterable[Any] | None = None, *, is_hidden: bool = False, **options: Any) -> tqdm[Any]:
-    """Return tqdm(items, **options) on standard error; without a terminal, it prints a line per minute."""
+    """Return tqdm(items, **options) on standard error; without a terminal, it prints a line per minute.
+
+    It is hidden if standard error is closed.
+    """
+    try:
+        is_terminal = sys.stderr.isatty()
+    except (AttributeError, ValueError):  # closed when the process began, or later
+        is_terminal, is_hidden = False, True
     options |= {"file": sys.stderr, "leave": False, "disable": is_hidden}
-    if not sys.stderr.isatty():
+    if not is_terminal:
         count, remaining = "{n_fmt}", ""
         if isinstance(items, Sized) or options.get("total") is not None:
             count, remaining = "{percentage:.0f} %, {n_fmt}/{total_fmt}", "<{remaining}"
         options["bar_format"] = f"{{desc}}: {count} [{{elapsed}}{remaining}, {{rate_fmt}}]"
-        options |= dict.fromkeys(("delay", "mininterval", "maxinterval"), PROGRESS_INTERVAL_S)
+        # With another miniters, tqdm's monitor repeats an old line if the iterations become slower.
+        options |= {"delay": PROGRESS_INTERVAL_S, "mininterval": PROGRESS_INTERVAL_S, "miniters": 1}
         options["file"] = _Lines()
     return tqdm(items, **options)
 

@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
@@ -39,6 +38,8 @@ FINISH_TIMEOUT_S = 60.0
 """Seconds that the end of a run waits for MLflow's server."""
 
 _MAX_PARAM_LENGTH = 500
+_MAX_METRICS = 1000
+"""The most that a request may have."""
 _START_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 _logger = logging.getLogger(__name__)
 
@@ -135,8 +136,9 @@ class WandbLog(Tracker):
 class MlflowLog(Tracker):
     """Log to MLflow: to MLFLOW_TRACKING_URI, else into the folder `mlruns` of the run.
 
-    A thread sends the numbers: MLflow tries a request to a server that does not answer for minutes. A number
-    that the run logged before it was interrupted is not logged twice.
+    A thread sends the numbers, those of many steps at once if requests take longer than steps: MLflow tries a
+    request to a server that does not answer for minutes. A number that the run logged before it was
+    interrupted is not logged twice.
 
     Raises:
         UserError: MLflow cannot be reached.
@@ -176,16 +178,25 @@ class MlflowLog(Tracker):
                 }
         except MlflowException as error:
             raise UserError("loggers", f"mlflow: {error_reason(error)}") from error
-        self._requests: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._queue: SimpleQueue[list[Metric] | None] = SimpleQueue()
         self._failure: Exception | None = None
         self._sender = threading.Thread(target=self._send, name="mlflow", daemon=True)
         self._sender.start()
 
     def _send(self) -> None:
-        """Send requests, in order, until one fails."""
+        """Send the numbers of the queue until one request fails, or up to None: then the end of the run."""
         try:
-            while (request := self._requests.get()) is not None:
-                request()
+            waiting: list[Metric] = []
+            is_open = True
+            while is_open:
+                metrics = self._queue.get()
+                is_open = metrics is not None
+                waiting += metrics or []
+                if self._queue.empty():
+                    for first in range(0, len(waiting), _MAX_METRICS):
+                        self._client.log_batch(self._id, metrics=waiting[first : first + _MAX_METRICS])
+                    waiting = []
+            self._client.set_terminated(self._id, "FINISHED" if self.is_finished else "KILLED")
         except Exception as error:
             self._failure = error
 
@@ -201,22 +212,20 @@ class MlflowLog(Tracker):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics: list[Metric] = [
+        metrics = [
             Metric(key, value, now, step)
             for key, value in values.items()
             if step > self._last_steps.get(key, -1)
         ]
-        self._submit(partial(self._client.log_batch, self._id, metrics=metrics))
+        self._submit(metrics)
 
-    def _submit(self, request: Callable[[], object] | None) -> None:
-        """Send a request after the earlier ones; raise the error of one of these that failed."""
+    def _submit(self, metrics: list[Metric] | None) -> None:
+        """Send numbers, or the end of the run; raise the error of an earlier request that failed."""
         if self._failure is not None:
             raise self._failure
-        self._requests.put(request)
+        self._queue.put(metrics)
 
     def _finish(self) -> None:
-        status = "FINISHED" if self.is_finished else "KILLED"
-        self._submit(partial(self._client.set_terminated, self._id, status))
         self._submit(None)
         self._sender.join(FINISH_TIMEOUT_S)
         if self._sender.is_alive():
