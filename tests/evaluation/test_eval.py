@@ -379,11 +379,11 @@ def test_workers_of_a_data_set_end_before_those_of_the_next_start(
     for name in ("train/a.png", "bus/b.png"):
         (tmp_path / "set" / name).parent.mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "set" / name)
-    alive = []
+    alive, others = [], set(multiprocessing.active_children())  # of other tests in this process
 
     def evaluate_and_count(*args: Any, **options: Any) -> EvaluationResult:
         result = evaluate(*args, **options)
-        alive.append(len(multiprocessing.active_children()))
+        alive.append(len(set(multiprocessing.active_children()) - others))
         return result
 
     monkeypatch.setattr(program.report, "evaluate", evaluate_and_count)
