@@ -136,7 +136,7 @@ def test_bias_by_offset():
 
 
 def test_ticks_of_bias_tables_are_offsets():
-    """Of a map of 2 × 2, whose offsets are −1, 0 and 1, in a stage without global tokens."""
+    """Offsets of a map of 2 × 2 are −1, 0 and 1; the stage has no global tokens."""
     stage = StageConfig(dim=8, heads=1, patch=4, attention="full", blocks=1, global_tokens=0)
     model = MultiScaleViT(ModelConfig(name="vil", image_size=8, num_classes=2, stages=[stage]))
     figure = figures.bias_figure("title", 0, [(0, model.stages[0].blocks[0].attn)])
